@@ -1,0 +1,237 @@
+"""Numbers that follow from a recipe: stages, batches, lr, epochs. Computed here once, printed and stored by train.
+
+`check` refuses contradictions between keys and returns the advice that seed 000 gives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastflower.errors import InputError
+from fastflower.recipe import Recipe
+
+BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
+KINDS = ("gaussian_noise", "blur", "brightness", "jpeg", "occlusion")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs first..last (from 1, inclusive) at one image size."""
+
+    first: int
+    last: int
+    height: int
+    width: int
+    batch_per_gpu: int
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a recipe means on `world_size` devices."""
+
+    world_size: int
+    epochs: int
+    stages: tuple[Stage, ...]
+    batch_global: int
+    lr: float
+    lr_note: str
+
+    def stage(self, epoch: int) -> Stage:
+        """The stage of an epoch counted from 0."""
+        return next((s for s in self.stages if epoch < s.last), self.stages[-1])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def derive(recipe: Recipe, world_size: int) -> Derived:
+    """Stages, global batch and lr. Raises InputError when sizes and epochs do not fit together."""
+    sizes = image_sizes(recipe)
+    lasts = _stage_ends(recipe, len(sizes))
+    batches = _stage_batches(recipe, len(sizes))
+    firsts = [1, *[last + 1 for last in lasts[:-1]]]
+    stages = tuple(Stage(f, e, h, w, b) for f, e, (h, w), b in zip(firsts, lasts, sizes, batches, strict=True))
+    batch_global = batches[0] * world_size * recipe.train.grad_accum
+    lr, note = scaled_lr(recipe, batch_global)
+    return Derived(world_size, recipe.sched.cosine_epochs, stages, batch_global, lr, note)
+
+
+def scaled_lr(recipe: Recipe, batch_global: int) -> tuple[float, str]:
+    """The linear rule of seed 000 section 6: lr_ref * B / 256, x factor for very large B, then the bounds."""
+    opt = recipe.opt
+    if opt.lr != "auto":
+        return float(opt.lr), "explicit: no scaling, no bounds"
+    lr = opt.lr_ref * batch_global / opt.lr_ref_batch
+    note = f"{opt.lr_ref:g} x {batch_global} / {opt.lr_ref_batch}"
+    if batch_global > opt.large_batch_threshold and opt.large_batch_factor != 1:
+        lr *= opt.large_batch_factor
+        note += f" x {opt.large_batch_factor:g} (large batch)"
+    bounded = min(max(lr, opt.lr_min_bound), opt.lr_max_bound)
+    if bounded != lr:
+        note += f" = {lr:g}, held in [{opt.lr_min_bound:g}, {opt.lr_max_bound:g}]"
+    return bounded, note
+
+
+def image_sizes(recipe: Recipe) -> list[tuple[int, int]]:
+    """data.img_size as (height, width) by stage: 224, [224, 320] or [[32, 64]]."""
+    value = recipe.data.img_size
+    items = value if isinstance(value, list) else [value]
+    sizes = []
+    for item in items:
+        pair = item if isinstance(item, list) else [item, item]
+        if len(pair) != 2 or not all(type(side) is int and side >= 8 for side in pair):
+            raise InputError(f"data.img_size = {value}: sizes are whole numbers from 8, or [[height, width]]")
+        sizes.append((pair[0], pair[1]))
+    if not sizes or any(a[0] * a[1] >= b[0] * b[1] for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise InputError(f"data.img_size = {value}: the sizes of the stages must grow")
+    return sizes
+
+
+def largest_size(recipe: Recipe) -> int:
+    """The largest side that training, evaluation or a view asks of a stored image, before the 1.14."""
+    sides = [max(size) for size in image_sizes(recipe)]
+    square = all(h == w for h, w in image_sizes(recipe))
+    return max(sides + (list(recipe.tta.scales) if square else []))
+
+
+def resize_side(size: int, factor: float) -> int:
+    """The short side before the centre crop: 224 -> 255, 320 -> 365, 384 -> 438, 448 -> 511."""
+    return round(size * factor)
+
+
+def mix_final_epoch(recipe: Recipe) -> int | None:
+    """The epoch (from 1) from which reg.mix_prob_final holds; None: never."""
+    if recipe.reg.mix_final_epoch != "auto":
+        return int(recipe.reg.mix_final_epoch)
+    sizes = image_sizes(recipe)
+    return _stage_ends(recipe, len(sizes))[1] + 1 if len(sizes) > 2 else None
+
+
+def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
+    """Refuse contradictions (InputError) and return one line of advice for each doubtful choice."""
+    advice: list[str] = []
+    derive(recipe, recipe.train.world_size)
+    _check_schedule(recipe)
+    _check_balance(recipe, advice)
+    _check_ranges(recipe)
+    _check_seed_advice(recipe, advice)
+    if num_classes is not None and recipe.data.num_classes != "auto" and int(recipe.data.num_classes) < num_classes:
+        raise InputError(
+            f"data.num_classes = {recipe.data.num_classes}: the label file has {num_classes} classes; use auto or more"
+        )
+    return advice
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    sched = recipe.sched
+    if sched.warmup_epochs >= sched.cosine_epochs:
+        raise InputError(
+            f"sched.warmup_epochs = {sched.warmup_epochs} is not below sched.cosine_epochs = {sched.cosine_epochs}, "
+            "the whole horizon; lower the first or raise the second"
+        )
+    final = recipe.reg.mix_final_epoch
+    if final != "auto" and not 1 <= int(final) <= sched.cosine_epochs:
+        raise InputError(f"reg.mix_final_epoch = {final}: must be auto or an epoch in 1..{sched.cosine_epochs}")
+    unfreeze = recipe.llrd.unfreeze_schedule
+    if unfreeze is not None:
+        if not recipe.llrd.enabled:
+            raise InputError("llrd.unfreeze_schedule needs llrd.enabled=true; enable it or set the schedule to null")
+        if not isinstance(unfreeze, dict) or not all(isinstance(parts, list) for parts in unfreeze.values()):
+            raise InputError("llrd.unfreeze_schedule: a map of epoch -> list of parts, such as {1: [head], 3: [back]}")
+        epochs = range(1, sched.cosine_epochs + 1)
+        late = [epoch for epoch in unfreeze if not str(epoch).isdecimal() or int(epoch) not in epochs]
+        if late:
+            raise InputError(f"llrd.unfreeze_schedule: epoch {late[0]} is outside 1..{sched.cosine_epochs}")
+
+
+def _check_balance(recipe: Recipe, advice: list[str]) -> None:
+    sampler, loss = recipe.sampler, recipe.loss
+    if sampler.type in BALANCING and loss.name == "bsce" and not recipe.checks.allow_double_correction:
+        raise InputError(
+            f"sampler.type = {sampler.type} and loss.name = bsce both correct the class prior; "
+            "choose one, or set checks.allow_double_correction=true"
+        )
+    if sampler.undersample_frac and sampler.type not in ("weighted_en", "weighted_inv", "class_balanced"):
+        advice.append(f"sampler.undersample_frac has no balancing sampler to go with (sampler.type = {sampler.type})")
+    if sampler.type in BALANCING and recipe.reg.mix_prob == 0:
+        advice.append("a balancing sampler repeats images; MixUp/CutMix (reg.mix_prob) limits overfitting on them")
+    if sampler.oversample_cap > 3:
+        advice.append(f"sampler.oversample_cap = {sampler.oversample_cap:g}: above 3, repeats invite overfitting")
+    if sampler.beta < 0.9 and sampler.type == "weighted_en":
+        advice.append(f"sampler.beta = {sampler.beta:g}: the usual range is 0.9 to 0.999")
+    if loss.name == "focal" and recipe.reg.mix_prob > 0:
+        advice.append("focal loss with MixUp/CutMix: both weigh hard examples; compare with loss.name=lsce")
+    if loss.name == "focal" and not 1 <= loss.focal_gamma <= 2:
+        advice.append(f"loss.focal_gamma = {loss.focal_gamma:g}: the usual range is 1 to 2")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    unknown = [kind for kind in recipe.robust.kinds if kind not in KINDS]
+    if unknown or (recipe.robust.enabled and not recipe.robust.kinds):
+        raise InputError(f"robust.kinds = {recipe.robust.kinds}: choose from {', '.join(KINDS)}")
+    if len(recipe.llrd.multipliers) < 2:
+        raise InputError(f"llrd.multipliers = {recipe.llrd.multipliers}: at least two, front to head")
+    for name, length in (("rrc_scale", 2), ("rrc_ratio", 2), ("jitter", 4)):
+        if len(getattr(recipe.aug, name)) != length:
+            raise InputError(f"aug.{name} = {getattr(recipe.aug, name)}: must have {length} numbers")
+    for name in ("rrc_scale", "rrc_ratio"):
+        low, high = getattr(recipe.aug, name)
+        if low > high:
+            raise InputError(f"aug.{name} = [{low:g}, {high:g}]: the first must not exceed the second")
+    if recipe.opt.lr_min_bound > recipe.opt.lr_max_bound:
+        raise InputError("opt.lr_min_bound is above opt.lr_max_bound; swap them")
+    if recipe.opt.lr != "auto" and not recipe.opt.lr > 0:
+        raise InputError(f"opt.lr = {recipe.opt.lr}: must be auto or > 0")
+    for name in ("mean", "std"):
+        value = getattr(recipe.data, name)
+        numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+        if value != "auto" and not (numbers and all(0 < v < 1 for v in value)):
+            raise InputError(f"data.{name} = {value}: must be auto or three numbers in 0..1")
+    fold = recipe.data.fold
+    folds = fold if isinstance(fold, list) else [fold]
+    count = 1 if recipe.data.split == "ratio" else recipe.data.n_splits
+    if fold != "all" and not (folds and all(type(k) is int and 0 <= k < count for k in folds)):
+        raise InputError(f"data.fold = {fold}: must be all, or a number (or list) in 0..{count - 1}")
+    if not recipe.tta.scales:
+        raise InputError("tta.scales is empty; give at least one image size")
+
+
+def _check_seed_advice(recipe: Recipe, advice: list[str]) -> None:
+    if recipe.model.head != "linear" and not 0.2 <= recipe.model.margin <= 0.4:
+        advice.append(f"model.margin = {recipe.model.margin:g}: the usual range is 0.2 to 0.4")
+    if recipe.aug.corrupt_p > 0 and recipe.robust.enabled:
+        advice.append("aug.corrupt_p trains on kinds that robust.kinds scores; corrupted scores are no longer unseen")
+    if not recipe.ema.warmup and recipe.ema.enabled:
+        advice.append(
+            f"ema.warmup=false: at decay {recipe.ema.decay:g} half of the initial weights remain after "
+            f"{math.log(0.5) / math.log(recipe.ema.decay):.0f} steps"
+        )
+    if recipe.select.metric == "combo" and not recipe.robust.enabled:
+        advice.append("robust.enabled=false: best is chosen by clean top-1, S needs the corrupted set")
+
+
+def _stage_ends(recipe: Recipe, stages: int) -> list[int]:
+    epochs, ends = recipe.sched.cosine_epochs, recipe.data.size_epochs
+    if ends == "auto":
+        shares = ([1.0], [15 / 40, 1.0], [15 / 48, 40 / 48, 1.0])
+        if stages > len(shares):
+            raise InputError(f"data.size_epochs: give the last epoch of each of the {stages} sizes")
+        ends = [max(round(share * epochs), position + 1) for position, share in enumerate(shares[stages - 1])]
+    if not isinstance(ends, list) or len(ends) != stages or not all(type(end) is int for end in ends):
+        raise InputError(f"data.size_epochs = {ends}: one last epoch for each of the {stages} sizes of data.img_size")
+    if any(a >= b for a, b in zip([0, *ends], ends, strict=False)) or ends[-1] != epochs:
+        raise InputError(
+            f"data.size_epochs = {ends}: must grow and end at the horizon, sched.cosine_epochs = {epochs}"
+        )
+    return ends
+
+
+def _stage_batches(recipe: Recipe, stages: int) -> list[int]:
+    batches = recipe.train.stage_batch
+    if batches is None:
+        return [recipe.train.batch_per_gpu] * stages
+    if not isinstance(batches, list) or len(batches) != stages or not all(type(b) is int and b > 0 for b in batches):
+        raise InputError(f"train.stage_batch = {batches}: one batch for each of the {stages} sizes of data.img_size")
+    return batches

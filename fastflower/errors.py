@@ -1,0 +1,44 @@
+"""The one way in which bad input is refused: one line that says what was got, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; its text is the one line they read."""
+
+    exit_code = 2
+
+
+class CorruptionError(InputError):
+    """A file that was written whole is no longer what it was."""
+
+    exit_code = 3
+
+
+class EnvironmentFault(InputError):
+    """The machine lacks something: disk, memory, a library, a device."""
+
+    exit_code = 4
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Run a command's `main(argv)` as a process: one line on stderr and an exit code instead of a traceback.
+
+    Under a launcher every rank meets the same bad input; only the first says so.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"fastflower: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `| head` is not a failure
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)

@@ -1,0 +1,74 @@
+"""Scores of a set of logits: one pure function for training, evaluation and reports; scikit-learn does the arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.special import log_softmax
+from sklearn.metrics import f1_score, recall_score, top_k_accuracy_score
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Class probabilities (N, C) in float64."""
+    return np.exp(log_softmax(logits.astype(np.float64), axis=1))
+
+
+def nll(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean negative log-likelihood: the plain cross-entropy, without smoothing, prior or margin."""
+    return float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
+
+
+def ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error over equal-width confidence bins (Guo et al. 2017, arXiv:1706.04599)."""
+    confidence, hit = probs.max(1), probs.argmax(1) == labels
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    gaps = [abs(hit[index == b].mean() - confidence[index == b].mean()) * (index == b).mean() for b in np.unique(index)]
+    return float(sum(gaps))
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    z, share = 1.959963984540054, hits / n
+    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, float]:
+    """Top-1 with its interval, top-5, macro recall and F1, NLL and ECE of logits (N, C) against labels (N,).
+
+    Macro means run over the classes that occur in `labels`. Non-finite logits count as wrong:
+    their top-1 is that of a row that fits no class, and NLL and ECE are NaN.
+    """
+    finite = np.isfinite(logits).all(axis=1)
+    classes = logits.shape[1]
+    guess = np.where(finite, np.nan_to_num(logits).argmax(1), -1)
+    hits, present = int((guess == labels).sum()), np.unique(labels)
+    low, high = wilson(hits, len(labels))
+    whole = bool(finite.all())
+    return {
+        "n": len(labels),
+        "top1": hits / max(len(labels), 1),
+        "top1_low": low,
+        "top1_high": high,
+        "top5": _top_k(logits, labels, min(5, classes - 1)) if whole else float("nan"),
+        "macro_recall": float(recall_score(labels, guess, labels=present, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(labels, guess, labels=present, average="macro", zero_division=0)),
+        "nll": nll(logits, labels) if whole else float("nan"),
+        "ece": ece(softmax(logits), labels, bins) if whole else float("nan"),
+    }
+
+
+def combined(clean: float, corrupted: float | None, alpha: float) -> float:
+    """S = alpha * clean + (1 - alpha) * corrupted; clean alone when there is no corrupted set."""
+    return clean if corrupted is None else alpha * clean + (1 - alpha) * corrupted
+
+
+def _top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    if logits.shape[1] == 2:
+        return float((logits.argmax(1) == labels).mean())
+    return float(top_k_accuracy_score(labels, logits, k=k, labels=np.arange(logits.shape[1])))

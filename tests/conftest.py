@@ -1,0 +1,47 @@
+"""Shared by all tests: a directory of their own, fixed seeds, one thread; the photographs when they are there."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the ranks of a test share few cores
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastflower import seeding
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands write below the current directory, so each test gets one; and the same random numbers."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    seeding.seed_all(0)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def flowers17() -> Path:
+    """A folder with train/ and train_labels.csv: 1088 photographs of 17 flowers. The test is skipped without it."""
+    path = Path(os.environ.get("FASTFLOWER_FLOWERS17", REPO.parent / "shared/data/flowers17"))
+    if not (path / "train_labels.csv").is_file():
+        pytest.skip(f"no photographs at {path}; set FASTFLOWER_FLOWERS17")
+    return path

@@ -1,0 +1,70 @@
+"""Names, atomic replacement and the event log."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastflower import runs
+
+
+def test_member_names_round_trip():
+    run = runs.Run("flower", "convnextv2_base.fcmae_ft_in22k_in1k", 3, 42)
+    path = run.file("best_combo", 17, 0.91236)
+    assert path.as_posix() == (
+        "results/model/flower/best_combo__convnextv2_base.fcmae_ft_in22k_in1k__fold3_seed42_epoch17_score0.9124.pth"
+    )
+    name = runs.parse_member(path)
+    assert (name.kind, name.backbone, name.fold, name.seed, name.epoch, name.score) == (
+        "best_combo", "convnextv2_base.fcmae_ft_in22k_in1k", 3, 42, 17, 0.9124
+    )  # fmt: skip
+    assert runs.parse_member(path.with_name("best_combo.pth")) is None
+    assert runs.parse_member(path.with_name("other" + path.name)) is None
+
+
+def test_find_members_takes_the_newest_epoch_once(tmp_path):
+    names = [
+        ("best_combo", 0, 3, 0.5), ("best_combo", 0, 12, 0.6), ("last", 0, 14, 0.7), ("best_combo", 1, 9, 0.4)
+    ]  # fmt: skip
+    for kind, fold, epoch, score in names:
+        path = runs.Run("e", "net", fold, 1).file(kind, epoch, score)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = runs.find_members("e", "results/model/best_combo__*fold*_seed*_epoch*_score*.pth")
+    assert [(runs.parse_member(p).fold, runs.parse_member(p).epoch) for p in found] == [(0, 12), (1, 9)]
+    assert [p.name for p in runs.Run("e", "net", 0, 1).files("best_combo")] == [
+        "best_combo__net__fold0_seed1_epoch3_score0.5000.pth", "best_combo__net__fold0_seed1_epoch12_score0.6000.pth"
+    ]  # fmt: skip
+
+
+def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    runs.write_atomic(path, "old")
+
+    def broken(aside, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runs, "replace_atomic", broken)
+    with pytest.raises(OSError, match="disk full"):
+        runs.write_atomic(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_events_last_row_wins_and_cut_lines_are_dropped(tmp_path):
+    path = tmp_path / "deep" / "events.jsonl"
+    for epoch, loss in ((1, 2.0), (2, 1.5), (2, 1.25)):
+        runs.append_event(path, {"event": "epoch", "fold": 0, "seed": 1, "epoch": epoch, "loss": loss})
+    with open(path, "a") as file:
+        file.write('{"event": "epoch", "fo')
+    assert [(row["epoch"], row["loss"]) for row in runs.read_events(path)] == [(1, 2.0), (2, 1.25)]
+    assert runs.read_events(tmp_path / "none") == []
+
+
+def test_json_holds_no_nan(tmp_path):
+    runs.write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1.5, float("inf")]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [1.5, None]}
+
+
+def test_digest_separates_its_parts():
+    assert runs.digest("ab", "c") != runs.digest("a", "bc") and len(runs.digest("x")) == 16
