@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from fastflower.errors import InputError
@@ -113,6 +114,7 @@ def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
     """Refuse contradictions (InputError) and return one line of advice for each doubtful choice."""
     advice: list[str] = []
     derive(recipe, recipe.train.world_size)
+    _check_test_folder(recipe)
     _check_schedule(recipe)
     _check_balance(recipe, advice)
     _check_ranges(recipe)
@@ -122,6 +124,15 @@ def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
             f"data.num_classes = {recipe.data.num_classes}: the label file has {num_classes} classes; use auto or more"
         )
     return advice
+
+
+def _check_test_folder(recipe: Recipe) -> None:
+    root, test = Path(recipe.data.root).resolve(), Path(recipe.data.test).resolve()
+    if root == test or root in test.parents or test in root.parents:
+        raise InputError(
+            f"data.root = {recipe.data.root} and data.test = {recipe.data.test} lie in one another; "
+            "the images to be predicted are never trained on, so keep them apart"
+        )
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -215,7 +215,6 @@ class Select:
 class Eval:
     resize_factor: float = key(1.14, "short side over image size before the centre crop", ge=1, le=2)
     batch: int = key(0, "images in one evaluation pass; 0: batch_per_gpu", ge=0)
-    every: int = key(1, "epochs between evaluations; the last epoch of a stage is always scored", ge=1)
     ece_bins: int = key(15, "bins of the calibration error", ge=2)
 
 
@@ -333,7 +332,10 @@ def parse_command(argv: list[str]) -> Recipe:
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe, every key written out; `load` of this text gives the same recipe."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    tree = dataclasses.asdict(recipe)
+    if recipe.opt.clip_grad is None:  # written out, the unused alias would contradict train.clip_grad
+        del tree["opt"]["clip_grad"]
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def fields_of(node: Any, prefix: str = "") -> list[tuple[str, Any, dataclasses.Field]]:

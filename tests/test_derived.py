@@ -97,6 +97,9 @@ def test_mixing_ends_with_a_third_stage():
 
 
 REFUSALS = [
+    (["data.root=a/b", "data.test=a/b"], "lie in one another"),
+    (["data.root=a/b", "data.test=a/b/test"], "lie in one another"),
+    (["data.root=a/b/train", "data.test=./a"], "keep them apart"),
     (["data.img_size=[]"], "the sizes of the stages must grow"),
     (["data.img_size=[320,224]"], "the sizes of the stages must grow"),
     (["data.img_size=abc"], "whole numbers from 8"),
