@@ -1,0 +1,1 @@
+"""Floor 1: from labelled photographs to batches."""

@@ -1,0 +1,362 @@
+"""Conversion: from labels and photographs to folds and one set of betons for each fold.
+
+Every image is read, decoded and encoded once, into a spool; the betons of all folds are assembled from it.
+Betons are put in place one by one, whole or not at all; their manifests tell a training whether they belong together.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastflower.data import duplicates, sets, spool
+from fastflower.data.betons import RAW, BetonWriter, manifest_path
+from fastflower.data.folds import (
+    Folds,
+    candidates,
+    check_leaks,
+    load_folds,
+    make_folds,
+    rare_classes,
+    save_folds,
+    write_skipped,
+)
+from fastflower.data.labels import SHOWN, LabelTable, class_stats, write_classes
+from fastflower.data.tables import shown, write_csv
+from fastflower.errors import EnvironmentFault, InputError
+from fastflower.recipe import Recipe
+
+SAMPLE = 200  # files whose headers are read to estimate sizes
+JPEG_BYTES = 0.5  # a pixel at quality 95 without chroma subsampling, measured on photographs
+MARGIN = 1.1  # on the estimate, when the disk is asked for room
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion left: rows by part of each fold, bytes on disk, and whether there was nothing to do."""
+
+    table: LabelTable
+    folds: Folds
+    settings: dict[str, Any]
+    bytes_on_disk: int
+    seconds: float
+    up_to_date: bool
+
+
+def convert(recipe: Recipe, table: LabelTable) -> Converted:
+    """Make what is missing of classes.csv, folds.csv and the betons of every fold; prints what it does.
+
+    InputError for unreadable images (all of them) and for labels that no longer match folds.csv; EnvironmentFault
+    for a full disk, a killed worker, or another conversion to the same place.
+    """
+    start, home = time.monotonic(), Path(recipe.data.home)
+    with _locked(home):
+        folds = None
+        if (home / "folds.csv").exists():
+            folds, table = load_folds(home, table, recipe)
+            for store in ("raw", "jpeg") if recipe.data.store == "auto" else (recipe.data.store,):
+                made = sets.settings(recipe, store)
+                if all(sets.is_current(home, one) for one in _manifests(made, table, folds)):
+                    return Converted(table, folds, made, _bytes(home), time.monotonic() - start, True)
+        made = sets.settings(recipe, _choose_store(recipe, table, home))
+        with _encoded(recipe, table, folds, made, home) as images:
+            table, good = _without_bad(recipe, table, images, folds, home)
+            if folds is None:
+                folds = _new_folds(recipe, table, images, good, home)
+            elif folds.sha256 != images.sha256:
+                _refuse_changed(folds, images, home)
+            write_classes(home / "classes.csv", table)
+            write_csv(home / "class_stats.csv", class_stats(table))
+            for fold in folds.numbers:
+                check_leaks(folds, fold)
+            _write_betons(home, made, table, folds, images, good)
+        _drop_others(home, made, folds)
+        return Converted(table, folds, made, _bytes(home), time.monotonic() - start, False)
+
+
+def _manifests(made: dict[str, Any], table: LabelTable, folds: Folds) -> list[dict[str, Any]]:
+    return [
+        sets.manifest(made, table, folds, split, fold)
+        for fold in folds.numbers
+        for split in sets.splits(made)
+    ]
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """One conversion at a time; the kernel drops the lock of a killed one."""
+    folder = home / "betons"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"data.home = {home}: cannot write there ({error.strerror}); choose another"
+        ) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 64, 0).decode("ascii", "replace").strip() or "?"
+            raise EnvironmentFault(
+                f"{folder}: another convert (process {owner}) is writing there; wait for it or choose another data.home"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        try:
+            yield
+        except BrokenPipeError:  # of whoever read our output
+            raise
+        except OSError as error:
+            what = f"{error.strerror} ({error.filename})"
+            raise EnvironmentFault(f"data.home = {home}: {what}; make room there") from None
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _encoded(
+    recipe: Recipe, table: LabelTable, folds: Folds | None, made: dict[str, Any], home: Path
+) -> Iterator[spool.Spool]:
+    """The pass over the images; its spool is gone afterwards, and what a killed run left before."""
+    folder = home / "betons" / ".spool"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    workers = recipe.data.workers or len(os.sched_getaffinity(0))
+    encoding = spool.Encoding(
+        root=os.path.realpath(recipe.data.root),
+        folder=str(folder),
+        side=made["stored_side"],
+        raw=made["store"] == "raw",
+        quality=made["jpeg_quality"],
+        combos=tuple((kind, level) for kind, level in made["combos"]),
+        hashing=folds is None and _hashing(recipe, len(table), made["stored_side"], workers),
+    )
+    corrupted = folds.fold >= 0 if folds else candidates(table, recipe)
+    images = None
+    try:
+        progress = spool.Progress("images", len(table))
+        images = spool.run(encoding, table.filenames, corrupted, workers, progress)
+        yield images
+    finally:
+        if images:
+            images.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hashing(recipe: Recipe, rows: int, side: int, workers: int) -> bool:
+    """Whether near-duplicates are looked for; says so when the choice is ours."""
+    if recipe.data.group != "auto":
+        return recipe.data.group == "phash"
+    seconds = duplicates.hashing_seconds(side, rows, workers)
+    on = seconds <= duplicates.PATIENCE
+    print(
+        f"near-duplicates: hashing takes about {seconds:.0f} s: {'on' if on else 'left out'}"
+        + ("" if on else "; data.group=phash looks for them all the same")
+    )
+    return on
+
+
+def _choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
+    """raw or jpeg by memory and disk; refuses what the disk cannot hold. Sizes are estimates from a few headers."""
+    side, memory, free = sets.stored_side(recipe), _memory(), shutil.disk_usage(home).free
+    kinds = len(sets.settings(recipe, "")["combos"])
+    one_raw, one_jpeg, kept = _mean_bytes(recipe, table, side)
+    n, count = len(table), 1 if recipe.data.split == "ratio" else recipe.data.n_splits
+    held_out = n / recipe.data.n_splits
+    in_use = one_raw * (n + held_out * kinds)
+    corrupt = held_out * count * kinds
+    # the spool holds each image once, the betons each image once a fold
+    disk = {
+        "raw": one_raw * (n * (count + 1) + 2 * corrupt),
+        "jpeg": one_jpeg * (n * count + 2 * corrupt) + (one_jpeg if kept else 2 * one_raw) * n,
+    }
+    store = recipe.data.store
+    why = "as data.store says"
+    if store == "auto":
+        share = recipe.data.raw_share
+        fits = in_use <= share * memory and disk["raw"] <= share * free
+        store = "raw" if fits else "jpeg"
+        why = (
+            f"{_size(in_use)} of raw pixels a fold {'fit' if fits else 'and the files of all folds do not fit'} "
+            f"in {share:.0%} of memory ({_size(memory)}) and free disk ({_size(free)})"
+        )
+    print(f"store: {store}, short side {side}; {why}; about {_size(disk[store])} on disk while converting")
+    if disk[store] * MARGIN > free:
+        raise EnvironmentFault(
+            f"{home}: converting needs about {_size(disk[store] * MARGIN)}, {_size(free)} are free; "
+            "free the disk, move data.home, or "
+            + ("use data.store=jpeg" if store == "raw" else "lower data.n_splits")
+        )
+    return store
+
+
+def _mean_bytes(recipe: Recipe, table: LabelTable, side: int) -> tuple[float, float, bool]:
+    """Estimated bytes of a raw and of a JPEG row, and whether most files keep their own bytes."""
+    raw, jpeg, kept = [], [], []
+    for row in range(0, len(table), max(1, len(table) // SAMPLE)):
+        try:
+            with Image.open(os.path.join(recipe.data.root, table.filenames[row])) as image:
+                width, height = image.size
+        except Exception:  # the pass will say what is wrong with it
+            continue
+        scale = min(1.0, side / min(width, height))
+        pixels = width * height * scale * scale
+        raw.append(3 * pixels)
+        kept.append(scale == 1.0)
+        jpeg.append(float(table.sizes[row]) if kept[-1] else JPEG_BYTES * pixels)
+    if not raw:
+        return 3.0 * side * side, JPEG_BYTES * side * side, False
+    return float(np.mean(raw)), float(np.mean(jpeg)), float(np.mean(kept)) > 0.5
+
+
+def _memory() -> int:
+    """Bytes of memory: the machine's, or the container's share of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(limits)
+
+
+def _without_bad(
+    recipe: Recipe, table: LabelTable, images: spool.Spool, folds: Folds | None, home: Path
+) -> tuple[LabelTable, np.ndarray]:
+    """The rows that can be used, and their places in the spool; all unreadable images are named at once."""
+    bad = [row for row, problem in enumerate(images.problems) if problem]
+    good = np.setdiff1d(np.arange(len(table)), bad)
+    if not bad:
+        if folds is None:
+            (home / "skipped.csv").unlink(missing_ok=True)
+        return table, good
+    rows = [(table.filenames[row], table.category_ids[row], images.problems[row]) for row in bad]
+    if recipe.data.on_bad == "skip" and folds is None and len(good):
+        write_skipped(home / "skipped.csv", rows)
+        print(f"skipped {len(bad)} unreadable images; {home / 'skipped.csv'} has the list")
+        return table.take(good), good
+    named = "; ".join(f"{shown(name)} {reason}" for name, _, reason in rows[:SHOWN])
+    more = ""
+    if len(rows) > SHOWN:
+        write_skipped(home / "bad.csv", rows)
+        more = f"; and {len(rows) - SHOWN} more, all in {home / 'bad.csv'}"
+    remedy = "replace them, or use data.on_bad=skip"
+    if folds is not None:
+        remedy = "folds.csv counts on them: restore them, or move it away and use data.on_bad=skip"
+    raise InputError(f"{len(bad)} of {len(table)} images cannot be used: {named}{more}; {remedy}")
+
+
+def _new_folds(recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.ndarray, home: Path) -> Folds:
+    """Group, split, say what was found, and save; folds.csv last, as it is what makes the rest final."""
+    content = [images.sha256[row] for row in good]
+    hashes, hashed = images.hashes[good], images.hashed[good]
+    largest = max(2, len(table) // recipe.data.n_splits)
+    groups = duplicates.group(content, hashes, hashed, recipe.data.group_threshold, largest)
+    fold = make_folds(table, groups, recipe)
+    folds = Folds(table.filenames, table.category_ids, table.class_idx, fold, groups, content)
+    pairs = _pairs(folds, hashes, hashed)
+    write_csv(home / "duplicates.csv", pairs, PAIRS)
+    same = [pair for pair in pairs if pair["identical"] == "yes"]
+    conflicts = [pair for pair in same if pair["category_id"] != pair["other_category_id"]]
+    if pairs:
+        print(
+            f"{len(pairs)} images are copies or near-copies of another and share its fold: {home / 'duplicates.csv'}"
+        )
+    if conflicts:
+        one, other = shown(conflicts[0]["filename"]), shown(conflicts[0]["other"])
+        print(
+            f"warning: {len(conflicts)} images are another's bytes with another label, such as {one} and {other}"
+        )
+    for line in rare_classes(folds, table):
+        print(f"warning: {line}")
+    save_folds(home / "folds.csv", folds)
+    return folds
+
+
+PAIRS = ("group_id", "filename", "category_id", "other", "other_category_id", "distance", "identical")
+
+
+def _pairs(folds: Folds, hashes: np.ndarray, hashed: np.ndarray) -> list[dict[str, str]]:
+    """Each row of a group beside the group's first: file names, labels, distance of their hashes."""
+    first: dict[int, int] = {}
+    pairs = []
+    for row, group in enumerate(folds.group.tolist()):
+        one = first.setdefault(group, row)
+        if one == row:
+            continue
+        apart = str(duplicates.distance(hashes[one], hashes[row])) if hashed[one] and hashed[row] else ""
+        identical = "yes" if folds.sha256[one] == folds.sha256[row] else "no"
+        names = (folds.filenames[row], folds.category_ids[row], folds.filenames[one], folds.category_ids[one])
+        pairs.append(dict(zip(PAIRS, (str(group), *names, apart, identical), strict=True)))
+    return pairs
+
+
+def _refuse_changed(folds: Folds, images: spool.Spool, home: Path) -> None:
+    changed = [row for row, content in enumerate(folds.sha256) if content != images.sha256[row]]
+    raise InputError(
+        f"{len(changed)} images changed since {home / 'folds.csv'} was made, such as "
+        f"{shown(folds.filenames[changed[0]])}; restore them, or move it away for new folds"
+    )
+
+
+def _write_betons(
+    home: Path, made: dict[str, Any], table: LabelTable, folds: Folds, images: spool.Spool, good: np.ndarray
+) -> None:
+    """Assemble the betons that are not there yet, one after the other."""
+    corrupted = len(made["combos"]) * int((folds.fold >= 0).sum())
+    progress = spool.Progress("rows", len(folds.numbers) * len(folds) + corrupted)
+    done = 0
+    for wanted in _manifests(made, table, folds):
+        split, fold = wanted["split"], wanted["fold"]
+        rows = folds.train_rows(fold) if split == "train" else folds.val_rows(fold)
+        columns = {
+            "train": [spool.TRAIN],
+            "val": [spool.VAL],
+            "val_corrupt": [spool.CORRUPT + position for position in range(len(made["combos"]))],
+        }[split]
+        if not sets.is_current(home, wanted):
+            with BetonWriter(sets.beton_path(home, fold, split), len(rows) * len(columns)) as writer:
+                for column in columns:
+                    for row in rows.tolist():
+                        _copy(writer, images, int(good[row]), column, int(folds.class_idx[row]), row)
+                    progress(done + len(rows))
+                writer.commit(wanted)
+        done += len(rows) * len(columns)
+        progress(done)
+
+
+def _copy(writer: BetonWriter, images: spool.Spool, place: int, column: int, label: int, row: int) -> None:
+    blob, data = images.read(place, column)
+    height, width = int(blob["height"]), int(blob["width"])
+    if blob["mode"] == RAW:
+        writer.raw(np.frombuffer(data, np.uint8).reshape(height, width, 3), label, row)
+    else:
+        writer.jpeg(data, height, width, label, row)
+
+
+def _drop_others(home: Path, made: dict[str, Any], folds: Folds) -> None:
+    """Remove betons of folds and splits that the set no longer has."""
+    keep = {sets.beton_path(home, fold, split) for fold in folds.numbers for split in sets.splits(made)}
+    for path in (home / "betons").glob("fold*_*.beton"):
+        if path not in keep:
+            manifest_path(path).unlink(missing_ok=True)
+            path.unlink()
+
+
+def _bytes(home: Path) -> int:
+    return sum(path.stat().st_size for path in (home / "betons").glob("*.beton"))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,127 @@
+"""Near-duplicate images: perceptual hashes, and groups of rows that must never straddle folds.
+
+The hash is the 64-bit DCT hash of the imagehash library. Grouping is exact for a Hamming threshold t: two
+hashes at most t bits apart agree in at least one of t + 1 bands of bits, so only pairs within a band are compared.
+"""
+
+from __future__ import annotations
+
+import time
+
+import imagehash
+import numba
+import numpy as np
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+BITS = 64
+FLAT = 4.0  # grey-value deviation below which an image has no structure to compare
+PATIENCE = 60.0  # seconds that hashing may take before data.group=auto leaves it out
+
+
+def phash(image: Image.Image) -> int | None:
+    """The 64-bit perceptual hash of a picture; None when it is flat, as the hashes of flat pictures all agree."""
+    small = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    if np.asarray(small).std() < FLAT:
+        return None
+    bits = imagehash.phash(small).hash.ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def hashing_seconds(side: int, rows: int, workers: int) -> float:
+    """How long hashing `rows` pictures of a short side takes here, from three of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (side, side * 4 // 3, 3), dtype=np.uint8)
+    phash(Image.fromarray(noise))  # the first call pays for imports
+    start = time.perf_counter()
+    for _ in range(3):
+        phash(Image.fromarray(noise))
+    return (time.perf_counter() - start) / 3 * rows / workers
+
+
+def group(
+    content: list[str], hashes: np.ndarray, hashed: np.ndarray, threshold: int, largest: int
+) -> np.ndarray:
+    """A group id for each row, counted from 0 in order of first appearance: int64 (N,).
+
+    content: a hash of each file's bytes; equal bytes are always one group. hashes: uint64 (N,), used where
+    `hashed` (bool (N,)) is true. A near-duplicate group with more than `largest` rows is none (no fold could
+    hold it): it falls back to equal bytes.
+    """
+    same = np.unique(np.array(content), return_inverse=True)[1]
+    near = same.copy()
+    rows = np.flatnonzero(hashed)
+    if len(rows):
+        distinct, which = np.unique(hashes[rows], return_inverse=True)
+        families = components(distinct, threshold)[which]
+        near = _join(same, rows, families)
+        sizes = np.bincount(near)
+        near = np.where(sizes[near] > largest, same + near.max() + 1, near)
+    return _first_seen(near)
+
+
+def components(hashes: np.ndarray, threshold: int) -> np.ndarray:
+    """Connected components of distinct hashes, joined where at most `threshold` bits differ: int64 (N,)."""
+    edges = [np.zeros((0, 2), np.int64)]
+    bounds = np.linspace(0, BITS, threshold + 2).astype(int)
+    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0, True])
+        edges.append(order[_pairs(hashes[order], starts, threshold)])
+    pairs = np.concatenate(edges)
+    n = len(hashes)
+    graph = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def distance(a: int, b: int) -> int:
+    """Bits in which two hashes differ."""
+    return (int(a) ^ int(b)).bit_count()
+
+
+@numba.njit
+def _close(x, y, threshold):  # type: ignore[no-untyped-def]
+    z = x ^ y
+    bits = 0
+    while z != 0 and bits <= threshold:
+        z &= z - np.uint64(1)
+        bits += 1
+    return bits <= threshold
+
+
+@numba.njit
+def _pairs(hashes, starts, threshold):  # type: ignore[no-untyped-def]
+    """Positions of the close pairs inside each run hashes[starts[k]:starts[k + 1]]: int64 (M, 2).
+
+    Twice the work (count, then fill) is cheaper than a list that grows.
+    """
+    pairs = np.empty((0, 2), np.int64)
+    for fill in range(2):
+        found = 0
+        for k in range(len(starts) - 1):
+            for i in range(starts[k], starts[k + 1]):
+                for j in range(i + 1, starts[k + 1]):
+                    if _close(hashes[i], hashes[j], threshold):
+                        if fill == 1:
+                            pairs[found, 0], pairs[found, 1] = i, j
+                        found += 1
+        if fill == 0:
+            pairs = np.empty((found, 2), np.int64)
+    return pairs
+
+
+def _join(same: np.ndarray, rows: np.ndarray, families: np.ndarray) -> np.ndarray:
+    """Rows that share a content or a family are one: components of rows beside contents and families."""
+    n, contents = len(same), int(same.max()) + 1
+    ends = np.r_[n + same, n + contents + families]
+    size = n + contents + int(families.max()) + 1
+    graph = coo_array((np.ones(len(ends), np.bool_), (np.r_[np.arange(n), rows], ends)), shape=(size, size))
+    return connected_components(graph, directed=False)[1][:n].astype(np.int64)
+
+
+def _first_seen(groups: np.ndarray) -> np.ndarray:
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]

@@ -1,0 +1,298 @@
+"""The label file: which image belongs to which class, read strictly and brought into one canonical order.
+
+Ids are text and stay byte-exact ('007' is not '7'). Rows are sorted by file name and classes by number, then
+text, so a shuffled label file gives the same table, folds and betons.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import unicodedata
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fastflower.data.tables import Names, Row, csv_rows, folder_rows, read_csv, shown, write_csv
+from fastflower.errors import InputError
+from fastflower.recipe import Recipe
+from fastflower.runs import digest
+
+SHOWN = 10  # problems named in one message; the rest are counted
+HEAD, TAIL = 100, 20  # images of a class above and below which it is head and tail (Liu et al. 2019)
+
+_INTEGER = re.compile(r"-?[0-9]{1,300}")
+_FLOAT = re.compile(r"(-?[0-9]+)\.0+")
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """category_id by class_idx, in canonical order."""
+
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {category_id: position for position, category_id in enumerate(self.ids)}
+
+    @cached_property
+    def hash(self) -> str:
+        return digest(*self.ids)
+
+    def index(self, category_id: str) -> int:
+        """The class_idx of an id; InputError for an unknown one."""
+        if category_id not in self._index:
+            near = difflib.get_close_matches(category_id, self.ids, n=1)
+            raise InputError(
+                f"category_id '{category_id}' is none of the {len(self)} classes"
+                + (f"; the nearest is '{near[0]}'" if near else "")
+            )
+        return self._index[category_id]
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """One row an image, sorted by file name; `class_idx` is int64 (N,), `sizes` bytes of each file."""
+
+    filenames: list[str]
+    category_ids: list[str]
+    class_idx: np.ndarray
+    sizes: np.ndarray
+    classes: ClassMap
+    names: Names = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.filenames)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Images of each class: int64 (C,)."""
+        return np.bincount(self.class_idx, minlength=len(self.classes))
+
+    @cached_property
+    def hash(self) -> str:
+        """Of names and labels, not of pixels."""
+        return digest(*(part for row in zip(self.filenames, self.category_ids, strict=True) for part in row))
+
+    def take(self, rows: np.ndarray) -> LabelTable:
+        """The table of some rows, with the same classes."""
+        return LabelTable(
+            [self.filenames[row] for row in rows],
+            [self.category_ids[row] for row in rows],
+            self.class_idx[rows],
+            self.sizes[rows],
+            self.classes,
+            self.names,
+            self.notices,
+        )
+
+
+def read_labels(recipe: Recipe) -> LabelTable:
+    """Read data.csv and look at every file it names; InputError lists all that is wrong with it at once.
+
+    `data.csv=folders` takes the class of an image from the folder it lies in, directly below data.root.
+    """
+    root = Path(recipe.data.root)
+    if not root.is_dir():
+        raise InputError(
+            f"data.root = {root}: no such folder; give the folder that holds the training images"
+        )
+    if recipe.data.csv == "folders":
+        source, rows, names = "folders", folder_rows(root), Names()
+    else:
+        source = recipe.data.csv
+        rows, names = csv_rows(Path(source), root, recipe.data.image_col, recipe.data.label_col)
+    problems = [row.problem for row in rows if row.problem]
+    notices: list[str] = []
+    rows = [row for row in rows if not row.problem]
+    problems += _canonical_ids(rows, notices)
+    kept = _distinct(rows, root, problems, notices)
+    if problems:
+        raise InputError(f"{source}: {_listing(problems)}")
+    kept.sort(key=lambda entry: os.fsencode(entry[0].filename))
+    table = _table(
+        [row for row, _ in kept], np.array([size for _, size in kept], dtype=np.int64), names, notices
+    )
+    if len(table.classes) < 2:
+        raise InputError(
+            f"{source}: {len(table)} images of {len(table.classes)} class; training needs two classes"
+        )
+    return table
+
+
+def check_num_classes(recipe: Recipe, table: LabelTable) -> list[str]:
+    """Refuse a data.num_classes below the classes of the labels; one line of notice when it is above."""
+    wanted, found = recipe.data.num_classes, len(table.classes)
+    if wanted == "auto" or wanted == found:
+        return []
+    if int(wanted) < found:
+        raise InputError(f"data.num_classes = {wanted}: the labels have {found} classes; use auto or {found}")
+    return [f"data.num_classes = {wanted}: classes {found}..{int(wanted) - 1} have no images"]
+
+
+def order_ids(ids: set[str]) -> tuple[str, ...]:
+    """Numbers by value, then text: 9, 10, 007 beside 7, rose."""
+
+    def rank(category_id: str) -> tuple[int, int, str]:
+        number = _INTEGER.fullmatch(category_id)
+        return (0, int(category_id), category_id) if number else (1, 0, category_id)
+
+    return tuple(sorted(ids, key=rank))
+
+
+def class_stats(table: LabelTable) -> list[dict[str, str]]:
+    """One row a class: class_idx, category_id, n, share, part (head, middle or tail) and its names."""
+    rows = []
+    for position, category_id in enumerate(table.classes.ids):
+        n = int(table.counts[position])
+        part = "head" if n > HEAD else "tail" if n < TAIL else "middle"
+        row = {"class_idx": str(position), "category_id": category_id, "n": str(n)}
+        row |= {"share": f"{n / len(table):.6f}", "part": part}
+        rows.append(row | {column: of.get(category_id, "") for column, of in table.names.items()})
+    return rows
+
+
+def describe(table: LabelTable) -> str:
+    """The label file in one line: images, classes, and how long the tail is."""
+    counts, parts = table.counts, [row["part"] for row in class_stats(table)]
+    return (
+        f"{len(table)} images of {len(table.classes)} classes, {counts.min()} to {counts.max()} each "
+        f"(median {np.median(counts):g}, imbalance {counts.max() / max(counts.min(), 1):.1f}): "
+        f"{parts.count('head')} head, {parts.count('middle')} middle, {parts.count('tail')} tail"
+    )
+
+
+def write_classes(path: Path, table: LabelTable) -> None:
+    """classes.csv: class_idx, category_id, n, and the label file's columns of names."""
+    rows = [
+        {key: value for key, value in row.items() if key not in ("share", "part")}
+        for row in class_stats(table)
+    ]
+    write_csv(path, rows)
+
+
+def read_classes(path: Path) -> ClassMap:
+    """The class map of classes.csv."""
+    rows = read_csv(path, ("class_idx", "category_id"))
+    if [row["class_idx"] for row in rows] != [str(position) for position in range(len(rows))]:
+        raise InputError(f"{path}: class_idx must count 0, 1, 2, ...; run convert again")
+    return ClassMap(tuple(row["category_id"] for row in rows))
+
+
+def _canonical_ids(rows: list[Row], notices: list[str]) -> list[str]:
+    """Strip ids and turn 12.0 into 12 where every id is written so; returns the problems."""
+    problems = []
+    spaced = 0
+    for row in rows:
+        stripped = row.category_id.strip()
+        spaced += stripped != row.category_id
+        row.category_id = stripped
+        if not stripped:
+            problems.append(f"{row.where}: empty label for '{shown(row.filename)}'")
+    if spaced:
+        notices.append(f"{spaced} labels had spaces around them")
+    floats = [row for row in rows if _FLOAT.fullmatch(row.category_id)]
+    whole = [row for row in rows if _INTEGER.fullmatch(row.category_id)]
+    if floats and whole:
+        problems.append(
+            f"labels are written both as '{floats[0].category_id}' ({floats[0].where}) "
+            f"and as '{whole[0].category_id}' ({whole[0].where}); write them all in one way"
+        )
+    elif floats and len(floats) == sum(bool(row.category_id) for row in rows):
+        notices.append(f"labels such as {floats[0].category_id} are taken as whole numbers")
+        for row in floats:
+            row.category_id = _FLOAT.sub(r"\1", row.category_id)
+    ids = {row.category_id for row in rows}
+    padded = sorted(i for i in ids if re.fullmatch(r"0[0-9]+", i) and (i.lstrip("0") or "0") in ids)
+    if padded:
+        notices.append(f"'{padded[0]}' and '{padded[0].lstrip('0') or '0'}' are different classes")
+    return problems
+
+
+def _distinct(rows: list[Row], root: Path, problems: list[str], notices: list[str]) -> list[tuple[Row, int]]:
+    """Each file once, with its size in bytes; paths that leave the root or name no file become problems."""
+    inside = os.path.realpath(root)
+    seen: dict[str, Row] = {}
+    kept, repeated = [], 0
+    for row in rows:
+        fault, size, real = _look(row.filename, inside)
+        if fault:
+            problems.append(f"{row.where}: '{shown(row.filename)}' {fault}")
+        elif real not in seen:
+            seen[real] = row
+            kept.append((row, size))
+        elif seen[real].category_id == row.category_id:
+            repeated += 1
+        else:
+            problems.append(
+                f"{seen[real].where} and {row.where}: '{shown(row.filename)}' has two labels, "
+                f"'{shown(seen[real].category_id)}' and '{shown(row.category_id)}'"
+            )
+    if repeated:
+        notices.append(f"{repeated} rows repeat an earlier one and were left out")
+    for position, problem in enumerate(problems[:SHOWN]):
+        if problem.endswith("does not exist"):
+            name = problem.split("'", 1)[1].rsplit("'", 1)[0]
+            problems[position] += _nearest(Path(inside), name)
+    return kept
+
+
+def _look(name: str, inside: str) -> tuple[str, int, str]:
+    """(what is wrong, bytes, real path) of a file name of the label file; nothing is opened."""
+    parts = name.split("/")
+    if not name or "\0" in name:
+        return "is no file name", 0, ""
+    if (
+        name.startswith(("/", "~"))
+        or ".." in parts
+        or "\\" in name
+        or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
+    ):
+        return "must be a path below data.root, parts joined by '/'", 0, ""
+    try:
+        real = os.path.realpath(os.path.join(inside, name), strict=True)
+        state = os.stat(real)
+    except FileNotFoundError:
+        return "does not exist", 0, ""
+    except OSError as error:
+        return f"cannot be read: {error.strerror}", 0, ""
+    if os.path.commonpath([inside, real]) != inside:
+        return "is a link that leaves data.root", 0, ""
+    if not stat.S_ISREG(state.st_mode):
+        return "is not a regular file", 0, ""
+    return "", state.st_size, real
+
+
+def _nearest(root: Path, name: str) -> str:
+    folder = (root / name).parent
+    there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    plain = {unicodedata.normalize("NFC", entry).casefold(): entry for entry in there}
+    wanted = unicodedata.normalize("NFC", Path(name).name).casefold()
+    near = difflib.get_close_matches(wanted, list(plain), n=1, cutoff=0.7)
+    return f" (is it '{shown(plain[near[0]])}'?)" if near else ""
+
+
+def _listing(problems: list[str]) -> str:
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    return count + "; ".join(problems[:SHOWN]) + more
+
+
+def _table(rows: list[Row], sizes: np.ndarray, names: Names, notices: list[str]) -> LabelTable:
+    classes = ClassMap(order_ids({row.category_id for row in rows}))
+    ids = [row.category_id for row in rows]
+    class_idx = np.array([classes.index(category_id) for category_id in ids], dtype=np.int64)
+    known = set(classes.ids)
+    names = {
+        column: {key if key in known else _FLOAT.sub(r"\1", key): name for key, name in of.items()}
+        for column, of in names.items()
+    }
+    return LabelTable([row.filename for row in rows], ids, class_idx, sizes, classes, names, tuple(notices))

@@ -1,0 +1,150 @@
+"""Photographs as pixels: one way of reading a file, and one stored size, for betons, evaluation and hand-in alike.
+
+Pillow decodes (accurate DCT, smooth chroma); formats are chosen by content, from a short list, and everything
+odd about a file is said in one line before it can cost memory or time.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fastflower.data.tables import shown
+from fastflower.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+MOST_PIXELS = 64_000_000  # a header that claims more is refused before anything is allocated
+MOST_SCANS = 500  # a progressive JPEG of 40 kB can hold thousands and cost a minute
+LONGEST = 4  # stored images are at most this many stored sides long; views nearer to square never see the cut
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+STRANGERS = (
+    (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
+    (b"<", "a web page or other markup"),
+    (b"%PDF", "a PDF"),
+    (b"II*\0", "a TIFF"),
+    (b"MM\0*", "a TIFF"),
+    (b"8BPS", "a Photoshop file"),
+    (b"PK\3\4", "a zip archive"),
+)
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """A regular file's bytes; a pipe or device is refused without waiting for it."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise InputError("is not a regular file")
+    with os.fdopen(handle, "rb") as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}") from None
+
+
+def decode(data: bytes) -> tuple[Image.Image, bool]:
+    """The first frame as an upright RGB picture, and whether a JPEG decoder gives the same from the bytes as they are.
+
+    Alpha lies over white; 16 bits become 8 by / 257; a broken orientation note is ignored. InputError otherwise.
+    """
+    if not data:
+        raise InputError("is empty")
+    if data.count(b"\xff\xda") > MOST_SCANS and data[:2] == b"\xff\xd8":
+        raise InputError(f"is a JPEG of more than {MOST_SCANS} scans")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of broken EXIF and large files; what matters raises here
+        try:
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise InputError(
+                    f"has {width} x {height} pixels, more than {MOST_PIXELS // 1_000_000} million"
+                )
+            image.load()
+        except UnidentifiedImageError:
+            raise InputError(f"is no image of {', '.join(FORMATS)}{_stranger(data)}") from None
+        except Image.DecompressionBombError:
+            raise InputError(f"has more than {MOST_PIXELS // 1_000_000} million pixels") from None
+        except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
+            raise InputError(
+                f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"
+            ) from None
+        turn = TURNS.get(_orientation(image))
+        plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and turn is None
+        image = _rgb(image)
+    return (image if turn is None else image.transpose(turn)), plain
+
+
+def read_rgb(source: bytes | Path | str) -> np.ndarray:
+    """Pixels of an image file or of its bytes: uint8 (H, W, 3), upright. InputError names the file."""
+    data = source if isinstance(source, bytes) else None
+    try:
+        return np.array(decode(read_bytes(source) if data is None else data)[0])  # type: ignore[arg-type]
+    except InputError as error:
+        name = "image" if data is not None else shown(str(source))
+        raise InputError(f"{name} {error}; replace it") from None
+
+
+def stored(image: Image.Image, side: int) -> Image.Image:
+    """What a beton holds of a picture: the short side brought down to `side`, smaller ones left as they are.
+
+    Beyond 4 x `side` the long one is cut, evenly so that the centre stays where it was.
+    """
+    width, height = image.size
+    short = min(width, height)
+    if short > side:
+        image = image.resize(
+            (round(width * side / short), round(height * side / short)), Image.Resampling.BICUBIC
+        )
+    width, height = image.size
+    left, top = (max(0, -(-(length - LONGEST * side) // 2)) for length in (width, height))
+    return image.crop((left, top, width - left, height - top)) if left or top else image
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """A JPEG without chroma subsampling of uint8 (H, W, 3)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a broken block raises many kinds; the picture is taken as it lies
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _stranger(data: bytes) -> str:
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+    for mark, kind in STRANGERS:
+        if start.startswith(mark):
+            return f", but {kind}"
+    return ", but text" if start.isascii() and start.decode("ascii").isprintable() else ""

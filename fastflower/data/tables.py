@@ -1,0 +1,137 @@
+"""Tables of text: label files as people write them, and the project's own CSVs.
+
+Encoding, delimiter and line ends are told from the file; what cannot be told is refused with the line it is in.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastflower.errors import InputError
+from fastflower.runs import write_atomic
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+Names = dict[str, dict[str, str]]  # column -> category_id -> name
+
+
+@dataclass
+class Row:
+    """A row of a label file: where it stands, what it says, and what is wrong with it."""
+
+    where: str
+    filename: str = ""
+    category_id: str = ""
+    problem: str = ""
+
+
+def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[list[Row], Names]:
+    """The rows of a label file in its order, and each further column that is constant within classes.
+
+    UTF-8 with or without its mark; else GB18030, if then every file name exists below `root`.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"data.csv = {path}: {error.strerror}; give the label file, or 'folders'") from None
+    if b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
+        kind = "looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "has a NUL byte"
+        raise InputError(f"{path}:{line}: {kind}; save it as UTF-8 text")
+    try:
+        return _parse(data.decode("utf-8-sig"), path, image_col, label_col)
+    except UnicodeDecodeError as error:
+        fault = f"{path}: byte {error.start} is not UTF-8; save it as UTF-8"
+    try:
+        rows, names = _parse(data.decode("gb18030"), path, image_col, label_col)
+    except (UnicodeDecodeError, InputError):
+        raise InputError(fault) from None
+    if not rows or not all((root / row.filename).is_file() for row in rows if not row.problem):
+        raise InputError(f"{fault} (read as GB18030, its file names do not exist)")
+    return rows, names
+
+
+def _parse(text: str, path: Path, image_col: str, label_col: str) -> tuple[list[Row], Names]:
+    wanted = (image_col, label_col)
+    first = text.lstrip("\r\n").splitlines()[:1]
+    if not first:
+        raise InputError(f"{path}: empty; its first line must name the columns {', '.join(wanted)}")
+    headers = {mark: [name.strip() for name in next(csv.reader(first, delimiter=mark))] for mark in ",;\t"}
+    fitting = [mark for mark, header in headers.items() if all(name in header for name in wanted)]
+    if not fitting:
+        mark = max(headers, key=lambda mark: len(headers[mark]))
+        found = ", ".join(shown(name) for name in headers[mark])
+        raise InputError(
+            f"{path}: no column {' or '.join(n for n in wanted if n not in headers[mark])}; it has {found}; "
+            "name yours by data.image_col and data.label_col"
+        )
+    header = headers[fitting[0]]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=fitting[0], strict=True)
+    image, label = header.index(image_col), header.index(label_col)
+    rows: list[Row] = []
+    names: Names = {name: {} for name in header if name not in wanted and name}
+    line, headed = 1, False
+    try:
+        for cells in reader:
+            where, line = f"line {line}", reader.line_num + 1
+            if not cells:
+                continue
+            if not headed:
+                headed = True
+            elif len(cells) != len(header):
+                rows.append(Row(where, problem=f"{where}: {len(cells)} fields, the header has {len(header)}"))
+            else:
+                rows.append(Row(where, cells[image], cells[label]))
+                for name, cell in zip(header, cells, strict=True):
+                    if name in names and names[name].setdefault(cells[label].strip(), cell) != cell:
+                        del names[name]  # differs within a class, so it names no class
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: line {reader.line_num}: {error}; quotes must be closed and doubled inside"
+        ) from None
+    if not rows:
+        raise InputError(f"{path}: has a header and no rows")
+    return rows, names
+
+
+def folder_rows(root: Path) -> list[Row]:
+    """A row for every image below a folder of `root`, whose name is its class."""
+    rows = [
+        Row(str(file.relative_to(root)), str(file.relative_to(root)), folder.name)
+        for folder in sorted(root.iterdir())
+        if folder.is_dir()
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not rows:
+        raise InputError(f"data.root = {root}: no folder with images ({' '.join(SUFFIXES)}) below it")
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = ()) -> None:
+    """A table of text as UTF-8, atomically; file names that are not UTF-8 keep their bytes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or tuple(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a table that `write_csv` made; InputError when it is missing or lacks a column."""
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; run convert first") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    lacking = [column for column in columns if column not in (reader.fieldnames or [])]
+    if lacking:
+        raise InputError(f"{path}: no column {', '.join(lacking)}; move the file away and run convert again")
+    return list(reader)
+
+
+def shown(name: str) -> str:
+    """A name for a message: control characters and stray bytes escaped, everything else as it is."""
+    return repr(name)[1:-1]

@@ -1,0 +1,538 @@
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower import convert, recipe
+from fastflower.data import conversion, corruptions, folds, pixels, sets, spool
+from fastflower.data.betons import open_beton
+from fastflower.data.decode import decode_eval
+from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+
+WORDS = ["data.img_size=32", "tta.scales=[32]", "data.n_splits=3", "data.workers=1"]  # stored side 36
+SIDE = 36
+
+
+def picture(seed: int, size: tuple[int, int] = (60, 48)) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photographs() -> dict[str, bytes]:
+    """Eighteen pictures of three classes below data/train, one of them small; ids are not contiguous."""
+    files = {f"{k:02d}.jpg": jpeg(picture(k, (40, 30) if k == 4 else (60, 48))) for k in range(18)}
+    Path("data/train").mkdir(parents=True)
+    for name, data in files.items():
+        Path("data/train", name).write_bytes(data)
+    label([(name, [164, 9, 10][k % 3]) for k, name in enumerate(files)])
+    return files
+
+
+def label(rows: list[tuple[str, int]]) -> None:
+    Path("data/train_labels.csv").write_text(
+        "filename,category_id\n" + "".join(f"{n},{c}\n" for n, c in rows)
+    )
+
+
+def run(*words: str) -> None:
+    assert convert.main([*WORDS, *words]) == 0
+
+
+def snapshot(home: str = "data") -> dict[str, str]:
+    """What convert has written there, by content."""
+    paths = {*Path(home).glob("*.csv"), *Path(home, "betons").glob("fold*")} - {Path("data/train_labels.csv")}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def pixels_of(path: Path, row: int) -> np.ndarray:
+    beton = open_beton(path)
+    height, width = int(beton.heights[row]), int(beton.widths[row])
+    out = np.empty((1, height, width, 3), np.uint8)
+    decode_eval(beton, np.array([row]), out, 1.0, "bilinear", 1)
+    return out[0]
+
+
+def test_a_conversion_holds_what_the_contract_says(photographs: dict[str, bytes]) -> None:
+    run("data.store=raw")
+    table = folds.read_folds(Path("data/folds.csv"))
+    assert Path("data/classes.csv").read_text() == "class_idx,category_id,n\n0,9,6\n1,10,6\n2,164,6\n"
+    assert table.sha256 == [hashlib.sha256(data).hexdigest() for data in photographs.values()]
+    for fold in range(3):
+        train, val, bad = (
+            open_beton(Path(f"data/betons/fold{fold}_{s}.beton")) for s in ("train", "val", "val_corrupt")
+        )
+        assert train.index.tolist() == table.train_rows(fold).tolist()
+        assert val.index.tolist() == table.val_rows(fold).tolist()
+        assert np.array_equal(train.labels, table.class_idx[train.index])
+        assert bad.index.tolist() == val.index.tolist() * 5
+        assert bad.manifest["combos"] == [[kind, "low"] for kind in corruptions.STRENGTHS]
+        assert train.manifest["stored_side"] == SIDE
+        for beton in (train, val, bad):
+            beton.verify()
+            assert min(beton.heights.min(), beton.widths.min()) == (30 if 4 in beton.index else SIDE)
+
+
+@pytest.mark.parametrize("store", ["raw", "jpeg"])
+def test_rows_are_the_pictures(photographs: dict[str, bytes], store: str) -> None:
+    run(f"data.store={store}")
+    names = list(photographs)
+    for split in ("val", "val_corrupt"):
+        path = Path(f"data/betons/fold0_{split}.beton")
+        beton = open_beton(path)
+        combos = beton.manifest["combos"] or [None]
+        for row, index in enumerate(beton.index):
+            want = np.asarray(pixels.stored(pixels.decode(photographs[names[index]])[0], SIDE))
+            combo = combos[row * len(combos) // beton.rows]
+            if combo:
+                want = corruptions.corrupt(want, *combo, corruptions.image_key(names[index]))
+            exact = store == "raw" or split == "val" or combo[0] == "jpeg"
+            got = pixels_of(path, row)
+            assert np.array_equal(got, want) if exact else np.abs(got.astype(int) - want).mean() < 4
+
+
+def test_small_jpegs_keep_their_bytes_and_validation_is_never_lossy(photographs: dict[str, bytes]) -> None:
+    run("data.store=jpeg")
+    for fold in range(3):
+        for split in ("train", "val"):
+            beton = open_beton(Path(f"data/betons/fold{fold}_{split}.beton"))
+            for row, index in enumerate(beton.index):
+                kept = beton.row(row).tobytes() == photographs[f"{index:02d}.jpg"]
+                assert kept == (index == 4)
+                assert int(beton.table["mode"][row]) == (
+                    spool.RAW if split == "val" and not kept else spool.JPEG
+                )
+
+
+def test_each_file_is_read_once_and_encoded_once(
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    for name in ("read_bytes", "decode", "encode_jpeg"):
+        real: Callable[..., object] = getattr(spool, name)
+        monkeypatch.setattr(spool, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
+    run("data.store=jpeg", "data.n_splits=5", "robust.enabled=false")
+    assert {name: seen.count(name) for name in set(seen)} == {
+        "read_bytes": 18,
+        "decode": 18,
+        "encode_jpeg": 17,
+    }
+    assert not list(Path("data/betons").glob("*val_corrupt*"))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_bytes_do_not_depend_on_workers_or_on_the_order_of_labels(
+    photographs: dict[str, bytes], workers: int
+) -> None:
+    run("data.store=jpeg")
+    want = snapshot()
+    rows = [(name, [164, 9, 10][k % 3]) for k, name in enumerate(photographs)]
+    label(rows[::-1])
+    run("data.store=jpeg", "data.home=again", f"data.workers={workers}")
+    assert snapshot("again") == want
+
+
+def test_a_second_run_has_nothing_to_do(
+    photographs: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("data.store=raw")
+    before, times = snapshot(), {p: p.stat().st_mtime_ns for p in Path("data/betons").glob("fold*")}
+    run("data.store=auto", "seed=7")
+    assert "up to date: 18 images, 3 classes, 3 folds, raw" in capsys.readouterr().out
+    assert times == {p: p.stat().st_mtime_ns for p in Path("data/betons").glob("fold*")}
+    run("data.store=raw", "data.img_size=48")
+    assert snapshot()["folds.csv"] == before["folds.csv"]
+    assert open_beton(Path("data/betons/fold0_train.beton")).manifest["stored_side"] == 55
+    run("robust.enabled=false")
+    assert not list(Path("data/betons").glob("*val_corrupt*"))
+
+
+def test_only_what_is_missing_is_written_again(photographs: dict[str, bytes]) -> None:
+    run()
+    want = snapshot()
+    kept = Path("data/betons/fold2_val.beton")
+    inode = kept.stat().st_ino
+    Path("data/betons/fold0_train.beton.json").unlink()
+    run()
+    assert snapshot() == want
+    assert kept.stat().st_ino == inode
+
+
+def test_copies_share_a_fold_and_conflicts_are_said(
+    photographs: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data/train/copy.jpg").write_bytes(photographs["05.jpg"])
+    Path("data/train/small.jpg").write_bytes(jpeg(picture(7, (90, 72))))
+    label(
+        [
+            *((name, [164, 9, 10][k % 3]) for k, name in enumerate(photographs)),
+            ("copy.jpg", 9),
+            ("small.jpg", 9),
+        ]
+    )
+    run()
+    table = folds.read_folds(Path("data/folds.csv"))
+    fold = dict(zip(table.filenames, table.fold, strict=True))
+    assert fold["copy.jpg"] == fold["05.jpg"]
+    assert fold["small.jpg"] == fold["07.jpg"]
+    said = capsys.readouterr().out
+    assert "2 images are copies or near-copies of another and share its fold" in said
+    assert "warning: 1 images are another's bytes with another label, such as copy.jpg and 05.jpg" in said
+    assert "copy.jpg,9,05.jpg,10,0,yes" in Path("data/duplicates.csv").read_text()
+
+
+def test_equal_bytes_are_grouped_even_without_hashing(photographs: dict[str, bytes]) -> None:
+    Path("data/train/copy.jpg").write_bytes(photographs["05.jpg"])
+    label([*((name, [164, 9, 10][k % 3]) for k, name in enumerate(photographs)), ("copy.jpg", 10)])
+    run("data.group=none", "data.split=stratified")
+    table = folds.read_folds(Path("data/folds.csv"))
+    assert table.group[table.filenames.index("copy.jpg")] == table.group[5]
+
+
+def damage(photographs: dict[str, bytes]) -> None:
+    Path("data/train/03.jpg").write_bytes(photographs["03.jpg"][:500])
+    Path("data/train/08.jpg").write_bytes(b"")
+    Path("data/train/11.jpg").write_bytes(b"<html>")
+    Path("data/train/14.jpg").write_bytes(rotten(photographs["14.jpg"]))
+
+
+def rotten(data: bytes) -> bytes:
+    """The first change of a byte of a JPEG's scan that Pillow decodes without a word and libjpeg warns of."""
+    for at in range(data.index(b"\xff\xda") + 14, len(data)):
+        changed = data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
+        try:
+            pixels.decode(changed)
+            spool._refuse_flawed(changed)
+        except CorruptionError:
+            return changed
+        except InputError:
+            continue
+    pytest.fail("no change of one byte makes libjpeg warn")
+
+
+def test_all_bad_images_are_named_at_once(photographs: dict[str, bytes]) -> None:
+    damage(photographs)
+    assert pixels.read_rgb(Path("data/train/14.jpg")).shape == (48, 60, 3)
+    with pytest.raises(InputError) as error:
+        run()
+    said = str(error.value)
+    assert said.startswith("4 of 18 images cannot be used: 03.jpg cannot be decoded: ")
+    assert "08.jpg is empty; 11.jpg is no image of JPEG, PNG, BMP, GIF, WEBP, but a web page" in said
+    assert "14.jpg cannot be decoded (Corrupt JPEG data" in said
+    assert said.endswith("; replace them, or use data.on_bad=skip")
+    assert "\n" not in said
+    assert not snapshot()
+    assert not Path("data/betons/.spool").exists()
+
+
+def test_bad_images_can_be_skipped(photographs: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    damage(photographs)
+    run("data.on_bad=skip")
+    skipped = Path("data/skipped.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in skipped] == ["filename", "03.jpg", "08.jpg", "11.jpg", "14.jpg"]
+    table = folds.read_folds(Path("data/folds.csv"))
+    assert len(table) == 14
+    assert (
+        sum(int(line.split(",")[2]) for line in Path("data/classes.csv").read_text().splitlines()[1:]) == 14
+    )
+    run("data.on_bad=skip")
+    assert "up to date: 14 images" in capsys.readouterr().out
+    sets.open_fold(recipe.load(None, WORDS), 0)
+
+
+def test_many_bad_images_go_to_a_file(photographs: dict[str, bytes]) -> None:
+    for name in list(photographs)[:12]:
+        Path("data/train", name).write_bytes(b"x")
+    with pytest.raises(InputError, match=r"12 of 18 images .*; and 2 more, all in data/bad.csv; replace"):
+        run()
+    assert len(Path("data/bad.csv").read_text().splitlines()) == 13
+
+
+def test_an_image_of_the_folds_that_broke_or_changed_is_refused(photographs: dict[str, bytes]) -> None:
+    run()
+    before = snapshot()
+    Path("data/train/03.jpg").write_bytes(photographs["03.jpg"][:500])
+    with pytest.raises(InputError, match=r"folds.csv counts on them: restore them"):
+        run("data.on_bad=skip")
+    Path("data/train/03.jpg").write_bytes(photographs["04.jpg"])
+    with pytest.raises(InputError, match=r"1 images changed since data/folds.csv was made, such as 03.jpg"):
+        run()
+    assert snapshot() == before
+
+
+def test_odd_pictures_are_stored_upright_and_undistorted(photographs: dict[str, bytes]) -> None:
+    exif = Image.Exif()
+    exif[pixels.ORIENTATION] = 6
+    odd = {
+        "turned.jpg": jpeg(picture(50, (35, 30)), exif=exif),
+        "grey.jpg": jpeg(picture(51, (35, 30)).convert("L")),
+        "cmyk.jpg": jpeg(picture(52, (35, 30)).convert("CMYK")),
+        "dot.jpg": jpeg(picture(53, (1, 1))),
+        "strip.jpg": jpeg(picture(54, (900, 1))),
+        "名 ,字.jpg": jpeg(picture(55, (35, 30)), progressive=True),
+    }
+    for name, data in odd.items():
+        Path("data/train", name).write_bytes(data)
+    rows = [*photographs, *odd]
+    text = "".join(f'"{name}",{k % 3}\n' for k, name in enumerate(rows))
+    Path("data/train_labels.csv").write_text("filename,category_id\n" + text)
+    run("data.store=jpeg")
+    table = folds.read_folds(Path("data/folds.csv"))
+    sizes = {}
+    for fold in range(3):
+        beton = open_beton(Path(f"data/betons/fold{fold}_val.beton"))
+        for row, index in enumerate(beton.index):
+            sizes[table.filenames[index]] = (int(beton.heights[row]), int(beton.widths[row]))
+            name = table.filenames[index]
+            if name in odd:
+                want = pixels.stored(pixels.decode(odd[name])[0], SIDE)
+                assert np.array_equal(
+                    pixels_of(Path(f"data/betons/fold{fold}_val.beton"), row), np.asarray(want)
+                )
+    assert sizes["turned.jpg"] == (35, 30)
+    assert sizes["strip.jpg"] == (1, 4 * SIDE)
+    assert sizes["dot.jpg"] == (1, 1)
+
+
+def test_a_ratio_split_has_one_fold(photographs: dict[str, bytes]) -> None:
+    run("data.split=ratio", "data.n_splits=4")
+    assert {p.name for p in Path("data/betons").glob("*.beton")} == {
+        f"fold0_{s}.beton" for s in ("train", "val", "val_corrupt")
+    }
+    held_out = open_beton(Path("data/betons/fold0_val.beton"))
+    assert 0 < held_out.rows <= 5
+    sets.open_fold(recipe.load(None, [*WORDS, "data.split=ratio"]), 0)
+
+
+def test_open_fold_refuses_what_does_not_belong_together(photographs: dict[str, bytes]) -> None:
+    run()
+    settings = recipe.load(None, WORDS)
+    opened = sets.open_fold(settings, 1)
+    assert opened.val_corrupt is not None
+    assert (opened.train.rows, opened.val.rows, opened.val_corrupt.rows) == (12, 6, 30)
+    assert opened.classes.ids == ("9", "10", "164")
+    assert sets.open_fold(recipe.load(None, [*WORDS, "robust.enabled=false"]), 1).val_corrupt is None
+    with pytest.raises(InputError, match=r"short side 36, the recipe's sizes and views need 73"):
+        sets.open_fold(recipe.load(None, [*WORDS, "data.img_size=64"]), 1)
+    with pytest.raises(InputError, match=r"robust.kinds or robust.level differ"):
+        sets.open_fold(recipe.load(None, [*WORDS, "robust.level=medium"]), 1)
+    with pytest.raises(InputError, match=r"data.fold = 4: data/folds.csv has the folds \[0, 1, 2\]"):
+        sets.open_fold(settings, 4)
+    beside = Path("data/betons/fold1_val.beton.json")
+    beside.write_text(beside.read_text().replace('"store": "raw"', '"store": "jpeg"'))
+    with pytest.raises(
+        InputError, match=r"fold1_val.beton is stale: settings differ from today's; run convert again"
+    ):
+        sets.open_fold(settings, 1)
+    for part in ("", ".json"):
+        shutil.copy(f"data/betons/fold0_train.beton{part}", f"data/betons/fold1_train.beton{part}")
+    with pytest.raises(InputError, match=r"fold1_train.beton is stale: fold differ"):
+        sets.open_fold(settings, 1)
+    label([(name, [164, 9, 10][k % 3 if k else 1]) for k, name in enumerate(photographs)])
+    with pytest.raises(InputError, match=r"does not match the labels: 1 relabelled, such as 00.jpg"):
+        sets.open_fold(settings, 1)
+    Path("data/train_labels.csv").unlink()  # the photographs need not be where one trains
+    sets.open_fold(settings, 0)
+
+
+def test_two_conversions_at_once(photographs: dict[str, bytes]) -> None:
+    run()
+    before = snapshot()
+    with open("data/betons/.lock", "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(EnvironmentFault, match=r"another convert \(process \d+\) is writing there"):
+            run("data.img_size=48")
+    assert snapshot() == before
+
+
+def test_the_disk_is_asked_first(photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        conversion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    )
+    with pytest.raises(
+        EnvironmentFault, match=r"needs about .* MB, 0.0 MB are free; free the disk, move data.home, or"
+    ):
+        run()
+    assert not snapshot()
+
+
+@pytest.mark.parametrize(("memory", "store"), [(1 << 40, "raw"), (100_000, "jpeg")])
+def test_the_store_follows_memory(
+    photographs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    memory: int,
+    store: str,
+) -> None:
+    monkeypatch.setattr(conversion, "_memory", lambda: memory)
+    run()
+    assert re.search(
+        rf"store: {store}, short side 36; .* of raw pixels a fold .*fit", capsys.readouterr().out
+    )
+    assert open_beton(Path("data/betons/fold0_val.beton")).manifest["settings"]["store"] == store
+
+
+def test_hashing_is_left_out_when_it_takes_long(
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(conversion.duplicates, "hashing_seconds", lambda *a: 600.0)
+    monkeypatch.setattr(spool, "phash", lambda image: pytest.fail("hashed all the same"))
+    run()
+    assert "hashing takes about 600 s: left out; data.group=phash looks for them" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written(photographs: dict[str, bytes]) -> None:
+    Path("file").write_text("")
+    with pytest.raises(EnvironmentFault, match=r"data.home = file: cannot write there"):
+        run("data.home=file")
+
+
+def limited(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "fastflower.convert", *WORDS, *words]
+
+
+@pytest.fixture
+def environment(repo: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(repo)}
+
+
+def test_a_full_disk_stops_cleanly(photographs: dict[str, bytes], environment: dict[str, str]) -> None:
+    words = ("data.workers=2", "data.store=raw", "robust.enabled=false")
+    done = subprocess.run(
+        command(*words), env=environment, preexec_fn=limited(20_000), capture_output=True, timeout=60
+    )
+    assert done.returncode == 4
+    assert re.search(rb"fastflower: .*cannot write \(File too large\); free the disk", done.stderr)
+    assert done.stderr.count(b"\n") == 1
+    assert not list(Path("data/betons").glob("fold*"))
+    assert not list(Path("data/betons").rglob("*spool*"))
+
+
+def test_a_killed_worker_ends_the_conversion(
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = os.getpid()
+    monkeypatch.setattr(spool, "CHUNK", 4)
+    monkeypatch.setattr(
+        spool, "decode", lambda data: os.kill(os.getpid(), signal.SIGKILL if os.getpid() != parent else 0)
+    )
+    with pytest.raises(
+        EnvironmentFault, match=r"a worker process was killed, most likely for memory; lower data.workers"
+    ):
+        run("data.workers=2")
+    assert not snapshot()
+
+
+def test_a_silent_worker_is_given_up(photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "CHUNK", 4)
+    monkeypatch.setattr(spool, "PATIENCE", 0.3)
+    monkeypatch.setattr(spool, "decode", lambda data: time.sleep(600))
+    with pytest.raises(EnvironmentFault, match=r"no image finished within 0 s; check the disk"):
+        run("data.workers=2")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing but `finally` runs, and what those do, a next run must do as well."""
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 8])
+def test_a_kill_between_any_two_betons_leaves_whole_files(
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    run("data.home=want")
+    real, calls = conversion.BetonWriter.commit, []
+
+    def commit(writer: conversion.BetonWriter, manifest: dict[str, object]) -> None:
+        calls.append(writer.path)
+        if len(calls) > step:
+            raise Killed
+        real(writer, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.BetonWriter, "commit", commit)
+        with pytest.raises(Killed):
+            run()
+    assert len(list(Path("data/betons").glob("fold*.beton"))) == step
+    for path in Path("data/betons").glob("fold*.beton"):
+        open_beton(path).verify()
+    run()
+    assert snapshot() == snapshot("want")
+
+
+def test_sigkill_while_encoding_leaves_nothing_behind(
+    photographs: dict[str, bytes], environment: dict[str, str]
+) -> None:
+    for k in range(18, 900):
+        Path(f"data/train/{k}.jpg").write_bytes(photographs["00.jpg"])
+    label([(p.name, k % 3) for k, p in enumerate(sorted(Path("data/train").iterdir()))])
+    with subprocess.Popen(command("data.workers=2"), env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(Path("data/betons").glob(".spool/spool-*")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        workers = [int(p.name.split("-")[1]) for p in Path("data/betons/.spool").iterdir()]
+        process.kill()
+    assert workers
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not list(Path("data/betons").glob("fold*"))
+    label([(name, [164, 9, 10][k % 3]) for k, name in enumerate(photographs)])
+    run()
+    assert not Path("data/betons/.spool").exists()
+
+
+def test_progress_says_speed_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(spool.time, "monotonic", lambda: now[0])
+    progress = spool.Progress("images", 100)
+    for done in (10, 20, 50):
+        now[0] += 3
+        progress(done)
+    assert capsys.readouterr().out == "images: 20/100 (20 %), 3 images/s, 24 s left\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress = spool.Progress("images", 100)
+    for done in (50, 100):
+        now[0] += 1
+        progress(done)
+    assert capsys.readouterr().out.count("\r") == 2
+
+
+def test_photographs_of_flowers(flowers17: Path) -> None:
+    rows = (flowers17 / "train_labels.csv").read_text().splitlines()[1::20]
+    Path("some.csv").write_text("filename,category_id\n" + "\n".join(rows) + "\n")
+    run(f"data.root={flowers17 / 'train'}", "data.csv=some.csv", "data.store=jpeg")
+    opened = sets.open_fold(
+        recipe.load(None, [*WORDS, f"data.root={flowers17 / 'train'}", "data.csv=some.csv"]), 0
+    )
+    manifest = json.loads(Path("data/betons/fold0_train.beton.json").read_text())
+    assert opened.train.rows + opened.val.rows == len(rows) == manifest["rows"] + opened.val.rows
+    opened.train.verify()

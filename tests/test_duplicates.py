@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.sparse.csgraph import connected_components
+
+from fastflower.data import duplicates
+
+
+def photograph(seed: int, size: tuple[int, int] = (240, 180)) -> Image.Image:
+    """Smooth random structure: what a perceptual hash is made for."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def clustered(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Distinct hashes, many of them a few bits from another."""
+    seeds = rng.integers(0, 2**64, n // 4, dtype=np.uint64)
+    hashes = np.repeat(seeds, 4)
+    for _ in range(5):
+        flips = np.uint64(1) << rng.integers(0, 64, len(hashes), dtype=np.uint64)
+        hashes = np.where(rng.random(len(hashes)) < 0.6, hashes ^ flips, hashes)
+    return np.unique(hashes)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 4, 8])
+def test_components_equal_brute_force(threshold: int) -> None:
+    hashes = clustered(np.random.default_rng(threshold), 600)
+    close = np.bitwise_count(hashes[:, None] ^ hashes[None, :]) <= threshold
+    want = connected_components(close, directed=False)[1]
+    got = duplicates.components(hashes, threshold)
+    assert np.array_equal(got[:, None] == got[None, :], want[:, None] == want[None, :])
+    assert threshold < 4 or len(np.unique(got)) < len(hashes)
+
+
+def test_phash_is_imagehash_and_survives_resizing_and_encoding() -> None:
+    image = photograph(1)
+    bits = imagehash.phash(image).hash.ravel()
+    assert duplicates.phash(image) == int("".join("01"[int(bit)] for bit in bits), 2)
+    copies = [
+        image.resize((120, 90), Image.Resampling.BICUBIC),
+        image.resize((640, 480), Image.Resampling.BICUBIC),
+    ]
+    first = duplicates.phash(image)
+    assert first is not None
+    for copy in copies:
+        other = duplicates.phash(copy)
+        assert other is not None
+        assert duplicates.distance(first, other) <= 4
+    stranger = duplicates.phash(photograph(2))
+    assert stranger is not None
+    assert duplicates.distance(first, stranger) > 12
+
+
+def test_flat_pictures_have_no_hash() -> None:
+    assert duplicates.phash(Image.new("RGB", (50, 50), "red")) is None
+
+
+def test_groups_join_equal_bytes_and_near_hashes() -> None:
+    content = ["a", "b", "a", "c", "d", "e"]
+    hashes = np.array([0, 0xFFFF, 0xFF << 40, 0xFFFE, 0x3FF << 50, 0x3FF << 50], np.uint64)
+    hashed = np.array([True, True, True, True, False, True])
+    groups = duplicates.group(content, hashes, hashed, threshold=4, largest=4)
+    assert groups.tolist() == [0, 1, 0, 1, 2, 3]
+
+
+def test_a_chain_is_one_group_and_an_implausible_one_is_none() -> None:
+    hashes = np.array([0b0, 0b1111, 0b11111111], np.uint64)  # 4 bits from the next, 8 from end to end
+    hashed = np.ones(3, bool)
+    assert duplicates.group(list("abc"), hashes, hashed, 4, largest=3).tolist() == [0, 0, 0]
+    assert duplicates.group(list("abc"), hashes, hashed, 4, largest=2).tolist() == [0, 1, 2]
+    assert duplicates.group(list("aba"), hashes, hashed, 4, largest=2).tolist() == [0, 1, 0]
+
+
+def test_unhashed_rows_are_grouped_by_bytes_alone() -> None:
+    groups = duplicates.group(list("abab"), np.zeros(4, np.uint64), np.zeros(4, bool), 4, 2)
+    assert groups.tolist() == [0, 1, 0, 1]
+
+
+def test_the_cost_of_hashing_grows_with_rows() -> None:
+    assert 0 < duplicates.hashing_seconds(64, 1, 1) < duplicates.hashing_seconds(64, 100_000, 1)

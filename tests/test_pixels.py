@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower.data import pixels
+from fastflower.errors import InputError
+
+RNG = np.random.default_rng(0)
+
+
+def picture(height: int = 60, width: int = 80) -> Image.Image:
+    coarse = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+def test_formats_are_told_by_content(form: str) -> None:
+    data = encoded(picture(), form, **({"lossless": True} if form == "WEBP" else {}))
+    Path("named.jpg").write_bytes(data)
+    with Image.open(io.BytesIO(data)) as image:
+        want = np.asarray(image.convert("RGB"))
+    assert np.array_equal(pixels.read_rgb(Path("named.jpg")), want)
+    assert np.array_equal(pixels.read_rgb(data), want)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_orientation_is_applied_once(turn: int) -> None:
+    upright = np.asarray(picture())
+    lying = {  # what a camera stores for each note, by the Exif standard's names of the 0th row and column
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[turn]
+    exif = Image.Exif()
+    exif[pixels.ORIENTATION] = turn
+    image, plain = pixels.decode(encoded(Image.fromarray(np.ascontiguousarray(lying)), "PNG", exif=exif))
+    assert np.array_equal(np.asarray(image), upright)
+    assert not plain
+    assert pixels.decode(encoded(picture(), exif=exif))[1] is (turn == 1)
+
+
+@pytest.mark.parametrize("block", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0"])
+def test_a_broken_note_is_ignored(block: bytes) -> None:
+    image = picture()
+    assert np.array_equal(pixels.read_rgb(encoded(image, exif=block)), pixels.read_rgb(encoded(image)))
+
+
+def test_transparency_lies_over_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    grey = Image.new("LA", (4, 4), (0, 0))
+    assert (pixels.read_rgb(encoded(clear, "PNG")) == 255).all()
+    assert pixels.read_rgb(encoded(half, "PNG"))[0, 0].tolist() == [255, 127, 127]
+    assert (pixels.read_rgb(encoded(grey, "PNG")) == 255).all()
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert (pixels.read_rgb(encoded(palette, "PNG", transparency=0)) == 255).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+    got = pixels.read_rgb(encoded(Image.fromarray(ramp), "PNG"))
+    assert np.array_equal(got[..., 0], ramp // 257)
+    assert abs(got.mean() - 127) < 1
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "YCbCr", "P"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    source = picture().convert(mode)
+    data = encoded(source, "JPEG", subsampling=0) if mode in ("CMYK", "YCbCr") else encoded(source, "PNG")
+    got = pixels.read_rgb(data).astype(int)
+    assert got.shape == (60, 80, 3)
+    assert np.abs(got - np.asarray(source.convert("RGB"))).mean() < 3
+
+
+def test_only_grey_and_rgb_jpegs_keep_their_bytes() -> None:
+    assert pixels.decode(encoded(picture()))[1]
+    assert pixels.decode(encoded(picture().convert("L")))[1]
+    assert pixels.decode(encoded(picture(), progressive=True))[1]
+    assert not pixels.decode(encoded(picture().convert("CMYK")))[1]
+    assert not pixels.decode(encoded(picture(), "PNG"))[1]
+
+
+def test_every_cut_is_detected() -> None:
+    data = encoded(picture(), quality=90)
+    for cut in np.random.default_rng(1).integers(0, len(data) - 2, 100):
+        with pytest.raises(InputError):
+            pixels.decode(data[:cut])
+
+
+def header_bomb() -> bytes:
+    data = bytearray(encoded(picture()))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 65500, 65500)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer: run `git lfs pull`"),
+        (b"<!DOCTYPE html><html></html>", "but a web page"),
+        (b"hello there", "but text"),
+        (b"%PDF-1.4", "but a PDF"),
+        (encoded(picture(), "TIFF"), "is no image of JPEG, PNG, BMP, GIF, WEBP, but a TIFF"),
+        (header_bomb(), "more than 64 million"),
+        (encoded(picture())[:400], "image bytes cannot be decoded"),
+        (encoded(picture()) + b"\xff\xda" * 600, "is a JPEG of more than 500 scans"),
+    ],
+)
+def test_what_is_no_picture_is_said_in_one_line(data: bytes, said: str) -> None:
+    said = said.replace("image bytes ", "")
+    with pytest.raises(InputError, match=said) as error:
+        pixels.read_rgb(data)
+    assert "\n" not in str(error.value)
+
+
+def test_foreign_parsers_are_never_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.preinit()
+    Image.init()
+    monkeypatch.setattr(
+        "PIL.TiffImagePlugin.TiffImageFile._open", lambda self: pytest.fail("the TIFF parser ran")
+    )
+    with pytest.raises(InputError, match=r"but a TIFF"):
+        pixels.decode(encoded(picture(), "TIFF"))
+
+
+def test_pipes_folders_and_missing_files_do_not_wait() -> None:
+    os.mkfifo("pipe.jpg")
+    for name, said in (
+        ("pipe.jpg", "is not a regular file"),
+        (".", "is not a regular"),
+        ("no.jpg", "No such file"),
+    ):
+        with pytest.raises(InputError, match=said):
+            pixels.read_rgb(Path(name))
+
+
+@pytest.mark.parametrize(
+    ("size", "want"),
+    [
+        ((600, 400), (150, 100)),
+        ((400, 600), (100, 150)),
+        ((80, 70), (80, 70)),
+        ((1, 1), (1, 1)),
+        ((5000, 1), (400, 1)),
+        ((3000, 300), (400, 100)),
+        ((301, 100), (301, 100)),
+        ((1001, 33), (399, 33)),
+    ],
+)
+def test_the_short_side_is_brought_down_and_the_long_one_is_bounded(
+    size: tuple[int, int], want: tuple[int, int]
+) -> None:
+    assert pixels.stored(Image.new("RGB", size), 100).size == want
+
+
+def test_the_cut_leaves_the_centre_where_it_was() -> None:
+    image = picture(100, 1601)
+    whole, cut = np.asarray(image), np.asarray(pixels.stored(image, 100))
+    left = (1601 - cut.shape[1]) // 2
+    assert (1601 - cut.shape[1]) % 2 == 0
+    assert np.array_equal(cut, whole[:, left : left + cut.shape[1]])
+
+
+def test_reencoding_keeps_colour_at_full_resolution() -> None:
+    image = picture()
+    data = pixels.encode_jpeg(np.asarray(image), 95)
+    assert np.abs(pixels.read_rgb(data).astype(int) - np.asarray(image)).mean() < 2
+    with Image.open(io.BytesIO(data)) as again:
+        assert [tuple(layer[1:3]) for layer in again.layer] == [(1, 1)] * 3  # type: ignore[attr-defined]
+
+
+def test_the_predictor_reads_the_same_pixels(repo: Path) -> None:
+    spec = importlib.util.spec_from_file_location("pictures", repo / "code/pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    exif = Image.Exif()
+    exif[pixels.ORIENTATION] = 6
+    odd = [
+        encoded(picture(200, 300), exif=exif),
+        encoded(picture().convert("CMYK")),
+        encoded(picture().convert("RGBA"), "WEBP"),
+        encoded(Image.fromarray(RNG.integers(0, 65536, (90, 70)).astype(np.uint16)), "PNG"),
+        encoded(picture().quantize(7), "GIF"),
+        encoded(picture().convert("1"), "PNG"),
+    ]
+    for data in odd:
+        Path("odd").write_bytes(data)
+        theirs = pictures.read(b"odd")
+        ours = pixels.decode(data)[0]
+        assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+        assert np.array_equal(np.asarray(pictures.stored(theirs, 50)), np.asarray(pixels.stored(ours, 50)))
