@@ -1,0 +1,278 @@
+"""Betons: FFCV's file format (version 2, fields image, label, index), written so that it is whole or not there.
+
+A beton opens in `ffcv.reader.Reader` and in `ffcv.loader.Loader`. Beside it lies a manifest, `<beton>.json`,
+with a CRC-32 for every row; it is written last, so a beton without one was never finished.
+Layout: header | field descriptors | metadata (32 bytes a row) | row data | allocation table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from fastflower import runs
+from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+
+JPEG, RAW = 0, 1
+PAGE = 1 << 23  # no row crosses a page; grows when a row is larger
+LARGEST_PAGE = 1 << 31
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+METADATA = np.dtype([("image", IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELDS = (("image", 2), ("label", 1), ("index", 1))  # FFCV's RGBImageField, IntField, IntField
+
+ROW = np.dtype(
+    [("offset", "u8"), ("size", "u8"), ("height", "i4"), ("width", "i4"), ("mode", "i4"), ("pad", "i4")]
+)
+
+
+def manifest_path(path: Path) -> Path:
+    """`fold0_train.beton` -> `fold0_train.beton.json`."""
+    return path.with_name(path.name + ".json")
+
+
+class BetonWriter:
+    """Write `rows` images to a beton, in order; nothing opens as a beton before `commit`.
+
+    The same images give the same bytes. Raises EnvironmentFault when the disk refuses.
+    """
+
+    def __init__(self, path: Path, rows: int) -> None:
+        if rows < 1:
+            raise InputError(f"{path}: a beton needs at least one row")
+        self.path = Path(path)
+        self._aside = runs.aside_of(self.path)
+        self._metadata = np.zeros(rows, METADATA)
+        self._allocation = np.zeros(rows, ALLOCATION)
+        self._crc: list[int] = []
+        self._page = PAGE
+        self._offset = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._metadata.nbytes
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(self.path)
+            self._file: IO[bytes] = self._aside.open("wb", buffering=1 << 20)
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def jpeg(self, data: bytes, height: int, width: int, label: int, index: int) -> None:
+        """Append a JPEG file; height and width are those in its header."""
+        self._append(JPEG, data, height, width, label, index)
+
+    def raw(self, pixels: np.ndarray, label: int, index: int) -> None:
+        """Append uint8 pixels (H, W, 3)."""
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise InputError(f"{self.path}: raw rows are uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
+        height, width, _ = pixels.shape
+        self._append(RAW, np.ascontiguousarray(pixels).tobytes(), height, width, label, index)
+
+    def commit(self, manifest: Mapping[str, Any]) -> None:
+        """Finish the file, read back every row from the disk, and put beton and then manifest in place."""
+        rows = len(self._metadata)
+        if len(self._crc) != rows:
+            raise InputError(
+                f"{self.path}: {len(self._crc)} rows written, {rows} announced; nothing was committed"
+            )
+        head = self._head()
+        try:
+            self._file.write(self._allocation.tobytes())
+            self._file.seek(0)
+            self._file.write(head)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            size = self._aside.stat().st_size
+            whole = {
+                **manifest,
+                "rows": rows,
+                "size": size,
+                "head_crc": zlib.crc32(self._allocation.tobytes(), zlib.crc32(head)),
+                "crc": self._crc,
+            }
+            self._read_back(whole)
+            # an old manifest must not vouch for the new file
+            manifest_path(self.path).unlink(missing_ok=True)
+            runs.replace_atomic(self._aside, self.path)
+            runs.write_atomic(manifest_path(self.path), json.dumps(whole, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise self._refusal(error) from None
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Drop what is not committed."""
+        with contextlib.suppress(OSError):  # a full disk refuses the last flush too; the file goes anyway
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
+
+    def __enter__(self) -> BetonWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    def _append(self, mode: int, data: bytes, height: int, width: int, label: int, index: int) -> None:
+        row, size = len(self._crc), len(data)
+        if row == len(self._metadata):
+            raise InputError(f"{self.path}: more rows than the {row} announced")
+        if not (0 < height < 1 << 16 and 0 < width < 1 << 16) or not 0 < size <= LARGEST_PAGE:
+            raise InputError(
+                f"{self.path}: row {row} is {height} x {width}, {size} bytes; sides reach 65535, bytes 2^31"
+            )
+        while size > self._page:  # a larger power of two keeps every earlier row inside one page
+            self._page *= 2
+        start = self._offset
+        if start // self._page != (start + size - 1) // self._page:
+            start = -(-start // self._page) * self._page
+        try:
+            self._file.seek(start)
+            self._file.write(data)
+        except OSError as error:
+            self.discard()
+            raise self._refusal(error) from None
+        self._metadata[row] = ((mode, width, height, start), label, index)
+        self._allocation[row] = (row, start, size)
+        self._crc.append(zlib.crc32(data))
+        self._offset = start + size
+
+    def _head(self) -> bytes:
+        header = np.zeros(1, HEADER)
+        header[0] = (2, len(FIELDS), self._page, len(self._metadata), self._offset)
+        fields = np.zeros(len(FIELDS), FIELD)
+        for field, (name, type_id) in zip(fields, FIELDS, strict=True):
+            field["type_id"] = type_id
+            field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        return header.tobytes() + fields.tobytes() + self._metadata.tobytes()
+
+    def _read_back(self, manifest: dict[str, Any]) -> None:
+        with open(self._aside, "rb") as file:
+            if hasattr(os, "posix_fadvise"):  # read what the disk holds, not what memory does
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        Beton(self._aside, manifest).verify()
+
+    def _refusal(self, error: OSError) -> EnvironmentFault:
+        return EnvironmentFault(
+            f"{self.path}: cannot write ({error.strerror}); free the disk or choose another data.home"
+        )
+
+
+class Beton:
+    """An open beton: columns of its rows and read-only access to their bytes.
+
+    rows: their number. labels, index: int64 (N,). heights, widths: int32 (N,). table: ROW (N,) for the decoder.
+    The mapping keeps the file's inode, so replacing the file leaves a running reader alone.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.rows = int(manifest["rows"])
+        self.data = np.memmap(path, np.uint8, mode="r")
+        if self.data.size != manifest["size"]:
+            raise CorruptionError(
+                f"{path}: {self.data.size} bytes, its manifest says {manifest['size']}; run convert again"
+            )
+        start = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+        self._metadata_end = start + self.rows * METADATA.itemsize
+        self._allocation_start = self.data.size - self.rows * ALLOCATION.itemsize
+        self._check_head()
+        metadata = self.data[start : self._metadata_end].view(METADATA)
+        allocation = self.data[self._allocation_start :].view(ALLOCATION)
+        self.labels = metadata["label"].astype(np.int64)
+        self.index = metadata["index"].astype(np.int64)
+        self.table = np.zeros(self.rows, ROW)
+        self.table["offset"], self.table["size"] = allocation["ptr"], allocation["size"]
+        for name in ("height", "width", "mode"):
+            self.table[name] = metadata["image"][name]
+        self.heights, self.widths = self.table["height"].copy(), self.table["width"].copy()
+
+    def row(self, row: int) -> np.ndarray:
+        """The stored bytes of one row: a JPEG file, or pixels; uint8 (size,), a view of the file."""
+        start = int(self.table["offset"][row])
+        return self.data[start : start + int(self.table["size"][row])]
+
+    def verify(self, threads: int = 4) -> None:
+        """Read the whole file against its checksums; raises CorruptionError with the first damaged row."""
+        self._check_head()
+        starts = self.table["offset"].astype(np.int64)
+        ends = starts + self.table["size"].astype(np.int64)
+        before = np.concatenate([[self._metadata_end], ends[:-1]])
+
+        def damaged(row: int) -> bool:
+            gap = self.data[before[row] : starts[row]]
+            return zlib.crc32(self.row(row).data) != self.manifest["crc"][row] or bool(gap.any())
+
+        with ThreadPoolExecutor(threads) as pool:
+            for row, bad in enumerate(pool.map(damaged, range(self.rows), chunksize=64)):
+                if bad:
+                    raise self.damage(row, "its bytes have changed since convert wrote them")
+        if ends[-1] != self._allocation_start:
+            raise CorruptionError(f"{self.path}: bytes behind the last row; run convert again")
+
+    def damage(self, row: int, what: str) -> CorruptionError:
+        """The error that names a row of this beton and of the label table."""
+        return CorruptionError(
+            f"{self.path}: row {row} (row {self.index[row]} of folds.csv): {what}; run convert again"
+        )
+
+    def _check_head(self) -> None:
+        head, tail = self.data[: self._metadata_end].data, self.data[self._allocation_start :].data
+        fits = self._allocation_start >= self._metadata_end
+        if not fits or zlib.crc32(tail, zlib.crc32(head)) != self.manifest["head_crc"]:
+            raise CorruptionError(
+                f"{self.path}: header, metadata or allocations are damaged; run convert again"
+            )
+
+
+def open_beton(path: Path) -> Beton:
+    """Open a finished beton; its rows' checksums are left to `verify`.
+
+    Raises InputError when it is missing or convert did not finish, CorruptionError when it is damaged.
+    """
+    path, beside = Path(path), manifest_path(Path(path))
+    if not path.is_file():
+        raise InputError(f"no beton {path}; run convert")
+    if not beside.is_file():
+        raise InputError(f"{path} has no manifest: convert did not finish; run convert again")
+    try:
+        manifest = json.loads(beside.read_text(encoding="utf-8"))
+        numbers = [manifest["rows"], manifest["size"], manifest["head_crc"], *manifest["crc"]]
+        whole = all(type(n) is int for n in numbers) and manifest["rows"] == len(manifest["crc"]) > 0
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CorruptionError(f"{beside}: not the manifest of a beton; run convert again")
+    if path.stat().st_size != manifest["size"]:  # before mapping: an empty file cannot be mapped
+        raise CorruptionError(
+            f"{path}: {path.stat().st_size} bytes, its manifest says {manifest['size']}; run convert again"
+        )
+    return Beton(path, manifest)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed conversions to this path left beside it."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            left.unlink(missing_ok=True)

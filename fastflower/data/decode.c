@@ -1,0 +1,628 @@
+/* From a beton's rows to a uint8 batch, in one call without Python: decode, crop, flip, resize.
+ *
+ * Training rows get a random crop that is a pure function of the row's key (the streams below; the same
+ * SplitMix64 as seeding.py). Evaluation rows are Pillow's accurate decode and 8-bit fixed-point resampling,
+ * to the bit. Every return code is checked; a libjpeg warning counts as damage.
+ */
+
+#include <math.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+#include <jerror.h>
+
+#define API __attribute__((visibility("default")))
+
+enum { JPEG = 0, RAW = 1 };
+enum { OK = 0, DAMAGED = 1, SHAPE = 2, COLOUR = 3, MEMORY = 4 };
+enum { STREAM_FLIP = 1000, STREAM_AREA = 1010, STREAM_RATIO = 1030, STREAM_TOP = 1050, STREAM_LEFT = 1070 };
+
+typedef struct {
+    uint64_t offset, size;
+    int32_t height, width, mode, pad;
+} Row;
+
+typedef struct {
+    double scale[2], ratio[2], flip;
+} Crop;
+
+typedef struct {
+    int64_t position; /* of the first bad row in the batch; -1: none */
+    int32_t code;
+    char text[JMSG_LENGTH_MAX];
+} Fault;
+
+typedef struct {
+    struct jpeg_error_mgr manager; /* first, so that libjpeg's pointer is ours */
+    jmp_buf escape;
+    char text[JMSG_LENGTH_MAX];
+} Errors;
+
+typedef struct {
+    void *data;
+    size_t size;
+} Buffer;
+
+enum { BUFFERS = 48 };
+
+typedef struct {
+    struct jpeg_decompress_struct jpeg;
+    Errors errors;
+    Buffer buffers[BUFFERS];
+    int used; /* buffers of the row at hand */
+} Scratch;
+
+/* ---- scratch: libjpeg handles and line buffers, kept between calls; slots are taken and put back atomically ---- */
+
+#define SLOTS 256
+static _Atomic(Scratch *) slots[SLOTS];
+
+static void on_error(j_common_ptr jpeg) {
+    Errors *errors = (Errors *)jpeg->err;
+    errors->manager.format_message(jpeg, errors->text);
+    longjmp(errors->escape, 1);
+}
+
+static void on_message(j_common_ptr jpeg, int level) {
+    if (level < 0) on_error(jpeg); /* a warning: the pixels are guesses from here on */
+}
+
+static Scratch *scratch_take(void) {
+    for (int i = 0; i < SLOTS; i++) {
+        Scratch *kept = atomic_exchange(&slots[i], NULL);
+        if (kept) return kept;
+    }
+    Scratch *scratch = calloc(1, sizeof *scratch);
+    if (!scratch) return NULL;
+    scratch->jpeg.err = jpeg_std_error(&scratch->errors.manager);
+    scratch->errors.manager.error_exit = on_error;
+    scratch->errors.manager.emit_message = on_message;
+    if (setjmp(scratch->errors.escape)) {
+        free(scratch);
+        return NULL;
+    }
+    jpeg_create_decompress(&scratch->jpeg);
+    return scratch;
+}
+
+static void scratch_put(Scratch *scratch) {
+    for (int i = 0; i < SLOTS; i++) {
+        Scratch *empty = NULL;
+        if (atomic_compare_exchange_strong(&slots[i], &empty, scratch)) return;
+    }
+    jpeg_destroy_decompress(&scratch->jpeg);
+    for (int i = 0; i < BUFFERS; i++) free(scratch->buffers[i].data);
+    free(scratch);
+}
+
+/* The next buffer of the row at hand, aligned, with room to read and write 64 bytes past its end. */
+static void *take(Scratch *s, size_t size) {
+    Buffer *b = &s->buffers[s->used++];
+    if (b->size < size) {
+        free(b->data);
+        b->data = aligned_alloc(64, (size + 127) / 64 * 64);
+        b->size = b->data ? size : 0;
+        if (!b->data) {
+            snprintf(s->errors.text, sizeof s->errors.text, "out of memory");
+            longjmp(s->errors.escape, MEMORY);
+        }
+    }
+    return b->data;
+}
+
+/* ---- random numbers: seeding.py's, to the bit ---- */
+
+static uint64_t mix(uint64_t x) {
+    uint64_t z = x + 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+static double uniform(uint64_t key, uint64_t stream) {
+    return (double)(mix(key ^ mix(stream)) >> 11) * 0x1p-53;
+}
+
+typedef struct {
+    int top, left, height, width, flip;
+} Box;
+
+/* torchvision's RandomResizedCrop.get_params; the ratios are those of the crop over the target's own aspect. */
+API void ff_crop_box(uint64_t key, int height, int width, int out_h, int out_w, const Crop *crop, Box *box) {
+    double aspect = (double)out_w / out_h, low = crop->ratio[0] * aspect, high = crop->ratio[1] * aspect;
+    double log_low = log(low), log_high = log(high), area = (double)height * width;
+    box->flip = uniform(key, STREAM_FLIP) < crop->flip;
+    for (int t = 0; t < 10; t++) {
+        double u = uniform(key, STREAM_AREA + t), v = uniform(key, STREAM_RATIO + t);
+        double target = area * (crop->scale[0] + u * (crop->scale[1] - crop->scale[0]));
+        double ratio = exp(log_low + v * (log_high - log_low));
+        double w = rint(sqrt(target * ratio)), h = rint(sqrt(target / ratio));
+        if (0 < w && w <= width && 0 < h && h <= height) {
+            box->width = (int)w;
+            box->height = (int)h;
+            box->top = (int)(uniform(key, STREAM_TOP + t) * (height - h + 1));
+            box->left = (int)(uniform(key, STREAM_LEFT + t) * (width - w + 1));
+            return;
+        }
+    }
+    double ratio = (double)width / height;
+    box->width = width;
+    box->height = height;
+    if (ratio < low) box->height = (int)fmin(height, fmax(1, rint(width / low)));
+    else if (ratio > high) box->width = (int)fmin(width, fmax(1, rint(height * high)));
+    box->top = (height - box->height) / 2;
+    box->left = (width - box->width) / 2;
+}
+
+#include "resample_fast.h"
+#include "resample_exact.h"
+
+static int fast; /* AVX2 */
+
+__attribute__((constructor)) static void detect(void) {
+#ifdef AVX2
+    fast = __builtin_cpu_supports("avx2") != 0;
+#endif
+}
+
+/* For tests: use the portable code (1) or the best there is (0). */
+API void ff_portable(int on) {
+    fast = 0;
+    if (!on) detect();
+}
+
+/* ---- rows of an image, one after the other ---- */
+
+typedef struct {
+    const uint8_t *pixels; /* raw rows; NULL: from libjpeg */
+    uint8_t *line;
+    int left, stride;       /* column of a line's first pixel; bytes of a raw row */
+    int64_t more, past;     /* bytes to the image's end; how far wide loads may run over a line's */
+} Lines;
+
+static void check_header(Scratch *s, const uint8_t *bytes, const Row *row) {
+    struct jpeg_decompress_struct *j = &s->jpeg;
+    jpeg_mem_src(j, (unsigned char *)bytes, row->size);
+    jpeg_read_header(j, TRUE);
+    if ((int)j->image_width != row->width || (int)j->image_height != row->height) {
+        snprintf(s->errors.text, sizeof s->errors.text, "the JPEG is %u x %u, the beton says %d x %d",
+                 j->image_height, j->image_width, row->height, row->width);
+        longjmp(s->errors.escape, SHAPE);
+    }
+    if (j->num_components != 1 && j->num_components != 3) {
+        snprintf(s->errors.text, sizeof s->errors.text, "a JPEG of %d components, not grey or RGB", j->num_components);
+        longjmp(s->errors.escape, COLOUR);
+    }
+}
+
+/* From row `top` on, columns left to right at least; wide loads may run `past` pixels over a line's end. */
+static Lines lines_open(Scratch *s, const uint8_t *bytes, const Row *row, int top, int left, int right, int past) {
+    uint8_t *line = take(s, 3 * ((size_t)row->width + past));
+    if (row->mode == RAW) {
+        int stride = 3 * row->width;
+        return (Lines){bytes + (size_t)top * stride, line, 0, stride, (int64_t)(row->height - top) * stride,
+                       stride + 3 * past};
+    }
+    struct jpeg_decompress_struct *j = &s->jpeg;
+    check_header(s, bytes, row);
+    j->out_color_space = JCS_RGB;
+    j->dct_method = JDCT_ISLOW;
+    j->do_fancy_upsampling = TRUE;
+    jpeg_start_decompress(j);
+    int block = j->max_h_samp_factor * DCTSIZE; /* one block more on each side: fancy upsampling looks across */
+    JDIMENSION x = left / block * block, width;
+    x = x > (JDIMENSION)block ? x - block : 0;
+    width = (right + block < row->width ? (JDIMENSION)(right + block) : (JDIMENSION)row->width) - x;
+    jpeg_crop_scanline(j, &x, &width);
+    if (top) jpeg_skip_scanlines(j, top);
+    return (Lines){NULL, line, (int)x, 0, 0, 0};
+}
+
+static const uint8_t *lines_next(Scratch *s, Lines *lines) {
+    if (lines->pixels) {
+        const uint8_t *line = lines->pixels;
+        lines->pixels += lines->stride;
+        if (lines->more < lines->past) line = memcpy(lines->line, line, lines->stride); /* nothing may lie behind */
+        lines->more -= lines->stride;
+        return line;
+    }
+    jpeg_read_scanlines(&s->jpeg, &lines->line, 1);
+    return lines->line;
+}
+
+static Kernel kernel(Scratch *s, int in, float in0, float in1, int out, int cubic) {
+    Kernel k;
+    size_t size = kernel_size(in0, in1, out, cubic);
+    k.bounds = take(s, sizeof(int) * 2 * ((size_t)out + 7));
+    k.weights = take(s, sizeof(int32_t) * out * size);
+    kernel_fill(&k, in, in0, in1, out, cubic, take(s, sizeof(double) * size));
+    memset(k.bounds + 2 * out, 0, sizeof(int) * 2 * 7);
+    k.halves = NULL;
+    return k;
+}
+
+static void across(const uint8_t *in, uint8_t *out, int width, const Kernel *k) {
+#ifdef AVX2
+    if (k->halves) return across_avx2(in, out, width, k);
+#endif
+    across_portable(in, out, width, k);
+}
+
+static void down(const uint8_t *const *lines, int count, const int32_t *w, int length, uint8_t *out) {
+#ifdef AVX2
+    if (fast && length >= 32 && count <= MOST_COUNT) return down_avx2(lines, count, w, length, out);
+#endif
+    down_portable(lines, count, w, length, out);
+}
+
+/* Resize the box (left, top, right, bottom) of a row to out (h, w, 3), as Pillow does. */
+static void resample(Scratch *s, const uint8_t *bytes, const Row *row, const float box[4], int cubic, int h, int w,
+                     uint8_t *out) {
+    Kernel kx = kernel(s, row->width, box[0], box[2], w, cubic);
+    Kernel ky = kernel(s, row->height, box[1], box[3], h, cubic);
+    int top = ky.bounds[0], left = kx.bounds[0], right = kx.bounds[2 * w - 2] + kx.bounds[2 * w - 1];
+    Lines lines = lines_open(s, bytes, row, top, left, right, kx.size + 8);
+    uint8_t *ring = take(s, (size_t)ky.size * w * 3);
+    for (int x = 0; x < w; x++) kx.bounds[2 * x] -= lines.left;
+#ifdef AVX2
+    if (fast && kx.needed) halves_fill(&kx, w, kx.halves = take(s, sizeof(int16_t) * halves_size(&kx, w)));
+#endif
+    const uint8_t *wanted[ky.size];
+    for (int y = 0, read = top; y < h; y++) {
+        int first = ky.needed ? ky.bounds[2 * y] : y, count = ky.needed ? ky.bounds[2 * y + 1] : 1;
+        for (; read < first + count; read++) {
+            const uint8_t *line = lines_next(s, &lines);
+            uint8_t *to = ky.needed ? ring + (size_t)(read % ky.size) * w * 3 : out + (size_t)y * w * 3;
+            if (kx.needed) across(line, to, w, &kx);
+            else memcpy(to, line - 3 * lines.left, (size_t)w * 3);
+        }
+        if (!ky.needed) continue;
+        for (int r = 0; r < count; r++) wanted[r] = ring + (size_t)((first + r) % ky.size) * w * 3;
+        down(wanted, count, ky.weights + y * ky.size, w * 3, out + (size_t)y * w * 3);
+    }
+}
+
+/* ---- training: only the crop's rows and columns, as planes, at a DCT scale that still covers the target ---- */
+
+#if JPEG_LIB_VERSION >= 70
+#define DCT_WIDTH(c) (c)->DCT_h_scaled_size
+#define DCT_HEIGHT(c) (c)->DCT_v_scaled_size
+#define MIN_WIDTH(j) (j)->min_DCT_h_scaled_size
+#define MIN_HEIGHT(j) (j)->min_DCT_v_scaled_size
+#else
+#define DCT_WIDTH(c) (c)->DCT_scaled_size
+#define DCT_HEIGHT(c) (c)->DCT_scaled_size
+#define MIN_WIDTH(j) (j)->min_DCT_scaled_size
+#define MIN_HEIGHT(j) (j)->min_DCT_scaled_size
+#endif
+
+/* libjpeg's own post-processing object, whose method we replace: it upsamples and converts colours, at the
+ * decoded size, and we want the planes. Its first two members have been these in every version. */
+struct jpeg_d_post_controller {
+    void (*start_pass)(j_decompress_ptr, int);
+    void (*post_process_data)(j_decompress_ptr, JSAMPIMAGE, JDIMENSION *, JDIMENSION, JSAMPARRAY, JDIMENSION *, JDIMENSION);
+};
+
+typedef struct {
+    Axis x, y;
+    Plan plan;     /* of x; groups 0: the portable way */
+    uint8_t *ring; /* lines that have arrived and may still weigh something */
+    int stride, lines, left, width, arrived;
+    uint8_t *line;
+    int16_t *done; /* one resized line */
+} Plane;
+
+static void weigh_lines(const uint8_t *const *lines, const int32_t *w, int taps, int n, uint8_t *out) {
+#ifdef AVX2
+    if (fast && n >= 32 && taps <= MOST_LINES) return lines_avx2(lines, w, taps, n, out);
+#endif
+    lines_portable(lines, w, taps, n, out);
+}
+
+static void axis(Scratch *s, Axis *a, double start, double span, int out, int flip, int total) {
+    size_t padded = ((size_t)out + 15) / 16 * 16;
+    a->first = take(s, sizeof(int32_t) * padded);
+    memset(a->first + out, 0, sizeof(int32_t) * (padded - out));
+    a->weights = take(s, sizeof(int32_t) * out * axis_taps(span, out));
+    axis_fill(a, start, span, out, flip, total);
+}
+
+static void plane_open(Scratch *s, Plane *p, const Box *b, double sx, double sy, int h, int w) {
+    double left = b->left * sx, top = b->top * sy;
+    p->left = (int)left;
+    p->width = (int)ceil((b->left + b->width) * sx) - p->left;
+    axis(s, &p->x, left - p->left, b->width * sx, w, b->flip, 1 << PIXEL_BITS);
+    axis(s, &p->y, top, b->height * sy, h, 0, LINE_TOTAL);
+    p->plan.groups = 0;
+    if (fast) {
+        Plan plan = {(w + 15) / 16, (p->x.taps + 1) / 2, NULL, NULL, NULL};
+        plan.base = take(s, sizeof(int32_t) * 4 * plan.groups);
+        plan.mask = take(s, 64 * (size_t)plan.groups);
+        plan.weights = take(s, sizeof(int16_t) * 32 * plan.groups * plan.pairs);
+        if (plan_fill(&plan, &p->x)) p->plan = plan;
+    }
+}
+
+static void plane_rings(Scratch *s, Plane *p, int group, int w) {
+    p->stride = (p->width + 63) / 64 * 64;
+    for (p->lines = 1; p->lines < p->y.taps + group;) p->lines *= 2;
+    p->ring = take(s, (size_t)p->stride * p->lines);
+    p->line = take(s, p->stride + 2 * (size_t)p->x.taps);
+    p->done = take(s, sizeof(int16_t) * ((size_t)w + 15) / 16 * 16);
+}
+
+/* In place of libjpeg's post-processing: keep the crop's columns of each plane. */
+static void keep_planes(j_decompress_ptr j, JSAMPIMAGE in, JDIMENSION *group, JDIMENSION groups, JSAMPARRAY out,
+                        JDIMENSION *lines, JDIMENSION room) {
+    Plane *planes = j->client_data;
+    (void)out, (void)room;
+    for (int c = 0; c < j->num_components; c++) {
+        Plane *p = &planes[c];
+        jpeg_component_info *info = &j->comp_info[c];
+        int each = info->v_samp_factor * DCT_HEIGHT(info) / MIN_HEIGHT(j);
+        for (JDIMENSION i = *group * each; i < groups * each; i++, p->arrived++)
+            memcpy(p->ring + (size_t)(p->arrived & (p->lines - 1)) * p->stride, in[c][i] + p->left, p->width);
+    }
+    JDIMENSION left = j->output_height - j->output_scanline, more = (groups - *group) * j->max_v_samp_factor;
+    *group = groups;
+    *lines += more < left ? more : left;
+}
+
+/* Output line y of a plane, once its lines have arrived. */
+static void plane_line(Plane *p, int y) {
+    const Axis *a = &p->y;
+    const uint8_t *lines[a->taps];
+    for (int t = 0; t < a->taps; t++) {
+        int line = a->first[y] + t < a->high ? a->first[y] + t : a->high - 1;
+        lines[t] = p->ring + (size_t)(line & (p->lines - 1)) * p->stride;
+    }
+    weigh_lines(lines, a->weights + (size_t)y * a->taps, a->taps, p->width, p->line);
+#ifdef AVX2
+    if (p->plan.groups) return plane_avx2(&p->plan, p->line, p->done);
+#endif
+    plane_portable(&p->x, p->line, p->done);
+}
+
+static void train_jpeg(Scratch *s, const uint8_t *bytes, const Row *row, const Box *b, int h, int w, uint8_t *out) {
+    struct jpeg_decompress_struct *j = &s->jpeg;
+    Plane planes[3];
+    check_header(s, bytes, row);
+    for (j->scale_num = 8; j->scale_num > 1; j->scale_num /= 2)
+        if (b->height * (int)j->scale_num / 2 < 8 * h || b->width * (int)j->scale_num / 2 < 8 * w) break;
+    j->scale_denom = 8;
+    if (j->num_components == 3 && j->jpeg_color_space != JCS_RGB) j->out_color_space = JCS_YCbCr;
+    else j->out_color_space = j->jpeg_color_space;
+    int ycc = j->out_color_space == JCS_YCbCr, count = j->num_components;
+    j->do_fancy_upsampling = FALSE;
+    j->dct_method = JDCT_ISLOW;
+    j->client_data = planes;
+    jpeg_start_decompress(j);
+    int unit = j->max_v_samp_factor * MIN_HEIGHT(j), scale = (int)j->scale_num;
+    JDIMENSION x = b->left * scale / 8, end = (JDIMENSION)((b->left + b->width) * scale + 7) / 8;
+    if (end > j->output_width) end = j->output_width;
+    JDIMENSION width = end - x, whole = j->output_width;
+    int skip = b->top * scale / 8 / unit;
+    jpeg_crop_scanline(j, &x, &width);
+    if (width == whole) x = 0;
+    if (skip) jpeg_skip_scanlines(j, skip * unit);
+    j->post->post_process_data = keep_planes;
+    for (int c = 0; c < count; c++) {
+        jpeg_component_info *info = &j->comp_info[c];
+        double sx = (double)info->h_samp_factor * DCT_WIDTH(info) / (8 * j->max_h_samp_factor);
+        double sy = (double)info->v_samp_factor * DCT_HEIGHT(info) / (8 * j->max_v_samp_factor);
+        plane_open(s, &planes[c], b, sx, sy, h, w);
+        plane_rings(s, &planes[c], info->v_samp_factor * DCT_HEIGHT(info), w);
+        planes[c].left -= x * info->h_samp_factor * DCT_WIDTH(info) / (j->max_h_samp_factor * MIN_WIDTH(j));
+        planes[c].arrived = skip * info->v_samp_factor * DCT_HEIGHT(info);
+    }
+    JSAMPROW nowhere[1] = {NULL};
+    for (int y = 0; y < h; y++, out += 3 * (size_t)w) {
+        for (int c = 0; c < count; c++) {
+            Plane *p = &planes[c];
+            int need = p->y.first[y] + p->y.taps < p->y.high ? p->y.first[y] + p->y.taps : p->y.high;
+            while (p->arrived < need) jpeg_read_scanlines(j, nowhere, j->output_height);
+        }
+        for (int c = 0; c < count; c++) plane_line(&planes[c], y);
+        const int16_t *first = planes[0].done, *second = first, *third = first;
+        if (count == 3) second = planes[1].done, third = planes[2].done;
+#ifdef AVX2
+        if (fast) {
+            colour_avx2(first, second, third, w, ycc, out);
+            continue;
+        }
+#endif
+        colour_portable(first, second, third, 0, w, ycc, out);
+    }
+}
+
+static void train_raw(Scratch *s, const uint8_t *bytes, const Row *row, const Box *b, int h, int w, uint8_t *out) {
+    Axis x, y;
+    axis(s, &x, 0, b->width, w, b->flip, 1 << PIXEL_BITS);
+    axis(s, &y, 0, b->height, h, 0, LINE_TOTAL);
+    uint8_t *line = take(s, 3 * ((size_t)b->width + x.taps + 4));
+    int16_t *weights = NULL;
+    if (fast) pixel_weights_fill(&x, weights = take(s, sizeof(int16_t) * pixel_weights_size(&x)));
+    for (int i = 0; i < h; i++, out += 3 * (size_t)w) {
+        const uint8_t *lines[y.taps];
+        for (int t = 0; t < y.taps; t++) {
+            int from = y.first[i] + t < y.high ? y.first[i] + t : y.high - 1;
+            lines[t] = bytes + 3 * ((size_t)(b->top + from) * row->width + b->left);
+        }
+        weigh_lines(lines, y.weights + (size_t)i * y.taps, y.taps, 3 * b->width, line);
+#ifdef AVX2
+        if (fast) {
+            pixels_avx2(&x, weights, line, out);
+            continue;
+        }
+#endif
+        pixels_portable(&x, line, 0, out);
+    }
+}
+
+/* ---- one row ---- */
+
+typedef struct {
+    const uint8_t *data;
+    const Row *table;
+    const int64_t *rows;
+    const uint64_t *keys;
+    const Crop *crop; /* NULL: evaluation */
+    double factor;
+    int cubic, h, w;
+    int64_t n;
+    uint8_t *out;
+    Fault *fault;
+    atomic_long next;
+    atomic_flag writing;
+} Job;
+
+/* The largest centred box of the target's aspect, less the margin of `factor`. */
+API void ff_eval_box(int height, int width, int h, int w, double factor, float *box) {
+    double a = (double)width / w, b = (double)height / h, scale = (a < b ? a : b) / factor;
+    double left = (width - w * scale) / 2, top = (height - h * scale) / 2;
+    box[0] = (float)fmax(left, 0);
+    box[1] = (float)fmax(top, 0);
+    box[2] = (float)fmin(left + w * scale, width);
+    box[3] = (float)fmin(top + h * scale, height);
+}
+
+static void train_row(Scratch *s, const Job *job, const uint8_t *bytes, const Row *row, uint64_t key, uint8_t *out) {
+    Box b;
+    ff_crop_box(key, row->height, row->width, job->h, job->w, job->crop, &b);
+    (row->mode == RAW ? train_raw : train_jpeg)(s, bytes, row, &b, job->h, job->w, out);
+}
+
+static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *row, uint64_t key, uint8_t *out) {
+    int code = setjmp(s->errors.escape);
+    if (code) {
+        jpeg_abort_decompress(&s->jpeg);
+        return code;
+    }
+    s->used = 0;
+    if (row->mode == RAW && row->size != (uint64_t)row->height * row->width * 3) {
+        snprintf(s->errors.text, sizeof s->errors.text, "%llu bytes of pixels for %d x %d",
+                 (unsigned long long)row->size, row->height, row->width);
+        return SHAPE;
+    }
+    if (job->crop) {
+        train_row(s, job, bytes, row, key, out);
+    } else {
+        float box[4];
+        ff_eval_box(row->height, row->width, job->h, job->w, job->factor, box);
+        resample(s, bytes, row, box, job->cubic, job->h, job->w, out);
+    }
+    jpeg_abort_decompress(&s->jpeg);
+    return OK;
+}
+
+static void report(Job *job, int64_t position, int code, const char *text) {
+    while (atomic_flag_test_and_set(&job->writing)) {}
+    if (job->fault->position < 0 || position < job->fault->position) {
+        job->fault->position = position;
+        job->fault->code = code;
+        snprintf(job->fault->text, sizeof job->fault->text, "%s", text);
+    }
+    atomic_flag_clear(&job->writing);
+}
+
+/* ---- a batch on several threads; rows are taken one by one, so a slow one delays nobody ---- */
+
+static void *worker(void *argument) {
+    Job *job = argument;
+    Scratch *s = scratch_take();
+    for (;;) {
+        int64_t i = atomic_fetch_add(&job->next, 1);
+        if (i >= job->n) break;
+        if (!s) {
+            report(job, i, MEMORY, "out of memory");
+            continue;
+        }
+        const Row *row = &job->table[job->rows[i]];
+        uint8_t *out = job->out + (size_t)i * job->h * job->w * 3;
+        int code = guarded(s, job, job->data + row->offset, row, job->keys ? job->keys[i] : 0, out);
+        if (code) report(job, i, code, s->errors.text);
+    }
+    if (s) scratch_put(s);
+    return NULL;
+}
+
+static void batch(Job *job, int threads) {
+    pthread_t others[64];
+    int started = 0;
+    job->fault->position = -1;
+    atomic_init(&job->next, 0);
+    atomic_flag_clear(&job->writing);
+    if (threads > 65) threads = 65;
+    if (threads > job->n) threads = (int)job->n;
+    while (started < threads - 1 && !pthread_create(&others[started], NULL, worker, job)) started++;
+    worker(job);
+    for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
+}
+
+API void ff_train(const uint8_t *data, const Row *table, const int64_t *rows, const uint64_t *keys, int64_t n,
+                  uint8_t *out, int h, int w, const Crop *crop, int threads, Fault *fault) {
+    Job job = {.data = data, .table = table, .rows = rows, .keys = keys, .n = n, .out = out,
+               .h = h, .w = w, .crop = crop, .fault = fault};
+    batch(&job, threads);
+}
+
+API void ff_eval(const uint8_t *data, const Row *table, const int64_t *rows, int64_t n, uint8_t *out, int h, int w,
+                 double factor, int cubic, int threads, Fault *fault) {
+    Job job = {.data = data, .table = table, .rows = rows, .n = n, .out = out, .h = h, .w = w,
+               .factor = factor, .cubic = cubic, .fault = fault};
+    batch(&job, threads);
+}
+
+/* ---- one row, for FFCV's own loader: an undecodable one becomes black and is noted in `failed` ---- */
+
+typedef struct {
+    Crop crop;
+    double factor;
+    uint64_t base;          /* of the epoch's keys; see seeding.row_keys */
+    int64_t train, cubic;
+    _Atomic int64_t failed; /* 1 + the last undecodable row; 0: none */
+} Settings;
+
+API void ff_one(const uint8_t *bytes, uint64_t size, int64_t height, int64_t width, int64_t mode, uint64_t index,
+                Settings *settings, uint8_t *out, int64_t h, int64_t w) {
+    uint64_t position = index >> 32, number = index & 0xFFFFFFFFu;
+    Row row = {0, size, (int32_t)height, (int32_t)width, (int32_t)mode, 0};
+    Job job = {.h = (int)h, .w = (int)w, .crop = settings->train ? &settings->crop : NULL,
+               .factor = settings->factor, .cubic = (int)settings->cubic};
+    Scratch *s = scratch_take();
+    if (!s || guarded(s, &job, bytes, &row, mix(mix(settings->base ^ position) ^ number), out)) {
+        settings->failed = (int64_t)number + 1;
+        memset(out, 0, 3 * (size_t)(h * w));
+    }
+    if (s) scratch_put(s);
+}
+
+/* ---- limits, for the benchmark: libjpeg's full decode (0) and little but its entropy decoding (1) ---- */
+
+API int64_t ff_limit(const uint8_t *bytes, uint64_t size, int64_t entropy_only) {
+    Scratch *s = scratch_take();
+    if (!s) return MEMORY;
+    int code = setjmp(s->errors.escape);
+    if (!code) {
+        struct jpeg_decompress_struct *j = &s->jpeg;
+        s->used = 0;
+        jpeg_mem_src(j, (unsigned char *)bytes, size);
+        jpeg_read_header(j, TRUE);
+        j->out_color_space = JCS_RGB;
+        j->dct_method = JDCT_IFAST;
+        j->do_fancy_upsampling = FALSE;
+        jpeg_start_decompress(j);
+        if (entropy_only) jpeg_skip_scanlines(j, j->output_height - 1);
+        JSAMPROW line = take(s, 3 * (size_t)j->output_width);
+        while (j->output_scanline < j->output_height) jpeg_read_scanlines(j, &line, 1);
+    }
+    jpeg_abort_decompress(&s->jpeg);
+    scratch_put(s);
+    return code;
+}

@@ -1,0 +1,219 @@
+"""Loaders: batches from a beton as pure functions of (seed, epoch, step), made ahead by one thread.
+
+The thread calls the kernel of decode.c; there is nothing to compile and nothing to warm up. Every batch is
+fresh memory, so what the user keeps is never overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastflower import seeding
+from fastflower.data.betons import Beton
+from fastflower.data.decode import Crop, cores, decode_eval, decode_train
+
+Batch = dict[str, torch.Tensor]
+Size = tuple[int, int]
+
+
+class TrainLoader:
+    """Training batches: image uint8 (B, h, w, 3), label, row and key int64 (B,).
+
+    Epoch e draws `order(e)`, rows (N,) with repeats, cut to a multiple of the global batch; step t takes the
+    t-th global batch of it, rank r every world-th image from r on. So batches are the same for any number of
+    threads and ranks (at the same global batch) and after a resume at any step. `cursor()` says where the next
+    iteration starts: (epoch, step). An exception of the thread is raised by the next() whose batch it hit.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        order: Callable[[int], np.ndarray],
+        seed: int,
+        batch: Callable[[int], int],
+        size: Callable[[int], Size],
+        crop: Crop,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 0,
+        ahead: int = 2,
+    ) -> None:
+        self.beton, self.order, self.seed = beton, order, seed
+        self.batch, self.size, self.crop = batch, size, crop
+        self.rank, self.world, self.threads, self.ahead = rank, world, cores(threads, world), ahead
+        self.cursor: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._drawn: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._running: weakref.WeakSet[_Ahead] = weakref.WeakSet()
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one rank in one step of the cursor's epoch."""
+        return self.batch(self.cursor()[0])
+
+    def steps(self, epoch: int) -> int:
+        """Global batches of an epoch."""
+        return len(self._order(epoch)) // (self.batch(epoch) * self.world)
+
+    def __len__(self) -> int:
+        return self.steps(self.cursor()[0])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _run(self, self._batches(*self.cursor()))
+
+    def close(self) -> None:
+        """Stop and join the threads of iterations that were left early."""
+        _close(self)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._drawn[0] != epoch:
+            self._drawn = (epoch, np.asarray(self.order(epoch), np.int64))
+        return self._drawn[1]
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        order, per_rank = self._order(epoch), self.batch(epoch)
+        height, width = self.size(epoch)
+        step = per_rank * self.world
+        for first in range(start * step, len(order) // step * step, step):
+            positions = np.arange(first + self.rank, first + step, self.world)
+            rows = order[positions]
+            keys = seeding.row_keys(self.seed, epoch, positions, rows)
+            image = _images(per_rank, height, width)
+            decode_train(self.beton, rows, keys, image.numpy(), self.crop, self.threads)
+            yield {
+                "image": image,
+                "label": torch.from_numpy(self.beton.labels[rows]),
+                "row": torch.from_numpy(rows),
+                "key": torch.from_numpy(keys.view(np.int64)),
+            }
+
+
+class EvalLoader:
+    """Evaluation batches: every row once over all ranks, in order; image, label, row, and valid bool (B,).
+
+    All ranks give the same number of full batches; rows with valid=False are padding (copies of row 0).
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        batch: int,
+        size: Callable[[], Size],
+        factor: float,
+        interpolation: str,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 0,
+        ahead: int = 2,
+    ) -> None:
+        self.beton, self.batch_size, self.size = beton, batch, size
+        self.factor, self.interpolation = factor, interpolation
+        self.rank, self.world, self.threads, self.ahead = rank, world, cores(threads, world), ahead
+        self._running: weakref.WeakSet[_Ahead] = weakref.WeakSet()
+
+    def __len__(self) -> int:
+        return -(-self.beton.rows // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _run(self, self._batches(self.size()))
+
+    def close(self) -> None:
+        """Stop and join the threads of iterations that were left early."""
+        _close(self)
+
+    def _batches(self, size: Size) -> Iterator[Batch]:
+        for step in range(len(self)):
+            places = (step * self.batch_size + np.arange(self.batch_size)) * self.world + self.rank
+            valid = places < self.beton.rows
+            rows = np.where(valid, places, 0)
+            image = _images(self.batch_size, *size)
+            image[torch.from_numpy(~valid)] = 0
+            pixels = image.numpy()[: valid.sum()]
+            decode_eval(self.beton, rows[valid], pixels, self.factor, self.interpolation, self.threads)
+            yield {
+                "image": image,
+                "label": torch.from_numpy(self.beton.labels[rows]),
+                "row": torch.from_numpy(rows),
+                "valid": torch.from_numpy(valid),
+            }
+
+
+def _images(batch: int, height: int, width: int) -> torch.Tensor:
+    """Fresh uint8 memory for a batch, page-locked where a GPU will fetch it."""
+    return torch.empty((batch, height, width, 3), dtype=torch.uint8, pin_memory=_pinned())
+
+
+@functools.cache
+def _pinned() -> bool:
+    return torch.cuda.is_available()
+
+
+class _Ahead:
+    """A thread that runs an iterator at most `ahead` items in front of its reader."""
+
+    def __init__(self, items: Iterator[Any], ahead: int) -> None:
+        self._ready: queue.Queue[tuple[str, Any]] = queue.Queue(max(ahead, 1))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(items,), name="fastflower-loader", daemon=True
+        )
+        self._thread.start()
+
+    def next(self) -> tuple[str, Any]:
+        """("item", it), ("error", exception) or ("end", None)."""
+        while not self._stop.is_set():
+            try:
+                return self._ready.get(timeout=1.0)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    return "error", RuntimeError("the loader's thread died")
+        return "end", None
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self, items: Iterator[Any]) -> None:
+        try:
+            for item in items:
+                self._put(("item", item))
+                if self._stop.is_set():
+                    return
+            self._put(("end", None))
+        except BaseException as error:
+            self._put(("error", error))
+
+    def _put(self, message: tuple[str, Any]) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(message, timeout=0.1)
+                return
+
+
+def _run(loader: TrainLoader | EvalLoader, items: Iterator[Batch]) -> Iterator[Batch]:
+    """Iterate ahead; leaving early, by break, error or garbage collection, stops and joins the thread."""
+    ahead = _Ahead(items, loader.ahead)
+    loader._running.add(ahead)
+    try:
+        while True:
+            kind, value = ahead.next()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        ahead.close()
+
+
+def _close(loader: TrainLoader | EvalLoader) -> None:
+    for ahead in list(loader._running):
+        ahead.close()
