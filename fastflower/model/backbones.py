@@ -1,0 +1,293 @@
+"""timm's backbones without their classifier, built for the sizes that will be asked of them.
+
+Nothing is ever downloaded: weights come from a local folder, or they are random because the recipe says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timm
+import timm.data
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastflower import runs
+from fastflower.errors import CorruptionError, InputError
+
+Size = tuple[int, int]
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a backbone wants its pixels, and what it gives: mean and std in 0..1 units, features a row."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    features: int
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a weight file."""
+
+    path: Path
+    matched: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"pretrained {self.path}: {self.matched} tensors loaded, {len(self.dropped)} of a head dropped"
+        if self.unexpected:
+            text += f", {len(self.unexpected)} unexpected ({_first(self.unexpected)})"
+        return text
+
+
+def build_backbone(
+    name: str,
+    sizes: Sequence[Size],
+    *,
+    drop_path: float = 0.0,
+    grad_checkpointing: bool = False,
+    pretrained: Path | None = None,
+) -> tuple[nn.Module, LoadReport | None]:
+    """A backbone (B, 3, H, W) -> (B, F) for every size of `sizes`, at random or from the folder `pretrained`.
+
+    Raises InputError for an unknown name, a size it cannot take, or weights that are absent or do not fit.
+    """
+    check_sizes(name, sizes)
+    arguments, _ = _fit(name, tuple(sizes))
+    if drop_path:
+        arguments = {**arguments, "drop_path_rate": drop_path}
+    report = None
+    try:
+        if pretrained is None:
+            backbone = _create(name, arguments)
+        else:
+            backbone, report = _create_loaded(name, arguments, find_weights(name, pretrained))
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise InputError(
+            f"model.drop_path = {drop_path}: {name} has no stochastic depth; set it to 0"
+        ) from None
+    if grad_checkpointing:
+        _checkpoint_gradients(backbone, name)
+    return backbone, report
+
+
+def profile(name: str, sizes: Sequence[Size]) -> Profile:
+    """A backbone's wishes by timm's configuration and its width at these sizes; costs no memory."""
+    check_sizes(name, sizes)
+    _, backbone = _fit(name, tuple(sizes))
+    config = timm.data.resolve_model_data_config(backbone)
+    smooth = "bicubic" if config["interpolation"] == "bicubic" else "bilinear"
+    return Profile(tuple(config["mean"]), tuple(config["std"]), smooth, _features(backbone, sizes[0]))
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know, with the nearest that it does."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
+        hint = f"; near: {', '.join(near)}" if near else "; see timm.list_models()"
+        raise InputError(f"model.backbone = {name}: timm {timm.__version__} has no such model{hint}")
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in known:
+        choices = ", ".join(difflib.get_close_matches(tag, known, n=3, cutoff=0) or ["none"])
+        raise InputError(
+            f"model.backbone = {name}: {architecture} has no pretrained tag {tag}; it has {choices}"
+        )
+
+
+def check_sizes(
+    name: str, sizes: Sequence[Size], key: str = "data.img_size", built_for: Sequence[Size] | None = None
+) -> None:
+    """Refuse (height, width) pairs that a backbone built for `built_for` (by default, for them) cannot take.
+
+    `key` is the recipe's key that asked for them.
+    """
+    check_name(name)
+    _, backbone = _fit(name, tuple(built_for or sizes))
+    for size in sizes:
+        if not _accepts(backbone, size):
+            near = " or ".join(_words(s) for s in _nearest(backbone, size))
+            hint = f"the nearest that it takes: {near}" if near else "choose another backbone"
+            raise InputError(f"{key} = {_words(size)}: {name} cannot take images of this size; {hint}")
+
+
+def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
+    """The file with a backbone's published weights; InputError lists every path that was tried."""
+    tried = []
+    for stem in dict.fromkeys((name, name.partition(".")[0])):
+        tried += [folder / (stem + suffix) for suffix in SUFFIXES]
+        tried += [folder / stem / file for file in FOLDER_FILES]
+        cache = folder / f"models--timm--{stem}" / "snapshots"
+        tried += [
+            path for file in FOLDER_FILES for path in sorted(cache.glob(f"*/{file}")) or [cache / "*" / file]
+        ]
+    for path in tried:
+        if path.is_file():
+            return path
+    paths = ", ".join(map(str, tried))
+    raise InputError(
+        f"no pretrained weights of {name}; looked for {paths}; put one there or set model.pretrained=false"
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, unwrapped, without `module.`; nothing in it is executed."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CorruptionError(f"{path}: cut short or damaged ({error}); copy it again") from None
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"{path}: not plain tensors, and nothing in it was run ({reason}); give .safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise CorruptionError(f"{path}: cut short or damaged ({reason}); copy it again") from None
+    while isinstance(content, dict) and (
+        inner := next((k for k in ("state_dict", "model") if k in content), None)
+    ):
+        content = content[inner]
+    if not (isinstance(content, dict) and content and all(isinstance(t, Tensor) for t in content.values())):
+        raise InputError(f"{path}: holds no dictionary of tensors; give a state dict of the backbone")
+    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+
+
+@lru_cache(maxsize=32)
+def _fit(name: str, sizes: tuple[Size, ...]) -> tuple[dict[str, Any], nn.Module]:
+    """timm's arguments for a backbone that takes these sizes, and the backbone without memory (shapes only).
+
+    Position embeddings resampled on the fly where timm can; else as it comes; else rebuilt for the only size.
+    """
+    with torch.device("meta"):
+        try:
+            return {"dynamic_img_size": True}, _create(name, {"dynamic_img_size": True}).eval()
+        except TypeError:
+            plain = _create(name, {}).eval()
+        patch = _patch(plain)
+        if len(set(sizes)) > 1 or _accepts(plain, sizes[0]) or any(side % patch for side in sizes[0]):
+            return {}, plain
+        arguments = {"img_size": sizes[0]}
+        try:
+            return arguments, _create(name, arguments).eval()
+        except (TypeError, AssertionError, ValueError, RuntimeError):  # unknown argument, impossible size
+            return {}, plain
+
+
+def _create_loaded(name: str, arguments: dict[str, Any], path: Path) -> tuple[nn.Module, LoadReport]:
+    """timm hands each architecture's conversion of published weights (renames, resampled position embeddings)
+    to its own loader only, so ours stands in for that loader during this one call.
+    """
+    weights, reports = read_weights(path), []
+
+    def load(
+        model: nn.Module, pretrained_cfg: dict[str, Any], filter_fn: Callable | None = None, **_: Any
+    ) -> None:
+        reports.append(_load(model, weights, path, pretrained_cfg.get("classifier"), filter_fn))
+
+    with mock.patch.object(timm.models._builder, "load_pretrained", load):
+        backbone = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
+    return backbone, reports[0]
+
+
+def _load(
+    model: nn.Module, weights: dict[str, Tensor], path: Path, classifier: Any, convert: Callable | None
+) -> LoadReport:
+    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    if convert is not None:
+        try:
+            weights = convert(weights, model)
+        except TypeError:  # the older conversions take the tensors alone
+            weights = convert(weights)
+    own = model.state_dict()
+    unmatched = [key for key in weights if key not in own]
+    dropped = tuple(key for key in unmatched if key.startswith(tuple(f"{c}." for c in classifiers)))
+    # counters of BatchNorm are absent from the oldest files and steer nothing
+    missing = tuple(key for key in own if key not in weights and not key.endswith("num_batches_tracked"))
+    if missing:
+        raise InputError(
+            f"{path}: lacks {len(missing)} of the backbone's {len(own)} tensors ({_first(missing)}); "
+            "give weights of this very backbone or set model.pretrained=false"
+        )
+    wrong = [key for key in own if key in weights and weights[key].shape != own[key].shape]
+    if wrong:
+        got, want = tuple(weights[wrong[0]].shape), tuple(own[wrong[0]].shape)
+        raise InputError(
+            f"{path}: {len(wrong)} tensors have another shape ({wrong[0]}: {got}, the backbone has {want}); "
+            "give weights of this very backbone or set model.pretrained=false"
+        )
+    model.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+    matched = sum(key in weights for key in own)
+    return LoadReport(path, matched, missing, tuple(k for k in unmatched if k not in dropped), dropped)
+
+
+def _accepts(backbone: nn.Module, size: Size) -> bool:
+    try:
+        _features(backbone, size)
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def _features(backbone: nn.Module, size: Size) -> int:
+    with torch.no_grad(), torch.device("meta"):
+        return backbone(torch.empty(2, 3, *size)).shape[1]
+
+
+def _nearest(backbone: nn.Module, size: Size) -> list[Size]:
+    """The nearest smaller and larger size that a backbone takes, in steps of its patch or of 32."""
+    step = _patch(backbone)
+    height, width = (side // step * step for side in size)
+    up = (height < size[0] or width < size[1]) * step
+    below = [(height - k * step, width - k * step) for k in range(8)]
+    above = [(height + up + k * step, width + up + k * step) for k in range(8)]
+    found = [next((s for s in side if min(s) > 0 and _accepts(backbone, s)), None) for side in (below, above)]
+    return [size for size in found if size is not None]
+
+
+def _patch(backbone: nn.Module) -> int:
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    return patch[0] if patch else 32
+
+
+def _checkpoint_gradients(backbone: nn.Module, name: str) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise InputError(
+            f"model.grad_checkpointing: {name} cannot recompute activations; set it to false"
+        ) from None
+
+
+def _words(size: Size) -> str:
+    return str(size[0]) if size[0] == size[1] else f"[{size[0]}, {size[1]}]"
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

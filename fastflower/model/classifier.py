@@ -1,0 +1,52 @@
+"""The face that a Network shows to Composer's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastflower.model.network import Network
+
+Batch = dict[str, Tensor]
+
+
+class Classifier(ComposerModel):
+    """A network, its loss, and averaged copies of it (shadows) that are scored on the same batches.
+
+    Shadows are kept out of the module tree: they are no parameters, DDP does not see them, and `train()` or
+    `eval()` do not reach them; whoever puts one here keeps it in eval mode.
+    """
+
+    def __init__(self, network: Network, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = loss
+        self.shadows: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, C) of a batch whose image is float (B, 3, H, W) or uint8 (B, H, W, 3)."""
+        return self.network(pixels(batch))
+
+    def loss(self, outputs: Tensor, batch: Batch, *_: Any, **__: Any) -> Tensor:
+        """The training loss of logits (B, C) against the batch's soft target, or its label without one."""
+        target = batch.get("target")
+        if target is None:
+            target = F.one_hot(batch["label"], outputs.shape[1])
+        return self.criterion(outputs, target)
+
+    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
+        """Float32 logits (B, C) of the raw weights (`raw`) and of every shadow, under its name."""
+        images = pixels(batch)
+        networks: dict[str, Callable[[Tensor], Tensor]] = {"raw": self.network, **self.shadows}
+        return {name: network(images).float() for name, network in networks.items()}
+
+
+def pixels(batch: Batch) -> Tensor:
+    """A batch's images as float32 (B, 3, H, W) 0..255; decoded uint8 (B, H, W, 3) becomes channels_last."""
+    images = batch["image"]
+    return images.permute(0, 3, 1, 2).to(torch.float32) if images.dtype == torch.uint8 else images

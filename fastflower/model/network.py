@@ -1,0 +1,157 @@
+"""The network from pixels to logits, and the facts from which train, evaluate and export build it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from fastflower import derived, runs
+from fastflower.errors import InputError
+from fastflower.model import backbones
+from fastflower.model.heads import build_head
+from fastflower.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What a checkpoint must say so that its tensors find their network.
+
+    Size is (height, width) of the last stage; mean and std are in 0..1 units.
+    """
+
+    backbone: str
+    head: str
+    head_scale: float
+    margin: float
+    num_classes: int
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, num_classes: int) -> NetworkSpec:
+        """The network of a recipe, normalised as its backbone wants unless the recipe says otherwise.
+
+        Raises InputError for a mean or std that contradicts pretrained weights, and unusable names and sizes.
+        """
+        model, sizes = recipe.model, derived.image_sizes(recipe)
+        profile = backbones.profile(model.backbone, sizes)
+        for key, asked, own in (
+            ("mean", recipe.data.mean, profile.mean),
+            ("std", recipe.data.std, profile.std),
+        ):
+            if (
+                model.pretrained
+                and asked != "auto"
+                and max(abs(a - b) for a, b in zip(asked, own, strict=True)) > 1e-3
+            ):
+                raise InputError(
+                    f"data.{key} = {list(asked)}: the pretrained weights of {model.backbone} "
+                    f"want {list(own)}; set data.{key}=auto or model.pretrained=false"
+                )
+        return cls(
+            model.backbone,
+            model.head,
+            model.head_scale,
+            model.margin,
+            num_classes,
+            sizes[-1],
+            profile.mean if recipe.data.mean == "auto" else tuple(recipe.data.mean),
+            profile.std if recipe.data.std == "auto" else tuple(recipe.data.std),
+            profile.interpolation,
+        )
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> NetworkSpec:
+        """From the description in a checkpoint; InputError when it lacks a word."""
+        missing = [name for name in cls.__dataclass_fields__ if name not in meta]
+        if missing:
+            raise InputError(
+                f"checkpoint without {', '.join(missing)} in its description; use one that train wrote"
+            )
+        values: dict[str, Any] = {name: meta[name] for name in cls.__dataclass_fields__}
+        for name in ("size", "mean", "std"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def meta(self) -> dict[str, Any]:
+        """The same as plain JSON values, keyed as in a checkpoint's description."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+class Network(nn.Module):
+    """Pixels 0..255 -> logits. Normalises inside, so that no caller can normalise wrongly.
+
+    Its state dict holds `backbone.*` and `head.*` only; normalisation comes from the spec.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, spec: NetworkSpec, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.backbone = backbone
+        self.dropout = nn.Dropout(drop_rate)
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float 0..255 -> logits (B, C)."""
+        return self.head(self.dropout(self.backbone((images - self.mean) / self.std)))
+
+
+def build_network(spec: NetworkSpec) -> Network:
+    """The network of a checkpoint's spec with random weights, ready for `load_state_dict`."""
+    backbone, _ = backbones.build_backbone(spec.backbone, [spec.size])
+    return Network(backbone, _head(spec, [spec.size]), spec)
+
+
+def training_network(
+    recipe: Recipe, num_classes: int, pretrained: Path = runs.PRETRAINED
+) -> tuple[Network, NetworkSpec, list[str]]:
+    """The network that a recipe trains, its spec, and lines that say where its weights come from.
+
+    Random weights follow torch's generator: seed it first. Pretrained ones come from the folder `pretrained`.
+    """
+    model, sizes = recipe.model, derived.image_sizes(recipe)
+    spec = NetworkSpec.from_recipe(recipe, num_classes)
+    if all(height == width for height, width in sizes):
+        backbones.check_sizes(
+            spec.backbone, [(side, side) for side in recipe.tta.scales], "tta.scales", sizes
+        )
+    backbone, report = backbones.build_backbone(
+        spec.backbone,
+        sizes,
+        drop_path=model.drop_path,
+        grad_checkpointing=model.grad_checkpointing,
+        pretrained=pretrained if model.pretrained else None,
+    )
+    network = Network(backbone, _head(spec, sizes), spec, model.drop_rate)
+    if recipe.train.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network, spec, [str(report or f"{spec.backbone}: random initial weights (model.pretrained=false)")]
+
+
+def synchronise_norms(
+    network: Network, recipe: Recipe, device: torch.device, world_size: int
+) -> tuple[Network, int]:
+    """BatchNorm that spans several GPUs, and how many layers became it; a CPU or one device keeps its own."""
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    if not (recipe.train.sync_bn and device.type == "cuda" and world_size > 1 and norms):
+        return network, 0
+    return timm.layers.convert_sync_batchnorm(network), norms
+
+
+def _head(spec: NetworkSpec, sizes: list[tuple[int, int]]) -> nn.Module:
+    features = backbones.profile(spec.backbone, sizes).features
+    return build_head(spec.head, features, spec.num_classes, spec.head_scale)
