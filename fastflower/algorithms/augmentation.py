@@ -1,0 +1,32 @@
+"""Device augmentation of whole batches, before they are cut into microbatches."""
+
+from __future__ import annotations
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+
+from fastflower.data.augment import augment
+from fastflower.recipe import Aug
+
+
+class DeviceAugment(Algorithm):
+    """AFTER_DATALOADER: bring the batch to the device and augment its images, each by its own key.
+
+    "image" becomes float32 (B, 3, H, W) in 0..255, channels last. `fill` (3,) is what erasing paints.
+    """
+
+    def __init__(self, aug: Aug, erase_p: float, fill: tuple[float, ...]) -> None:
+        self.aug = aug
+        self.erase_p = erase_p
+        self.fill = torch.tensor(fill, dtype=torch.float32)
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.AFTER_DATALOADER
+
+    @torch.no_grad()
+    def apply(self, event: Event, state: State, logger: Logger | None) -> None:
+        batch = state.device.batch_to_device(state.batch)
+        self.fill = self.fill.to(batch["image"].device)
+        images = augment(batch["image"], batch["key"], self.aug, self.erase_p, self.fill)
+        state.batch = {**batch, "image": images}

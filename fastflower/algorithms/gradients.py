@@ -1,0 +1,101 @@
+"""What happens to gradients between the backward pass and the step: norm, clipping, and the guard against NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor, nn
+
+from fastflower.algorithms.averaging import batch_norms
+from fastflower.errors import InputError
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
+    """Scale all gradients so that their global 2-norm is at most `limit`; returns the norm before (one device sync)."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
+
+
+class Diverged(InputError):
+    """The run computes nothing but NaN; every rank finds out in the same step."""
+
+    exit_code = 1
+
+
+class GradientGuard(Algorithm):
+    """BATCH_START: remember BatchNorm's statistics. AFTER_TRAIN_BATCH: clip, or skip a non-finite step.
+
+    Gradients are those after the ranks' reduction, so that all ranks decide alike. A skipped step leaves
+    weights, optimizer, averages and running statistics as they were. With fp16 the scaler's own overflows are
+    skipped but not counted while its scale can still fall.
+    Raises Diverged after `limit` counted steps in a row.
+    """
+
+    def __init__(self, network: nn.Module, clip_grad: float | None, limit: int) -> None:
+        self.network = network
+        self.clip_grad = clip_grad
+        self.limit = limit
+        self.skipped = False
+        self.norm = math.nan
+        self.total = 0
+        self.in_a_row = 0
+        self.statistics: list[Tensor] = []
+        for norm in batch_norms(network):
+            self.statistics += [b for b in (norm.running_mean, norm.running_var) if b is not None]
+        self._before = [torch.empty_like(buffer) for buffer in self.statistics]
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.BATCH_START, Event.AFTER_TRAIN_BATCH)
+
+    @torch.no_grad()
+    def apply(self, event: Event, state: State, logger: Logger | None) -> None:
+        if event == Event.BATCH_START:
+            self._remember()
+            return
+        self.norm = clip(self.network.parameters(), self.clip_grad)
+        self.skipped = not math.isfinite(self.norm)
+        if not self.skipped:
+            self.in_a_row = 0
+            return
+        for parameter in self.network.parameters():
+            parameter.grad = None
+        for buffer, before in zip(self.statistics, self._before, strict=True):
+            buffer.copy_(before)
+        scale = state.scaler.get_scale() if state.scaler is not None and state.scaler.is_enabled() else 1.0
+        if str(state.precision.value) != "amp_fp16" or scale <= 1:
+            self._count(state)
+
+    def _remember(self) -> None:
+        if self._before and self._before[0].device != self.statistics[0].device:
+            self._before = [torch.empty_like(buffer) for buffer in self.statistics]
+        for before, buffer in zip(self._before, self.statistics, strict=True):
+            before.copy_(buffer)
+
+    def _count(self, state: State) -> None:
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit and dist.get_global_rank():
+            raise SystemExit(Diverged.exit_code)  # rank 0 says why
+        if self.in_a_row >= self.limit:
+            lr = max(group["lr"] for group in state.optimizers[0].param_groups)
+            raise Diverged(
+                f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step "
+                f"{state.timestamp.batch.value + 1} (epoch {state.timestamp.epoch.value + 1}, lr {lr:.3g}); lower opt.lr_ref "
+                f"or opt.lr (try {lr / 4:.2g}), or aug.strength, and start again under another exp.name"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+        self.total, self.in_a_row = state["total"], state["in_a_row"]

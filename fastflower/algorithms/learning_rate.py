@@ -1,0 +1,71 @@
+"""The learning rate of each group at each step, written before the step as a function of where it stands.
+
+Composer's schedulers lag one step behind and waste two steps of the warm-up; here the first step has the first lr
+of the schedule and the last step the last. Parts are frozen by lr 0, never by requires_grad: DDP would not notice when
+they thaw, and the ranks would drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from torch import nn
+
+from fastflower.derived import Derived, scaled_lr
+from fastflower.optim.groups import hold_statistics, part_names, parts
+from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
+from fastflower.recipe import Recipe
+
+
+def stage_factor(recipe: Recipe, derived: Derived, epoch: int) -> float:
+    """What a stage with its own batch does to the lr: the rule at its global batch over the rule at the first one's."""
+    return scaled_lr(recipe, derived.stage(epoch).batch_per_gpu * derived.world_size * recipe.train.grad_accum)[0] / derived.lr
+
+
+class LearningRate(Algorithm):
+    """BATCH_START: set every group's lr, 0 for frozen parts. EPOCH_CHECKPOINT: show plateau the epoch's score.
+
+    `score()` is what plateau watches. State: the plateau's factor and counter.
+    """
+
+    def __init__(
+        self, recipe: Recipe, derived: Derived, network: nn.Module, steps: Callable[[int], int], score: Callable[[], float]
+    ) -> None:
+        self.recipe = recipe
+        self.derived = derived
+        self.network = network
+        self.steps = steps
+        self.score = score
+        self.plateau = Plateau(recipe.sched.factor, recipe.sched.patience)
+        self.part_of = parts(network, part_names(recipe))
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.BATCH_START, Event.EPOCH_CHECKPOINT)
+
+    def apply(self, event: Event, state: State, logger: Logger | None) -> None:
+        if event == Event.EPOCH_CHECKPOINT:
+            self._judge(state.timestamp.epoch.value - 1)
+            return
+        epoch, step = state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value
+        stage = stage_factor(self.recipe, self.derived, epoch)
+        factor = lr_factor(epoch, step, self.steps(epoch), self.recipe, self.plateau.factor, stage)
+        frozen = frozen_parts(epoch, self.recipe)
+        for group in state.optimizers[0].param_groups:  # lr 0 also stops AdamW's decay, which is lr * wd
+            group["lr"] = 0.0 if group["part"] in frozen else group["initial_lr"] * factor
+        if frozen:  # evaluation puts every module back into training mode
+            hold_statistics(self.network, self.part_of, frozen)
+
+    def _judge(self, epoch: int) -> None:
+        if epoch + 1 >= self.recipe.sched.warmup_epochs:
+            self.plateau.step(self.score())
+        if self.derived.stage(epoch) != self.derived.stage(epoch + 1):
+            self.plateau.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.plateau.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+        self.plateau.load_state_dict(state)

@@ -1,0 +1,41 @@
+"""MixUp or CutMix, never both, on whole batches: soft targets are written before microbatches are cut."""
+
+from __future__ import annotations
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+
+from fastflower import derived
+from fastflower.data.mixing import choose, mix
+from fastflower.recipe import Recipe
+
+
+def probability(recipe: Recipe, epoch: int) -> float:
+    """The share of batches that are mixed in an epoch counted from 0."""
+    final = derived.mix_final_epoch(recipe)
+    return recipe.reg.mix_prob_final if final is not None and epoch + 1 >= final else recipe.reg.mix_prob
+
+
+class Mix(Algorithm):
+    """BATCH_START: mix the batch as (seed, epoch, step) says, the same on every rank, and write "target".
+
+    "target" is float32 (B, C) for every batch, mixed or not.
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+        self.recipe = recipe
+        self.num_classes = num_classes
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_START
+
+    @torch.no_grad()
+    def apply(self, event: Event, state: State, logger: Logger | None) -> None:
+        batch, reg = state.batch, self.recipe.reg
+        epoch, step = state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value
+        prob = probability(self.recipe, epoch)
+        kind = choose(self.recipe.seed, epoch, step, prob, reg.mix_switch_prob, reg.mixup, reg.cutmix)
+        alpha = {"mixup": reg.mixup, "cutmix": reg.cutmix}.get(kind, 0.0)
+        images, targets = mix(batch["image"], batch["label"], batch["key"], self.num_classes, kind, alpha)
+        state.batch = {**batch, "image": images, "target": targets}

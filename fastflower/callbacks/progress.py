@@ -1,0 +1,218 @@
+"""What a person sees while it trains: a header, one moving line, one row an epoch, a summary.
+
+The texts are pure functions of numbers; the callback decides when they are written. A terminal gets a line that
+updates in place, a pipe gets an occasional one, and the log file gets all that stays.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from fastflower.callbacks.events import Recorder
+from fastflower.callbacks.scoring import Scoring
+from fastflower.derived import Derived
+
+HEADER_EVERY = 20  # rows
+PLAIN_SECONDS = 5.0  # at least between two plain lines
+MOVING_SECONDS = 0.2
+NORM_HIGH, NORM_LOW = 1e4, 1e-7
+
+COLUMNS = (  # of a row of scores: raw weights, then their average
+    ("epoch", 6), ("size", 4), ("lr", 7), ("train", 6), ("val", 6), ("clean", 6), ("ema", 6), ("corr", 6), ("ema", 6),
+    ("S", 6), ("best", 12), ("pat", 3), ("img/s", 5), ("left", 7),
+)  # fmt: skip
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:30, 1:02:03."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def side(size: list[int]) -> str:
+    """320, or 32x64 for an oblong size."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def headline() -> str:
+    """The names of the columns of `epoch_line`."""
+    return "  ".join(name.rjust(width) for name, width in COLUMNS)
+
+
+def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
+    """One aligned row of an epoch's numbers; a star marks the epoch that became the best."""
+
+    def share(name: str) -> str:
+        value = row.get(name)
+        return "-" if value is None else f"{value:.4f}"
+
+    average = "swa" if "clean_ema" not in row and "clean_swa" in row else "ema"
+    best = row["best"]
+    star = "*" if best["epoch"] == row["epoch"] else " "
+    patience = row["patience_left"]
+    speed = row["images_per_s"]
+    cells = (
+        f"{row['epoch']}/{epochs}",
+        side(row["size"]),
+        f"{row['lr_max']:.1e}",
+        f"{row['train_loss']:.4f}",
+        f"{row['val_loss']:.4f}",
+        share("clean_raw"),
+        share(f"clean_{average}"),
+        share("corrupt_raw"),
+        share(f"corrupt_{average}"),
+        share(f"s_{row['chosen']}"),
+        f"{best['score']:.4f} @{best['epoch']}{star}" if best["epoch"] else "-",
+        "-" if patience is None else str(patience),
+        f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}",
+        clock(left),
+    )
+    return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
+
+
+def step_line(
+    epoch: int, epochs: int, step: int, steps: int, loss: float, val: float | None, lr: float, speed: float,
+    epoch_left: float, left: float,
+) -> str:  # fmt: skip
+    """Where the epoch stands, in at most 110 characters."""
+    known = f"  val {val:.4f}" if val is not None else ""
+    return (
+        f"epoch {epoch}/{epochs}  {100 * step / max(steps, 1):3.0f}%  step {step}/{steps}  loss {loss:.4f}{known}  "
+        f"lr {lr:.1e}  {speed:.0f} img/s  {clock(epoch_left)} left, {clock(left)} in all"
+    )
+
+
+def time_left(derived: Derived, done: int, seconds: float) -> float:
+    """Seconds until the horizon after `done` epochs, the last of which took `seconds`: time goes with the area."""
+    last = derived.stage(max(done - 1, 0))
+    area = last.height * last.width
+    stages = [derived.stage(epoch) for epoch in range(done, derived.epochs)]
+    return sum(seconds * stage.height * stage.width / area for stage in stages)
+
+
+class Console:
+    """A terminal or pipe, and a log file beside it; neither can stop the training when it goes away."""
+
+    def __init__(self, log: Path | None, silent: bool = False) -> None:
+        self.stream: TextIO | None = None if silent else sys.stdout
+        self.moving = self.stream is not None and self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.colour = self.moving and "NO_COLOR" not in os.environ
+        self._dirty = False
+        self._log: TextIO | None = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._log = open(log, "a", encoding="utf-8", buffering=1)
+
+    def say(self, text: str = "", style: str = "") -> None:
+        """Lines that stay; `style` is bold, green or yellow on a terminal."""
+        codes = {"bold": "1", "green": "32", "yellow": "33", "dim": "2"}
+        shown = f"\x1b[{codes[style]}m{text}\x1b[0m" if self.colour and style and text else text
+        self._put(("\r\x1b[K" if self._dirty else "") + shown + "\n")
+        self._dirty = False
+        self._keep(text)
+
+    def move(self, text: str) -> None:
+        """The moving line of a terminal, cut to its width; nothing elsewhere."""
+        if self.moving:
+            width = os.get_terminal_size(self.stream.fileno()).columns if self.stream else 80
+            self._put(f"\r\x1b[K{text[: max(width - 1, 20)]}")
+            self._dirty = True
+
+    def close(self) -> None:
+        if self._dirty:
+            self._put("\r\x1b[K")
+            self._dirty = False
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _put(self, text: str) -> None:
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+                self.stream.flush()
+        except (OSError, ValueError):  # the reader has gone; training goes on
+            self.stream = None
+
+    def _keep(self, text: str) -> None:
+        try:
+            if self._log is not None:
+                self._log.write(text + "\n")
+        except OSError:  # a full disk stops checkpoints, which say so; not the log
+            self._log = None
+
+
+class Progress(Callback):
+    """BATCH_END: the moving line. EVAL_START: what is being scored. EVAL_AFTER_ALL: the epoch's row and notes."""
+
+    def __init__(self, console: Console, derived: Derived, recorder: Recorder, scoring: Scoring) -> None:
+        self.console = console
+        self.derived = derived
+        self.recorder = recorder
+        self.scoring = scoring
+        self.rows = 0
+        self._last = 0.0
+        self._tenth = 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._last = time.perf_counter()
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._tenth = 0
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        now = time.perf_counter()
+        step, steps = state.timestamp.batch_in_epoch.value, int(state.dataloader_len or 1)
+        tenth = 10 * step // steps
+        due = now - self._last >= (MOVING_SECONDS if self.console.moving else PLAIN_SECONDS)
+        if not due or not (self.console.moving or tenth > self._tenth):
+            return
+        self._last, self._tenth = now, tenth
+        text = self._step_text(state, step, steps)
+        if self.console.moving:
+            self.console.move(text)
+        else:
+            self.console.say(text)
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self.console.move(f"epoch {state.timestamp.epoch.value}/{self.derived.epochs}  scoring {state.dataloader_label} images")
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        row = self.recorder.row
+        if self.rows % HEADER_EVERY == 0:
+            self.console.say(headline(), "bold")
+        self.rows += 1
+        left = 0.0 if self.scoring.selection.stopped else time_left(self.derived, row["epoch"], row["seconds"])
+        self.console.say(epoch_line(row, self.derived.epochs, left), "green" if row["best"]["epoch"] == row["epoch"] else "")
+        for note in self._notes(row):
+            self.console.say(f"        {note}", "yellow")
+
+    def _notes(self, row: dict[str, Any]) -> list[str]:
+        board = self.scoring.latest
+        notes = list(board.verdict.notes) if board and board.verdict else []
+        if row["nonfinite"]:
+            notes.append(f"{row['nonfinite']} steps were not finite and were skipped")
+        if row["grad_norm"] > NORM_HIGH or row["grad_norm"] < NORM_LOW:
+            notes.append(f"gradient norm {row['grad_norm']:.2g}: {'exploding' if row['grad_norm'] > 1 else 'vanishing'}")
+        return notes
+
+    def _step_text(self, state: State, step: int, steps: int) -> str:
+        sums, epoch = self.recorder.meter.sums, state.timestamp.epoch.value + 1
+        per_step = sums["seconds"] / max(sums["steps"], 1)
+        row, evaluation = self.recorder.row, float(self.recorder.row.get("eval_seconds", 0.0))
+        epoch_left = per_step * (steps - step) + evaluation
+        left = epoch_left + time_left(self.derived, epoch, per_step * steps + evaluation)
+        speed = sums["images"] / sums["seconds"] if sums["seconds"] else 0.0
+        lr = max(self.recorder.meter.lr.values(), default=0.0)
+        loss = self.recorder.meter.mean("loss")
+        return step_line(
+            epoch, self.derived.epochs, step, steps, loss, row.get("val_loss"), lr, speed, epoch_left, left
+        )  # fmt: skip

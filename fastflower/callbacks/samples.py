@@ -1,0 +1,65 @@
+"""A picture of what the network will be shown: stored images, and the same ones augmented, mixed and cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from fastflower.data.augment import augment
+from fastflower.data.decode import decode_eval
+from fastflower.data.loaders import TrainLoader
+from fastflower.data.mixing import mix
+from fastflower.recipe import Recipe
+
+COLUMNS = 8
+GAP = 4
+BAND = 16  # pixels for a row's title
+
+
+def sample_rows(
+    recipe: Recipe, loader: TrainLoader, num_classes: int, interpolation: str, fill: tuple[float, ...]
+) -> dict[str, np.ndarray]:
+    """Title -> uint8 (n, h, w, 3) of the first rows of epoch 0: stored, augmented, MixUp, CutMix."""
+    batch = next(iter(loader))
+    keys, labels = batch["key"], batch["label"]
+    crop, height, width, _ = batch["image"].shape
+    stored = np.empty((crop, height, width, 3), np.uint8)
+    decode_eval(loader.beton, batch["row"].numpy(), stored, recipe.eval.resize_factor, interpolation, loader.threads)
+    images = augment(batch["image"], keys, recipe.aug, recipe.reg.erase_p, fill)
+    rows = {"as evaluated": stored, "as trained": pixels(images)}
+    for kind, alpha in (("mixup", recipe.reg.mixup), ("cutmix", recipe.reg.cutmix)):
+        if alpha and recipe.reg.mix_prob:
+            rows[kind] = pixels(mix(images, labels, keys, num_classes, kind, alpha)[0])
+    return rows
+
+
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """Float (B, 3, h, w) in 0..255 as uint8 (B, h, w, 3)."""
+    return images.detach().cpu().clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def grid(rows: dict[str, np.ndarray]) -> Image.Image:
+    """Rows of pictures under their titles."""
+    count, height, width, _ = next(iter(rows.values())).shape
+    canvas = Image.new("RGB", (GAP + count * (width + GAP), len(rows) * (height + BAND + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (title, images) in enumerate(rows.items()):
+        top = place * (height + BAND + GAP)
+        draw.text((GAP, top + 2), title, fill="black")
+        for column, image in enumerate(images):
+            canvas.paste(Image.fromarray(image), (GAP + column * (width + GAP), top + BAND))
+    return canvas
+
+
+def save_samples(
+    path: Path, recipe: Recipe, loader: TrainLoader, num_classes: int, interpolation: str, fill: tuple[float, ...]
+) -> None:
+    """Write the picture of the loader's first batch and close the loader."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(sample_rows(recipe, loader, num_classes, interpolation, fill)).save(path)
+    finally:
+        loader.close()

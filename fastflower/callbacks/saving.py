@@ -1,0 +1,290 @@
+"""Checkpoints: best_clean, best_combo, ema_best (and swa) for handing in, `last` for going on.
+
+Every file is written aside, checked and renamed, and the one it supersedes is removed after that. Of `last` the
+generation before is kept. All are plain tensors, numbers and text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from composer.core import Callback, State, Time, Timestamp, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor, nn
+
+from fastflower import checkpoint
+from fastflower.callbacks.scoring import Scoring
+from fastflower.checkpoint import Checkpoint
+from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.runs import Run, fsync_folder
+
+PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
+FIXED = {kind: f"{kind}.pth" for kind in ("best_clean", "best_combo", "ema_best", "swa", "last")}
+
+
+class Stateful(Protocol):
+    """What an algorithm or callback must offer to survive a restart."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def parse_interval(text: str) -> tuple[int, str]:
+    """train.save_every as (number, "ep" or "ba"). Raises InputError for anything else."""
+    try:
+        interval = Time.from_timestring(text)
+        if interval.unit in (TimeUnit.EPOCH, TimeUnit.BATCH) and interval.value >= 1:
+            return int(interval.value), str(interval.unit.value)
+    except ValueError:
+        pass
+    raise InputError(f"train.save_every = {text}: must be epochs such as 1ep or steps such as 200ba")
+
+
+def previous_last(run: Run) -> Path:
+    """The generation of `last` before the current one; its name matches no member pattern."""
+    return run.model_dir / f"last__{run.backbone}__{run.stem}.previous.pth"
+
+
+def sweep(run: Run) -> None:
+    """Remove what killed savings of this run left half-written; the caller holds the run's lock."""
+    for aside in run.model_dir.glob(f".*__{run.backbone}__{run.stem}*.tmp"):
+        aside.unlink(missing_ok=True)
+
+
+def load_last(run: Run, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+    """The newest `last` that is whole, or None when there is none at all; for one process of a run.
+
+    A damaged one costs one line, is set aside as `*.damaged`, and the one before is used.
+    Raises CorruptionError when every one is damaged.
+    """
+    paths = [path for path in [*reversed(run.files("last")), previous_last(run)] if path.exists()]
+    damaged: list[Path] = []
+    for path in paths:
+        try:
+            found = checkpoint.load(path)
+        except InputError as error:
+            say(f"WARNING {error}")
+            damaged.append(path)
+            continue
+        for bad in damaged:  # or the next saving would keep it as the generation before
+            os.replace(bad, bad.with_name(bad.name + ".damaged"))
+            say(f"WARNING going on from {path.name}, the checkpoint before")
+        return path, found
+    if paths:
+        raise CorruptionError(
+            f"{run.model_dir}: no checkpoint of fold {run.fold}, seed {run.seed} is whole; restore one, or start again "
+            "under another exp.name"
+        )
+    return None
+
+
+def place(run: Run, kind: str, epoch: int, score: float, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint under its templated name, link the fixed name to it, and remove what it supersedes."""
+    path = run.file(kind, epoch, max(score, 0.0))
+    old = [other for other in run.files(kind) if other != path]
+    try:
+        if kind == "last":
+            _keep_previous(run)
+        write(path)
+        _link(path, run.model_dir / FIXED[kind])
+    except OSError as error:
+        raise _refusal(path, error) from None
+    for other in old:
+        other.unlink(missing_ok=True)
+    return path
+
+
+def _keep_previous(run: Run) -> None:
+    current = run.files("last")
+    if current:
+        _link(current[-1], previous_last(run))
+
+
+def _link(path: Path, name: Path) -> None:
+    """Let `name` be the same file as `path`, replacing what it was; a copy where the disk has no hard links."""
+    aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:
+        aside.write_bytes(path.read_bytes())
+    os.replace(aside, name)
+    fsync_folder(name.parent)
+
+
+def _refusal(path: Path, error: OSError) -> EnvironmentFault:
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot write ({error.strerror})"
+    return EnvironmentFault(f"{path}: {what}; the last good checkpoint is kept, make room and run the same command")
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for a checkpoint at the next step; a second one ends the process at once.
+
+    Composer's own handlers, installed when it is imported, would end the process without saving.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    def agreed(self, state: State) -> bool:
+        """Whether any rank was asked; every rank must call this at the same place."""
+        if dist.get_world_size() == 1:
+            return self.asked
+        flag = state.device.tensor_to_device(torch.tensor([int(self.asked)], dtype=torch.uint8))
+        dist.all_reduce(flag, reduce_operation="MAX")
+        return bool(flag.item())
+
+
+class Saving(Callback):
+    """EVAL_AFTER_ALL: the best checkpoints. BATCH_CHECKPOINT, EPOCH_CHECKPOINT: `last`, every train.save_every.
+
+    BATCH_END, EVAL_BATCH_END: when a signal asked, save `last` and leave with exit code 75.
+    `parts` are whatever else has state, by name; `meta(epoch)` describes a member.
+    Only rank 0 writes. `seconds` is the time spent on it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        networks: dict[str, nn.Module],
+        scoring: Scoring,
+        parts: dict[str, Stateful],
+        meta: Callable[[int], dict[str, Any]],
+        identity: dict[str, Any],
+        every: tuple[int, str],
+        stop: Stop,
+    ) -> None:
+        self.run = run
+        self.networks = networks
+        self.scoring = scoring
+        self.parts = parts
+        self.meta = meta
+        self.identity = identity
+        self.every = every
+        self.stop = stop
+        self.seconds = 0.0
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        board = self.scoring.latest
+        assert board is not None and board.verdict is not None
+        if dist.get_global_rank():
+            return
+        start = time.perf_counter()
+        for kind, weights in board.verdict.new.items():
+            meta = {**self.meta(board.epoch), "kind": kind, "weights": weights, "scores": board.flat()}
+            write = functools.partial(checkpoint.save, tensors=self.networks[weights].state_dict(), meta=meta)
+            place(self.run, kind, board.epoch, self.scoring.selection.bests[kind].score, write)
+        self.seconds += time.perf_counter() - start
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.stop.agreed(state):
+            self._leave(state, state.timestamp)
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        if self.stop.agreed(state):  # as if the epoch's last step had just been made: evaluation starts anew
+            self._leave(state, state.previous_timestamp)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        number, unit = self.every
+        if unit == "ba" and state.timestamp.batch.value % number == 0:
+            self.save_last(state, state.timestamp)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        number, unit = self.every
+        epoch = state.timestamp.epoch.value
+        finished = epoch >= self.scoring.derived.epochs or bool(self.scoring.selection.stopped)
+        if finished or (unit == "ep" and epoch % number == 0):
+            reason = self.scoring.selection.stopped or f"all {epoch} epochs are done"
+            self.save_last(state, state.timestamp, reason if finished else "")
+
+    def save_last(self, state: State, timestamp: Timestamp | None, finished: str = "") -> None:
+        """Write the whole training state as it is at `timestamp`; `finished` is the reason, when it is."""
+        assert timestamp is not None
+        if dist.get_global_rank():
+            return
+        start = time.perf_counter()
+        epoch = timestamp.epoch.value
+        best = self.scoring.selection.best
+        meta = {**self.meta(epoch), "kind": "last", "weights": "raw", "scores": self.scoring.flat}
+        meta |= {"identity": self.identity, "finished": finished, "best": {"epoch": best.epoch, "score": best.score}}
+        more = {
+            "time": plain_time(timestamp),
+            "optimizer": state.optimizers[0].state_dict(),
+            "scaler": state.scaler.state_dict() if state.scaler is not None else {},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+        write = functools.partial(checkpoint.save, tensors=self.networks["raw"].state_dict(), meta=meta, **more)
+        place(self.run, "last", epoch, self.scoring.score, write)
+        self.seconds += time.perf_counter() - start
+
+    def files(self) -> dict[str, Path]:
+        """The checkpoints of this run by kind, those of an earlier process included."""
+        return {kind: paths[-1] for kind in FIXED if (paths := self.run.files(kind))}
+
+    def _leave(self, state: State, timestamp: Timestamp | None) -> None:
+        self.save_last(state, timestamp)
+        if dist.get_global_rank() == 0:
+            print("fastflower: stopped by a signal; the state is saved, the same command goes on", file=sys.stderr)
+        raise SystemExit(PREEMPTED)
+
+
+def plain_time(timestamp: Timestamp) -> dict[str, float]:
+    """Composer's timestamp as numbers; durations in seconds."""
+    values = timestamp.state_dict()
+    return {k: v.total_seconds() if isinstance(v, datetime.timedelta) else v for k, v in values.items()}
+
+
+def restore(found: Checkpoint, state: State, network: nn.Module, parts: dict[str, Stateful]) -> None:
+    """Put a `last` back into a freshly built trainer: weights, optimizer, scaler, time and all parts.
+
+    Raises InputError when the network or the optimizer's groups are not those that were saved.
+    """
+    check_names(found.tensors, network.state_dict())
+    network.load_state_dict(found.tensors)
+    optimizer, saved = state.optimizers[0], found.more["optimizer"]
+    now = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
+    then = [(group.get("name"), len(group["params"])) for group in saved["param_groups"]]
+    if now != then:
+        raise InputError(f"the checkpoint's {len(then)} parameter groups are not this recipe's {len(now)}; change exp.name")
+    optimizer.load_state_dict(saved)
+    if state.scaler is not None and found.more["scaler"]:
+        state.scaler.load_state_dict(found.more["scaler"])
+    times = found.more["time"]
+    seconds = {k: datetime.timedelta(seconds=v) for k, v in times.items() if k.endswith("_wct")}
+    state.timestamp.load_state_dict({**times, **seconds})
+    missing = set(parts) ^ set(found.more["parts"])
+    if missing:
+        raise InputError(f"the checkpoint and this recipe differ in {', '.join(sorted(missing))}; change exp.name")
+    for name, part in parts.items():
+        part.load_state_dict(found.more["parts"][name])
+
+
+def check_names(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """InputError unless names and shapes are equal."""
+    wrong = sorted(n for n in {*saved, *own} if n not in saved or n not in own or saved[n].shape != own[n].shape)
+    if wrong:
+        raise InputError(f"the checkpoint holds another network: {len(wrong)} tensors differ, first {wrong[0]}; change exp.name")

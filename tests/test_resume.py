@@ -1,0 +1,224 @@
+"""A run that is cut anywhere and started again ends in the same bits as one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fastflower import checkpoint, errors
+from fastflower.callbacks import saving
+from fastflower.callbacks.saving import Saving, previous_last
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing catches it, nothing is saved on the way out."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the uninterrupted run leaves."""
+    home = Path.cwd()
+    os.chdir(tiny.project(tmp_path_factory.mktemp("whole")))
+    try:
+        assert tiny.fit("train.save_every=2ba") == 0
+        found = tiny.last()
+        return {"last": found, "epochs": tiny.epochs(), "files": sorted(p.name for p in tiny.run_of().model_dir.glob("*.pth"))}
+    finally:
+        os.chdir(home)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return tiny.project(tmp_path)
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, event: str, when: Callable) -> None:
+    """Kill the run before Saving sees an event for which `when(state)` holds, once."""
+    done, original = [], getattr(Saving, event)
+
+    def killed(self: Saving, state, logger) -> None:
+        if not done and when(state):
+            done.append(True)
+            raise Killed
+        original(self, state, logger)
+
+    monkeypatch.setattr(Saving, event, killed)
+
+
+def same_as(whole: dict) -> None:
+    found = tiny.last()
+    assert tiny.different(whole["last"].tensors, found.tensors) == []
+    assert tiny.different(whole["last"].more, found.more) == []
+    assert tiny.different(whole["last"].meta, found.meta) == []
+    assert tiny.epochs() == whole["epochs"]
+    assert sorted(p.name for p in tiny.run_of().model_dir.glob("*.pth")) == whole["files"]
+
+
+@pytest.mark.parametrize(
+    "event, step",
+    [("batch_end", 1), ("batch_end", 3), ("batch_checkpoint", 4), ("eval_batch_end", 4), ("eval_after_all", 8), ("epoch_checkpoint", 8)],
+)
+def test_a_cut_run_ends_in_the_same_bits(project, whole, monkeypatch, event, step):
+    cut(monkeypatch, event, lambda state: state.timestamp.batch.value == step)
+    with pytest.raises(Killed):
+        tiny.fit("train.save_every=2ba")
+    assert tiny.fit("train.save_every=2ba") == 0
+    same_as(whole)
+
+
+def test_a_run_is_repeated_from_its_own_record(project, whole):
+    assert tiny.fit("exp.name=first") == 0
+    assert tiny.train.main(["results/results/first/meta/recipe.yaml", "exp.name=second"]) == 0
+    for exp in ("first", "second"):
+        assert tiny.different(whole["last"].tensors, tiny.last(exp).tensors) == []
+        assert tiny.epochs(exp) == whole["epochs"]
+
+
+def test_a_signal_saves_at_the_next_step_and_leaves_with_75(project, whole, monkeypatch, capsys):
+    def asked(self: Saving, state, logger) -> None:
+        if state.timestamp.batch.value == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, state, logger)
+
+    original = Saving.batch_end
+    monkeypatch.setattr(Saving, "batch_end", asked)
+    with pytest.raises(SystemExit) as left:
+        tiny.fit()
+    assert left.value.code == 75
+    assert "the state is saved" in capsys.readouterr().err
+    assert tiny.last().more["time"]["batch"] == 5
+    monkeypatch.undo()
+    os.chdir(project)
+    assert tiny.fit() == 0
+    assert tiny.different(whole["last"].tensors, tiny.last().tensors) == []
+    assert tiny.epochs() == whole["epochs"]
+
+
+def test_a_signal_during_evaluation_evaluates_again(project, whole, monkeypatch):
+    cut_at = [4]
+
+    def asked(self: Saving, state, logger) -> None:
+        if cut_at and state.timestamp.batch.value == cut_at[0]:
+            cut_at.clear()
+            self.stop.asked = True
+        original(self, state, logger)
+
+    original = Saving.eval_batch_end
+    monkeypatch.setattr(Saving, "eval_batch_end", asked)
+    with pytest.raises(SystemExit):
+        tiny.fit()
+    assert tiny.last().more["time"]["epoch"] == 0  # the epoch is not over before it is scored
+    assert tiny.fit() == 0
+    assert tiny.different(whole["last"].more, tiny.last().more) == []
+    assert tiny.epochs() == whole["epochs"]
+
+
+def test_a_finished_run_says_so(project, capsys):
+    tiny.fit("sched.cosine_epochs=2", "data.size_epochs=[1,2]")
+    before = {path: path.stat().st_mtime_ns for path in tiny.run_of().model_dir.glob("*.pth")}
+    capsys.readouterr()
+    assert tiny.fit("sched.cosine_epochs=2", "data.size_epochs=[1,2]") == 0
+    assert "is finished (all 2 epochs are done)" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tiny.run_of().model_dir.glob("*.pth")}
+
+
+def half_done(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """A run that was killed in its third epoch; two generations of `last` are there."""
+    with monkeypatch.context() as patch:
+        cut(patch, "batch_end", lambda state: state.timestamp.batch.value == 10)
+        with pytest.raises(Killed):
+            tiny.fit(*words)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(project, whole, monkeypatch, capsys):
+    half_done(monkeypatch)
+    path = tiny.run_of().files("last")[-1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.unlink()  # the fixed name is the same file
+    path.write_bytes(data)
+    assert tiny.fit() == 0
+    said = capsys.readouterr().out
+    assert "WARNING" in said and "damaged" in said and "the checkpoint before" in said
+    assert path.with_name(path.name + ".damaged").exists()
+    assert tiny.different(whole["last"].tensors, tiny.last().tensors) == []
+    assert tiny.epochs() == whole["epochs"]
+
+
+def test_when_every_checkpoint_is_damaged_nothing_starts_from_scratch(project, monkeypatch):
+    half_done(monkeypatch)
+    for path in (*tiny.run_of().files("last"), previous_last(tiny.run_of())):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(errors.CorruptionError, match="no checkpoint of fold 0, seed 42 is whole"):
+        tiny.fit()
+
+
+def test_another_recipe_is_refused_by_the_keys_that_differ(project, monkeypatch):
+    half_done(monkeypatch)
+    with pytest.raises(errors.InputError, match=r"opt.lr: 0.001 -> 0.002; reg.ls_eps: 0.05 -> 0.1\); undo"):
+        tiny.fit("opt.lr=2e-3", "reg.ls_eps=0.1")
+    with pytest.raises(errors.InputError, match=r"global batch by stage: \[10, 10\] -> \[5, 5\]"):
+        tiny.fit("train.batch_per_gpu=5")
+
+
+def test_the_same_global_batch_may_be_cut_otherwise(project, monkeypatch):
+    half_done(monkeypatch)
+    assert tiny.fit("train.batch_per_gpu=5", "train.grad_accum=2", "train.save_every=1ba") == 0
+    assert [row["epoch"] for row in tiny.epochs()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("step", ["save", "link", "unlink"])
+def test_a_kill_inside_a_saving_loses_no_generation(project, whole, monkeypatch, step):
+    """Cut between writing aside, linking and removing the superseded, at the third saving of `last`."""
+    half_done_at = [0]
+
+    def counted(original: Callable) -> Callable:
+        def stand_in(*args, **kwargs):
+            kind = str(args[0]) if args else ""
+            half_done_at[0] += "last__" in kind
+            if half_done_at[0] == 3:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return stand_in
+
+    with monkeypatch.context() as patch:
+        target = {"save": (checkpoint, "save"), "link": (saving, "_link"), "unlink": (Path, "unlink")}[step]
+        patch.setattr(*target, counted(getattr(*target)))
+        with pytest.raises(Killed):
+            tiny.fit("train.save_every=2ba")
+    assert tiny.fit("train.save_every=2ba") == 0
+    same_as(whole)
+
+
+def command(*words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2"]
+    return [*launcher, str(Path(tiny.train.__file__)), "tiny.yaml", "train.batch_per_gpu=5", "train.world_size=2", *words]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_ranks_killed_in_the_middle_end_in_the_same_bits(project, whole, tmp_path):
+    """SIGKILL of rank 1 takes all down within a bound; two ranks go on, then one, and all agree."""
+    process = subprocess.Popen(command("train.save_every=1ba"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run, deadline = tiny.run_of(), time.monotonic() + 200
+    while not run.files("last") or run.files("last")[-1].name.find("_epoch1_") < 0:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    done = subprocess.run(command("train.save_every=1ba"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = tiny.last()
+    for name, tensor in whole["last"].tensors.items():
+        assert (tensor - two.tensors[name]).abs().max() < 1e-4, name

@@ -1,0 +1,135 @@
+"""Checkpoint files: names, generations, fixed names, and what a full disk or a strange interval gives."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastflower import checkpoint
+from fastflower.callbacks.record import differences
+from fastflower.callbacks.saving import Stop, check_names, load_last, parse_interval, place, previous_last, sweep
+from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.runs import Run
+
+RUN = Run("exp", "convnextv2_atto", 0, 42)
+
+
+def save(kind: str, epoch: int, score: float) -> Path:
+    write = partial(checkpoint.save, tensors={"w": torch.full((3,), float(epoch))}, meta={"epoch": epoch})
+    return place(RUN, kind, epoch, score, write)
+
+
+def names() -> list[str]:
+    return sorted(path.name for path in RUN.model_dir.iterdir())
+
+
+def test_one_file_of_a_kind_and_its_fixed_name():
+    save("best_combo", 1, 0.5)
+    path = save("best_combo", 3, 0.75)
+    assert names() == ["best_combo.pth", "best_combo__convnextv2_atto__fold0_seed42_epoch3_score0.7500.pth"]
+    assert path.samefile(RUN.model_dir / "best_combo.pth")
+    assert checkpoint.load(RUN.model_dir / "best_combo.pth").meta["epoch"] == 3
+
+
+def test_other_runs_of_the_experiment_are_left_alone():
+    other = Run("exp", "convnextv2_atto", 1, 42)
+    place(other, "best_combo", 9, 0.9, partial(checkpoint.save, tensors={}, meta={}))
+    save("best_combo", 1, 0.5)
+    save("best_combo", 2, 0.6)
+    assert other.files("best_combo") and len(RUN.files("best_combo")) == 1
+
+
+def test_two_generations_of_last():
+    for epoch in (1, 2, 3):
+        save("last", epoch, 0.5)
+    assert [path.name for path in RUN.files("last")] == ["last__convnextv2_atto__fold0_seed42_epoch3_score0.5000.pth"]
+    assert checkpoint.load(previous_last(RUN)).meta["epoch"] == 2
+    save("last", 3, 0.5)  # twice in an epoch: the same name
+    assert checkpoint.load(previous_last(RUN)).meta["epoch"] == 3
+
+
+def test_a_disk_without_hard_links_gets_copies(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = save("best_clean", 1, 0.5)
+    assert (RUN.model_dir / "best_clean.pth").read_bytes() == path.read_bytes()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so():
+    save("last", 1, 0.5)
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(EnvironmentFault, match="the disk is full; the last good checkpoint is kept, make room"):
+        place(RUN, "last", 2, 0.5, full)
+    assert load_last(RUN, print)[1].meta["epoch"] == 1
+
+
+def test_the_newest_whole_state_is_found():
+    said: list[str] = []
+    assert load_last(RUN, said.append) is None
+    save("last", 1, 0.5)
+    newest = save("last", 2, 0.5)
+    assert load_last(RUN, said.append)[1].meta["epoch"] == 2 and said == []
+    newest.unlink()
+    newest.write_bytes(b"")
+    assert load_last(RUN, said.append)[1].meta["epoch"] == 1
+    assert len(said) == 2 and said[0].startswith("WARNING") and "the checkpoint before" in said[1]
+    previous_last(RUN).write_bytes(b"PK")
+    with pytest.raises(CorruptionError, match="no checkpoint of fold 0, seed 42 is whole"):
+        load_last(RUN, said.append)
+
+
+def test_half_written_files_of_killed_savings_are_swept():
+    save("last", 1, 0.5)
+    mine = RUN.model_dir / ".last__convnextv2_atto__fold0_seed42_epoch2_score0.5000.pth.99.tmp"
+    others = RUN.model_dir / ".last__convnextv2_atto__fold1_seed42_epoch2_score0.5000.pth.99.tmp"
+    for path in (mine, others):
+        path.write_bytes(b"half")
+    sweep(RUN)
+    assert not mine.exists() and others.exists()
+
+
+@pytest.mark.parametrize("text, expected", [("1ep", (1, "ep")), ("200ba", (200, "ba")), ("3ep", (3, "ep"))])
+def test_intervals(text, expected):
+    assert parse_interval(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "5", "0ep", "1dur", "10sp", "often"])
+def test_strange_intervals_are_refused(text):
+    with pytest.raises(InputError, match=r"train.save_every = .*: must be epochs such as 1ep or steps such as 200ba"):
+        parse_interval(text)
+
+
+def test_another_network_is_refused():
+    own = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    check_names({"a": torch.ones(2), "b": torch.ones(3)}, own)
+    for saved in ({"a": torch.zeros(2)}, {**own, "c": torch.zeros(1)}, {"a": torch.zeros(2), "b": torch.zeros(4)}):
+        with pytest.raises(InputError, match="holds another network: 1 tensors differ"):
+            check_names(saved, own)
+
+
+def test_identities_differ_by_key_and_survive_json():
+    then = {"recipe": {"opt.lr": 0.1, "sched.x": {"1": ["head"]}}, "data": {"folds": "a"}}
+    now = {"recipe": {"opt.lr": 0.2, "sched.x": {1: ("head",)}, "new.key": 3}, "data": {"folds": "b"}}
+    assert differences(then, now) == ["new.key: None -> 3", "opt.lr: 0.1 -> 0.2", "data folds: a -> b"]
+    assert differences(then, then) == []
+
+
+def test_a_signal_asks_and_the_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = Stop()
+    assert not stop.agreed(None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed(None)
+    stop.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
