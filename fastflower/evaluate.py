@@ -1,0 +1,61 @@
+"""Score an experiment's members on the images they never saw: `python -m fastflower.evaluate [recipe.yaml] [key=value ...]`.
+
+Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and reports/*.csv.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from fastflower import checkpoint, errors, recipe, runs
+from fastflower.data.folds import read_folds
+from fastflower.data.labels import read_csv, write_csv
+from fastflower.errors import InputError
+from fastflower.evaluation import attention, oof, summary, tables, views
+
+
+def main(argv: list[str]) -> None:
+    settings = recipe.parse_command(argv)
+    paths = members_of(settings)
+    home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
+    folds, classes = read_folds(home / "folds.csv"), read_csv(home / "classes.csv", ("class_idx", "category_id", "n"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{len(paths)} members of {settings.exp.name} on {device}", flush=True)
+
+    members = []
+    for path in paths:
+        print(f"  {path.name}", flush=True)
+        member = views.predict(path, settings, device)
+        oof.save(oof.member_file(folder / "oof", member.about), member)
+        members.append(member)
+    found = summary.summarise(members, folds.fold, classes, settings)
+    attention.save(folder / "gradcam", members, found, settings, device)
+    runs.write_json(folder / "scores.json", found)
+    runs.write_json(folder / "temperature.json", summary.temperatures(found))
+    for name, rows in tables.reports(found).items():
+        write_csv(folder / "reports" / f"{name}.csv", rows)
+
+    print("\n" + tables.aligned(tables.console(found)))
+    for line in [*found["advice"], *summary.incomplete(found)]:
+        print(f"note: {line}")
+    print(f"wrote {folder / 'scores.json'}; python -m fastflower.report {settings.exp.name} shows it")
+
+
+def members_of(settings: recipe.Recipe) -> list[Path]:
+    """The members the recipe's pattern finds; each is read whole before any of them is used."""
+    paths = runs.find_members(settings.exp.name, settings.ensembling.find_pattern)
+    if not paths:
+        raise InputError(
+            f"no member {settings.ensembling.find_pattern} in {runs.MODELS / settings.exp.name}; "
+            "train first, or change ensembling.find_pattern"
+        )
+    for path in paths:
+        checkpoint.load(path)
+    return paths
+
+
+if __name__ == "__main__":
+    errors.run(main)

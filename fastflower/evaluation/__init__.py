@@ -1,0 +1,1 @@
+"""What a set of members does on images it never saw: logits, scores, calibration, mistakes, ensembles, pages."""

@@ -1,0 +1,72 @@
+"""Experiments beside each other: paired differences on the images they share, keys that differ, curves of S."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastflower.evaluation import curves
+from fastflower.evaluation.figures import Chart, Lines, over_epochs
+from fastflower.recipe import Recipe, fields_of
+
+
+def pairs(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every later experiment against the first, on the images that both predicted.
+
+    The interval is that of a mean of paired differences (-1, 0, 1); whether an image is right is in
+    scores.json as the list of wrong ones.
+    """
+    first, rows = summaries[0], []
+    for other in summaries[1:]:
+        if first["class_hash"] != other["class_hash"] or first["folds_hash"] != other["folds_hash"]:
+            rows.append({"a": first["exp"], "b": other["exp"], "n": 0})
+            continue
+        folds = sorted(set(first["fused"]["folds"]) & set(other["fused"]["folds"]))
+        n = sum(count for fold, count in first["sizes"] if fold in folds)
+        wrong = [{index for index, fold in summary["wrong"] if fold in folds} for summary in (first, other)]
+        gained, lost = len(wrong[0] - wrong[1]), len(wrong[1] - wrong[0])
+        rows.append({"a": first["exp"], "b": other["exp"], "n": n, "gained": gained, "lost": lost, **difference(gained, lost, n)})
+    return rows
+
+
+def difference(gained: int, lost: int, n: int) -> dict[str, float]:
+    """Mean paired difference of top-1 with its 95% interval (normal approximation)."""
+    if not n:
+        return {"difference": 0.0, "low": -1.0, "high": 1.0}
+    mean = (gained - lost) / n
+    spread = 1.959963984540054 * math.sqrt(max((gained + lost) / n - mean**2, 0) / n)
+    return {"difference": mean, "low": mean - spread, "high": mean + spread}
+
+
+def differing(recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
+    """The keys whose values are not the same in all recipes; the experiment's name apart."""
+    values = {name: {dotted: value for dotted, value, _ in fields_of(recipe)} for name, recipe in recipes.items()}
+    keys = next(iter(values.values()), {})
+    return [
+        {"key": key, "values": [str(own[key]) for own in values.values()]}
+        for key in keys
+        if key != "exp.name" and any(own[key] != keys[key] for own in values.values())
+    ]
+
+
+def charts(events: dict[str, list[dict[str, Any]]]) -> list[Chart]:
+    """S, clean and corrupted top-1 of the better of raw and EMA, mean over the runs of each experiment."""
+    wanted = {"s": "S", "clean": "Clean top-1", "corrupt": "Corrupted top-1"}
+    found = []
+    for stem, title in wanted.items():
+        lines = Lines(title, best="max")
+        for name, rows in events.items():
+            by_epoch: dict[int, list[float]] = {}
+            for epochs in curves.by_run(rows).values():
+                for epoch, numbers in epochs.items():
+                    own = [v for key, v in numbers.items() if curves.chart_of(key) == stem]
+                    if own:
+                        by_epoch.setdefault(epoch, []).append(max(own))
+            if by_epoch:
+                order = sorted(by_epoch)
+                lines.series[name] = (order, [float(np.mean(by_epoch[epoch])) for epoch in order])
+        if lines.series:
+            found.append(over_epochs(f"compare-{stem}", lines, []))
+    return found

@@ -1,0 +1,61 @@
+"""The draft of a technical report: Markdown with its figures as PNG, from the same files as the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fastflower import runs
+from fastflower.evaluation import comparison, curves, figures, page
+from fastflower.evaluation.figures import Chart
+
+CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the page has the rest
+
+
+def write(folder: Path, found: page.Experiment, experiments: list[page.Experiment]) -> Path:
+    """Write report.md and figures/*.png; with several experiments it has their comparison."""
+    scores, fused = found.scores, found.scores["fused"]
+    charts = [
+        figures.reliability(scores["reliability"], (fused["temperature"] or {}).get("t")),
+        figures.long_tail(scores["classes"]),
+        figures.confusion_chart(scores["confusion"], len(scores["classes"])),
+    ]
+    if fused["corrupted"]:
+        charts.append(figures.robustness(fused["corrupted"], fused["single"]["top1"]))
+    training = [chart for run in curves.training(found.events)[:1] for chart in run.charts]
+    training = [chart for chart in training if chart.name.split("-", 1)[1] in CURVES]
+    for chart in [*charts, *training]:
+        runs.write_atomic(folder / "figures" / f"{chart.name}.png", chart.png())
+    text = _environment().get_template("report.md.j2").render(_content(found, experiments, charts, training))
+    runs.write_atomic(folder / "report.md", text)
+    return folder / "report.md"
+
+
+def _content(
+    found: page.Experiment, experiments: list[page.Experiment], charts: list[Chart], training: list[Chart]
+) -> dict[str, Any]:
+    others = [other.scores for other in experiments if other.name != found.name]
+    return {
+        "found": found,
+        "scores": found.scores,
+        "classes": found.scores["classes"],
+        "recipe": found.recipe,
+        "basis": page.basis(found.scores),
+        "view_names": page.view_names(found.scores["members"][0]["views"]),
+        "facts": page.facts(found.derived),
+        "changed": page.changed(found.recipe) if found.recipe else [],
+        "charts": {chart.name: chart for chart in charts},
+        "training": training,
+        "others": others,
+        "pairs": comparison.pairs([found.scores, *others]) if others else [],
+        "differing": comparison.differing({other.name: other.recipe for other in experiments if other.recipe}),
+        "names": [other.name for other in experiments if other.recipe],
+    }
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )

@@ -1,0 +1,199 @@
+"""Ways to combine runs, each scored honestly: whatever is fitted is fitted on other folds than it is scored on.
+
+A run is a (backbone, seed) with its out-of-fold logits; `stack` is (M, N, C), M runs over the same N images.
+A method fits on one stack and returns a function from a stack to log-probabilities up to a constant (N, C).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+from fastflower import scores
+from fastflower.evaluation.oof import Logits, family_weights
+
+Predict = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the members of each run cost in the hand-in, and the most that all may: megabytes, milliseconds an image."""
+
+    mb: np.ndarray
+    ms: np.ndarray
+    max_mb: float
+    max_ms: float
+
+    def allows(self, chosen: list[int]) -> bool:
+        own = sorted(set(chosen))
+        return bool(self.mb[own].sum() <= self.max_mb and self.ms[own].sum() <= self.max_ms)
+
+
+def weighted(weights: np.ndarray) -> Predict:
+    """The weighted mean of logits."""
+    return lambda stack: np.tensordot(weights, stack.astype(np.float64), axes=1)
+
+
+def mean_logits(stack: np.ndarray, labels: np.ndarray) -> Predict:
+    return weighted(np.full(len(stack), 1 / len(stack)))
+
+
+def mean_probabilities(stack: np.ndarray, labels: np.ndarray) -> Predict:
+    return lambda stack: np.log(np.maximum(softmax(stack.astype(np.float64), axis=2).mean(0), 1e-30))
+
+
+def best_single(stack: np.ndarray, labels: np.ndarray) -> Predict:
+    """The run with the highest top-1; of equal ones the first."""
+    hits = [(logits.argmax(1) == labels).mean() for logits in stack]
+    return weighted(np.eye(len(stack))[int(np.argmax(hits))])
+
+
+def learned_weights(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Weights w = softmax(v), (M,), that minimise the NLL of the weighted mean of logits at a free temperature.
+
+    Parameters are v and log T; equal weights are the start, L-BFGS with the exact gradient does the rest.
+    """
+    z = stack.astype(np.float64)
+    runs, n, _ = z.shape
+    rows = np.arange(n)
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        w, beta = softmax(parameters[:-1]), np.exp(-parameters[-1])
+        mixed = np.tensordot(w, z, axes=1)
+        log_p = log_softmax(mixed * beta, axis=1)
+        residual = np.exp(log_p)
+        residual[rows, labels] -= 1
+        by_weight = beta * np.einsum("mnc,nc->m", z, residual) / n
+        by_log_t = -beta * float((mixed * residual).sum()) / n
+        gradient = np.append(w * (by_weight - w @ by_weight), by_log_t)
+        return -float(log_p[rows, labels].mean()), gradient
+
+    found = minimize(loss, np.zeros(runs + 1), jac=True, method="L-BFGS-B", bounds=[(-8, 8)] * runs + [(-4.6, 4.6)])
+    return softmax(found.x[:-1])
+
+
+def greedy_weights(stack: np.ndarray, labels: np.ndarray, budget: Budget | None = None, rounds: int = 20) -> np.ndarray:
+    """Greedy selection with replacement by NLL (Caruana et al. 2004, Ensemble Selection from Libraries of Models).
+
+    Each round adds the run that helps most and fits the budget; it stops when none helps. Returns weights (M,).
+    """
+    z = stack.astype(np.float64)
+    chosen: list[int] = []
+    total, best = np.zeros(z.shape[1:]), np.inf
+    for _ in range(rounds):
+        allowed = [m for m in range(len(z)) if budget is None or budget.allows([*chosen, m])]
+        losses = {m: scores.nll((total + z[m]) / (len(chosen) + 1), labels) for m in allowed}
+        if not losses or min(losses.values()) >= best - 1e-9:
+            break
+        pick = min(losses, key=losses.__getitem__)
+        chosen, best, total = [*chosen, pick], losses[pick], total + z[pick]
+    counts = np.bincount(chosen, minlength=len(z)).astype(np.float64)
+    return counts / max(counts.sum(), 1)
+
+
+def features(stack: np.ndarray) -> np.ndarray:
+    """Centred log-probabilities (N, M * C) for a meta-learner."""
+    runs, n, classes = stack.shape
+    return log_softmax(stack.astype(np.float64), axis=2).transpose(1, 0, 2).reshape(n, runs * classes)
+
+
+def stacked(model: Any, classes: int) -> Predict:
+    """A fitted meta-learner as a Predict; classes it never saw get a very small probability."""
+
+    def predict(stack: np.ndarray) -> np.ndarray:
+        log_p = np.full((stack.shape[1], classes), np.log(1e-12))
+        log_p[:, model.classes_] = np.log(np.maximum(model.predict_proba(features(stack)), 1e-12))
+        return log_p
+
+    return predict
+
+
+def logistic(stack: np.ndarray, labels: np.ndarray) -> Predict:
+    """Multinomial logistic regression on the runs' log-probabilities."""
+    model = LogisticRegression(C=0.01, max_iter=300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)  # not converged in 300 steps is good enough here
+        model.fit(features(stack), labels)
+    return stacked(model, stack.shape[2])
+
+
+def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
+    """Gradient-boosted trees on the same features; seed 003's stacking."""
+    from lightgbm import LGBMClassifier
+
+    model = LGBMClassifier(
+        n_estimators=100, learning_rate=0.05, num_leaves=7, min_child_samples=5, random_state=0, verbose=-1, n_jobs=1
+    )
+    model.fit(features(stack), labels)
+    return stacked(model, stack.shape[2])
+
+
+def methods(sets: list[Logits], budget: Budget) -> dict[str, Callable[[np.ndarray, np.ndarray], Predict]]:
+    """Every method by the name it has in tables; those that need several runs are left out for one."""
+    table: dict[str, Callable[[np.ndarray, np.ndarray], Predict]] = {"best single": best_single}
+    if len(sets) > 1:
+        table["mean of logits"] = mean_logits
+        table["mean of probabilities"] = mean_probabilities
+        backbones = [str(s.about["backbone"]) for s in sets]
+        if 1 < len(set(backbones)) < len(backbones):
+            table["mean by backbone"] = lambda stack, labels: weighted(family_weights(backbones))
+        table["learned weights"] = lambda stack, labels: weighted(learned_weights(stack, labels))
+        table["greedy in budget"] = lambda stack, labels: weighted(greedy_weights(stack, labels, budget))
+    table["logistic stacking"] = logistic
+    if importlib.util.find_spec("lightgbm"):
+        table["LightGBM stacking"] = lightgbm
+    return table
+
+
+def splits(data: Logits) -> np.ndarray:
+    """The part (N,) each image is scored in: its fold, or five stratified parts when there is only one fold."""
+    if len(np.unique(data.fold)) > 1:
+        return data.fold
+    smallest = int(np.unique(data.class_idx, return_counts=True)[1].min())
+    parts = np.empty(len(data), dtype=np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)  # classes rarer than the number of parts
+        folds = StratifiedKFold(max(2, min(5, smallest)), shuffle=True, random_state=0)
+        for part, (_, rows) in enumerate(folds.split(parts, data.class_idx)):
+            parts[rows] = part
+    return parts
+
+
+def nested(method: Callable[[np.ndarray, np.ndarray], Predict], stack: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Predictions (N, C) where each part is predicted by a method fitted on all the others."""
+    log_p = np.empty(stack.shape[1:], dtype=np.float64)
+    for part in np.unique(parts):
+        own = parts == part
+        log_p[own] = method(stack[:, ~own], labels[~own])(stack[:, own])
+    return log_p
+
+
+def compare(sets: list[Logits], budget: Budget) -> dict[str, Any]:
+    """Every method's nested scores beside the best single run's, and the weights fitted on all images."""
+    stack = np.stack([s.logits for s in sets])
+    labels, parts = sets[0].class_idx, splits(sets[0])
+    rows, base = [], None
+    for name, method in methods(sets, budget).items():
+        log_p = nested(method, stack, labels, parts)
+        hits = log_p.argmax(1) == labels
+        base = hits if base is None else base
+        gains = [float(hits[parts == part].mean() - base[parts == part].mean()) for part in np.unique(parts)]
+        rows.append({"method": name, **scores.scores(log_p, labels), "gain": float(hits.mean() - base.mean()), "gains": gains})
+    names = [s.name for s in sets]
+    weights: dict[str, dict[str, float]] = {}
+    if len(sets) > 1:
+        for name, found in (
+            ("learned weights", learned_weights(stack, labels)),
+            ("greedy in budget", greedy_weights(stack, labels, budget)),
+        ):
+            weights[name] = {run: float(weight) for run, weight in zip(names, found, strict=True)}
+    return {"n": len(labels), "parts": len(np.unique(parts)), "runs": names, "rows": rows, "weights": weights}

@@ -1,0 +1,216 @@
+"""The report's charts: matplotlib figures, as SVG that takes its colours from the page or as PNG.
+
+Charts are 360 units wide, a phone's width, so that their text stays readable when a page puts three in a row.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+TEXT, FAINT = "#1b1f23", "#d3d9df"
+SERIES = ("#0a6cc2", "#d1570c", "#12845a", "#a4368f", "#8a6d00", "#5b5fc7")
+VARIABLES = {TEXT: "currentColor", FAINT: "var(--line)", **{c: f"var(--s{i})" for i, c in enumerate(SERIES, 1)}}
+_DIGITS = re.compile(r"(\d+\.\d{2})\d+")
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@dataclass
+class Chart:
+    """A figure, its name in files, and the words that stand for it where it cannot be seen."""
+
+    name: str
+    title: str
+    words: str
+    figure: Figure
+
+    def svg(self) -> str:
+        """One <svg> element without fixed size; ids carry the chart's name, so many fit on one page."""
+        with matplotlib.rc_context(STYLE | {"svg.hashsalt": self.name}):
+            buffer = io.StringIO()
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+        text = re.sub(r'\b(?:d|x|y|points|transform)="[^"]*"', lambda m: _DIGITS.sub(r"\1", m[0]), text)
+        text = re.sub(r'\bid="', f'id="{self.name}-', text)
+        text = re.sub(r'(href="#|url\(#)', rf"\g<1>{self.name}-", text)
+        text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+        for colour, variable in VARIABLES.items():
+            text = text.replace(colour, variable)
+        label = (self.words or self.title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+        return re.sub(r"<svg", f'<svg role="img" aria-label="{label}"', text, count=1).strip()
+
+    def png(self) -> bytes:
+        """The same on white, at twice the size of the screen's."""
+        with matplotlib.rc_context(STYLE):
+            buffer = io.BytesIO()
+            self.figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+@dataclass
+class Lines:
+    """What one chart of epochs shows: name -> (epochs, values)."""
+
+    title: str
+    unit: str = ""
+    log: bool = False
+    best: str = ""  # max or min: mark the best point
+    series: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+
+def canvas(height: float = 2.7, layout: str | None = "constrained") -> tuple[Figure, Axes]:
+    """An empty chart 360 points wide; layout None: fixed margins, in a tenth of the time."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5, height), layout=layout)
+        if layout is None:
+            figure.subplots_adjust(left=0.13, right=0.98, top=0.9, bottom=0.17)
+        return figure, figure.add_subplot()
+
+
+def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
+    """Curves over epochs; `borders` are the first epochs of the later image sizes."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(layout=None)
+        words = []
+        for position, (label, (epochs, values)) in enumerate(lines.series.items()):
+            colour, dash = SERIES[position % len(SERIES)], "-" if position < len(SERIES) else "--"
+            alone = "o" if len(epochs) == 1 else None
+            axes.plot(epochs, values, dash, color=colour, label=label, marker=alone, markersize=4)
+            words.append(f"{label}: {values[0]:.4g} in epoch {epochs[0]}, {values[-1]:.4g} in epoch {epochs[-1]}")
+            if lines.best:
+                at = int(np.argmax(values) if lines.best == "max" else np.argmin(values))
+                axes.plot(epochs[at], values[at], "o", color=colour, markersize=5)
+                words[-1] += f", best {values[at]:.4g} in epoch {epochs[at]}"
+        for border in borders:
+            axes.axvline(border - 0.5, color=TEXT, linewidth=0.7, linestyle=(0, (2, 3)))
+        if lines.log and all(min(values) > 0 for _, values in lines.series.values()):
+            axes.set_yscale("log")
+        elif lines.log:  # a schedule that ends at 0
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(lines.unit)
+        axes.set_title(lines.title)
+        if len(lines.series) > 1:
+            axes.legend(ncols=2 if len(lines.series) > 4 else 1, handlelength=1.4)
+    return Chart(name, lines.title, f"{lines.title}. {'; '.join(words)}.", figure)
+
+
+def robustness(corrupted: dict[str, Any], clean: float) -> Chart:
+    """Top-1 by kind and level, with intervals, beside the clean single view."""
+    rows = corrupted["combos"]
+    levels = list(dict.fromkeys(row["level"] for row in rows))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(0.9 + 0.42 * len(kinds))
+        axes.axvline(clean, color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)))
+        for shift, level in enumerate(levels):
+            own = [row for row in rows if row["level"] == level]
+            y = [kinds.index(row["kind"]) + 0.22 * (shift - (len(levels) - 1) / 2) for row in own]
+            x = np.array([row["top1"] for row in own])
+            low, high = (np.array([row[f"top1_{side}"] for row in own]) for side in ("low", "high"))
+            axes.errorbar(x, y, xerr=[x - low, high - x], fmt="o", color=SERIES[shift], label=level, markersize=4, elinewidth=1.2)
+        axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
+        axes.set_title("Top-1 by corruption (dotted: clean)")
+        axes.set_xlabel("top-1")
+        if len(levels) > 1:
+            axes.legend()
+    said = "; ".join(f"{row['kind']} {row['level']} {row['top1']:.3f}" for row in rows)
+    return Chart("robustness", "Robustness", f"Top-1 by corruption, clean {clean:.3f}: {said}.", figure)
+
+
+def reliability(bins: list[dict[str, Any]], t: float | None) -> Chart:
+    """Accuracy against confidence, before and after the temperature."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(3.2)
+        axes.plot([0, 1], [0, 1], color=TEXT, linewidth=0.7, linestyle=(0, (2, 3)))
+        for position, (when, label) in enumerate((("before", "T = 1"), ("after", f"T = {t:.3f}" if t else ""))):
+            own = [row for row in bins if row["when"] == when]
+            if own:
+                size = [6 + 60 * (row["n"] / max(r["n"] for r in own)) ** 0.5 for row in own]
+                x, y = [row["confidence"] for row in own], [row["top1"] for row in own]
+                axes.plot(x, y, color=SERIES[position], linewidth=1)
+                axes.scatter(x, y, s=size, color=SERIES[position], label=label, linewidths=0)
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right")
+        axes.set_title("Reliability (area: images in the bin)")
+        if t:
+            axes.legend(loc="upper left")
+    return Chart("reliability", "Reliability", "Share of right predictions against confidence; the diagonal is honest.", figure)
+
+
+def long_tail(classes: list[dict[str, Any]]) -> Chart:
+    """Recall of each class against its number of images, or in order where all have the same number."""
+    present = sorted((row for row in classes if row["n"]), key=lambda row: row["recall"])
+    images = [row["images"] for row in present]
+    alike = min(images) == max(images)
+    x = list(range(1, len(present) + 1)) if alike else images
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(3.2)
+        axes.scatter(x, [row["recall"] for row in present], s=18, color=SERIES[0], linewidths=0, label="clean")
+        dark = [row["corrupted_recall"] for row in present]
+        if None not in dark:
+            axes.scatter(x, dark, s=18, color=SERIES[1], linewidths=0, marker="v", label="corrupted")
+            axes.legend(loc="lower right")
+        if not alike and max(x) > 4 * max(min(x), 1):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xticks([tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if min(x) <= tick <= max(x)])
+        axes.set(ylim=(-0.03, 1.03), ylabel="recall")
+        axes.set_xlabel(f"classes, of {images[0]} images each" if alike else "images of the class")
+        axes.set_title("Each class, worst first" if alike else "Each class by its size")
+    return Chart("tail", "Classes", f"Recall of {len(present)} classes, lowest {present[0]['recall']:.3f}.", figure)
+
+
+def confusion_chart(cells: list[list[int]], classes: int) -> Chart:
+    """The confusion matrix as a picture, rows of true classes scaled to 1, for the Markdown report."""
+    matrix = np.zeros((classes, classes))
+    for true, guess, count in cells:
+        matrix[true, guess] = count
+    matrix /= np.maximum(matrix.sum(1, keepdims=True), 1)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(4.6)
+        axes.grid(False)
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(xlabel="predicted class_idx", ylabel="true class_idx")
+        axes.set_title("Confusion matrix, shares of each true class")
+    return Chart("confusion", "Confusion matrix", "Confusion matrix, shares of each true class.", figure)

@@ -1,0 +1,251 @@
+"""The report's pages: what the files of an experiment say, put into one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+import fastflower
+from fastflower import runs
+from fastflower.errors import InputError
+from fastflower.evaluation import comparison, curves, figures, pictures
+from fastflower.recipe import Recipe, fields_of, load
+
+SHOWN = {"mistakes": 36, "suspects": 18}
+LARGEST = 10_000_000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything the pages are made from; `pictures` maps a row of folds.csv to a data URI."""
+
+    name: str
+    scores: dict[str, Any]
+    events: list[dict[str, Any]]
+    recipe: Recipe | None = None
+    recipe_text: str = ""
+    derived: dict[str, Any] = field(default_factory=dict)
+    meta: list[tuple[str, str]] = field(default_factory=list)
+    ensemble: dict[str, Any] | None = None
+    cams: dict[str, Any] | None = None
+    pictures: dict[int, str] = field(default_factory=dict)
+    samples: dict[str, Any] | None = None
+
+
+def read(exp: str, with_pictures: bool = True) -> Experiment:
+    """Read an experiment's files. InputError when it was not evaluated; what else is missing is left out."""
+    folder = runs.RESULTS / exp
+    scores = _json(folder / "scores.json")
+    if scores is None:
+        near = sorted(path.parent.name for path in runs.RESULTS.glob("*/scores.json"))
+        raise InputError(
+            f"no {folder / 'scores.json'}; run python -m fastflower.evaluate first (evaluated: {', '.join(near) or 'none'})"
+        )
+    recipe_file = folder / "meta" / "recipe.yaml"
+    recipe = load(recipe_file) if recipe_file.is_file() else None
+    found = Experiment(
+        name=exp,
+        scores=scores,
+        events=runs.read_events(folder / "events.jsonl"),
+        recipe=recipe,
+        recipe_text=recipe_file.read_text(encoding="utf-8") if recipe else "",
+        derived=_derived(folder / "meta"),
+        meta=_meta(folder / "meta"),
+        ensemble=_json(folder / "ensemble.json"),
+        cams=_json(folder / "gradcam" / "gradcam.json"),
+        pictures=pictures.thumbnails(Path(recipe.data.home), scores["folds_hash"], wanted(scores)) if recipe and with_pictures else {},
+        samples=pictures.augmented(recipe, scores["folds_hash"], scores["fused"]["folds"][0]) if recipe and with_pictures else None,
+    )
+    return found
+
+
+def wanted(scores: dict[str, Any]) -> dict[int, set[int]]:
+    """fold -> rows of folds.csv whose pictures the page shows."""
+    rows = scores["mistakes"][: SHOWN["mistakes"]] + scores["suspects"][: SHOWN["suspects"]]
+    for pair in scores["pairs"]:
+        rows = rows + pair["wrong"] + [row for row in pair["typical"] if row]
+    found: dict[int, set[int]] = {}
+    for row in rows:
+        found.setdefault(row["fold"], set()).add(row["index"])
+    return found
+
+
+def experiment(found: Experiment) -> str:
+    """The page of one experiment."""
+    scores = found.scores
+    fused = scores["fused"]
+    charts = {"tail": figures.long_tail(scores["classes"])}
+    charts["reliability"] = figures.reliability(scores["reliability"], (fused["temperature"] or {}).get("t"))
+    if fused["corrupted"]:
+        charts["robustness"] = figures.robustness(fused["corrupted"], fused["single"]["top1"])
+    content = {
+        "title": found.name,
+        "lead": lead(scores),
+        "foot": f"Written by fastflower {fastflower.__version__} from scores.json and events.jsonl of {found.name}.",
+        "scores": scores,
+        "classes": scores["classes"],
+        "longest": max(len(row["category_id"]) for row in scores["classes"]),
+        "basis": basis(scores),
+        "views": len(scores["members"][0]["views"]),
+        "view_names": view_names(scores["members"][0]["views"]),
+        "wrong": sum(count for true, guess, count in scores["confusion"] if true != guess),
+        "shown": {key: min(most, len(scores[key])) for key, most in SHOWN.items()},
+        "charts": charts,
+        "curves": curves.training(found.events),
+        "facts": facts(found.derived),
+        "ensemble": found.ensemble,
+        "cams": cams(found),
+        "pictures": found.pictures,
+        "samples": found.samples,
+        "changed": changed(found.recipe) if found.recipe else [],
+        "recipe_text": found.recipe_text,
+        "meta": found.meta,
+    }
+    return render("experiment.html.j2", content | {"sections": sections(content)})
+
+
+def compare(experiments: list[Experiment]) -> str:
+    """The page that sets experiments beside each other."""
+    content = {
+        "title": "Comparison",
+        "lead": ", ".join(found.name for found in experiments),
+        "foot": f"Written by fastflower {fastflower.__version__} from the scores.json of each experiment.",
+        "experiments": [found.scores for found in experiments],
+        "classes": [],
+        "pictures": {},
+        "pairs": comparison.pairs([found.scores for found in experiments]),
+        "names": [found.name for found in experiments if found.recipe],
+        "differing": comparison.differing({found.name: found.recipe for found in experiments if found.recipe}),
+        "charts": comparison.charts({found.name: found.events for found in experiments}),
+    }
+    return render("compare.html.j2", content)
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """Fill a template; anything it asks for that is not there is an error, anything inserted is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    escape = select_autoescape(["html.j2", "j2"], default=True)
+    environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(content)
+
+
+def sections(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """The anchors of the page, those with something to show."""
+    return [
+        (anchor, label)
+        for anchor, label, there in (
+            ("scores", "Scores", True),
+            ("training", "Training", content["curves"]),
+            ("samples", "Augmentation", content["samples"]),
+            ("robustness", "Robustness", content["scores"]["fused"]["corrupted"]),
+            ("classes", "Classes", True),
+            ("confusion", "Confusion", True),
+            ("mistakes", "Mistakes", True),
+            ("gradcam", "Grad-CAM", content["cams"]),
+            ("recipe", "Recipe", content["changed"] or content["recipe_text"] or content["meta"]),
+        )
+        if there
+    ]
+
+
+def lead(scores: dict[str, Any]) -> str:
+    """The experiment in a line."""
+    backbones = list(dict.fromkeys(row["backbone"] for row in scores["runs"]))
+    members = len(scores["members"])
+    return (
+        f"{' and '.join(backbones)} · {members} member{'s' if members != 1 else ''} · {len(scores['classes'])} classes · "
+        f"{scores['fused']['n']} images never trained on by the member that predicts them"
+    )
+
+
+def basis(scores: dict[str, Any]) -> str:
+    """Which images the headline scores stand on."""
+    fused, missing = scores["fused"], scores["missing"]
+    of = f"the mean logits of {len(scores['runs'])} runs" if len(scores["runs"]) > 1 else "one run"
+    if missing:
+        return (
+            f"Fold {', '.join(map(str, fused['folds']))} of {len(scores['folds'])} ({fused['n']} images), {of}. Folds "
+            f"{', '.join(map(str, missing))} have no member, so this is not yet a score over all images."
+        )
+    return f"Out of fold over all {len(scores['folds'])} folds: each of {fused['n']} images exactly once, {of}."
+
+
+def view_names(views: list[list[Any]]) -> str:
+    sizes = dict.fromkeys(f"{h}" if h == w else f"{h}x{w}" for h, w, _ in views)
+    return " and ".join(sizes) + (" pixels, plain and mirrored" if any(flip for _, _, flip in views) else " pixels")
+
+
+def changed(recipe: Recipe) -> list[dict[str, str]]:
+    """The recipe's keys that differ from the defaults, with their meaning."""
+    defaults = {dotted: value for dotted, value, _ in fields_of(Recipe())}
+    return [
+        {"key": dotted, "value": str(value), "default": str(defaults[dotted]), "doc": str(spec.metadata["doc"])}
+        for dotted, value, spec in fields_of(recipe)
+        if value != defaults[dotted]
+    ]
+
+
+def facts(derived: dict[str, Any]) -> list[tuple[str, str]]:
+    """The derived numbers as names and short texts, a line for each stage and for each parameter group."""
+    rows: list[tuple[str, str]] = []
+    for name, value in derived.items():
+        if name == "stages":
+            for place, stage in enumerate(value, 1):
+                size = f"{stage['height']} x {stage['width']}"
+                text = f"epochs {stage['first']} to {stage['last']}, {size}, batch {stage['batch_per_gpu']} a device"
+                rows.append((f"stage {place}", text))
+        elif name == "groups":
+            for group in value:
+                text = f"lr {group['lr']:.3g}, weight decay {group['weight_decay']:g}, {group['tensors']} tensors"
+                rows.append((f"group {group['name']}", text))
+        elif name == "notes":
+            rows += [("note", note) for note in value]
+        elif isinstance(value, (int, float, str)):
+            rows.append((name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+def cams(found: Experiment) -> dict[str, Any] | None:
+    """The saved Grad-CAM pictures, wrong ones first, as data URIs."""
+    if not found.cams:
+        return None
+    folder = runs.RESULTS / found.name / "gradcam"
+    groups = []
+    for right, word in ((False, "wrong"), (True, "right")):
+        for backbone in dict.fromkeys(row["backbone"] for row in found.cams["images"]):
+            items = [
+                {**row, "uri": pictures.data_uri((folder / row["file"]).read_bytes())}
+                for row in found.cams["images"]
+                if row["backbone"] == backbone and row["right"] is right and (folder / row["file"]).is_file()
+            ]
+            if items:
+                groups.append({"title": f"{backbone}, {word}", "shots": items})
+    return {"groups": groups, "border": found.cams["border"], "even": found.cams["even"]}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); run the command that writes it again") from None
+
+
+def _derived(folder: Path) -> dict[str, Any]:
+    """The derived numbers of the first run; they differ between folds by a step or so."""
+    paths = sorted(folder.glob("derived_*.json"))
+    return _json(paths[0]) if paths else {}
+
+
+def _meta(folder: Path) -> list[tuple[str, str]]:
+    """Versions, command lines, git state: the small text files of meta/, without derived numbers and recipe."""
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".txt", ".diff") and not path.name.startswith("derived_"):
+            found.append((path.name, path.read_text(encoding="utf-8", errors="replace")))
+    return found

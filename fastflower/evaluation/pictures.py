@@ -1,0 +1,107 @@
+"""Pictures for the report, from the betons: validation images as thumbnails, training images before and after augmentation."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastflower import derived, seeding
+from fastflower.data import sets
+from fastflower.data.augment import augment
+from fastflower.data.betons import Beton, open_beton
+from fastflower.data.decode import Crop, decode_eval, decode_train
+from fastflower.data.mixing import mix
+from fastflower.recipe import Recipe
+
+SIDE = 144
+SAMPLES = 6
+GREY = (127.5, 127.5, 127.5)
+
+
+def jpeg(pixels: np.ndarray, quality: int = 80) -> bytes:
+    """uint8 (H, W, 3) as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes) -> str:
+    """A JPEG as the address of a picture inside a page."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+def whole(beton: Beton, rows: np.ndarray) -> np.ndarray:
+    """The largest centred square of each row: uint8 (B, SIDE, SIDE, 3)."""
+    out = np.empty((len(rows), SIDE, SIDE, 3), np.uint8)
+    decode_eval(beton, rows, out, 1.0, "bicubic", 0)
+    return out
+
+
+def thumbnails(home: Path, folds_hash: str, wanted: dict[int, set[int]]) -> dict[int, str]:
+    """Row of folds.csv -> data URI, for `wanted` rows by fold; without betons of these folds there are none."""
+    found: dict[int, str] = {}
+    for fold, indices in wanted.items():
+        beton = _open(sets.beton_path(home, fold, "val"), folds_hash)
+        if beton is None:
+            continue
+        rows = np.flatnonzero(np.isin(beton.index, sorted(indices)))
+        for index, pixels in zip(beton.index[rows], whole(beton, rows), strict=True):
+            found[int(index)] = data_uri(jpeg(pixels))
+    return found
+
+
+def augmented(recipe: Recipe, folds_hash: str, fold: int) -> dict[str, Any] | None:
+    """Training images as they are stored, as two epochs draw them, and mixed; None without the betons of these folds."""
+    beton = _open(sets.beton_path(Path(recipe.data.home), fold, "train"), folds_hash)
+    if beton is None:
+        return None
+    rows = np.unique(np.linspace(0, beton.rows - 1, SAMPLES).round().astype(np.int64))
+    height, width = derived.image_sizes(recipe)[0]
+    draws = [draw(beton, rows, recipe, epoch, (height, width)) for epoch in (0, 1)]
+    labels, keys = torch.from_numpy(beton.labels[rows]), torch.from_numpy(_keys(recipe, 0, rows).view(np.int64))
+    groups = [("Stored", whole(beton, rows)), *((f"Epoch {e}", _bytes(d)) for e, d in enumerate(draws, 1))]
+    for kind, alpha in (("mixup", recipe.reg.mixup), ("cutmix", recipe.reg.cutmix)):
+        if alpha and recipe.reg.mix_prob and len(rows) % 2 == 0:
+            mixed, _ = mix(draws[0], labels, keys, int(beton.labels.max()) + 1, kind, alpha)
+            groups.append(({"mixup": "MixUp", "cutmix": "CutMix"}[kind], _bytes(mixed)))
+    shots = [
+        {"title": title, "shots": [{"uri": data_uri(jpeg(p)), "label": int(c)} for p, c in zip(pixels, labels, strict=True)]}
+        for title, pixels in groups
+    ]
+    return {"fold": fold, "size": f"{height} x {width}", "groups": shots}
+
+
+def draw(beton: Beton, rows: np.ndarray, recipe: Recipe, epoch: int, size: tuple[int, int]) -> torch.Tensor:
+    """Rows as training draws them at the start of an epoch (from 0): float32 (B, 3, h, w), 0..255."""
+    aug, keys = recipe.aug, _keys(recipe, epoch, rows)
+    crop = Crop((aug.rrc_scale[0], aug.rrc_scale[1]), (aug.rrc_ratio[0], aug.rrc_ratio[1]), min(1.0, aug.hflip_p * aug.strength))
+    out = np.empty((len(rows), *size, 3), np.uint8)
+    decode_train(beton, rows, keys, out, crop, 0)
+    fill = GREY if recipe.data.mean == "auto" else [255 * value for value in recipe.data.mean]
+    return augment(torch.from_numpy(out), torch.from_numpy(keys.view(np.int64)), aug, recipe.reg.erase_p, fill)
+
+
+def _keys(recipe: Recipe, epoch: int, rows: np.ndarray) -> np.ndarray:
+    return seeding.row_keys(recipe.seed, epoch, np.arange(len(rows)), rows)
+
+
+def _bytes(images: torch.Tensor) -> np.ndarray:
+    """Float (B, 3, H, W), 0..255, as uint8 thumbnails (B, h, w, 3) with a short side of SIDE."""
+    pixels = images.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    scale = SIDE / min(pixels.shape[1:3])
+    size = (round(pixels.shape[2] * scale), round(pixels.shape[1] * scale))
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pixels])
+
+
+def _open(path: Path, folds_hash: str) -> Beton | None:
+    """A beton of the folds that were scored, or None."""
+    if not path.is_file():
+        return None
+    beton = open_beton(path)
+    return beton if beton.manifest.get("folds_hash") == folds_hash else None

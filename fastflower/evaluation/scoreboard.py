@@ -1,0 +1,165 @@
+"""The tables of scores.json: one block of numbers for each member, each run and the fused set.
+
+Every share has its n and a 95% interval (Wilson). A mean over corruptions, and S, count each image once:
+their spread over images is at most that of a share, so the interval is never too narrow for that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import precision_recall_fscore_support
+
+from fastflower import scores
+from fastflower.data.labels import HEAD, TAIL
+from fastflower.evaluation import temperature
+from fastflower.evaluation.oof import Logits
+
+PARTS = ("head", "middle", "tail")
+OVER_FOLDS = ("single.top1", "clean.top1", "corrupted.top1", "s.top1", "clean.macro_recall", "clean.macro_f1", "clean.nll", "clean.ece")
+
+
+def block(data: Logits, alpha: float, bins: int, counts: np.ndarray, fit_on: str | None) -> dict[str, Any]:
+    """Every number about one set of logits.
+
+    clean: mean over the views; single, corrupted, s: one view at the trained size, as in training;
+    counts (C,): images of each class, which decide head, middle and tail; fit_on None: no temperature.
+    """
+    clean = scores.scores(data.logits, data.class_idx, bins)
+    single = scores.scores(data.single, data.class_idx, bins)
+    corrupted = corruption(data, bins) if len(data.combos) else None
+    s = scores.combined(single["top1"], corrupted["top1"] if corrupted else None, alpha)
+    return {
+        "name": data.name,
+        "n": len(data),
+        "folds": sorted({int(fold) for fold in data.fold}),
+        "clean": clean,
+        "single": single,
+        "corrupted": corrupted,
+        "s": share(s, len(data)),
+        "temperature": temperature.fit_set(data, fit_on, alpha, bins) if fit_on else None,
+        "parts": by_part(data, counts),
+    }
+
+
+def share(value: float, n: int) -> dict[str, float]:
+    """A mean of n values in 0..1 with its Wilson interval."""
+    low, high = scores.wilson(value * n, n)  # type: ignore[arg-type]  # the formula holds for fractions
+    return {"n": n, "top1": value, "top1_low": low, "top1_high": high}
+
+
+def corruption(data: Logits, bins: int) -> dict[str, Any]:
+    """Top-1 under each (kind, level), how often the prediction stays what it was, and their means."""
+    guess, n = data.single.argmax(1), len(data)
+    clean = float((guess == data.class_idx).mean())
+    rows = []
+    for (kind, level), logits in zip(data.combos, data.corrupt, strict=True):
+        own = scores.scores(logits, data.class_idx, bins)
+        kept = float((logits.argmax(1) == guess).mean())
+        rows.append({"kind": str(kind), "level": str(level), **own, "drop": clean - own["top1"], "consistency": kept})
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in ("top5", "macro_recall", "macro_f1", "nll", "ece")}
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    return {
+        **share(float(np.mean([row["top1"] for row in rows])), n),
+        **mean,
+        "consistency": float(np.mean([row["consistency"] for row in rows])),
+        "kinds": {kind: float(np.mean([row["top1"] for row in rows if row["kind"] == kind])) for kind in kinds},
+        "combos": rows,
+    }
+
+
+def per_class(data: Logits, class_ids: list[str], counts: np.ndarray) -> list[dict[str, Any]]:
+    """Precision, recall and F1 of each class on the clean images, and its recall on corrupted ones."""
+    classes = np.arange(data.logits.shape[1])
+    guess = data.logits.argmax(1)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        data.class_idx, guess, labels=classes, zero_division=0
+    )
+    part = parts_of(counts)
+    rows = []
+    for c in classes:
+        own = data.class_idx == c
+        row: dict[str, Any] = {
+            "class_idx": int(c),
+            "category_id": class_ids[c],
+            "part": part[c],
+            "images": int(counts[c]),
+            "n": int(support[c]),
+            "precision": float(precision[c]),
+            "recall": float(recall[c]),
+            "f1": float(f1[c]),
+            "corrupted_recall": None,
+            "drop": None,
+        }
+        if len(data.combos) and own.any():
+            single = float((data.single[own].argmax(1) == c).mean())
+            corrupted = float((data.corrupt[:, own].argmax(2) == c).mean())
+            row |= {"corrupted_recall": corrupted, "drop": single - corrupted}
+        rows.append(row)
+    return rows
+
+
+def parts_of(counts: np.ndarray) -> list[str]:
+    """Head, middle or tail of each class by its images (C,), where convert draws the lines."""
+    return ["head" if n > HEAD else "tail" if n < TAIL else "middle" for n in counts]
+
+
+def by_part(data: Logits, counts: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Top-1 with its interval and the mean recall of the classes in each part; empty when all are in one."""
+    parts = np.array(parts_of(counts))
+    guess, rows = data.logits.argmax(1), {}
+    for part in PARTS if len(set(parts)) > 1 else ():
+        classes = np.flatnonzero(parts == part)
+        own = np.isin(data.class_idx, classes)
+        if own.any():
+            present = [c for c in classes if (data.class_idx == c).any()]
+            recall = [float((guess[data.class_idx == c] == c).mean()) for c in present]
+            rows[part] = {
+                "classes": len(classes),
+                "images": [int(counts[classes].min()), int(counts[classes].max())],
+                **share(float((guess[own] == data.class_idx[own]).mean()), int(own.sum())),
+                "macro_recall": float(np.mean(recall)),
+            }
+    return rows
+
+
+def reliability(data: Logits, t: float | None, bins: int) -> list[dict[str, Any]]:
+    """Mean confidence and top-1 in each occupied bin of confidence, before and (with t) after the temperature."""
+    rows = []
+    for when, divisor in (("before", 1.0), ("after", t)):
+        if divisor is None:
+            continue
+        probs = scores.softmax(data.logits / divisor)
+        confidence, hit = probs.max(1), probs.argmax(1) == data.class_idx
+        place = np.minimum((confidence * bins).astype(int), bins - 1)
+        for b in np.unique(place):
+            own = place == b
+            rows.append(
+                {"when": when, "confidence": float(confidence[own].mean()), "top1": float(hit[own].mean()), "n": int(own.sum())}
+            )
+    return rows
+
+
+def over_folds(blocks: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample deviation over folds of the numbers that are compared."""
+    table: dict[str, dict[str, float | None]] = {}
+    for dotted in OVER_FOLDS:
+        section, key = dotted.split(".")
+        values = [block[section][key] for block in blocks if block[section]]
+        if values:
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            table[dotted] = {"mean": float(np.mean(values)), "std": std}
+    return table
+
+
+def advice(block: dict[str, Any]) -> list[str]:
+    """One line for each number that asks for a decision."""
+    lines = []
+    lost = block["single"]["top1"] - block["clean"]["top1"]
+    if lost > 0:
+        lines.append(
+            f"{block['name']}: the views (tta.scales, tta.hflip) cost {lost:.4f} top-1 against the single view; "
+            "use scales nearer to the trained size"
+        )
+    return lines

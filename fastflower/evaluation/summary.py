@@ -1,0 +1,126 @@
+"""scores.json: everything that is known about an experiment's members, from their saved logits alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fastflower
+from fastflower.errors import InputError
+from fastflower.evaluation import mistakes, scoreboard
+from fastflower.evaluation.oof import Logits, assemble, check_alike, fuse, load, member_file, missing_folds
+from fastflower.recipe import Recipe
+
+ALWAYS = ("name", "backbone", "fold", "seed", "epoch", "checkpoint", "weights", "head", "size", "views", "mb", "ms")
+
+
+def summarise(members: list[Logits], folds: np.ndarray, classes: list[dict[str, str]], recipe: Recipe) -> dict[str, Any]:
+    """The content of scores.json. `folds` (rows,) is folds.csv's column, `classes` the rows of classes.csv.
+
+    Raises InputError for members that do not belong together or images that do not occur exactly once.
+    """
+    _check_members(members)
+    runs = by_run(members)
+    sets = [assemble(own, folds) for own in runs.values()]
+    fused = fuse(sets, recipe.ensembling.weighting)
+    fit_on = recipe.ts.fit_on if recipe.ts.enabled else None
+    alpha, bins = recipe.select.alpha, recipe.eval.ece_bins
+    counts = np.array([int(row["n"]) for row in classes])
+
+    def block(data: Logits) -> dict[str, Any]:
+        return scoreboard.block(data, alpha, bins, counts, fit_on)
+
+    own = [{**{key: member.about[key] for key in ALWAYS}, **block(member)} for member in members]
+    rows = []
+    for (backbone, seed), data in zip(runs, sets, strict=True):
+        mine = [row for row in own if (row["backbone"], row["seed"]) == (backbone, seed)]
+        missing = missing_folds(runs[backbone, seed], folds)
+        rows.append(
+            {"backbone": backbone, "seed": seed, "missing": missing, "over_folds": scoreboard.over_folds(mine), **block(data)}
+        )
+    class_ids, names = members[0].about["class_ids"], [plain_name(row) for row in classes]
+    whole = block(fused)
+    t = whole["temperature"]["t"] if fit_on else 1.0
+    return {
+        "fastflower": fastflower.__version__,
+        "exp": recipe.exp.name,
+        "alpha": alpha,
+        "bins": bins,
+        "weighting": recipe.ensembling.weighting,
+        "class_hash": members[0].about["class_hash"],
+        "folds_hash": members[0].about["folds_hash"],
+        "folds": sorted(set(folds[folds >= 0].tolist())),
+        "missing": sorted(set(folds[folds >= 0].tolist()) - set(whole["folds"])),
+        "classes": [
+            {**row, "name": names[row["class_idx"]]} for row in scoreboard.per_class(fused, class_ids, counts)
+        ],
+        "sizes": [[int(fold), int(count)] for fold, count in zip(*np.unique(fused.fold, return_counts=True), strict=True)],
+        "wrong": mistakes.wrong(fused),
+        "members": own,
+        "runs": rows,
+        "fused": {**whole, "of": fused.about["of"]},
+        "advice": [line for row in [*rows, whole][: None if len(rows) > 1 else 1] for line in scoreboard.advice(row)],
+        "reliability": scoreboard.reliability(fused, t if fit_on else None, bins),
+        "confusion": mistakes.confusion(fused),
+        "pairs": mistakes.confused_pairs(fused, t),
+        "mistakes": mistakes.worst(fused, t),
+        "right": mistakes.right(fused, t),
+        "suspects": mistakes.suspects(fused, t),
+    }
+
+
+def evaluated(folder: Path) -> list[Logits]:
+    """The members that scores.json of an experiment's folder speaks of, from their saved logits."""
+    path = folder / "scores.json"
+    if not path.is_file():
+        raise InputError(f"no {path}; run python -m fastflower.evaluate first")
+    rows = json.loads(path.read_text(encoding="utf-8"))["members"]
+    return [load(member_file(folder / "oof", row)) for row in rows]
+
+
+def by_run(members: list[Logits]) -> dict[tuple[str, int], list[Logits]]:
+    """Members by (backbone, seed), both and the folds inside in order."""
+    runs: dict[tuple[str, int], list[Logits]] = {}
+    for member in sorted(members, key=lambda m: (*m.run, int(m.about["fold"]))):
+        runs.setdefault(member.run, []).append(member)
+    return runs
+
+
+def plain_name(row: dict[str, str]) -> str:
+    """What a class is called, from the label file's column of names; English first, else the first there is."""
+    columns = sorted((key for key in row if "name" in key.lower()), key=lambda key: "english" not in key.lower())
+    return next((row[key] for key in columns if row[key]), "")
+
+
+def temperatures(summary: dict[str, Any]) -> dict[str, Any]:
+    """The content of temperature.json: T of each member, of each run and of the fused logits."""
+    return {
+        "fused": summary["fused"]["temperature"],
+        "folds": summary["fused"]["folds"],
+        "missing": summary["missing"],
+        "runs": {row["name"]: row["temperature"] for row in summary["runs"]},
+        "members": {row["checkpoint"]: row["temperature"] for row in summary["members"]},
+    }
+
+
+def incomplete(summary: dict[str, Any]) -> list[str]:
+    """One line for each run that lacks folds, so that no part is taken for the whole."""
+    return [
+        f"{row['name']}: fold {', '.join(map(str, row['missing']))} of {len(summary['folds'])} has no member; "
+        "the scores are those of single folds, not of the whole training set"
+        for row in summary["runs"]
+        if row["missing"]
+    ]
+
+
+def _check_members(members: list[Logits]) -> None:
+    check_alike(members)
+    heads = {str(member.about["head"]) == "linear" for member in members}
+    if len(heads) > 1:
+        raise InputError(
+            "members with linear and with cosine heads have logits of different kinds; narrow ensembling.find_pattern "
+            "to one of them, or combine them with python -m fastflower.ensemble"
+        )

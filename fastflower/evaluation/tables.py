@@ -1,0 +1,97 @@
+"""scores.json as tables: for the console, and as CSV files with the organiser's category ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def console(summary: dict[str, Any]) -> list[list[str]]:
+    """The console's table: a header, a row for each member, run and the fused set."""
+    header = ["", "n", "single", "views", "95%", "corrupted", "S", "macro F1", "NLL", "ECE", "T", "NLL/T", "ECE/T"]
+    rows = [header]
+    labels = [
+        *((f"{row['backbone']} fold {row['fold']} seed {row['seed']}", row) for row in summary["members"]),
+        *((f"{row['name']}, {_folds(row['folds'])}", row) for row in summary["runs"] if len(row["folds"]) > 1),
+    ]
+    if len(summary["runs"]) > 1:
+        labels.append((f"fused, {_folds(summary['fused']['folds'])}", summary["fused"]))
+    for label, row in labels:
+        clean, t = row["clean"], row["temperature"] or {}
+        rows.append(
+            [
+                label,
+                str(row["n"]),
+                _number(row["single"]["top1"]),
+                _number(clean["top1"]),
+                f"{clean['top1_low']:.3f}-{clean['top1_high']:.3f}",
+                _number(row["corrupted"] and row["corrupted"]["top1"]),
+                _number(row["s"]["top1"]),
+                _number(clean["macro_f1"]),
+                _number(clean["nll"]),
+                _number(clean["ece"]),
+                _number(t.get("t"), 3),
+                _number(t.get("nll_after")),
+                _number(t.get("ece_after")),
+            ]
+        )
+    return rows
+
+
+def methods(compared: Row) -> list[list[str]]:
+    """The console's table of ensembling methods."""
+    rows = [["", "top-1", "95%", "macro F1", "NLL", "gain", "by part"]]
+    for row in compared["rows"]:
+        interval, gain = f"{row['top1_low']:.3f}-{row['top1_high']:.3f}", f"{row['gain']:+.4f}"
+        parts = f"{min(row['gains']):+.4f} to {max(row['gains']):+.4f}"
+        rows.append([row["method"], _number(row["top1"]), interval, _number(row["macro_f1"]), _number(row["nll"]), gain, parts])
+    return rows
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of text as columns: the first to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _folds(folds: list[int]) -> str:
+    return f"fold {folds[0]}" if len(folds) == 1 else f"folds {', '.join(map(str, folds))}"
+
+
+def reports(summary: dict[str, Any]) -> dict[str, list[Row]]:
+    """name of the CSV file -> its rows, about the fused set."""
+    ids = [row["category_id"] for row in summary["classes"]]
+    classes = [row["class_idx"] for row in summary["classes"]]
+    counts = {(true, guess): count for true, guess, count in summary["confusion"]}
+    corrupted = summary["fused"]["corrupted"]
+    tables = {
+        "per_class": summary["classes"],
+        "confusion": [{"category_id": ids[i], **{ids[j]: counts.get((i, j), 0) for j in classes}} for i in classes],
+        "mistakes": [_mistake(row, ids) for row in summary["mistakes"]],
+        "suspects": [{**_mistake(row, ids), "suggested": ids[row["other"]]} for row in summary["suspects"]],
+        "corruption": corrupted["combos"] if corrupted else [],
+    }
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def _mistake(row: Row, ids: list[str]) -> Row:
+    return {
+        "filename": row["filename"],
+        "fold": row["fold"],
+        "category_id": ids[row["label"]],
+        "predicted": ids[row["guess"]],
+        "p_predicted": row["p_guess"],
+        "p_label": row["p_label"],
+        "loss": row["loss"],
+        "top_ids": " ".join(ids[c] for c, _ in row["top"]),
+        "top_probabilities": " ".join(f"{p:.6f}" for _, p in row["top"]),
+    }

@@ -1,0 +1,57 @@
+"""Show what an experiment's model does: `python -m fastflower.report <exp ...> [--format html|md]`.
+
+Writes results/results/<exp>/report.html (or report.md with figures/), and results/results/compare.html for several.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastflower import errors, runs
+from fastflower.errors import InputError
+from fastflower.evaluation import draft, page
+
+FORMATS = ("html", "md")
+
+
+def main(argv: list[str]) -> None:
+    names, form = parse(argv)
+    experiments = [page.read(name, with_pictures=form == "html") for name in names]
+    for found in experiments:
+        folder = runs.RESULTS / found.name
+        if form == "md":
+            say(draft.write(folder, found, experiments))
+            continue
+        if found.recipe and not found.pictures:
+            print(f"note: no betons of these folds in {found.recipe.data.home}; the page of {found.name} has no photographs")
+        say(save(folder / "report.html", page.experiment(found)))
+    if len(experiments) > 1 and form == "html":
+        say(save(runs.RESULTS / "compare.html", page.compare(experiments)))
+
+
+def parse(argv: list[str]) -> tuple[list[str], str]:
+    """The experiments and the format; an experiment may be given by its folder or its recipe."""
+    words, form = list(argv), "html"
+    if "--format" in words:
+        at = words.index("--format")
+        form = words[at + 1] if at + 1 < len(words) else ""
+        del words[at : at + 2]
+    if form not in FORMATS:
+        raise InputError(f"--format {form}: must be one of {', '.join(FORMATS)}")
+    strange = [word for word in words if word.startswith("-")]
+    if strange or not words:
+        raise InputError(f"got {strange[0] if strange else 'no experiment'}; report takes experiments and --format html|md")
+    return list(dict.fromkeys(Path(word).stem if word.endswith(".yaml") else Path(word).name for word in words)), form
+
+
+def save(path: Path, html: str) -> Path:
+    runs.write_atomic(path, html)
+    return path
+
+
+def say(path: Path) -> None:
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,64 @@
+"""Made-up members with known logits, for tests of everything that reads saved logits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastflower.evaluation.oof import Logits
+
+COMBOS = np.array([["blur", "low"], ["jpeg", "low"]])
+IDS = ["7", "12", "100", "rose", "tulip", "x & <y>"]
+BACKBONES = ("convnextv2_atto", "vit_tiny_patch16_224")
+
+
+def folds(rows: int = 120, count: int = 3, seed: int = 0) -> np.ndarray:
+    """folds.csv's column: int64 (rows,), the first two rows always in training."""
+    column = np.random.default_rng(seed).permutation(np.arange(rows) % count)
+    column[:2] = -1
+    return column
+
+
+def labels(rows: int = 120, seed: int = 0) -> np.ndarray:
+    """Long-tailed class_idx int64 (rows,); every class occurs."""
+    share = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+    drawn = np.random.default_rng(seed + 1).choice(len(IDS), rows, p=share)
+    drawn[: len(IDS)] = np.arange(len(IDS))
+    return drawn
+
+
+def member(fold: int, backbone: str = BACKBONES[0], seed: int = 42, skill: float = 2.0, **about: object) -> Logits:
+    """A member that is right more often than not; other arguments change its description."""
+    column, classes = folds(), labels()
+    index = np.flatnonzero(column == fold)
+    rng = np.random.default_rng([fold, seed, BACKBONES.index(backbone)])
+    own = classes[index]
+    base = skill * np.eye(len(IDS))[own] + rng.normal(size=(len(own), len(IDS)))
+
+    def noisy(scale: float) -> np.ndarray:
+        return (2 * (base + scale * rng.normal(size=base.shape))).astype(np.float32)
+
+    name = f"best_combo__{backbone}__fold{fold}_seed{seed}_epoch{fold + 3}_score0.8000.pth"
+    return Logits(
+        logits=noisy(0.1),
+        single=noisy(0.3),
+        corrupt=np.stack([noisy(0.8), noisy(1.2)]),
+        class_idx=own,
+        index=index,
+        fold=np.full(len(own), fold),
+        filename=np.array([f"image_{row}.jpg" for row in index]),
+        combos=COMBOS,
+        about={
+            "name": name, "checkpoint": name, "backbone": backbone, "fold": fold, "seed": seed, "epoch": fold + 3,
+            "weights": "ema", "head": "linear", "size": [32, 32], "views": [[32, 32, False], [32, 32, True]],
+            "class_ids": IDS, "class_hash": "c0ffee", "folds_hash": "f01d", "mb": 10.0, "ms": 2.0, **about,
+        },
+    )  # fmt: skip
+
+
+def classes_csv() -> list[dict[str, str]]:
+    """The rows of classes.csv; the fourth class has an English name that needs escaping."""
+    counts = np.array([150, 60, 40, 30, 12, 9])
+    names = ["daisy", "", "", "dog <rose>", "", ""]
+    return [
+        {"class_idx": str(i), "category_id": IDS[i], "n": str(n), "english_name": names[i]} for i, n in enumerate(counts)
+    ]

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up import BACKBONES, classes_csv, folds, member
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, log_loss
+
+from fastflower import ensemble, recipe, runs
+from fastflower.data.labels import write_csv
+from fastflower.errors import InputError
+from fastflower.evaluation import ensembles, oof, summary
+
+FREE = ensembles.Budget(np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]), 100, 100)
+
+
+def made(n: int = 600, classes: int = 4, noise: tuple[float, ...] = (0.8, 0.9, 6.0)) -> tuple[np.ndarray, np.ndarray]:
+    """A stack (3, n, classes) of two good runs and a useless one, and labels (n,)."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, n)
+    stack = np.stack([np.eye(classes)[labels] * 1.5 + scale * rng.normal(size=(n, classes)) for scale in noise])
+    return stack.astype(np.float32), labels
+
+
+def test_means_are_the_formulas() -> None:
+    stack, labels = made()
+    np.testing.assert_allclose(ensembles.mean_logits(stack, labels)(stack), stack.astype(float).mean(0), atol=1e-12)
+    by_probability = ensembles.mean_probabilities(stack, labels)(stack)
+    np.testing.assert_allclose(np.exp(by_probability), softmax(stack, axis=2).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(ensembles.best_single(stack, labels)(stack), stack[0], atol=1e-6)
+
+
+def test_learned_weights_reach_the_lowest_loss_on_a_grid() -> None:
+    stack, labels = made()
+    weights = ensembles.learned_weights(stack, labels)
+    assert weights.sum() == pytest.approx(1) and weights[2] < 0.1
+
+    def loss(w: np.ndarray) -> float:
+        mixed = np.tensordot(w, stack.astype(float), axes=1)
+        return min(log_loss(labels, softmax(mixed * beta, axis=1)) for beta in np.geomspace(0.2, 8, 25))
+
+    grid = [np.array([a, b, 1 - a - b]) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6) if a + b <= 1]
+    assert loss(weights) <= min(map(loss, grid)) + 1e-3
+
+
+def test_greedy_selection_leaves_out_what_does_not_help_or_fit() -> None:
+    stack, labels = made()
+    weights = ensembles.greedy_weights(stack, labels, FREE)
+    assert weights.sum() == pytest.approx(1) and weights[2] < min(weights[:2])
+    small = ensembles.Budget(np.array([60.0, 50.0, 10.0]), np.ones(3), max_mb=70, max_ms=100)
+    chosen = np.flatnonzero(ensembles.greedy_weights(stack, labels, small))
+    assert small.mb[chosen].sum() <= 70 and not {0, 1} <= set(chosen)
+    slow = ensembles.Budget(np.ones(3), np.array([5.0, 50.0, 5.0]), max_mb=100, max_ms=20)
+    assert ensembles.greedy_weights(stack, labels, slow)[1] == 0
+
+
+def test_nested_predictions_are_those_of_a_model_that_did_not_see_the_part() -> None:
+    stack, labels = made(n=200)
+    parts = np.arange(200) % 4
+    found = ensembles.nested(ensembles.logistic, stack, labels, parts)
+    own = parts == 2
+    model = LogisticRegression(C=0.01, max_iter=300)
+    model.fit(ensembles.features(stack[:, ~own]), labels[~own])
+    np.testing.assert_allclose(np.exp(found[own]), model.predict_proba(ensembles.features(stack[:, own])), rtol=1e-6)
+
+
+def test_nothing_is_gained_by_fitting_to_labels_that_mean_nothing() -> None:
+    stack, labels = made(n=400, classes=2)
+    shuffled = np.random.default_rng(3).permutation(labels)
+    log_p = ensembles.nested(ensembles.logistic, stack, shuffled, np.arange(400) % 5)
+    assert abs((log_p.argmax(1) == shuffled).mean() - 0.5) < 0.1
+
+
+def test_classes_that_a_part_lacks_get_a_small_probability() -> None:
+    stack, labels = made(n=200)
+    known = labels != 3
+    log_p = ensembles.logistic(stack[:, known], labels[known])(stack)
+    assert (log_p[:, 3] < -20).all() and np.isfinite(log_p).all()
+
+
+def runs_of(*which: tuple[str, int]) -> list[oof.Logits]:
+    return [oof.assemble([member(f, b, s, skill=1.2) for f in range(3)], folds()) for b, s in which]
+
+
+def test_the_table_has_honest_scores_and_gains_by_fold() -> None:
+    sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
+    found = ensembles.compare(sets, FREE)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows)[0] == "best single" and rows["best single"]["gain"] == 0
+    mean = np.mean([s.logits for s in sets], axis=0)
+    hits = accuracy_score(sets[0].class_idx, mean.argmax(1))
+    assert rows["mean of logits"]["top1"] == pytest.approx(hits)
+    assert rows["mean of logits"]["nll"] == pytest.approx(log_loss(sets[0].class_idx, softmax(mean, axis=1)), rel=1e-4)
+    assert rows["mean of logits"]["gain"] == pytest.approx(hits - rows["best single"]["top1"])
+    family = 0.25 * sets[0].logits + 0.25 * sets[1].logits + 0.5 * sets[2].logits
+    assert rows["mean by backbone"]["top1"] == pytest.approx(accuracy_score(sets[0].class_idx, family.argmax(1)))
+    assert all(len(row["gains"]) == found["parts"] == 3 for row in rows.values())
+    assert ("LightGBM stacking" in rows) == ("lightgbm" in sys.modules or _installed("lightgbm"))
+    assert sum(found["weights"]["learned weights"].values()) == pytest.approx(1)
+
+
+def _installed(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+def test_a_single_fold_is_cut_into_stratified_parts() -> None:
+    own = oof.assemble([member(0)], folds())
+    parts = ensembles.splits(own)
+    assert len(np.unique(parts)) >= 2 and len(parts) == len(own)
+    assert list(ensembles.splits(runs_of((BACKBONES[0], 1))[0])) == list(runs_of((BACKBONES[0], 1))[0].fold)
+
+
+def test_the_command_reads_saved_logits_and_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = runs.RESULTS / "made"
+    with pytest.raises(InputError, match=r"no .*scores.json; run python -m fastflower.evaluate first"):
+        ensemble.main(["exp.name=made"])
+    members = [member(fold, backbone) for backbone in BACKBONES for fold in range(3)]
+    for own in members:
+        oof.save(oof.member_file(folder / "oof", own.about), own)
+    settings = recipe.load(None, ["exp.name=made"])
+    runs.write_json(folder / "scores.json", summary.summarise(members, folds(), classes_csv(), settings))
+    rows = [
+        {"filename": f"image_{row}.jpg", "category_id": "7", "class_idx": "0", "fold": str(fold), "group_id": str(row), "sha256": ""}
+        for row, fold in enumerate(folds())
+    ]  # fmt: skip
+    write_csv(Path("data/folds.csv"), rows)
+    ensemble.main(["exp.name=made"])
+    assert "mean of logits" in capsys.readouterr().out
+    assert (folder / "ensemble.json").is_file()

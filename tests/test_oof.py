@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up import BACKBONES, folds, labels, member
+
+from fastflower.errors import CorruptionError, InputError
+from fastflower.evaluation import oof
+
+
+def run(backbone: str = BACKBONES[0], seed: int = 42, which: tuple[int, ...] = (2, 0, 1)) -> list[oof.Logits]:
+    return [member(fold, backbone, seed) for fold in which]
+
+
+def test_a_saved_member_comes_back_to_the_bit(tmp_path: Path) -> None:
+    own = member(1)
+    path = oof.member_file(tmp_path, own.about)
+    oof.save(path, own)
+    assert path.name == "convnextv2_atto__fold1_seed42.npz"
+    again = oof.load(path)
+    for name in oof.ARRAYS:
+        np.testing.assert_array_equal(getattr(again, name), getattr(own, name))
+        assert getattr(again, name).dtype == getattr(own, name).dtype
+    assert again.about == own.about
+
+
+def test_damaged_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    with pytest.raises(InputError, match=r"no logits .* run python -m fastflower\.evaluate first"):
+        oof.load(path)
+    oof.save(path, member(0))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"not readable .*evaluate again"):
+        oof.load(path)
+    np.savez(path, logits=np.zeros(3))
+    with pytest.raises(CorruptionError, match="not readable"):
+        oof.load(path)
+
+
+@pytest.mark.parametrize("part", ["logits", "single", "corrupt"])
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path, part: str) -> None:
+    own = member(0)
+    values = getattr(own, part).copy()
+    values[..., 3, 1] = np.nan
+    with pytest.raises(CorruptionError, match=rf"1 images have logits that are not finite, first {own.filename[3]}"):
+        oof.save(tmp_path / "m.npz", replace(own, **{part: values}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folds_become_one_set_in_which_each_image_occurs_once() -> None:
+    whole = oof.assemble(run(), folds())
+    np.testing.assert_array_equal(whole.index, np.flatnonzero(folds() >= 0))
+    np.testing.assert_array_equal(whole.class_idx, labels()[whole.index])
+    for own in run():
+        rows = np.isin(whole.index, own.index)
+        np.testing.assert_array_equal(whole.logits[rows], own.logits)
+        np.testing.assert_array_equal(whole.corrupt[:, rows], own.corrupt)
+        assert (whole.fold[rows] == own.about["fold"]).all()
+    assert (whole.about["mb"], whole.about["ms"]) == (30.0, 6.0)
+
+
+def test_missing_folds_are_named() -> None:
+    assert oof.missing_folds(run(which=(0, 2)), folds()) == [1]
+    assert oof.missing_folds(run(), folds()) == []
+
+
+def test_sets_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(InputError, match="occurs 2 times; give one member for each fold"):
+        oof.assemble([member(0), member(0)], folds())
+    with pytest.raises(InputError, match="different class maps"):
+        oof.assemble([member(0), member(1, class_hash="other")], folds())
+    with pytest.raises(InputError, match="different foldss "):
+        oof.assemble([member(0), member(1, folds_hash="other")], folds())
+    other = member(1)
+    with pytest.raises(InputError, match="has 6 classes, .* has 5"):
+        oof.assemble([member(0), replace(other, logits=other.logits[:, :5])], folds())
+    with pytest.raises(InputError, match="saw different corruptions"):
+        oof.assemble([member(0), replace(other, combos=other.combos[:1], corrupt=other.corrupt[:1])], folds())
+
+
+def test_an_image_of_the_members_own_training_part_is_refused() -> None:
+    moved = folds()
+    moved[member(0).index[4]] = 1
+    with pytest.raises(InputError, match=r"1 images were not held out of fold 0, first image_\d+.jpg"):
+        oof.assemble([member(0)], moved)
+    own = member(0)
+    with pytest.raises(InputError, match="1 images of folds .0. are missing"):
+        oof.assemble([own.take(np.arange(1, len(own)))], folds())
+    with pytest.raises(InputError, match="not held out"):
+        oof.assemble([replace(own, index=own.index + 10_000)], folds())
+
+
+def test_fusion_is_the_mean_flat_or_by_family() -> None:
+    sets = [oof.assemble(run(b, s), folds()) for b, s in ((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))]
+    a, b, c = (s.logits.astype(np.float64) for s in sets)
+    np.testing.assert_allclose(oof.fuse(sets).logits, (a + b + c) / 3, rtol=1e-6)
+    np.testing.assert_allclose(oof.fuse(sets, "family").logits, a / 4 + b / 4 + c / 2, rtol=1e-6)
+    corrupt = sum(s.corrupt.astype(np.float64) for s in sets) / 3
+    np.testing.assert_allclose(oof.fuse(sets).corrupt, corrupt, rtol=1e-6, atol=1e-6)
+
+
+def test_runs_over_other_folds_are_fused_where_they_overlap() -> None:
+    first, second = oof.assemble(run(which=(0, 1)), folds()), oof.assemble(run(BACKBONES[1], which=(1, 2)), folds())
+    fused = oof.fuse([first, second])
+    np.testing.assert_array_equal(fused.index, np.flatnonzero(folds() == 1))
+    np.testing.assert_allclose(
+        fused.logits, (member(1).logits + member(1, BACKBONES[1]).logits) / 2, rtol=1e-6, atol=1e-6
+    )
+    with pytest.raises(InputError, match="no fold in common"):
+        oof.fuse([oof.assemble([member(0)], folds()), oof.assemble([member(1, BACKBONES[1])], folds())])

@@ -1,0 +1,361 @@
+"""Every number of scores.json and of the page against an independent computation, and the page in a real browser."""
+
+from __future__ import annotations
+
+import html as entities
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from made_up import BACKBONES, IDS, classes_csv, folds, member
+from sklearn import metrics
+from torchmetrics.classification import MulticlassCalibrationError
+
+from fastflower import errors, recipe, report, runs
+from fastflower.errors import InputError
+from fastflower.evaluation import comparison, curves, figures, gradcam, mistakes, oof, page, pictures, scoreboard, summary, tables
+from fastflower.evaluation.oof import Logits
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """Wilson's interval as the two roots of (p - x)^2 = z^2 x (1 - x) / n."""
+    z, p = 1.959963984540054, hits / n
+    low, high = sorted(np.roots([1 + z * z / n, -(2 * p + z * z / n), p * p]).real)
+    return max(0.0, low), min(1.0, high)
+
+
+def made(exp: str = "made", which: tuple[int, ...] = (0, 1, 2), skill: float = 1.2) -> tuple[dict[str, Any], Logits]:
+    """An evaluated experiment in the current directory: its scores.json, and the fused logits they are about."""
+    members = [member(fold, backbone, skill=skill) for backbone in BACKBONES for fold in which]
+    settings = recipe.load(None, [f"exp.name={exp}", "opt.lr_ref=1e-4"])
+    found = summary.summarise(members, folds(), classes_csv(), settings)
+    folder = runs.RESULTS / exp
+    runs.write_json(folder / "scores.json", found)
+    runs.write_atomic(folder / "meta" / "recipe.yaml", recipe.to_yaml(settings))
+    runs.write_json(folder / "meta" / "versions.json", {"command": ["train.py", "<recipe>"]})
+    for epoch in range(1, 6):
+        for fold in which:
+            runs.append_event(folder / "events.jsonl", event(epoch, fold))
+    fused = oof.fuse([oof.assemble(own, folds()) for own in summary.by_run(members).values()])
+    return json.loads((folder / "scores.json").read_text()), fused
+
+
+def event(epoch: int, fold: int) -> dict[str, Any]:
+    """A row of events.jsonl as training writes it."""
+    value = 0.5 + 0.05 * epoch
+    return {
+        "event": "epoch", "backbone": BACKBONES[0], "fold": fold, "seed": 42, "epoch": epoch,
+        "size": [32, 32] if epoch < 4 else [64, 64], "lr_min": 1e-5, "lr_max": 1e-4,
+        "lr_groups": {"front": 1e-5 * epoch, "head": 1e-4 * epoch}, "train_loss": 2 / epoch, "val_loss": 2.5 / epoch,
+        "clean_raw": value, "clean_ema": value + 0.01, "corrupt_raw": value - 0.1, "corrupt_ema": value - 0.1,
+        "s_raw": value - 0.03, "s_ema": value, "macro_f1_raw": value, "grad_norm": 1.0 / epoch, "images_per_s": 100.0,
+        "per_kind": {"blur": {"raw": value, "ema": value}}, "best": {"epoch": epoch, "score": value, "weights": "ema"},
+        "new_quantity": 3.0 * epoch, "time": 1e9,
+    }  # fmt: skip
+
+
+def test_headline_scores_are_those_of_sklearn_and_torchmetrics() -> None:
+    found, data = made()
+    fused, labels = found["fused"], data.class_idx
+    for name, logits in (("clean", data.logits), ("single", data.single)):
+        guess, probs = logits.argmax(1), torch.from_numpy(logits).softmax(1)
+        row = fused[name]
+        assert row["n"] == len(labels) == int((folds() >= 0).sum())
+        assert row["top1"] == pytest.approx(metrics.accuracy_score(labels, guess))
+        assert (row["top1_low"], row["top1_high"]) == pytest.approx(wilson(int((guess == labels).sum()), len(labels)))
+        assert row["top5"] == pytest.approx(np.mean([y in np.argsort(-z)[:5] for z, y in zip(logits, labels, strict=True)]))
+        assert row["macro_recall"] == pytest.approx(metrics.balanced_accuracy_score(labels, guess))
+        assert row["macro_f1"] == pytest.approx(metrics.f1_score(labels, guess, average="macro"))
+        assert row["nll"] == pytest.approx(metrics.log_loss(labels, probs.double().numpy()), rel=1e-5)
+        ece = MulticlassCalibrationError(len(IDS), n_bins=15)(probs, torch.from_numpy(labels))
+        assert row["ece"] == pytest.approx(float(ece), abs=1e-5)
+
+
+def test_corrupted_scores_s_and_consistency_are_the_formulas() -> None:
+    found, data = made()
+    fused, labels, base = found["fused"], data.class_idx, data.single.argmax(1)
+    accuracies = [metrics.accuracy_score(labels, logits.argmax(1)) for logits in data.corrupt]
+    for row, logits, accuracy in zip(fused["corrupted"]["combos"], data.corrupt, accuracies, strict=True):
+        assert row["top1"] == pytest.approx(accuracy)
+        assert row["drop"] == pytest.approx(metrics.accuracy_score(labels, base) - accuracy)
+        assert row["consistency"] == pytest.approx(np.mean(logits.argmax(1) == base))
+    assert [(row["kind"], row["level"]) for row in fused["corrupted"]["combos"]] == [("blur", "low"), ("jpeg", "low")]
+    assert fused["corrupted"]["top1"] == pytest.approx(np.mean(accuracies))
+    s = 0.7 * metrics.accuracy_score(labels, base) + 0.3 * np.mean(accuracies)
+    assert fused["s"]["top1"] == pytest.approx(s)
+    assert (fused["s"]["top1_low"], fused["s"]["top1_high"]) == pytest.approx(wilson(s * len(labels), len(labels)))
+
+
+def test_classes_parts_and_confusion_are_those_of_sklearn() -> None:
+    found, data = made()
+    guess, labels = data.logits.argmax(1), data.class_idx
+    rows = metrics.classification_report(labels, guess, labels=range(len(IDS)), output_dict=True, zero_division=0)
+    for row in found["classes"]:
+        expected = rows[str(row["class_idx"])]
+        assert (row["precision"], row["recall"], row["f1"]) == pytest.approx(
+            (expected["precision"], expected["recall"], expected["f1-score"])
+        )
+        assert row["n"] == expected["support"] and row["category_id"] == IDS[row["class_idx"]]
+        own = labels == row["class_idx"]
+        corrupted = np.mean([logits[own].argmax(1) == row["class_idx"] for logits in data.corrupt])
+        assert row["corrupted_recall"] == pytest.approx(corrupted)
+    assert [row["part"] for row in found["classes"]] == ["head", "middle", "middle", "middle", "tail", "tail"]
+    tail = np.isin(labels, [4, 5])
+    assert found["fused"]["parts"]["tail"]["top1"] == pytest.approx(metrics.accuracy_score(labels[tail], guess[tail]))
+    matrix = np.zeros((len(IDS), len(IDS)), int)
+    for true, predicted, count in found["confusion"]:
+        matrix[true, predicted] = count
+    np.testing.assert_array_equal(matrix, metrics.confusion_matrix(labels, guess, labels=range(len(IDS))))
+    pair = found["pairs"][0]
+    both = matrix + matrix.T
+    assert pair["a_as_b"] + pair["b_as_a"] == np.max(both - np.diag(np.diag(both)))
+
+
+def test_mistakes_have_their_true_probabilities_worst_first() -> None:
+    found, data = made()
+    t = found["fused"]["temperature"]["t"]
+    probs = torch.from_numpy(data.logits / t).double().softmax(1).numpy()
+    wrong = np.flatnonzero(probs.argmax(1) != data.class_idx)
+    assert {row["index"] for row in found["mistakes"]} == set(data.index[wrong].tolist())
+    assert {index for index, _ in found["wrong"]} == set(data.index[wrong].tolist())
+    losses = [row["loss"] for row in found["mistakes"]]
+    assert losses == sorted(losses, reverse=True)
+    for row in found["mistakes"]:
+        at = int(np.flatnonzero(data.index == row["index"])[0])
+        assert row["p_label"] == pytest.approx(probs[at, data.class_idx[at]], rel=1e-4)
+        assert [c for c, _ in row["top"]] == np.argsort(-probs[at], kind="stable")[:5].tolist()
+
+
+def test_a_label_that_was_changed_is_suspected() -> None:
+    own = member(0, skill=6.0)
+    labels = own.class_idx.copy()
+    at = int(np.flatnonzero(labels == 0)[0])
+    labels[at] = 1
+    first = mistakes.suspects(replace(own, class_idx=labels), 1.0)[0]
+    assert (first["index"], first["label"], first["other"]) == (own.index[at], 1, 0)
+
+
+def test_means_over_folds_and_what_is_missing() -> None:
+    found, _ = made(which=(0, 2))
+    assert found["missing"] == [1] and [row["missing"] for row in found["runs"]] == [[1], [1]]
+    assert any("fold 1 of 3 has no member" in line for line in summary.incomplete(found))
+    own = [row for row in found["members"] if row["backbone"] == BACKBONES[0]]
+    values = [row["clean"]["top1"] for row in own]
+    over = found["runs"][0]["over_folds"]["clean.top1"]
+    assert (over["mean"], over["std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert "Folds 1 have no member" in page.basis(found)
+    text = tables.aligned(tables.console(found))
+    assert len({len(line.split("  ")[0]) for line in text.splitlines()}) and f"{values[0]:.4f}" in text
+
+
+def test_views_that_cost_accuracy_are_said() -> None:
+    found, _ = made()
+    found["fused"]["clean"]["top1"] = found["fused"]["single"]["top1"] - 0.01
+    assert "cost 0.0100 top-1" in scoreboard.advice(found["fused"])[0]
+
+
+def test_members_with_heads_of_different_kinds_are_not_averaged() -> None:
+    members = [member(0), member(0, BACKBONES[1], head="arcface")]
+    with pytest.raises(InputError, match="linear and with cosine heads"):
+        summary.summarise(members, folds(), classes_csv(), recipe.load())
+
+
+def page_of(exp: str = "made") -> str:
+    report.main([exp])
+    return (runs.RESULTS / exp / "report.html").read_text(encoding="utf-8")
+
+
+def cells(html: str, table: str) -> list[list[str]]:
+    """The text of a table's body rows."""
+    body = re.search(rf'<table[^>]*id="{table}".*?<tbody>(.*?)</tbody>', html, flags=re.S)[1]
+    rows = re.findall(r"<tr.*?</tr>", body, flags=re.S)
+    return [
+        [entities.unescape(re.sub(r"<[^>]+>", "", cell)).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.S)]
+        for row in rows
+    ]
+
+
+def test_the_page_shows_the_numbers_of_scores_json() -> None:
+    found, data = made()
+    html = page_of()
+    accuracy = 100 * metrics.accuracy_score(data.class_idx, data.logits.argmax(1))
+    assert f"<b>{accuracy:.1f}%</b>" in html
+    rows = cells(html, "per-class")
+    assert len(rows) == len(IDS)
+    for row, own in zip(rows, found["classes"], strict=True):
+        assert row[4:7] == [f"{100 * own[key]:.1f}" for key in ("precision", "recall", "f1")]
+    for row, own in zip(cells(html, "members"), found["members"], strict=True):
+        assert row[5:7] == [f"{100 * own['single']['top1']:.1f}", f"{100 * own['clean']['top1']:.1f}"]
+    assert "opt.lr_ref" in html and "0.0001" in html
+
+
+def test_names_and_files_cannot_inject_into_the_page() -> None:
+    made()
+    html = page_of()
+    assert "x & <y>" not in html and "x &amp; &lt;y&gt;" in html
+    assert "dog <rose>" not in html and "dog &lt;rose&gt;" in html
+
+
+def test_the_page_needs_nothing_from_outside_and_is_small() -> None:
+    made()
+    html = page_of()
+    addresses = re.findall(r'(?:src|href|xlink:href)="([^"]*)"', html)
+    assert all(a.startswith(("#", "data:")) for a in addresses)
+    assert "@import" not in html and "url(http" not in html and len(html) < page.LARGEST
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(ids)
+
+
+def test_every_logged_quantity_has_a_curve() -> None:
+    made(which=(0,))
+    charts = curves.training(runs.read_events(runs.RESULTS / "made" / "events.jsonl"))[0].charts
+    names = {chart.name.removeprefix("run0-") for chart in charts}
+    assert names == {"loss", "clean", "corrupt", "s", "macro", "kind-raw", "kind-ema", "lr", "size", "speed", "norm", "new_quantity"}
+    loss = next(chart for chart in charts if chart.name == "run0-loss")
+    assert "train: 2 in epoch 1, 0.4 in epoch 5" in loss.words
+    svg = loss.svg()
+    assert "var(--s1)" in svg and "currentColor" in svg and not re.search(r"#[0-9a-f]{6}", svg)
+    assert curves.borders(curves.series(curves.by_run([event(e, 0) for e in range(1, 6)])[BACKBONES[0], 0, 42])) == [4]
+
+
+def test_charts_are_pictures_too() -> None:
+    lines = figures.Lines("Loss", series={"train": ([1, 2], [2.0, 1.0])})
+    assert figures.over_epochs("x", lines, []).png().startswith(b"\x89PNG")
+
+
+def test_several_experiments_are_compared_image_by_image() -> None:
+    a, first = made("a", skill=1.0)
+    b, second = made("b", skill=1.6)
+    report.main(["a", "b"])
+    html = (runs.RESULTS / "compare.html").read_text(encoding="utf-8")
+    right = [data.logits.argmax(1) == data.class_idx for data in (first, second)]
+    change = right[1].astype(float) - right[0]
+    row = comparison.pairs([a, b])[0]
+    assert row["n"] == len(change) and row["difference"] == pytest.approx(change.mean())
+    spread = 1.959964 * change.std() / np.sqrt(len(change))
+    assert (row["low"], row["high"]) == pytest.approx((change.mean() - spread, change.mean() + spread), abs=1e-6)
+    assert f"{100 * change.mean():+.2f}" in html
+    other = {**b, "folds_hash": "elsewhere"}
+    assert comparison.pairs([a, other])[0]["n"] == 0
+
+
+def test_the_draft_has_the_same_numbers_and_its_figures() -> None:
+    found, _ = made("a")
+    made("b", skill=1.6)
+    report.main(["a", "b", "--format", "md"])
+    text = (runs.RESULTS / "a" / "report.md").read_text(encoding="utf-8")
+    clean = found["fused"]["clean"]
+    assert f"{100 * clean['top1']:.1f} ({100 * clean['top1_low']:.1f}–{100 * clean['top1_high']:.1f})" in text
+    assert "## 7. Ablations" in text
+    figures_named = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(figures_named) >= 6 and all((runs.RESULTS / "a" / name).is_file() for name in figures_named)
+
+
+def test_bad_words_are_refused_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made()
+    for words, pattern in (
+        ([], "got no experiment; report takes experiments and --format html|md"),
+        (["made", "--format", "pdf"], "--format pdf: must be one of html, md"),
+        (["made", "-x"], "got -x; report takes"),
+        (["other"], "other/scores.json; run python -m fastflower.evaluate first .evaluated: made"),
+    ):
+        with pytest.raises(InputError, match=pattern.replace("|", r"\|")):
+            report.main(words)
+    (runs.RESULTS / "made" / "scores.json").write_text("{")
+    monkeypatch.setattr("sys.argv", ["report", "made"])
+    with pytest.raises(SystemExit) as stop:
+        errors.run(report.main)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_gradcam_finds_the_pixels_that_decide() -> None:
+    """A network whose only evidence is the brightness of the left half looks left."""
+
+    class Left(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = torch.nn.AvgPool2d(8)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps = self.features(images)  # (B, 3, 8, 8)
+            left = maps[..., :4].mean((1, 2, 3))
+            return torch.stack([left, -left], 1)
+
+    images = torch.rand(2, 3, 64, 64) + 1
+    images[..., 32:] = 0.01
+    maps = gradcam.attribute(Left(), images, torch.tensor([0, 0]))
+    assert maps.shape == (2, 64, 64)
+    np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
+    assert (maps[..., :32].sum((1, 2)) > 0.9).all()
+    assert gradcam.border_share(np.ones((1, 64, 64)))[0] == pytest.approx(gradcam.EVEN)
+    centre = np.zeros((1, 64, 64))
+    centre[0, 30:34, 30:34] = 1
+    assert gradcam.border_share(centre)[0] == 0
+    assert np.isnan(gradcam.border_share(np.zeros((1, 64, 64)))[0])
+
+
+@pytest.mark.parametrize("backbone", ["convnextv2_atto", "vit_tiny_patch16_224"])
+def test_gradcam_takes_maps_and_tokens(backbone: str) -> None:
+    network = timm.create_model(backbone, num_classes=4, img_size=64) if "vit" in backbone else timm.create_model(backbone, num_classes=4)
+    maps = gradcam.attribute(network.eval(), torch.rand(2, 3, 64, 64), torch.tensor([1, 2]))
+    assert maps.shape == (2, 64, 64) and np.isfinite(maps).all() and (maps >= 0).all()
+    assert not network._forward_hooks and all(not m._forward_pre_hooks for m in network.modules())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<script>
+const problems = [];
+addEventListener("error", e => problems.push(String(e.message || e.target.src).slice(0, 200)), true);
+console.error = (...words) => problems.push(words.join(" "));
+addEventListener("load", () => {
+  const images = [...document.images];
+  const table = document.getElementById("per-class"), body = table.tBodies[0];
+  const column = at => [...body.rows].filter(r => !r.hidden).map(r => r.children[at].textContent.trim());
+  const button = at => table.querySelectorAll("thead th")[at].querySelector("button");
+  button(5).click(); const down = column(5);
+  button(5).click(); const up = column(5), sorted = table.querySelectorAll("thead th")[5].ariaSort;
+  button(0).click(); const names = column(0);
+  const box = document.getElementById("find");
+  box.value = "tail"; box.dispatchEvent(new Event("input"));
+  const answer = {problems, down, up, sorted, names, tail: column(1), wide: document.documentElement.scrollWidth,
+    images: images.length, broken: images.filter(i => !i.complete || !i.naturalWidth).map(i => i.alt),
+    unnamed: [...document.querySelectorAll("img:not([alt]), svg[role=img]:not([aria-label]), th:not([scope]), input:not([id])")].length};
+  document.body.innerHTML = ""; document.body.append(JSON.stringify(answer));
+});
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; on Debian: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(tmp_path: Path, width: int) -> None:
+    found, _ = made()
+    experiment = page.read("made")
+    pixel = np.full((8, 8, 3), 200, np.uint8)
+    uri = pictures.data_uri(pictures.jpeg(pixel))
+    shown = {index: uri for indices in page.wanted(found).values() for index in indices}
+    html = page.experiment(page.Experiment(**{**vars(experiment), "pictures": shown}))
+    path = tmp_path / "page.html"
+    path.write_text(html.replace("<head>", "<head>" + PROBE, 1), encoding="utf-8")
+    dump = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=8000", "--dump-dom", f"file://{path}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    answer = json.loads(entities.unescape(re.search(r"<body>(.*?)</body>", dump, flags=re.S)[1]))
+    assert answer["problems"] == [] and answer["broken"] == [] and answer["unnamed"] == 0
+    assert answer["images"] > 10
+    recall = [f"{100 * row['recall']:.1f}" for row in found["classes"]]
+    assert answer["up"] == sorted(recall, key=float) and answer["down"] == sorted(recall, key=float, reverse=True)
+    assert answer["sorted"] == "ascending"
+    assert [name.split()[0] for name in answer["names"]][:3] == ["7", "12", "100"] or answer["names"][0].startswith("7")
+    assert answer["tail"] == ["tail", "tail"]
+    assert answer["wide"] <= max(width, 500)  # nothing but tables scrolls sideways; headless windows are 500 or wider
