@@ -1,0 +1,192 @@
+"""The members of a bundle as one function: pictures in, logits out.
+
+A network travels as a TorchScript program that takes its weights as arguments, so one small program serves
+every member of a backbone, and weights are stored once for all views. No timm, no class definitions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+class Unusable(Exception):
+    """No member can be run; the text is the one line to show."""
+
+
+class Networks:
+    """All members of a bundle on one device.
+
+    Members whose files are damaged are left out and devices that compute wrongly are passed over; `notes` says so.
+    """
+
+    def __init__(self, folder: str, bundle: dict[str, Any], hashes: dict[str, str], device: str) -> None:
+        self.bundle = bundle
+        self.notes: list[str] = []
+        self.members: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.alone = threading.Lock()
+        self._read(folder, hashes)
+        if not self.members:
+            raise Unusable("; ".join(self.notes))
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: logits must be those of the trainer
+        torch.backends.cuda.matmul.allow_tf32 = False
+        for name, half in choices(device):
+            fault = self._place(name, half)
+            if fault is None:
+                return
+            self.notes.append(f"{name} in {'half precision' if half else 'fp32'}: {fault}")
+        raise Unusable("; ".join(self.notes))
+
+    def logits(self, pictures: list[list[np.ndarray]]) -> np.ndarray:
+        """Float32 (N, members, views, C) of N pictures, each one uint8 array (h, w, 3) for each crop of the bundle.
+
+        Views are in the member's own order, plain then mirrored. Threads may call it at once. Where memory is short
+        the pictures are run in halves, a single one alone; where a GPU fails the CPU goes on.
+        """
+        try:
+            return self._run(pictures)
+        except (RuntimeError, MemoryError) as error:
+            full = isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY)
+            reason = str(error).strip().split("\n")[-1]
+        # outside the except block, whose traceback keeps the tensors alive
+        if full and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if full and len(pictures) > 1:
+            middle = len(pictures) // 2
+            return np.concatenate([self.logits(pictures[:middle]), self.logits(pictures[middle:])])
+        if self.device.type == "cpu":
+            with self.alone:
+                return self._run(pictures)
+        self.notes.append(f"{self.device}: {reason}; going on with the CPU")
+        self._place("cpu", False)
+        return self.logits(pictures)
+
+    def fuse(self, logits: np.ndarray) -> np.ndarray:
+        """Fused logits over T, float64 (N, C): the mean over views, then the weighted mean over members.
+
+        A member that is not finite on a picture has no say there; NaN where none is.
+        """
+        own = logits.astype(np.float64).mean(axis=2)  # (N, members, C)
+        say = np.isfinite(own).all(axis=2) * np.array([member["weight"] for member in self.members])
+        with np.errstate(invalid="ignore"):
+            say = say / say.sum(axis=1, keepdims=True)
+        return (np.nan_to_num(own) * say[:, :, None]).sum(axis=1) / self.bundle["temperature"]
+
+    def _read(self, folder: str, hashes: dict[str, str]) -> None:
+        for member in self.bundle["members"]:
+            try:
+                for view in member["views"]:
+                    name = self.bundle["programs"][view["program"]]["file"]
+                    if name not in self.files:
+                        self.files[name] = checked(folder, name, hashes)
+                weights = io.BytesIO(checked(folder, member["weights"], hashes))
+                tensors = torch.load(weights, map_location="cpu", weights_only=True)
+            except (OSError, ValueError, RuntimeError) as error:
+                self.notes.append(f"member {member['name']} left out: {error}")
+            else:
+                self.members.append({**member, "tensors": tensors})
+
+    def _place(self, name: str, half: bool) -> str | None:
+        """Bring everything to a device and run the self-test: what is wrong there, or None."""
+        try:
+            self.device, self.half = torch.device(name), half
+            self.programs = {
+                file: torch.jit.load(io.BytesIO(data), map_location=self.device) for file, data in self.files.items()
+            }
+            for member in self.members:
+                member["inputs"] = [self._inputs(member["tensors"], view["program"]) for view in member["views"]]
+            worst = self._self_test()
+        except (RuntimeError, MemoryError, AssertionError) as error:  # torch says "not compiled with CUDA" by assert
+            return str(error).strip().split("\n")[-1]
+        if worst <= (0.05 if half else 1e-3):
+            return None
+        fault = f"logits of the test picture are {worst:.2g} off"
+        if self.device.type != "cpu":
+            return fault
+        self.notes.append(f"{fault}; another version of torch than at export?")
+        return None
+
+    def _inputs(self, tensors: dict[str, torch.Tensor], program: int) -> list[torch.Tensor]:
+        spec = self.bundle["programs"][program]
+        found = []
+        for name in spec["inputs"]:
+            tensor, own = tensors[name], self._floats(spec)
+            if not tensor.is_floating_point():
+                own = tensor.dtype
+            elif name in (spec["half_keeps"] or ()):
+                own = torch.float32
+            found.append(tensor.to(self.device, own))
+        return found
+
+    def _floats(self, spec: dict[str, Any]) -> torch.dtype:
+        """Half precision where asked for, unless export found the program wrong in it."""
+        return torch.float16 if self.half and spec["half_keeps"] is not None else torch.float32
+
+    def _self_test(self) -> float:
+        """Largest difference, as a share of the largest logit, to what the trainer's own networks said at export.
+
+        On a CPU one view a member is enough to know the arithmetic, and the first row comes sooner.
+        """
+        worst = 0.0
+        for member in self.members:
+            count = 1 if self.device.type == "cpu" else len(member["views"])
+            for view, inputs, expected in list(zip(member["views"], member["inputs"], member["expected"]))[:count]:
+                crop = self.bundle["crops"][view["crop"]]
+                image = torch.from_numpy(test_picture(crop["height"], crop["width"])[None]).to(self.device)
+                error = np.abs(self._forward(image, view, inputs)[0] - np.array(expected, dtype=np.float32)).max()
+                worst = max(worst, float(np.nan_to_num(error / max(1.0, np.abs(expected).max()), nan=np.inf)))
+        return worst
+
+    def _run(self, pictures: list[list[np.ndarray]]) -> np.ndarray:
+        crops = [torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*pictures)]
+        count = len(pictures)
+        flips = (False, True) if self.bundle["hflip"] else (False,)
+        found = []
+        for member in self.members:
+            own: list[np.ndarray] = []
+            for view, inputs in zip(member["views"], member["inputs"]):
+                images = torch.cat([crops[view["crop"]].flip(2) if flip else crops[view["crop"]] for flip in flips])
+                logits = self._forward(images, view, inputs)
+                own += [logits[start : start + count] for start in range(0, len(logits), count)]
+            found.append(np.stack(own, axis=1))
+        return np.stack(found, axis=1)
+
+    @torch.inference_mode()
+    def _forward(self, images: torch.Tensor, view: dict[str, Any], inputs: list[torch.Tensor]) -> np.ndarray:
+        """Float32 logits (B, C) of uint8 images (B, h, w, 3), which are channels-last in memory as they are."""
+        spec = self.bundle["programs"][view["program"]]
+        with torch.jit.optimized_execution(False):  # else the first two runs are spent on profiling
+            logits = self.programs[spec["file"]](images.permute(0, 3, 1, 2).to(self._floats(spec)), *inputs)
+        return logits.float().cpu().numpy()
+
+
+def choices(device: str) -> list[tuple[str, bool]]:
+    """Devices to try in turn, each with half precision or not."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [("cpu", False)] if device == "cpu" else [(device, True), (device, False), ("cpu", False)]
+
+
+def checked(folder: str, name: str, hashes: dict[str, str]) -> bytes:
+    """A file of the bundle; ValueError when it is not the one that was exported."""
+    with open(os.path.join(folder, name), "rb") as file:
+        data = file.read()
+    if hashlib.sha256(data).hexdigest() != hashes.get(name):
+        raise ValueError(f"{name} is damaged (its SHA-256 is not the bundle's)")
+    return data
+
+
+def test_picture(height: int, width: int) -> np.ndarray:
+    """The picture of the self-test, uint8 (h, w, 3): smooth, coloured, with an edge."""
+    y, x, c = np.ogrid[:height, :width, :3]
+    waves = 127.5 + 90 * np.sin(x * 6.0 / width + 2.0 * c) * np.cos(y * (4.0 + c) / height)
+    return (waves + 35 * (x > y)).astype(np.uint8)

@@ -1,0 +1,120 @@
+"""Photographs as the networks see them: found, read, brought to the stored size, cut to a view.
+
+The pixels are those of the trainer's conversion and evaluation, made with Pillow alone.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+MOST_PIXELS = 64_000_000  # a header that claims more is refused before anything is decoded
+MOST_SCANS = 500  # a progressive JPEG of 40 kB can hold thousands and cost a minute
+LONGEST = 4  # stored pictures are cut to this many stored sides
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: the picture counts, not its notes
+
+
+def find(folder: bytes) -> list[bytes]:
+    """Every regular file below a folder with an image suffix, relative with '/', sorted by bytes.
+
+    Bytes, not text: names come out of the disk and go into the table unchanged under any locale. What macOS
+    adds to archives (`__MACOSX/`, `._name` beside `name`) is no photograph.
+    """
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != b"__MACOSX"]
+        present = set(files)
+        for name in files:
+            shadow = name.startswith(b"._") and name[2:] in present
+            if name.lower().endswith(SUFFIXES) and not shadow and _regular(os.path.join(parent, name)):
+                found.append(os.path.relpath(os.path.join(parent, name), folder).replace(os.sep.encode(), b"/"))
+    return sorted(found)
+
+
+def prepare(path: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
+    """Decode a file once and cut every view: uint8 (h, w, 3) each. Raises whatever makes it unreadable."""
+    image = read(path)
+    sized = {side: stored(image, side) for side in {crop["stored_side"] for crop in crops}}
+    return [view(sized[crop["stored_side"]], crop) for crop in crops]
+
+
+def read(path: bytes) -> Image.Image:
+    """The first frame as RGB: upright by EXIF, alpha over white, 16 bits scaled to 8."""
+    if not _regular(path):
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        data = file.read()
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
+        raise ValueError(f"a JPEG of more than {MOST_SCANS} scans")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MOST_PIXELS // 1_000_000} million")
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    image = _rgb(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def stored(image: Image.Image, side: int | None) -> Image.Image:
+    """What a beton holds: the short side brought down to `side`, smaller pictures left alone, very long ones cut."""
+    if side is None:
+        return image
+    width, height = image.size
+    short = min(width, height)
+    if short > side:
+        image = image.resize((round(width * side / short), round(height * side / short)), Image.Resampling.BICUBIC)
+    width, height = image.size
+    left, top = (max(0, -(-(length - LONGEST * side) // 2)) for length in (width, height))
+    return image.crop((left, top, width - left, height - top)) if left or top else image
+
+
+def view(image: Image.Image, crop: dict[str, Any]) -> np.ndarray:
+    """The largest centred box of the view's shape, less the margin of `factor`, resampled: uint8 (h, w, 3)."""
+    (width, height), (w, h) = image.size, (crop["width"], crop["height"])
+    scale = min(width / w, height / h) / crop["factor"]
+    left, top = (width - w * scale) / 2, (height - h * scale) / 2
+    box = (max(left, 0), max(top, 0), min(left + w * scale, width), min(top + h * scale, height))
+    return np.array(image.resize((w, h), FILTERS[crop["interpolation"]], box=box))
+
+
+def _regular(path: bytes) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # a broken block raises many kinds; the picture is taken as it lies
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")

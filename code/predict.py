@@ -1,0 +1,231 @@
+"""Name the class of every photograph in a folder: `python code/predict.py [<folder> <csv>]`.
+
+Needs Python 3.9 or newer, torch, NumPy and Pillow, and the bundle that `python -m fastflower.export` writes.
+A complete table lies at its place before the first network has run; better ones replace it on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Iterator
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.dont_write_bytecode = True
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on a busy machine
+sys.path.insert(0, HERE)  # `python -I` leaves it out
+
+import numpy as np  # noqa: E402
+
+import pictures  # noqa: E402
+from table import Table, columns, ordered, read_sample  # noqa: E402
+
+FORMAT = 1
+WRITE_EVERY = 30.0  # seconds between tables
+
+
+class Problem(Exception):
+    """What stops the run, in one line, and its exit code."""
+
+    def __init__(self, text: str, code: int = 2) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    bundle, hashes = read_bundle(options.bundle)
+    names = pictures.find(os.fsencode(options.folder))
+    sample = read_sample(nearest("ref/predictions_sample.csv"))
+    header = columns("two" if options.two_columns else bundle["columns"], sample)
+    for name, number in (("SIGTERM", 143), ("SIGHUP", 129)):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_, number=number: sys.exit(number))
+    table = Table(ordered(names, sample), bundle["class_ids"], bundle["prior"], header)
+    if names or not os.path.exists(options.csv):  # never an empty table over a good one
+        code = 0 if table.open(options.csv) else 4
+    if not names:
+        raise Problem(f"no photographs below {options.folder}; give a folder with {b' '.join(pictures.SUFFIXES).decode()}")
+    if code:
+        say(f"{options.csv} cannot be written; the table goes to {table.path}", sys.stderr)
+    try:
+        predict(options, bundle, hashes, table)
+    finally:
+        table.write()  # what is known when a time limit, a key or a fault ends the run
+    return code
+
+
+def predict(options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[str, str], table: Table) -> None:
+    """Fill every row of the table, which is written after the first picture, every half minute and at the end."""
+    start = time.monotonic()
+    import torch  # here, because it takes seconds and the first table need not wait
+
+    import networks
+
+    threads = options.threads or usable_cores()
+    torch.set_num_threads(threads)
+    try:
+        members = networks.Networks(options.bundle, bundle, hashes, options.device)
+    except networks.Unusable as error:
+        table.about["notes"] = [str(error)]
+        raise Problem(f"{error}; every row of {table.path} is the class prior", 3) from None
+    device = f"{members.device}, {'half precision' if members.half else 'fp32'}"
+    table.about = {"device": device, "torch": torch.__version__, "threads": threads}
+    table.about.update(members=[member["name"] for member in members.members], notes=members.notes)
+    say(f"{len(table.names)} photographs, {len(members.members)} members on {device}, T = {bundle['temperature']:.3f}")
+    loaded = time.monotonic()
+    kept: dict[int, np.ndarray] = {}
+    told = done = 0
+    for rows, logits in predicted(members, os.fsencode(options.folder), table, threads, options.batch or 64):
+        if rows:
+            table.fill(rows, members.fuse(logits))
+            kept.update(zip(rows, logits) if options.logits else ())
+        for note in members.notes[told:]:
+            say(note, sys.stderr)
+        told, first, done = len(members.notes), not done, int(table.known.sum()) + len(table.unreadable)
+        spent = time.monotonic() - loaded
+        table.about.update(load_s=loaded - start, predict_s=spent, ms_per_image=1000 * spent / done)
+        if first or time.monotonic() - table.written > WRITE_EVERY:
+            table.write()
+            left = spent / done * (len(table.names) - done)
+            say(f"{done} of {len(table.names)}, {done / spent:.1f} images/s, {left:.0f} s left")
+    if options.logits:
+        missing = np.full_like(next(iter(kept.values())), np.nan)
+        np.savez(options.logits, logits=np.stack([kept.get(row, missing) for row in range(len(table.names))]))
+    say(f"{done} rows in {table.path}, {done / spent:.1f} images/s, {len(table.unreadable)} unreadable")
+
+
+def predicted(
+    members: Any, folder: bytes, table: Table, threads: int, batch: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Rows and their logits in order; pictures that cannot be read are left out and marked in the table.
+
+    For a GPU the threads decode two batches ahead of it. On a CPU each thread takes a picture from file to logits:
+    a picture's views fit in a core's cache, and threads that do not wait for each other are the faster ones.
+    """
+    import torch
+
+    crops = members.bundle["crops"]
+    on_cpu = members.device.type == "cpu"
+
+    def work(row: int) -> Any:
+        arrays = pictures.prepare(os.path.join(folder, table.names[row]), crops)
+        return members.logits([arrays])[0] if on_cpu else arrays
+
+    def gather(some: list[tuple[int, Callable[[], Any]]]) -> tuple[list[int], np.ndarray]:
+        rows, results = [], []
+        for row, result in some:
+            try:
+                results.append(result())
+                rows.append(row)
+            except Exception as error:  # whatever a hostile file makes Pillow raise costs one row, not the run
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                table.fail(row, reason)
+                say(f"{os.fsdecode(table.names[row])!r}: {reason}; its row is the class prior", sys.stderr)
+        if rows and not on_cpu:
+            return rows, members.logits(results)
+        return rows, np.array(results)
+
+    yield gather([(0, lambda: work(0))])  # the first row soon, and with all cores
+    size = threads if on_cpu else batch
+    waiting, coming = iter(range(1, len(table.names))), deque()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            while True:
+                for row in itertools.islice(waiting, 3 * size - len(coming)):
+                    coming.append((row, pool.submit(work, row).result))
+                if not coming:
+                    return
+                yield gather([coming.popleft() for _ in range(min(size, len(coming)))])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The bundle's description and the SHA-256 of its files."""
+    if not os.path.isfile(os.path.join(folder, "bundle.json")):
+        members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
+        raise Problem(f"no bundle in {folder} ({len(members)} members beside it); run python -m fastflower.export")
+    try:
+        with open(os.path.join(folder, "SHA256"), encoding="ascii") as file:
+            hashes = {name: value for value, name in (line.split() for line in file)}
+        with open(os.path.join(folder, "bundle.json"), "rb") as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != hashes.get("bundle.json"):
+            raise ValueError("bundle.json is not the one that was exported")
+        bundle = json.loads(data)
+    except (OSError, ValueError) as error:
+        raise Problem(f"{folder} is damaged ({error}); copy it again", 3) from None
+    if bundle["format"] != FORMAT:
+        raise Problem(f"{folder} has format {bundle['format']}, this predictor reads {FORMAT}; take the code/ it came with")
+    return bundle, hashes
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    about = "Name the class of every photograph in a folder."
+    parser = argparse.ArgumentParser(prog="predict.py", description=about, allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", help="photographs, also in subfolders (test_dataset)")
+    parser.add_argument("csv", nargs="?", help="the table to write (results/results/submission.csv)")
+    parser.add_argument("--bundle", help="exported members (results/model/bundle)")
+    parser.add_argument("--two-columns", action="store_true", help="leave out the confidence")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
+    parser.add_argument("--batch", type=natural, help="photographs at a time on a GPU (64)")
+    parser.add_argument("--threads", type=natural, help="threads that decode, and that compute on a CPU (all cores)")
+    parser.add_argument("--logits", metavar="NPZ", help="also write logits (photographs, members, views, classes)")
+    options = parser.parse_args(argv)
+    options.folder = options.folder or nearest("test_dataset")
+    options.csv = options.csv or os.path.join(ROOT, "results", "results", "submission.csv")
+    options.bundle = options.bundle or nearest("results/model/bundle")
+    return options
+
+
+def natural(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return number
+
+
+def nearest(name: str) -> str:
+    """A path below the folder that holds code/, or if it is not there, below the current one."""
+    places = [os.path.join(place, *name.split("/")) for place in (ROOT, os.getcwd())]
+    return next((path for path in places if os.path.exists(path)), places[0])
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def say(text: str, stream: Any = None) -> None:
+    """One line for people; nobody listening is no reason to stop."""
+    try:
+        print(f"predict: {text}", file=stream or sys.stdout, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main(sys.argv[1:])
+    except Problem as problem:
+        say(str(problem), sys.stderr)
+        code = problem.code
+    except OSError as error:
+        say(str(error), sys.stderr)
+        code = 4
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

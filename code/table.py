@@ -1,0 +1,130 @@
+"""The submission: one row for every picture from the first moment on, replaced as a whole and never a part."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+COLUMNS = ("filename", "category_id", "confidence")
+
+
+class Table:
+    """Rows of names and predictions; those not yet known, and unreadable pictures, hold the class prior.
+
+    `names` are bytes, written as they are; `path` is where the table lies once `open` has found a place.
+    """
+
+    def __init__(self, names: list[bytes], class_ids: list[str], prior: list[float], header: list[str]) -> None:
+        self.names, self.class_ids, self.header = names, class_ids, header
+        self.best = np.full(len(names), int(np.argmax(prior)))
+        self.confidence = np.full(len(names), float(np.max(prior)))
+        self.known = np.zeros(len(names), dtype=bool)
+        self.unreadable: dict[int, str] = {}
+        self.about: dict[str, Any] = {}
+        self.path = ""
+        self.written = 0.0
+
+    def open(self, wanted: str) -> bool:
+        """Write the first table to the path wanted, or where that cannot be, in other places; False: elsewhere."""
+        name = os.path.basename(wanted)
+        others = [os.path.join(os.getcwd(), name), os.path.join(tempfile.gettempdir(), name)]
+        for path in [wanted, *others]:
+            self.path = os.path.realpath(path)  # a link stays a link
+            try:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self.write()
+            except OSError as error:
+                fault = error
+            else:
+                return path == wanted
+        raise fault
+
+    def fill(self, rows: list[int], fused: np.ndarray) -> None:
+        """Predictions of rows from fused logits (N, C) that are already divided by T."""
+        for row, logits in zip(rows, fused):
+            if not np.isfinite(logits).all():
+                self.fail(row, "no network gave finite logits")
+                continue
+            odds = np.exp(logits - logits.max())
+            self.best[row], self.confidence[row] = int(odds.argmax()), float(odds.max() / odds.sum())
+            self.known[row] = True
+
+    def fail(self, row: int, reason: str) -> None:
+        """The picture cannot be predicted; its row keeps the prior."""
+        self.unreadable[row] = reason
+
+    def text(self) -> bytes:
+        """RFC 4180 with '\\n': names byte for byte, ids as in the training labels, confidence in (0, 1]."""
+        fields = [quoted(field.encode("utf-8", "surrogateescape")) for field in self.header]
+        lines = [b",".join(fields)]
+        width = len(self.header)
+        for name, best, confidence in zip(self.names, self.best, self.confidence):
+            number = b"%.6f" % min(max(confidence, 1e-6), 1.0)
+            lines.append(b",".join((quoted(name), quoted(self.class_ids[best].encode()), number)[:width]))
+        return b"\n".join(lines) + b"\n"
+
+    def write(self) -> None:
+        """Replace the table, then `submission.json` beside it, each in one rename."""
+        replace(self.path, self.text())
+        words = {
+            "rows": len(self.names),
+            "predicted": int(self.known.sum()),
+            "unreadable": {self.names[row].decode("utf-8", "surrogateescape"): why for row, why in self.unreadable.items()},
+            **self.about,
+        }
+        replace(os.path.splitext(self.path)[0] + ".json", json.dumps(words, indent=1).encode())
+        self.written = time.monotonic()
+
+
+def replace(path: str, data: bytes) -> None:
+    """Write a file aside, on the same disk, and rename it: readers see the old one or the new."""
+    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileExistsError(f"{path} is not a regular file")
+    aside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)  # whoever scores it may be another user
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):
+            os.unlink(aside)
+
+
+def quoted(field: bytes) -> bytes:
+    special = any(mark in field for mark in (b",", b'"', b"\n", b"\r"))
+    return b'"' + field.replace(b'"', b'""') + b'"' if special else field
+
+
+def read_sample(path: str) -> tuple[list[str], list[bytes]] | None:
+    """Header and file names of the organiser's sample, or None when there is none that says anything."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, csv.Error):
+        return None
+    if not rows or len(rows[0]) not in (2, 3):
+        return None
+    header = [field.strip() for field in rows[0]]
+    return header, [row[0].encode("utf-8", "surrogateescape") for row in rows[1:]]
+
+
+def columns(kind: str, sample: tuple[list[str], list[bytes]] | None) -> list[str]:
+    """The header: `two`, `three`, or `sample` for the organiser's, else three."""
+    if kind == "sample" and sample:
+        return sample[0]
+    return list(COLUMNS[:2] if kind == "two" else COLUMNS)
+
+
+def ordered(names: list[bytes], sample: tuple[list[str], list[bytes]] | None) -> list[bytes]:
+    """The organiser's order when the sample lists exactly these files."""
+    return sample[1] if sample and sorted(sample[1]) == names else names

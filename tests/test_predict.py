@@ -1,0 +1,473 @@
+"""The predictor: the trainer's pixels and logits, and one right row for every photograph whatever happens."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastflower import checkpoint, recipe
+from fastflower.data import pixels
+from fastflower.data.betons import BetonWriter, open_beton
+from fastflower.data.decode import decode_eval
+from fastflower.evaluation import bundle, gates
+from fastflower.model.network import NetworkSpec, build_network
+
+CODE = Path(__file__).resolve().parents[1] / "code"
+IDS = ["7", "012", "rose, red"]
+FAMILIES = [
+    ("convnextv2_atto", "linear"),
+    ("vit_tiny_patch16_224", "linear"),
+    ("tf_efficientnetv2_b0", "linear"),
+    ("swin_tiny_patch4_window7_224", "linear"),
+    ("resnet10t", "arcface"),
+]
+
+
+def member(path: Path, backbone: str = "resnet10t", head: str = "linear", seed: int = 0, size: int = 32) -> Path:
+    """A checkpoint with random weights, named as train names it."""
+    torch.manual_seed(seed)
+    meta = {
+        "backbone": backbone, "head": head, "head_scale": 30.0, "margin": 0.3, "num_classes": len(IDS),
+        "size": [size, size], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+        "interpolation": "bicubic", "resize_factor": 1.14, "stored_side": 73, "class_ids": IDS, "class_hash": "c1a55",
+        "class_counts": [3, 9, 4], "fold": seed, "seed": 42, "epoch": 1, "weights": "ema",
+    }  # fmt: skip
+    network = build_network(NetworkSpec.from_meta(meta))
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    file = path / f"best_combo__{backbone}__fold{seed}_seed42_epoch1_score0.5000.pth"
+    checkpoint.save(file, network.state_dict(), meta)
+    return file
+
+
+def write_bundle(folder: Path, paths: list[Path], *words: str) -> list[bundle.Member]:
+    """Export without gates."""
+    folder.mkdir(parents=True)
+    made = recipe.load(None, ["tta.scales=[32,64]", *words])
+    members = bundle.load_members(paths, made.bundle.dtype)
+    bundle.write(folder, members, made, temperature=1.5)
+    return members
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A bundle of two members."""
+    place = tmp_path_factory.mktemp("exported")
+    members = write_bundle(place / "bundle", [member(place, seed=seed) for seed in (0, 1)])
+    return place / "bundle", members
+
+
+@pytest.fixture
+def code(monkeypatch):
+    """The predictor's modules, as `python code/predict.py` sees them."""
+    monkeypatch.syspath_prepend(str(CODE))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    names = ("predict", "pictures", "networks", "table")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield type("code", (), {name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(code, exported):
+    """Run the predictor on test_dataset/ in this process: exit code and rows."""
+
+    def call(*words: str, csv_path: str = "out/submission.csv") -> tuple[int, list[list[str]]]:
+        try:
+            number = code.predict.main(["test_dataset", csv_path, "--bundle", str(exported[0]), "--threads", "1", *words])
+        except code.predict.Problem as problem:
+            number = problem.code
+        return number, rows_of(Path(csv_path)) if Path(csv_path).exists() else []
+
+    Path("test_dataset").mkdir()
+    return call
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.reader(file))
+
+
+def flower(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
+    """A smooth picture with some detail."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+def jpeg(seed: int, **words: object) -> bytes:
+    buffer = io.BytesIO()
+    flower(seed).save(buffer, "JPEG", **words)
+    return buffer.getvalue()
+
+
+def fill(count: int) -> None:
+    for number in range(count):
+        Path(f"test_dataset/{number:03d}.jpg").write_bytes(jpeg(number))
+
+
+def odd_pictures(folder: Path) -> list[Path]:
+    """Files of every mode that a person may have."""
+    picture = flower(1, (230, 170))
+    grey16 = Image.fromarray((np.asarray(picture.convert("L")).astype(np.uint16) * 250))
+    alpha = picture.convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(picture.size))
+    made = {
+        "rgb.jpg": picture, "grey.jpg": picture.convert("L"), "cmyk.jpg": picture.convert("CMYK"),
+        "palette.png": picture.quantize(17), "alpha.png": alpha, "grey_alpha.png": alpha.convert("LA"),
+        "sixteen.png": grey16, "one.png": picture.convert("1"), "picture.bmp": picture, "picture.webp": picture,
+        "tiny.png": picture.resize((1, 1)), "wide.png": picture.resize((900, 3)), "tall.jpg": picture.resize((40, 800)),
+        "large.jpg": picture.resize((640, 480)),
+    }  # fmt: skip
+    for name, image in made.items():
+        image.save(folder / name)
+    keyed = picture.quantize(9)
+    keyed.save(folder / "keyed.gif", transparency=3)
+    picture.save(folder / "frames.gif", save_all=True, append_images=[flower(2, (230, 170))])
+    picture.save(folder / "progressive.jpg", progressive=True, quality=40)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        picture.save(folder / f"turned{turn}.jpg", exif=exif)
+    picture.save(folder / "broken_exif.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\1\2")
+    return sorted(folder.iterdir())
+
+
+def test_pixels_are_those_of_the_betons(tmp_path, code):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    files = odd_pictures(folder)
+    with BetonWriter(tmp_path / "val.beton", len(files)) as writer:
+        for row, file in enumerate(files):
+            image, _ = pixels.decode(file.read_bytes())
+            writer.raw(np.array(pixels.stored(image, 146)), 0, row)
+        writer.commit({})
+    beton = open_beton(tmp_path / "val.beton")
+    for row, file in enumerate(files):
+        for height, width, factor, interpolation in ((128, 128, 1.14, "bicubic"), (32, 48, 1.0, "bilinear")):
+            out = np.empty((1, height, width, 3), np.uint8)
+            decode_eval(beton, np.array([row]), out, factor, interpolation, 1)
+            crop = {"height": height, "width": width, "factor": factor, "interpolation": interpolation, "stored_side": 146}
+            (got,) = code.pictures.prepare(os.fsencode(file), [crop])
+            np.testing.assert_array_equal(got, out[0], err_msg=file.name)
+
+
+@pytest.mark.parametrize(("backbone", "head"), FAMILIES)
+def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
+    (made,) = write_bundle(tmp_path / "bundle", [member(tmp_path, backbone, head)], "tta.scales=[32,80]")
+    description, hashes = code.predict.read_bundle(str(tmp_path / "bundle"))
+    networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
+    assert networks.notes == []
+    flower(3, (200, 150)).save(tmp_path / "picture.png")
+    crops = code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), description["crops"])
+    noise = [[np.roll(array, 11 * turn, axis=1) for array in crops] for turn in range(5)]
+    for batch in (1, 2, 5):
+        got = networks.logits(noise[:batch])
+        assert got.shape == (batch, 1, 4, len(IDS))
+        for row in range(batch):
+            for view in range(4):
+                array = noise[row][view // 2]
+                image = torch.from_numpy(array[:, ::-1].copy() if view % 2 else array)
+                with torch.inference_mode():
+                    want = made.network(image.permute(2, 0, 1)[None].float())[0].numpy()
+                assert np.abs(got[row, 0, view] - want).max() <= 1e-4
+    monkeypatch.setattr(code.networks, "choices", lambda _: [("cpu", True)])
+    half = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
+    assert half.members[0]["inputs"][0][0].dtype == torch.float16
+    assert np.abs(half.logits(noise[:1]) - got[:1]).max() <= 0.02 * max(1, np.abs(got[:1]).max())
+
+
+def test_fused_logits_over_t_give_the_confidence(run, code, exported):
+    fill(3)
+    number, rows = run("--logits", "logits.npz")
+    assert number == 0
+    logits = np.load("logits.npz")["logits"]
+    assert logits.shape == (3, 2, 4, len(IDS))
+    odds = np.exp(logits.astype(np.float64).mean(axis=(1, 2)) / 1.5)
+    odds /= odds.sum(axis=1, keepdims=True)
+    assert rows[0] == ["filename", "category_id", "confidence"]
+    for row, own in zip(rows[1:], odds, strict=True):
+        assert row[1:] == [IDS[own.argmax()], f"{own.max():.6f}"]
+    with torch.inference_mode():
+        crop = {"height": 32, "width": 32, "factor": 1.14, "interpolation": "bicubic", "stored_side": 73}
+        (array,) = code.pictures.prepare(b"test_dataset/000.jpg", [crop])
+        want = exported[1][1].network(torch.from_numpy(array).permute(2, 0, 1)[None].float())[0].numpy()
+    np.testing.assert_allclose(logits[0, 1, 0], want, atol=1e-4)
+
+
+def test_a_row_for_every_name(run):
+    names = ["a b.jpg", "comma,.jpg", 'quote".JPG', "new\nline.jpg", "花.jpeg", "=1.png", "e\u0301.jpg", "é.jpg", "a.JPG"]
+    names += ["a.jpg", "sub/deep/a.jpg", ".hidden.jpg", "bad\udcff\udc80.jpg", "x" * 200 + ".jpg"]
+    for name in names:
+        path = os.path.join(b"test_dataset", os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(os.fsdecode(path)).write_bytes(jpeg(1))
+    os.makedirs("test_dataset/folder.jpg")
+    os.makedirs("test_dataset/__MACOSX")
+    os.mkfifo("test_dataset/pipe.jpg")
+    for junk in ("Thumbs.db", "__MACOSX/a.jpg", "._a.jpg", "notes.txt"):
+        Path("test_dataset", junk).write_bytes(b"junk")
+    Path("test_dataset/linked.jpg").symlink_to("a.jpg")
+    number, rows = run()
+    assert number == 0
+    assert [row[0] for row in rows[1:]] == sorted([*names, "linked.jpg"], key=os.fsencode)
+    data = Path("out/submission.csv").read_bytes()
+    assert b"\r" not in data and data.endswith(b"\n") and not data.startswith(b"\xef\xbb\xbf")
+    assert json.loads(Path("out/submission.json").read_text())["unreadable"] == {}
+
+
+def test_unreadable_pictures_get_the_prior(run, capsys):
+    fill(2)
+    bad = {"empty.jpg": b"", "page.jpg": b"<html>", "cut.jpg": jpeg(5)[:300], "tiff.png": b"II*\0" + bytes(90)}
+    bad["scans.jpg"] = b"\xff\xd8" + b"\xff\xda\0\0" * 501
+    bad["bomb.png"] = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\0\0\0\1\0\0\x08\x02\0\0\0" + bytes(80)
+    for name, data in bad.items():
+        Path("test_dataset", name).write_bytes(data)
+    number, rows = run()
+    assert number == 0
+    found = {row[0]: row[1:] for row in rows[1:]}
+    assert len(found) == 8
+    assert all(found[name] == ["012", f"{9 / 16:.6f}"] for name in bad)
+    about = json.loads(Path("out/submission.json").read_text())
+    assert set(about["unreadable"]) == set(bad) and about["predicted"] == 2
+    said = capsys.readouterr().err
+    assert all(f"'{name}': " in said for name in bad)
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """One seeded fault: flipped, cut, doubled, overwritten or shuffled bytes."""
+    kind, size = rng.randrange(5), len(data)
+    a, b = sorted(rng.randrange(size) for _ in range(2))
+    if kind == 0:
+        noisy = bytearray(data)
+        for _ in range(rng.randrange(1, 9)):
+            noisy[rng.randrange(size)] ^= 1 << rng.randrange(8)
+        return bytes(noisy)
+    if kind == 1:
+        return data[:a]
+    if kind == 2:
+        return data[:a] + data[a:b] * 2 + data[b:]
+    if kind == 3:
+        return data[:a] + rng.randbytes(min(b - a, 50)) + data[b:]
+    return data[:a] + data[b:] + data[a:b]
+
+
+def test_hostile_files_cost_one_row_each(run, code):
+    rng = random.Random(0)
+    webp, png = io.BytesIO(), io.BytesIO()
+    flower(1).save(webp, "WEBP")
+    flower(1).quantize(30).save(png, "PNG")
+    seeds = [jpeg(1), jpeg(2, progressive=True), webp.getvalue(), png.getvalue()]
+    for number in range(240):
+        Path(f"test_dataset/{number:04d}.jpg").write_bytes(mutated(seeds[number % 4], rng))
+    number, rows = run()
+    assert number == 0
+    assert [row[0] for row in rows[1:]] == [f"{n:04d}.jpg" for n in range(240)]
+    assert all(row[1] in IDS and 0 < float(row[2]) <= 1 for row in rows[1:])
+    about = json.loads(Path("out/submission.json").read_text())
+    assert about["predicted"] + len(about["unreadable"]) == 240 and about["unreadable"]
+
+
+def test_two_runs_and_any_number_of_threads_give_the_same_bytes(run):
+    fill(7)
+    tables = []
+    for threads in ("1", "1", "3"):
+        assert run("--threads", threads)[0] == 0
+        tables.append(Path("out/submission.csv").read_bytes())
+    assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_batches_for_a_gpu_keep_rows_together(code, batch):
+    """The path of a GPU with a stand-in that gives the sum of a picture's pixels."""
+
+    class Members:
+        device = torch.device("cuda")
+        bundle = {"crops": [{"height": 8, "width": 8, "factor": 1.0, "interpolation": "bicubic", "stored_side": None}]}
+        sizes: list[int] = []
+
+        def logits(self, pictures):
+            self.sizes.append(len(pictures))
+            return np.array([[[[array.sum()]]] for (array,) in pictures], dtype=np.float32)
+
+    Path("some").mkdir()
+    for number in range(8):
+        flower(number).save(f"some/{number}.png")
+    Path("some/4.png").write_bytes(b"")
+    table = code.table.Table([b"%d.png" % n for n in range(8)], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    members = Members()
+    found = {}
+    for rows, logits in code.predict.predicted(members, b"some", table, 2, batch):
+        found.update(zip(rows, logits.ravel().tolist(), strict=True))
+    crop = Members.bundle["crops"]
+    want = {n: float(code.pictures.prepare(b"some/%d.png" % n, crop)[0].sum()) for n in range(8) if n != 4}
+    assert found == want and list(table.unreadable) == [4]
+    assert members.sizes[0] == 1 and max(members.sizes) <= batch
+
+
+def test_short_memory_halves_the_batch(code, exported, monkeypatch):
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    crops = [[np.full((c["height"], c["width"], 3), 9 * n, np.uint8) for c in description["crops"]] for n in range(5)]
+    want, whole = networks.logits(crops), networks._run
+
+    def short(pictures):
+        if len(pictures) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(pictures)
+
+    monkeypatch.setattr(networks, "_run", short)
+    np.testing.assert_allclose(networks.logits(crops), want, atol=1e-5)
+
+
+def test_a_member_without_finite_logits_has_no_say(code, exported):
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    logits = np.ones((3, 2, 4, 3), np.float32)
+    logits[:, 1] = 3
+    logits[1, 1, 2, 0] = np.nan
+    logits[2] = np.inf
+    fused = networks.fuse(logits)
+    np.testing.assert_allclose(fused[:2] * 1.5, [[2, 2, 2], [1, 1, 1]])
+    table = code.table.Table([b"a", b"b", b"c"], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    table.fill([0, 1, 2], fused)
+    assert table.known.tolist() == [True, True, False] and 2 in table.unreadable
+
+
+def test_columns_and_order_are_the_samples(run, code, monkeypatch):
+    fill(3)
+    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    Path("ref").mkdir()
+    sample = Path("ref/predictions_sample.csv")
+    sample.write_text("\ufeffImage,Label\r\n002.jpg,1\r\n000.jpg,1\r\n001.jpg,1\r\n", encoding="utf-8")
+    _, rows = run()
+    assert rows[0] == ["Image", "Label"] and [row[0] for row in rows[1:]] == ["002.jpg", "000.jpg", "001.jpg"]
+    sample.write_text("filename,category_id,confidence\nother.jpg,1,1\n")
+    _, rows = run()
+    assert len(rows[0]) == 3 and [row[0] for row in rows[1:]] == ["000.jpg", "001.jpg", "002.jpg"]
+    _, rows = run("--two-columns")
+    assert rows[0] == ["filename", "category_id"] and all(len(row) == 2 for row in rows)
+
+
+def test_no_photographs_is_said_and_never_replaces_a_table(run, capsys):
+    number, rows = run()
+    assert (number, rows) == (2, [["filename", "category_id", "confidence"]])
+    Path("out/submission.csv").write_text("filename\nmine\n")
+    assert run()[0] == 2 and rows_of(Path("out/submission.csv"))[1] == ["mine"]
+
+
+def test_without_a_bundle_one_line_says_what_to_do(code):
+    with pytest.raises(code.predict.Problem, match=r"no bundle in nowhere \(0 members beside it\); run python -m"):
+        code.predict.main(["a", "b.csv", "--bundle", "nowhere"])
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "SHA256"])
+def test_a_damaged_description_is_refused(code, exported, name):
+    shutil.copytree(exported[0], "copy")
+    path = Path("copy", name)
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    with pytest.raises(code.predict.Problem, match="damaged") as problem:
+        code.predict.main(["a", "b.csv", "--bundle", "copy"])
+    assert problem.value.code == 3
+
+
+def test_a_bundle_of_another_format_is_refused(code, exported, monkeypatch):
+    monkeypatch.setattr(code.predict, "FORMAT", 99)
+    with pytest.raises(code.predict.Problem, match="has format 1, this predictor reads 99"):
+        code.predict.main(["a", "b.csv", "--bundle", str(exported[0])])
+
+
+def test_damaged_members_are_left_out(run, code, exported, capsys):
+    fill(2)
+    shutil.copytree(exported[0], "copy")
+    flip(Path("copy/weights_0.pth"))
+    number, rows = run("--bundle", "copy")
+    assert number == 0 and len(rows) == 3
+    assert "weights_0.pth is damaged" in capsys.readouterr().err
+    assert len(json.loads(Path("out/submission.json").read_text())["members"]) == 1
+    flip(Path("copy/weights_1.pth"))
+    number, rows = run("--bundle", "copy")
+    assert number == 3 and [row[1] for row in rows[1:]] == ["012", "012"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_another_place_is_found_for_the_table(run, capsys):
+    fill(1)
+    Path("file").write_text("")
+    number, _ = run(csv_path="file/table.csv")
+    assert number == 4 and len(rows_of(Path("table.csv"))) == 2
+    assert "cannot be written; the table goes to" in capsys.readouterr().err
+    os.mkfifo("pipe")
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        importlib.import_module("table").replace("pipe", b"")
+
+
+def hand_in(root: Path, exported: Path, count: int) -> Path:
+    """The folder that an evaluator gets."""
+    root.mkdir()
+    for number in range(count):
+        (root / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    return gates.copy_hand_in(root, exported, sorted(root.glob("*.jpg")))
+
+
+def test_a_bare_machine_is_enough(tmp_path, exported):
+    root = hand_in(tmp_path / "root", exported[0], 3)
+    for path in [*root.rglob("*"), root]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    folder = b"caf\xe9"
+    os.mkdir(folder)
+    Path(os.fsdecode(folder), os.fsdecode(b"\xe9.jpg")).write_bytes(b"")
+    shutil.copy(root / "test_dataset/000000.jpg", os.path.join(folder, b"ok.jpg"))
+    bare = gates.BARE.replace("{blocked!r}", repr(set(gates.BLOCKED)))
+    words = [sys.executable, "-I", "-c", bare, str(root / "code/predict.py"), folder, "out.csv", "--threads", "1"]
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert Path("out.csv").read_bytes().splitlines()[1].startswith(b"ok.jpg,")
+    assert Path("out.csv").read_bytes().splitlines()[2].startswith(b"\xe9.jpg,012,")
+    assert not list(root.rglob("*.pyc"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_a_whole_table(tmp_path, exported, number):
+    root = hand_in(tmp_path / "root", exported[0], 60)
+    words = [sys.executable, str(root / "code/predict.py"), "--threads", "1"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    path = root / "results/results/submission.csv"
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.Random(number).random())
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    rows = rows_of(path)
+    assert len(rows) == 61 and all(row[1] in IDS and 0 < float(row[2]) <= 1 for row in rows[1:])
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143) or process.returncode == 0
+
+
+def test_help_is_one_screen():
+    done = subprocess.run([sys.executable, str(CODE / "predict.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) <= 24
