@@ -1,0 +1,37 @@
+# The whole project from two commands: `make demo` shows the job, `make test` checks it.
+PY := .venv/bin/python
+
+.PHONY: demo test setup lint format doctor lock clean help
+
+demo: setup  ## draw flowers, train on two ranks, evaluate, export, predict, report
+	$(PY) -m fastflower.demo
+
+test: setup  ## the whole suite; pick with ARGS="-k recipe" or ARGS="-m 'not slow'"
+	$(PY) -m pytest $(ARGS)
+
+setup: .venv/installed  ## system packages and .venv from the hashed lock
+
+.venv/installed: requirements.lock pyproject.toml fastflower/data/decode.c scripts/setup.sh
+	scripts/setup.sh
+
+lint: setup  ## ruff and mypy
+	$(PY) -m ruff check -q .
+	$(PY) -m ruff format -q --check .
+	$(PY) -m mypy
+
+format: setup  ## rewrite in the project's style
+	$(PY) -m ruff check -q --fix .
+	$(PY) -m ruff format -q .
+
+doctor:  ## what this machine has and lacks
+	@$(if $(wildcard $(PY)),$(PY),python3) -m fastflower.doctor
+
+lock:  ## resolve again; needs .venv
+	$(PY) -m uv pip compile -q pyproject.toml --extra dev --generate-hashes --no-header --no-annotate -o requirements.lock
+
+clean:  ## remove what was built; data/ and results/ stay
+	rm -rf .venv build *.egg-info fastflower/data/_decode*.so .pytest_cache .ruff_cache .mypy_cache
+	find fastflower code tests -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12

@@ -1,0 +1,141 @@
+"""`bench loader`: how fast photographs become training batches, ours against the others, interleaved in one run.
+
+Ratios are taken within a round, so a machine that is busy for a while does not favour anyone. Start-up (from
+process start to the first batch) and peak memory are measured in a fresh process for every contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastflower import runs
+from fastflower.bench.contenders import CONTENDERS, STOCK, Epoch, Pictures, photographs, taking_part
+from fastflower.errors import InputError
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser("python -m fastflower.bench loader", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("data/train"), help="folder of JPEG photographs")
+    parser.add_argument("--images", type=int, default=0, help="use the first so many; 0: all")
+    parser.add_argument("--size", type=int, nargs="+", default=[224, 320])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="contenders whose name contains one of these words, and stock FFCV")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)  # one contender's start, in a process of its own
+    args = parser.parse_args(argv)
+    if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
+        raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
+    if args.probe:
+        name, work = args.probe
+        print(json.dumps(probe(name, Pictures(files, Path(work)), args.size[0], args.threads[0])))
+        return None
+    names = [n for n in taking_part() if n == STOCK or not args.only or any(word in n for word in args.only)]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
+        pictures = Pictures(files, Path(work))
+        print(f"{len(files)} photographs, {args.rounds} rounds; images/s per core, ratio to {STOCK} [quartiles]")
+        for size in args.size:
+            for threads in args.threads:
+                rows += (found := measure(pictures, names, size, threads, args.rounds))
+                for row in found:
+                    row |= _fresh(row["contender"], args, pictures, size, threads)
+                show(found)
+    if args.json:
+        runs.write_json(args.json, rows)
+    return None
+
+
+def measure(pictures: Pictures, names: list[str], size: int, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """One row for each contender: median images/s, and the ratio to stock FFCV with its quartiles."""
+    epochs = {name: CONTENDERS[name](pictures, size, threads) for name in names}
+    for epoch in epochs.values():
+        seconds(epoch)  # compilers, caches, workers
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        order = deque(names)
+        order.rotate(turn)
+        for name in order:
+            times[name].append(seconds(epochs[name]))
+    rows = []
+    for name in names:
+        ratios = np.array(times[STOCK]) / np.array(times[name])
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        rows.append(
+            {
+                "contender": name,
+                "size": size,
+                "threads": threads,
+                "images_per_s": round(len(pictures.files) / float(np.median(times[name])), 1),
+                "ratio_to_stock_ffcv": round(middle, 3),
+                "ratio_q1": round(low, 3),
+                "ratio_q3": round(high, 3),
+            }
+        )
+    return rows
+
+
+def seconds(epoch: Epoch) -> float:
+    """The wall time of one epoch, batches dropped as they come."""
+    start = time.perf_counter()
+    for _ in epoch():
+        pass
+    return time.perf_counter() - start
+
+
+def probe(name: str, pictures: Pictures, size: int, threads: int) -> dict[str, float]:
+    """Seconds from process start to the first batch, and peak memory after one epoch."""
+    batches = iter(CONTENDERS[name](pictures, size, threads)())
+    next(batches)
+    first = time.time() - _process_start()
+    for _ in batches:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return {"first_batch_s": round(first, 2), "peak_mb": round(peak + threads * workers)}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows of one size and number of threads as a table."""
+    print(f"\nsize {rows[0]['size']}, threads {rows[0]['threads']}")
+    print(f"{'':38}{'img/s/core':>10}  {'ratio':>7} {'[q1, q3]':>16}{'first batch':>13}{'peak':>10}")
+    for row in rows:
+        quartiles = f"[{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
+        speed = row["images_per_s"] / row["threads"]
+        print(
+            f"{row['contender']:38}{speed:10.0f}  {row['ratio_to_stock_ffcv']:7.2f} {quartiles:>16}"
+            f"{row['first_batch_s']:11.1f} s{row['peak_mb']:7.0f} MB",
+            flush=True,
+        )
+
+
+def _fresh(name: str, args: argparse.Namespace, pictures: Pictures, size: int, threads: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "fastflower.bench", "loader", "--data", str(args.data)]
+    command += ["--images", str(args.images), "--size", str(size), "--threads", str(threads)]
+    done = subprocess.run(
+        [*command, "--probe", name, str(pictures.work)], capture_output=True, text=True, timeout=600
+    )
+    if done.returncode:
+        raise InputError(f"{name} failed in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _process_start() -> float:
+    """Unix time at which this process began, from /proc."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    boot = next(
+        int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime")
+    )
+    return boot + ticks / 100

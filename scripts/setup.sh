@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything fastflower needs, into .venv: system packages when missing and permitted, the hashed lock, the project.
+# Debian and Ubuntu; elsewhere environment.yml gives the same. Run again after a change of the lock: what is there stays.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { echo "setup: $*" >&2; exit 4; }
+
+python=$(command -v "${PYTHON:-python3.11}") || fail "no ${PYTHON:-python3.11} on PATH; install Python 3.11 (Debian 12: apt-get install python3.11-venv python3.11-dev) or say PYTHON=/path/to/python3.11"
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
+[ "$version" = 3.11 ] || fail "$python is Python $version; mosaicml, ffcv and torch resolve together on 3.11 only"
+
+# one line for each need: the Debian package, then a test that is true when it is there
+has_jpeglib() { printf '#include <stdio.h>\n#include <jpeglib.h>\n' | g++ -E -x c++ -; }
+has_library() { "$python" -c "import ctypes; ctypes.CDLL('$1')"; }
+missing=()
+need() { local package=$1; shift; "$@" >/dev/null 2>&1 || missing+=("$package"); }
+need g++ command -v g++
+need pkg-config command -v pkg-config
+need libturbojpeg0-dev pkg-config --exists libturbojpeg
+need libjpeg-dev has_jpeglib
+need libopencv-dev pkg-config --exists opencv4
+need libgl1 has_library libGL.so.1          # opencv-python's wheel, which ffcv imports, links these two
+need libglib2.0-0 has_library libgthread-2.0.so.0
+need "python3.11-dev" test -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+need "python3.11-venv" "$python" -c 'import ensurepip, venv'
+
+if [ ${#missing[@]} -gt 0 ]; then
+  as_root=""
+  [ "$(id -u)" = 0 ] || as_root="sudo -n"
+  if ! command -v apt-get >/dev/null || { [ -n "$as_root" ] && ! sudo -n true 2>/dev/null; }; then
+    fail "system packages are missing and this user may not install them; ask for: apt-get install --no-install-recommends ${missing[*]}"
+  fi
+  echo "setup: installing ${missing[*]}"
+  log=$(mktemp)
+  $as_root apt-get update -qq >"$log" 2>&1 || true  # stale lists often suffice
+  $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}" >>"$log" 2>&1 \
+    || { tail -n 5 "$log" >&2; fail "apt-get could not install ${missing[*]} (whole log: $log)"; }
+  rm -f "$log"
+fi
+
+if [ ! -x .venv/bin/python ] || [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" != 3.11 ]; then
+  rm -rf .venv
+  "$python" -m venv .venv
+fi
+# uv is in the lock like everything else; pip only fetches it, by its hash
+sed -n '/^uv==/,/[^\\]$/p' requirements.lock >.venv/uv.lock
+if ! .venv/bin/python -m uv --version 2>/dev/null | grep -q "^uv $(sed -n 's/^uv==\([^ ]*\).*/\1/p' .venv/uv.lock)"; then
+  .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/uv.lock
+fi
+# uv does not read pip's configuration; a mirror named there holds for uv too
+mirror=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
+if [ -n "$mirror" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=$mirror; fi
+uv() { VIRTUAL_ENV=$PWD/.venv .venv/bin/python -m uv "$@"; }
+echo "setup: installing requirements.lock (the first time some 3.5 GB are fetched)"
+quiet=-q
+[ ! -t 2 ] || quiet=""
+# source distributions (ffcv) are built with the locked setuptools too
+uv pip install $quiet --require-hashes --build-constraints requirements.lock -r requirements.lock
+uv pip install -q --no-deps --no-build-isolation -e .
+touch .venv/installed
+echo "setup: .venv is ready ($(.venv/bin/python -c 'import fastflower; print("fastflower", fastflower.__version__)'))"
