@@ -100,12 +100,19 @@ class Networks:
         try:
             self.device, self.half = torch.device(name), half
             self.programs = {
-                file: torch.jit.load(io.BytesIO(data), map_location=self.device) for file, data in self.files.items()
+                file: torch.jit.load(io.BytesIO(data), map_location=self.device)
+                for file, data in self.files.items()
             }
             for member in self.members:
-                member["inputs"] = [self._inputs(member["tensors"], view["program"]) for view in member["views"]]
+                member["inputs"] = [
+                    self._inputs(member["tensors"], view["program"]) for view in member["views"]
+                ]
             worst = self._self_test()
-        except (RuntimeError, MemoryError, AssertionError) as error:  # torch says "not compiled with CUDA" by assert
+        except (
+            RuntimeError,
+            MemoryError,
+            AssertionError,
+        ) as error:  # torch says "not compiled with CUDA" by assert
             return str(error).strip().split("\n")[-1]
         if worst <= (0.05 if half else 1e-3):
             return None
@@ -124,7 +131,12 @@ class Networks:
                 own = tensor.dtype
             elif name in (spec["half_keeps"] or ()):
                 own = torch.float32
-            found.append(tensor.to(self.device, own))
+            tensor = tensor.to(self.device, own)
+            if (
+                tensor.ndim == 4 and tensor.shape[1] > 1
+            ):  # dense kernels lie as the images do, not reordered each time
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            found.append(tensor)
         return found
 
     def _floats(self, spec: dict[str, Any]) -> torch.dtype:
@@ -139,10 +151,14 @@ class Networks:
         worst = 0.0
         for member in self.members:
             count = 1 if self.device.type == "cpu" else len(member["views"])
-            for view, inputs, expected in list(zip(member["views"], member["inputs"], member["expected"]))[:count]:
+            for view, inputs, expected in list(zip(member["views"], member["inputs"], member["expected"]))[
+                :count
+            ]:
                 crop = self.bundle["crops"][view["crop"]]
                 image = torch.from_numpy(test_picture(crop["height"], crop["width"])[None]).to(self.device)
-                error = np.abs(self._forward(image, view, inputs)[0] - np.array(expected, dtype=np.float32)).max()
+                error = np.abs(
+                    self._forward(image, view, inputs)[0] - np.array(expected, dtype=np.float32)
+                ).max()
                 worst = max(worst, float(np.nan_to_num(error / max(1.0, np.abs(expected).max()), nan=np.inf)))
         return worst
 
@@ -154,7 +170,9 @@ class Networks:
         for member in self.members:
             own: list[np.ndarray] = []
             for view, inputs in zip(member["views"], member["inputs"]):
-                images = torch.cat([crops[view["crop"]].flip(2) if flip else crops[view["crop"]] for flip in flips])
+                images = torch.cat(
+                    [crops[view["crop"]].flip(2) if flip else crops[view["crop"]] for flip in flips]
+                )
                 logits = self._forward(images, view, inputs)
                 own += [logits[start : start + count] for start in range(0, len(logits), count)]
             found.append(np.stack(own, axis=1))

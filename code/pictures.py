@@ -46,7 +46,9 @@ def find(folder: bytes) -> list[bytes]:
         for name in files:
             shadow = name.startswith(b"._") and name[2:] in present
             if name.lower().endswith(SUFFIXES) and not shadow and _regular(os.path.join(parent, name)):
-                found.append(os.path.relpath(os.path.join(parent, name), folder).replace(os.sep.encode(), b"/"))
+                found.append(
+                    os.path.relpath(os.path.join(parent, name), folder).replace(os.sep.encode(), b"/")
+                )
     return sorted(found)
 
 
@@ -82,7 +84,9 @@ def stored(image: Image.Image, side: int | None) -> Image.Image:
     width, height = image.size
     short = min(width, height)
     if short > side:
-        image = image.resize((round(width * side / short), round(height * side / short)), Image.Resampling.BICUBIC)
+        image = image.resize(
+            (round(width * side / short), round(height * side / short)), Image.Resampling.BICUBIC
+        )
     width, height = image.size
     left, top = (max(0, -(-(length - LONGEST * side) // 2)) for length in (width, height))
     return image.crop((left, top, width - left, height - top)) if left or top else image

@@ -7,6 +7,7 @@ A complete table lies at its place before the first network has run; better ones
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -16,8 +17,9 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterator
+from typing import Any
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> int:
     if names or not os.path.exists(options.csv):  # never an empty table over a good one
         code = 0 if table.open(options.csv) else 4
     if not names:
-        raise Problem(f"no photographs below {options.folder}; give a folder with {b' '.join(pictures.SUFFIXES).decode()}")
+        kinds = b" ".join(pictures.SUFFIXES).decode()
+        raise Problem(f"no photographs below {options.folder}; give a folder with {kinds}")
     if code:
         say(f"{options.csv} cannot be written; the table goes to {table.path}", sys.stderr)
     try:
@@ -65,7 +68,9 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def predict(options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[str, str], table: Table) -> None:
+def predict(
+    options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[str, str], table: Table
+) -> None:
     """Fill every row of the table, which is written after the first picture, every half minute and at the end."""
     start = time.monotonic()
     import torch  # here, because it takes seconds and the first table need not wait
@@ -82,10 +87,13 @@ def predict(options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[st
     device = f"{members.device}, {'half precision' if members.half else 'fp32'}"
     table.about = {"device": device, "torch": torch.__version__, "threads": threads}
     table.about.update(members=[member["name"] for member in members.members], notes=members.notes)
-    say(f"{len(table.names)} photographs, {len(members.members)} members on {device}, T = {bundle['temperature']:.3f}")
+    say(
+        f"{len(table.names)} photographs, {len(members.members)} members on {device}, T = {bundle['temperature']:.3f}"
+    )
     loaded = time.monotonic()
     kept: dict[int, np.ndarray] = {}
     told = done = 0
+    warm = 0.0
     for rows, logits in predicted(members, os.fsencode(options.folder), table, threads, options.batch or 64):
         if rows:
             table.fill(rows, members.fuse(logits))
@@ -94,15 +102,19 @@ def predict(options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[st
             say(note, sys.stderr)
         told, first, done = len(members.notes), not done, int(table.known.sum()) + len(table.unreadable)
         spent = time.monotonic() - loaded
-        table.about.update(load_s=loaded - start, predict_s=spent, ms_per_image=1000 * spent / done)
+        warm = spent if first else warm
+        pace = spent / done if first else (spent - warm) / (done - 1)  # the first picture pays for warming up
+        table.about.update(
+            first_row_s=loaded - start + warm, seconds=loaded - start + spent, ms_per_image=1000 * pace
+        )
         if first or time.monotonic() - table.written > WRITE_EVERY:
             table.write()
-            left = spent / done * (len(table.names) - done)
-            say(f"{done} of {len(table.names)}, {done / spent:.1f} images/s, {left:.0f} s left")
+            left = pace * (len(table.names) - done)
+            say(f"{done} of {len(table.names)}, {1 / pace:.1f} images/s, {left:.0f} s left")
     if options.logits:
         missing = np.full_like(next(iter(kept.values())), np.nan)
         np.savez(options.logits, logits=np.stack([kept.get(row, missing) for row in range(len(table.names))]))
-    say(f"{done} rows in {table.path}, {done / spent:.1f} images/s, {len(table.unreadable)} unreadable")
+    say(f"{done} rows in {table.path}, {1 / pace:.1f} images/s, {len(table.unreadable)} unreadable")
 
 
 def predicted(
@@ -128,7 +140,9 @@ def predicted(
             try:
                 results.append(result())
                 rows.append(row)
-            except Exception as error:  # whatever a hostile file makes Pillow raise costs one row, not the run
+            except (
+                Exception
+            ) as error:  # whatever a hostile file makes Pillow raise costs one row, not the run
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 table.fail(row, reason)
                 say(f"{os.fsdecode(table.names[row])!r}: {reason}; its row is the class prior", sys.stderr)
@@ -155,7 +169,9 @@ def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The bundle's description and the SHA-256 of its files."""
     if not os.path.isfile(os.path.join(folder, "bundle.json")):
         members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
-        raise Problem(f"no bundle in {folder} ({len(members)} members beside it); run python -m fastflower.export")
+        raise Problem(
+            f"no bundle in {folder} ({len(members)} members beside it); run python -m fastflower.export"
+        )
     try:
         with open(os.path.join(folder, "SHA256"), encoding="ascii") as file:
             hashes = {name: value for value, name in (line.split() for line in file)}
@@ -167,7 +183,9 @@ def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     except (OSError, ValueError) as error:
         raise Problem(f"{folder} is damaged ({error}); copy it again", 3) from None
     if bundle["format"] != FORMAT:
-        raise Problem(f"{folder} has format {bundle['format']}, this predictor reads {FORMAT}; take the code/ it came with")
+        raise Problem(
+            f"{folder} has format {bundle['format']}, this predictor reads {FORMAT}; take its own code/"
+        )
     return bundle, hashes
 
 
@@ -180,8 +198,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--two-columns", action="store_true", help="leave out the confidence")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--batch", type=natural, help="photographs at a time on a GPU (64)")
-    parser.add_argument("--threads", type=natural, help="threads that decode, and that compute on a CPU (all cores)")
-    parser.add_argument("--logits", metavar="NPZ", help="also write logits (photographs, members, views, classes)")
+    parser.add_argument(
+        "--threads", type=natural, help="threads that decode, and that compute on a CPU (all cores)"
+    )
+    parser.add_argument(
+        "--logits", metavar="NPZ", help="also write logits (photographs, members, views, classes)"
+    )
     options = parser.parse_args(argv)
     options.folder = options.folder or nearest("test_dataset")
     options.csv = options.csv or os.path.join(ROOT, "results", "results", "submission.csv")
@@ -208,10 +230,8 @@ def usable_cores() -> int:
 
 def say(text: str, stream: Any = None) -> None:
     """One line for people; nobody listening is no reason to stop."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         print(f"predict: {text}", file=stream or sys.stdout, flush=True)
-    except (OSError, ValueError):
-        pass
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ class Table:
     `names` are bytes, written as they are; `path` is where the table lies once `open` has found a place.
     """
 
-    def __init__(self, names: list[bytes], class_ids: list[str], prior: list[float], header: list[str]) -> None:
+    def __init__(
+        self, names: list[bytes], class_ids: list[str], prior: list[float], header: list[str]
+    ) -> None:
         self.names, self.class_ids, self.header = names, class_ids, header
         self.best = np.full(len(names), int(np.argmax(prior)))
         self.confidence = np.full(len(names), float(np.max(prior)))
@@ -73,10 +75,12 @@ class Table:
     def write(self) -> None:
         """Replace the table, then `submission.json` beside it, each in one rename."""
         replace(self.path, self.text())
+        names = [name.decode("utf-8", "surrogateescape") for name in self.names]
+        unreadable = {names[row]: reason for row, reason in self.unreadable.items()}
         words = {
-            "rows": len(self.names),
+            "rows": len(names),
             "predicted": int(self.known.sum()),
-            "unreadable": {self.names[row].decode("utf-8", "surrogateescape"): why for row, why in self.unreadable.items()},
+            "unreadable": unreadable,
             **self.about,
         }
         replace(os.path.splitext(self.path)[0] + ".json", json.dumps(words, indent=1).encode())

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import copy
 import functools
 import itertools
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Event, State
-from composer.utils import dist
 from torch import Tensor, nn
 
 from fastflower import __version__, derived, seeding
@@ -30,9 +26,10 @@ from fastflower.algorithms.mixing import Mix
 from fastflower.algorithms.stages import Stages
 from fastflower.callbacks.events import Recorder
 from fastflower.callbacks.progress import Console, Progress
+from fastflower.callbacks.ranks import TIMEOUT, Machine, on_rank_zero
 from fastflower.callbacks.record import Facts, identity
-from fastflower.callbacks.samples import COLUMNS
-from fastflower.callbacks.saving import Saving, Stateful, Stop, parse_interval, sweep
+from fastflower.callbacks.samples import COLUMNS, save_samples
+from fastflower.callbacks.saving import Saving, Stateful, Stop, parse_interval
 from fastflower.callbacks.scoring import CLEAN, CORRUPTED, Scoring
 from fastflower.data.augment import augment
 from fastflower.data.decode import Crop
@@ -40,102 +37,16 @@ from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
 from fastflower.data.sets import FoldSet, open_fold
 from fastflower.derived import Derived
-from fastflower.errors import EnvironmentFault, InputError
+from fastflower.errors import InputError
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
 from fastflower.model.network import NetworkSpec, synchronise_norms, training_network
-from fastflower.optim.groups import param_groups, table
+from fastflower.optim.groups import Group, param_groups, table
 from fastflower.optim.optimizers import optimizer
 from fastflower.recipe import Recipe
 from fastflower.runs import Run
 
-TIMEOUT = 600.0  # seconds that a rank waits for another: rank 0 may be reading betons' checksums
 SWA_BATCHES = 50  # for BatchNorm's statistics
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The ranks of this process group and the device of this one."""
-
-    device: str  # "gpu" or "cpu", Composer's words
-    world: int
-    rank: int
-    precision: str
-    loose: list[str]  # operations that have no deterministic kernel, as they are met
-
-    @property
-    def torch_device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if self.device == "gpu" else torch.device("cpu")
-
-    def determinism(self) -> str:
-        """off, full, or best effort with the operations that are not."""
-        if not torch.are_deterministic_algorithms_enabled():
-            return "off"
-        return f"best effort: {', '.join(sorted(set(self.loose)))}" if self.loose else "full"
-
-    def close(self) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def prepare(recipe: Recipe) -> Machine:
-    """Join the process group and set the switches that are the process's own: threads, determinism, cuDNN.
-
-    Raises EnvironmentFault when there are fewer GPUs than ranks on a machine that has GPUs.
-    """
-    world, rank, local = dist.get_world_size(), dist.get_global_rank(), dist.get_local_world_size()
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < local:
-        raise EnvironmentFault(f"{local} ranks and {gpus} GPUs; start composer -n {gpus}, or hide the GPUs for the CPU")
-    if gpus:
-        torch.cuda.set_device(dist.get_local_rank())
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    if world > 1:
-        dist.initialize_dist("gpu" if gpus else "cpu", timeout=TIMEOUT)
-    precision = "fp32"
-    if gpus and recipe.train.amp:
-        precision = "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
-    return Machine("gpu" if gpus else "cpu", world, rank, precision, _switches(recipe))
-
-
-def _switches(recipe: Recipe) -> list[str]:
-    """cuDNN and determinism; returns the list to which torch's warnings about loose operations go."""
-    loose: list[str] = []
-    torch.backends.cudnn.benchmark = recipe.cudnn.benchmark
-    torch.backends.cudnn.deterministic = recipe.cudnn.deterministic
-    if recipe.cudnn.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(recipe.cudnn.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every buffer
-    show = warnings.showwarning
-
-    def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        if "deterministic" in str(message):
-            loose.append(str(message).split(" ")[0])
-        else:
-            show(message, *args, **kwargs)
-
-    warnings.showwarning = note
-    for text in ("No batches were trained", "DataloaderNumBatchesWarning"):  # a resume before an evaluation; stages
-        warnings.filterwarnings("ignore", message=f".*{text}.*")
-    return loose
-
-
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run on rank 0 and give every rank its result; its refusal ends all ranks, and only rank 0 says why."""
-    box: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            box[0] = work()
-        except InputError as error:
-            box[1] = error
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1] if dist.get_global_rank() == 0 else SystemExit(box[1].exit_code)
-    return box[0]
 
 
 def fold_numbers(recipe: Recipe) -> list[int]:
@@ -144,38 +55,6 @@ def fold_numbers(recipe: Recipe) -> list[int]:
     if fold == "all":
         return [0] if recipe.data.split == "ratio" else list(range(recipe.data.n_splits))
     return list(fold) if isinstance(fold, list) else [int(fold)]
-
-
-@contextmanager
-def claim(recipe: Recipe, fold: int) -> Iterator[Run]:
-    """The run of a fold, held by rank 0's lock while it trains: two processes never write one run.
-
-    The kernel drops the lock of a killed process.
-    """
-    run = Run(recipe.exp.name, recipe.model.backbone, fold, recipe.seed)
-    handles: list[int] = []
-
-    def take() -> None:
-        try:
-            run.model_dir.mkdir(parents=True, exist_ok=True)
-            path = run.model_dir / f".{run.backbone}__{run.stem}.lock"
-            handles.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        except OSError as error:
-            raise EnvironmentFault(f"{run.model_dir}: cannot write there ({error.strerror}); choose another place") from None
-        try:
-            fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EnvironmentFault(
-                f"{run.model_dir}: another process trains fold {fold}, seed {run.seed} there; wait for it or change exp.name"
-            ) from None
-        sweep(run)
-
-    on_rank_zero(take)
-    try:
-        yield run
-    finally:
-        for handle in handles:
-            os.close(handle)
 
 
 class Clock:
@@ -197,17 +76,6 @@ class Clock:
         return max(0, self.now[0] - 1)
 
 
-@contextmanager
-def console(run: Run) -> Iterator[Console]:
-    """Rank 0's terminal and log file; other ranks say nothing."""
-    rank = dist.get_global_rank()
-    shown = Console(None if rank else run.model_dir / f"train_{run.stem}.log", silent=rank > 0)
-    try:
-        yield shown
-    finally:
-        shown.close()
-
-
 @dataclass(frozen=True)
 class Loaders:
     """One fold's betons as batches; `combos` are the (kind, level) pairs of the corrupted set."""
@@ -217,7 +85,8 @@ class Loaders:
     combos: list[list[str]]
 
     def close(self) -> None:
-        for loader in (self.train, *self.evaluation.values()):
+        self.train.close()
+        for loader in self.evaluation.values():
             loader.close()
 
 
@@ -256,8 +125,14 @@ def loaders(
         return stage.height, stage.width
 
     aug, threads = recipe.aug, recipe.data.workers
-    crop = Crop((aug.rrc_scale[0], aug.rrc_scale[1]), (aug.rrc_ratio[0], aug.rrc_ratio[1]), min(1.0, aug.hflip_p * aug.strength))
-    train = TrainLoader(fold.train, rows, recipe.seed, per_rank, size, crop, machine.rank, machine.world, threads)
+    crop = Crop(
+        (aug.rrc_scale[0], aug.rrc_scale[1]),
+        (aug.rrc_ratio[0], aug.rrc_ratio[1]),
+        min(1.0, aug.hflip_p * aug.strength),
+    )
+    train = TrainLoader(
+        fold.train, rows, recipe.seed, per_rank, size, crop, machine.rank, machine.world, threads
+    )
     train.cursor = lambda: clock.now
     for stage in d.stages:
         if train.steps(stage.first - 1) == 0:
@@ -270,11 +145,16 @@ def loaders(
         if beton is not None:
             batch = recipe.eval.batch or recipe.train.batch_per_gpu
             evaluation[label] = EvalLoader(
-                beton, batch, lambda: size(clock.scored), recipe.eval.resize_factor, interpolation, machine.rank, machine.world, threads
+                beton,
+                batch,
+                lambda: size(clock.scored),
+                recipe.eval.resize_factor,
+                interpolation,
+                machine.rank,
+                machine.world,
+                threads,
             )
     return Loaders(train, evaluation, fold.val_corrupt.manifest["combos"] if fold.val_corrupt else [])
-
-
 
 
 def class_counts(recipe: Recipe, fold: FoldSet) -> np.ndarray:
@@ -306,7 +186,13 @@ class Training:
 
 
 def training(
-    recipe: Recipe, run: Run, fold: FoldSet, machine: Machine, stop: Stop, console: Console, same: dict[str, Any]
+    recipe: Recipe,
+    run: Run,
+    fold: FoldSet,
+    machine: Machine,
+    stop: Stop,
+    console: Console,
+    same: dict[str, Any],
 ) -> Training:
     """Everything of one run; `same` is what a checkpoint must share to go on from it."""
     seeding.seed_all(recipe.seed)  # the initial weights, equal on all ranks
@@ -319,13 +205,19 @@ def training(
     groups = param_groups(network, d.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
     guard = GradientGuard(network, recipe.train.clip_grad, recipe.train.max_nonfinite)
-    averages = _averages(recipe, d, network, classifier, data.train, guard, spec)
+    averages = _averages(recipe, d, classifier, data, guard, fill(spec))
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
     rows = {label: loader.beton.rows for label, loader in data.evaluation.items()}
     scoring = Scoring(recipe, d, networks.values, rows, data.combos)
     schedule = LearningRate(recipe, d, network, data.train.steps, lambda: scoring.score)
     recorder = Recorder(run, d, guard, scoring, recipe.log.tensorboard)
-    parts: dict[str, Stateful] = {**averages, "guard": guard, "schedule": schedule, "scoring": scoring, "recorder": recorder}
+    parts: dict[str, Stateful] = {
+        **averages,
+        "guard": guard,
+        "schedule": schedule,
+        "scoring": scoring,
+        "recorder": recorder,
+    }
     meta = functools.partial(member_meta, recipe, run, spec, d, fold, counts)
     saving = Saving(run, networks, scoring, parts, meta, same, parse_interval(recipe.train.save_every), stop)
     trainer = Trainer(
@@ -354,7 +246,26 @@ def training(
         compile_config={"dynamic": False} if recipe.train.compile else None,
     )
     clock.state = trainer.state
-    facts = Facts(
+    facts = _facts(run, d, machine, network, fold, data, counts, groups, notes)
+    return Training(run, facts, spec, trainer, network, data, parts, scoring, recorder, saving, console)
+
+
+def _facts(
+    run: Run,
+    d: Derived,
+    machine: Machine,
+    network: nn.Module,
+    fold: FoldSet,
+    data: Loaders,
+    counts: np.ndarray,
+    groups: list[Group],
+    notes: list[str],
+) -> Facts:
+    plain = [
+        {k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])}
+        for group in groups
+    ]
+    return Facts(
         run,
         d,
         device=torch.cuda.get_device_name() if machine.device == "gpu" else "CPU",
@@ -365,17 +276,18 @@ def training(
         validation=fold.val.rows,
         combos=data.combos,
         steps=[data.train.steps(stage.first - 1) for stage in d.stages],
-        groups=[{k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])} for group in groups],
+        groups=plain,
         groups_table=table(groups),
         notes=notes,
     )
-    return Training(run, facts, spec, trainer, network, data, parts, scoring, recorder, saving, console)
 
 
-def sample_loader(training: Training) -> TrainLoader:
-    """A loader of its own for the first images of epoch 0, as one rank alone would see them."""
-    train = training.data.train
-    return TrainLoader(train.beton, train.order, train.seed, lambda epoch: COLUMNS, train.size, train.crop)
+def picture(recipe: Recipe, training: Training) -> None:
+    """Save the samples of epoch 0, through a loader of its own: the first images as one rank alone would see them."""
+    train, spec, run = training.data.train, training.spec, training.run
+    loader = TrainLoader(train.beton, train.order, train.seed, lambda epoch: COLUMNS, train.size, train.crop)
+    path = run.results_dir / f"samples_{run.stem}.png"
+    save_samples(path, recipe, loader, len(training.facts.counts), spec.interpolation, fill(spec))
 
 
 def fill(spec: NetworkSpec) -> tuple[float, ...]:
@@ -384,10 +296,15 @@ def fill(spec: NetworkSpec) -> tuple[float, ...]:
 
 
 def _averages(
-    recipe: Recipe, d: Derived, network: nn.Module, classifier: Classifier, loader: TrainLoader, guard: GradientGuard,
-    spec: NetworkSpec,
-) -> dict[str, Any]:  # fmt: skip
+    recipe: Recipe,
+    d: Derived,
+    classifier: Classifier,
+    data: Loaders,
+    guard: GradientGuard,
+    paint: tuple[float, ...],
+) -> dict[str, Any]:
     """EMA and SWA as the recipe says; EMA is scored from the first epoch, SWA from its first average."""
+    network = classifier.network
     averages: dict[str, Any] = {}
     if recipe.ema.enabled:
         averages["ema"] = Ema(network, recipe.ema.decay, recipe.ema.warmup, lambda: guard.skipped)
@@ -395,9 +312,12 @@ def _averages(
     if recipe.swa.enabled:
 
         def batches(state: State) -> Iterator[Tensor]:
+            """The first batches of the epoch that has just ended, at its size."""
+            loader = copy.copy(data.train)
+            loader.cursor = lambda: (state.timestamp.epoch.value - 1, 0)
             for batch in itertools.islice(loader, SWA_BATCHES):
                 batch = state.device.batch_to_device(batch)
-                yield augment(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, fill(spec))
+                yield augment(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, paint)
 
         first = min(d.epochs, math.floor(recipe.swa.start * d.epochs) + 1)
         averages["swa"] = Swa(network, first, classifier.shadows, batches)
@@ -449,4 +369,8 @@ def member_meta(
 def same_run(recipe: Recipe, fold: FoldSet, machine: Machine) -> dict[str, Any]:
     """The identity of a run: see `record.identity`."""
     hashes = {name: fold.train.manifest[f"{name}_hash"] for name in ("classes", "folds", "labels")}
-    return identity(recipe, derived.derive(recipe, machine.world), hashes | {"stored_side": fold.train.manifest["stored_side"]})
+    return identity(
+        recipe,
+        derived.derive(recipe, machine.world),
+        hashes | {"stored_side": fold.train.manifest["stored_side"]},
+    )

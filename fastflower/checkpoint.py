@@ -68,7 +68,9 @@ def load(path: Path) -> Checkpoint:
     if not isinstance(content, dict) or "fastflower" not in content:
         raise InputError(f"{path}: not a checkpoint of fastflower; give one that its training wrote")
     if content["fastflower"] != FORMAT:
-        raise InputError(f"{path}: written in format {content['fastflower']}, this version reads format {FORMAT}")
+        raise InputError(
+            f"{path}: written in format {content['fastflower']}, this version reads format {FORMAT}"
+        )
     return Checkpoint(content["tensors"], json.loads(content["meta"]), content["more"])
 
 

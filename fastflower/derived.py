@@ -53,7 +53,9 @@ def derive(recipe: Recipe, world_size: int) -> Derived:
     lasts = _stage_ends(recipe, len(sizes))
     batches = _stage_batches(recipe, len(sizes))
     firsts = [1, *[last + 1 for last in lasts[:-1]]]
-    stages = tuple(Stage(f, e, h, w, b) for f, e, (h, w), b in zip(firsts, lasts, sizes, batches, strict=True))
+    stages = tuple(
+        Stage(f, e, h, w, b) for f, e, (h, w), b in zip(firsts, lasts, sizes, batches, strict=True)
+    )
     batch_global = batches[0] * world_size * recipe.train.grad_accum
     lr, note = scaled_lr(recipe, batch_global)
     return Derived(world_size, recipe.sched.cosine_epochs, stages, batch_global, lr, note)
@@ -119,7 +121,11 @@ def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
     _check_balance(recipe, advice)
     _check_ranges(recipe)
     _check_seed_advice(recipe, advice)
-    if num_classes is not None and recipe.data.num_classes != "auto" and int(recipe.data.num_classes) < num_classes:
+    if (
+        num_classes is not None
+        and recipe.data.num_classes != "auto"
+        and int(recipe.data.num_classes) < num_classes
+    ):
         raise InputError(
             f"data.num_classes = {recipe.data.num_classes}: the label file has {num_classes} classes; use auto or more"
         )
@@ -144,13 +150,19 @@ def _check_schedule(recipe: Recipe) -> None:
         )
     final = recipe.reg.mix_final_epoch
     if final != "auto" and not 1 <= int(final) <= sched.cosine_epochs:
-        raise InputError(f"reg.mix_final_epoch = {final}: must be auto or an epoch in 1..{sched.cosine_epochs}")
+        raise InputError(
+            f"reg.mix_final_epoch = {final}: must be auto or an epoch in 1..{sched.cosine_epochs}"
+        )
     unfreeze = recipe.llrd.unfreeze_schedule
     if unfreeze is not None:
         if not recipe.llrd.enabled:
-            raise InputError("llrd.unfreeze_schedule needs llrd.enabled=true; enable it or set the schedule to null")
+            raise InputError(
+                "llrd.unfreeze_schedule needs llrd.enabled=true; enable it or set the schedule to null"
+            )
         if not isinstance(unfreeze, dict) or not all(isinstance(parts, list) for parts in unfreeze.values()):
-            raise InputError("llrd.unfreeze_schedule: a map of epoch -> list of parts, such as {1: [head], 3: [back]}")
+            raise InputError(
+                "llrd.unfreeze_schedule: a map of epoch -> list of parts, such as {1: [head], 3: [back]}"
+            )
         epochs = range(1, sched.cosine_epochs + 1)
         late = [epoch for epoch in unfreeze if not str(epoch).isdecimal() or int(epoch) not in epochs]
         if late:
@@ -165,11 +177,17 @@ def _check_balance(recipe: Recipe, advice: list[str]) -> None:
             "choose one, or set checks.allow_double_correction=true"
         )
     if sampler.undersample_frac and sampler.type not in ("weighted_en", "weighted_inv", "class_balanced"):
-        advice.append(f"sampler.undersample_frac has no balancing sampler to go with (sampler.type = {sampler.type})")
+        advice.append(
+            f"sampler.undersample_frac has no balancing sampler to go with (sampler.type = {sampler.type})"
+        )
     if sampler.type in BALANCING and recipe.reg.mix_prob == 0:
-        advice.append("a balancing sampler repeats images; MixUp/CutMix (reg.mix_prob) limits overfitting on them")
+        advice.append(
+            "a balancing sampler repeats images; MixUp/CutMix (reg.mix_prob) limits overfitting on them"
+        )
     if sampler.oversample_cap > 3:
-        advice.append(f"sampler.oversample_cap = {sampler.oversample_cap:g}: above 3, repeats invite overfitting")
+        advice.append(
+            f"sampler.oversample_cap = {sampler.oversample_cap:g}: above 3, repeats invite overfitting"
+        )
     if sampler.beta < 0.9 and sampler.type == "weighted_en":
         advice.append(f"sampler.beta = {sampler.beta:g}: the usual range is 0.9 to 0.999")
     if loss.name == "focal" and recipe.reg.mix_prob > 0:
@@ -197,7 +215,9 @@ def _check_ranges(recipe: Recipe) -> None:
         raise InputError(f"opt.lr = {recipe.opt.lr}: must be auto or > 0")
     for name in ("mean", "std"):
         value = getattr(recipe.data, name)
-        numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+        numbers = (
+            isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+        )
         if value != "auto" and not (numbers and all(0 < v < 1 for v in value)):
             raise InputError(f"data.{name} = {value}: must be auto or three numbers in 0..1")
     fold = recipe.data.fold
@@ -213,7 +233,9 @@ def _check_seed_advice(recipe: Recipe, advice: list[str]) -> None:
     if recipe.model.head != "linear" and not 0.2 <= recipe.model.margin <= 0.4:
         advice.append(f"model.margin = {recipe.model.margin:g}: the usual range is 0.2 to 0.4")
     if recipe.aug.corrupt_p > 0 and recipe.robust.enabled:
-        advice.append("aug.corrupt_p trains on kinds that robust.kinds scores; corrupted scores are no longer unseen")
+        advice.append(
+            "aug.corrupt_p trains on kinds that robust.kinds scores; corrupted scores are no longer unseen"
+        )
     if not recipe.ema.warmup and recipe.ema.enabled:
         advice.append(
             f"ema.warmup=false: at decay {recipe.ema.decay:g} half of the initial weights remain after "
@@ -231,7 +253,9 @@ def _stage_ends(recipe: Recipe, stages: int) -> list[int]:
             raise InputError(f"data.size_epochs: give the last epoch of each of the {stages} sizes")
         ends = [max(round(share * epochs), position + 1) for position, share in enumerate(shares[stages - 1])]
     if not isinstance(ends, list) or len(ends) != stages or not all(type(end) is int for end in ends):
-        raise InputError(f"data.size_epochs = {ends}: one last epoch for each of the {stages} sizes of data.img_size")
+        raise InputError(
+            f"data.size_epochs = {ends}: one last epoch for each of the {stages} sizes of data.img_size"
+        )
     if any(a >= b for a, b in zip([0, *ends], ends, strict=False)) or ends[-1] != epochs:
         raise InputError(
             f"data.size_epochs = {ends}: must grow and end at the horizon, sched.cosine_epochs = {epochs}"
@@ -243,6 +267,12 @@ def _stage_batches(recipe: Recipe, stages: int) -> list[int]:
     batches = recipe.train.stage_batch
     if batches is None:
         return [recipe.train.batch_per_gpu] * stages
-    if not isinstance(batches, list) or len(batches) != stages or not all(type(b) is int and b > 0 for b in batches):
-        raise InputError(f"train.stage_batch = {batches}: one batch for each of the {stages} sizes of data.img_size")
+    if (
+        not isinstance(batches, list)
+        or len(batches) != stages
+        or not all(type(b) is int and b > 0 for b in batches)
+    ):
+        raise InputError(
+            f"train.stage_batch = {batches}: one batch for each of the {stages} sizes of data.img_size"
+        )
     return batches

@@ -1,11 +1,10 @@
-"""Score an experiment's members on the images they never saw: `python -m fastflower.evaluate [recipe.yaml] [key=value ...]`.
+"""Score members on images they never saw: `python -m fastflower.evaluate [recipe.yaml] [key=value ...]`.
 
 Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and reports/*.csv.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +20,10 @@ def main(argv: list[str]) -> None:
     settings = recipe.parse_command(argv)
     paths = members_of(settings)
     home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
-    folds, classes = read_folds(home / "folds.csv"), read_csv(home / "classes.csv", ("class_idx", "category_id", "n"))
+    folds, classes = (
+        read_folds(home / "folds.csv"),
+        read_csv(home / "classes.csv", ("class_idx", "category_id", "n")),
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{len(paths)} members of {settings.exp.name} on {device}", flush=True)
 

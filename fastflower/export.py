@@ -15,7 +15,9 @@ def main(argv: list[str]) -> None:
     """Choose members, write the bundle aside, check it, put it in place."""
     parser = argparse.ArgumentParser(prog="python -m fastflower.export", description="Make the hand-in.")
     parser.add_argument("recipe", nargs="*", help="recipe.yaml and key=value words")
-    parser.add_argument("--members", nargs="+", type=Path, default=[], help="checkpoints (the recipe's find_pattern)")
+    parser.add_argument(
+        "--members", nargs="+", type=Path, default=[], help="checkpoints (the recipe's find_pattern)"
+    )
     parser.add_argument("--zip", type=Path, help="archive of code/ and the bundle to write as well")
     options = parser.parse_intermixed_args(argv)
     recipe = parse_command(options.recipe)
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> None:
             print(f"  fp16 {line}")
         failed = [gate for gate in found if not gate.passed]
         if failed:
-            raise InputError("; ".join(f"{gate.name}: {gate.got}, {gate.allowed} allowed" for gate in failed))
+            raise InputError("; ".join(f"{gate.name}: {gate.got}, allowed {gate.allowed}" for gate in failed))
         bundle.put_in_place(folder)
     print(f"bundle in {runs.BUNDLE}; run python code/predict.py <folder> <csv>")
     if options.zip:

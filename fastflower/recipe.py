@@ -326,7 +326,9 @@ def parse_command(argv: list[str]) -> Recipe:
     """`[recipe.yaml] [key=value ...]`, the words of every command."""
     files = [word for word in argv if "=" not in word]
     if len(files) > 1:
-        raise InputError(f"got {len(files)} recipe files ({', '.join(files)}); give one, then key=value words")
+        raise InputError(
+            f"got {len(files)} recipe files ({', '.join(files)}); give one, then key=value words"
+        )
     return load(files[0] if files else None, [word for word in argv if "=" in word])
 
 
@@ -371,7 +373,9 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     except Exception as error:  # PyYAML and OmegaConf raise many kinds
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(layer, DictConfig):
-        raise InputError(f"{path}: a recipe is a map of keys, got {type(OmegaConf.to_container(layer)).__name__}")
+        raise InputError(
+            f"{path}: a recipe is a map of keys, got {type(OmegaConf.to_container(layer)).__name__}"
+        )
     base = layer.pop("base", None)
     below = _layers(path.parent / str(base), (*seen, path)) if base else []
     return [*below, (str(path), layer)]
@@ -396,7 +400,9 @@ def _explain(source: str, error: Exception) -> str:
         names = [dotted for dotted, _, _ in fields_of(Recipe())]
         tails = {name.rsplit(".", 1)[-1]: name for name in names}
         near = difflib.get_close_matches(full_key, names, n=1, cutoff=0.5)
-        near = near or [tails[t] for t in difflib.get_close_matches(full_key.rsplit(".")[-1], list(tails), n=1)]
+        near = near or [
+            tails[t] for t in difflib.get_close_matches(full_key.rsplit(".")[-1], list(tails), n=1)
+        ]
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{source}: unknown key {full_key}{hint}"
     return f"{source}: {full_key}: {text}"

@@ -18,12 +18,12 @@ def main(argv: list[str]) -> None:
     names, form = parse(argv)
     experiments = [page.read(name, with_pictures=form == "html") for name in names]
     for found in experiments:
+        for note in found.notes:
+            print(f"note: {found.name}: {note}")
         folder = runs.RESULTS / found.name
         if form == "md":
             say(draft.write(folder, found, experiments))
             continue
-        if found.recipe and not found.pictures:
-            print(f"note: no betons of these folds in {found.recipe.data.home}; the page of {found.name} has no photographs")
         say(save(folder / "report.html", page.experiment(found)))
     if len(experiments) > 1 and form == "html":
         say(save(runs.RESULTS / "compare.html", page.compare(experiments)))
@@ -40,8 +40,12 @@ def parse(argv: list[str]) -> tuple[list[str], str]:
         raise InputError(f"--format {form}: must be one of {', '.join(FORMATS)}")
     strange = [word for word in words if word.startswith("-")]
     if strange or not words:
-        raise InputError(f"got {strange[0] if strange else 'no experiment'}; report takes experiments and --format html|md")
-    return list(dict.fromkeys(Path(word).stem if word.endswith(".yaml") else Path(word).name for word in words)), form
+        raise InputError(
+            f"got {strange[0] if strange else 'no experiment'}; report takes experiments and --format html|md"
+        )
+    return list(
+        dict.fromkeys(Path(word).stem if word.endswith(".yaml") else Path(word).name for word in words)
+    ), form
 
 
 def save(path: Path, html: str) -> Path:

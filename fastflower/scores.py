@@ -1,4 +1,4 @@
-"""Scores of a set of logits: one pure function for training, evaluation and reports; scikit-learn does the arithmetic."""
+"""Scores of logits: one pure function for training, evaluation and reports; scikit-learn does the arithmetic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     confidence, hit = probs.max(1), probs.argmax(1) == labels
     edges = np.linspace(0, 1, bins + 1)
     index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    gaps = [abs(hit[index == b].mean() - confidence[index == b].mean()) * (index == b).mean() for b in np.unique(index)]
+    gaps = [
+        abs(hit[index == b].mean() - confidence[index == b].mean()) * (index == b).mean()
+        for b in np.unique(index)
+    ]
     return float(sum(gaps))
 
 

@@ -19,7 +19,7 @@ M2 = 0x94D049BB133111EB
 MASK = (1 << 64) - 1
 
 
-def mix(x: np.ndarray | int) -> np.ndarray:
+def mix(x: np.ndarray | np.uint64 | int) -> np.ndarray:
     """SplitMix64 of uint64 values, elementwise."""
     with np.errstate(over="ignore"):
         z = np.asarray(x, dtype=np.uint64) + np.uint64(GOLDEN)
@@ -40,8 +40,11 @@ def uniform(keys: np.ndarray, stream: int) -> np.ndarray:
 
 
 def generator(*words: int) -> np.random.Generator:
-    """A NumPy generator for whole-epoch draws (orders, samplers), seeded by all the words together."""
-    return np.random.default_rng([word & 0xFFFFFFFF for word in words])
+    """A NumPy generator for whole-epoch draws (orders, samplers), seeded by all the words together.
+
+    The count of words goes first: SeedSequence drops zero words at the end.
+    """
+    return np.random.default_rng([len(words), *(word & 0xFFFFFFFF for word in words)])
 
 
 def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:

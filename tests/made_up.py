@@ -26,7 +26,9 @@ def labels(rows: int = 120, seed: int = 0) -> np.ndarray:
     return drawn
 
 
-def member(fold: int, backbone: str = BACKBONES[0], seed: int = 42, skill: float = 2.0, **about: object) -> Logits:
+def member(
+    fold: int, backbone: str = BACKBONES[0], seed: int = 42, skill: float = 2.0, **about: object
+) -> Logits:
     """A member that is right more often than not; other arguments change its description."""
     column, classes = folds(), labels()
     index = np.flatnonzero(column == fold)
@@ -49,7 +51,8 @@ def member(fold: int, backbone: str = BACKBONES[0], seed: int = 42, skill: float
         combos=COMBOS,
         about={
             "name": name, "checkpoint": name, "backbone": backbone, "fold": fold, "seed": seed, "epoch": fold + 3,
-            "weights": "ema", "head": "linear", "size": [32, 32], "views": [[32, 32, False], [32, 32, True]],
+            "weights": "ema", "head": "linear", "stored": None,
+            "size": [32, 32], "views": [[32, 32, False], [32, 32, True]],
             "class_ids": IDS, "class_hash": "c0ffee", "folds_hash": "f01d", "mb": 10.0, "ms": 2.0, **about,
         },
     )  # fmt: skip
@@ -60,5 +63,6 @@ def classes_csv() -> list[dict[str, str]]:
     counts = np.array([150, 60, 40, 30, 12, 9])
     names = ["daisy", "", "", "dog <rose>", "", ""]
     return [
-        {"class_idx": str(i), "category_id": IDS[i], "n": str(n), "english_name": names[i]} for i, n in enumerate(counts)
+        {"class_idx": str(i), "category_id": IDS[i], "n": str(n), "english_name": names[i]}
+        for i, n in enumerate(counts)
     ]

@@ -102,7 +102,10 @@ def test_ema_state_goes_through_a_state_dict():
     other = Ema(Net(), 0.9, True, skipped=lambda: False)
     other.load_state_dict(one.state_dict())
     assert other.updates == 1
-    assert all(torch.equal(a, b) for a, b in zip(one.shadow.state_dict().values(), other.shadow.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.shadow.state_dict().values(), other.shadow.state_dict().values(), strict=True)
+    )
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict({"updates": 1, "shadow": {}})
 
@@ -145,4 +148,5 @@ def test_recalibrated_statistics_are_those_of_the_batches():
 def test_pull_by_one_copies():
     network, shadow = Net(), shadow_of(Net())
     pull(shadow, network, 1.0)
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), shadow.state_dict().values()))
+    ours, theirs = shadow.state_dict(), network.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -353,3 +353,25 @@ def test_ffcvs_loader_notes_an_undecodable_row(beton: Beton) -> None:
     assert not out.any()
     with pytest.raises(CorruptionError, match="row 4 cannot be decoded"):
         decoder.check(beton.path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stock_ffcv_trains_on_our_betons(tmp_path: Path) -> None:
+    from fastflower.data.operations import stock_loader
+
+    images = [picture(64, 64, i) for i in range(10)]
+    with BetonWriter(tmp_path / "a.beton", 10) as writer:
+        for i, image in enumerate(images):
+            if i % 2:
+                writer.raw(np.array(image), i % 3, i)
+            else:
+                writer.jpeg(jpeg(image, quality=98), 64, 64, i % 3, i)
+        writer.commit({})
+    batches = [
+        (batch[0].numpy().copy(), batch[1].numpy().copy())
+        for batch in stock_loader(tmp_path / "a.beton", (64, 64), WHOLE, 4, 1)
+    ]
+    assert [len(batch[0]) for batch in batches] == [4, 4, 2]
+    assert np.concatenate([batch[1] for batch in batches])[:, 0].tolist() == [i % 3 for i in range(10)]
+    for found, image in zip(np.concatenate([batch[0] for batch in batches]), images, strict=True):
+        assert psnr(found, np.array(image)) > 28

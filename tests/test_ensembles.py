@@ -18,17 +18,23 @@ from fastflower.evaluation import ensembles, oof, summary
 FREE = ensembles.Budget(np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]), 100, 100)
 
 
-def made(n: int = 600, classes: int = 4, noise: tuple[float, ...] = (0.8, 0.9, 6.0)) -> tuple[np.ndarray, np.ndarray]:
+def made(
+    n: int = 600, classes: int = 4, noise: tuple[float, ...] = (0.8, 0.9, 6.0)
+) -> tuple[np.ndarray, np.ndarray]:
     """A stack (3, n, classes) of two good runs and a useless one, and labels (n,)."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, n)
-    stack = np.stack([np.eye(classes)[labels] * 1.5 + scale * rng.normal(size=(n, classes)) for scale in noise])
+    stack = np.stack(
+        [np.eye(classes)[labels] * 1.5 + scale * rng.normal(size=(n, classes)) for scale in noise]
+    )
     return stack.astype(np.float32), labels
 
 
 def test_means_are_the_formulas() -> None:
     stack, labels = made()
-    np.testing.assert_allclose(ensembles.mean_logits(stack, labels)(stack), stack.astype(float).mean(0), atol=1e-12)
+    np.testing.assert_allclose(
+        ensembles.mean_logits(stack, labels)(stack), stack.astype(float).mean(0), atol=1e-12
+    )
     by_probability = ensembles.mean_probabilities(stack, labels)(stack)
     np.testing.assert_allclose(np.exp(by_probability), softmax(stack, axis=2).mean(0), rtol=1e-5)
     np.testing.assert_allclose(ensembles.best_single(stack, labels)(stack), stack[0], atol=1e-6)
@@ -43,7 +49,9 @@ def test_learned_weights_reach_the_lowest_loss_on_a_grid() -> None:
         mixed = np.tensordot(w, stack.astype(float), axes=1)
         return min(log_loss(labels, softmax(mixed * beta, axis=1)) for beta in np.geomspace(0.2, 8, 25))
 
-    grid = [np.array([a, b, 1 - a - b]) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6) if a + b <= 1]
+    grid = [
+        np.array([a, b, 1 - a - b]) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6) if a + b <= 1
+    ]
     assert loss(weights) <= min(map(loss, grid)) + 1e-3
 
 
@@ -65,7 +73,9 @@ def test_nested_predictions_are_those_of_a_model_that_did_not_see_the_part() -> 
     own = parts == 2
     model = LogisticRegression(C=0.01, max_iter=300)
     model.fit(ensembles.features(stack[:, ~own]), labels[~own])
-    np.testing.assert_allclose(np.exp(found[own]), model.predict_proba(ensembles.features(stack[:, own])), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.exp(found[own]), model.predict_proba(ensembles.features(stack[:, own])), rtol=1e-6
+    )
 
 
 def test_nothing_is_gained_by_fitting_to_labels_that_mean_nothing() -> None:
@@ -90,14 +100,18 @@ def test_the_table_has_honest_scores_and_gains_by_fold() -> None:
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
     found = ensembles.compare(sets, FREE)
     rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows)[0] == "best single" and rows["best single"]["gain"] == 0
+    assert next(iter(rows)) == "best single" and rows["best single"]["gain"] == 0
     mean = np.mean([s.logits for s in sets], axis=0)
     hits = accuracy_score(sets[0].class_idx, mean.argmax(1))
     assert rows["mean of logits"]["top1"] == pytest.approx(hits)
-    assert rows["mean of logits"]["nll"] == pytest.approx(log_loss(sets[0].class_idx, softmax(mean, axis=1)), rel=1e-4)
+    assert rows["mean of logits"]["nll"] == pytest.approx(
+        log_loss(sets[0].class_idx, softmax(mean, axis=1)), rel=1e-4
+    )
     assert rows["mean of logits"]["gain"] == pytest.approx(hits - rows["best single"]["top1"])
     family = 0.25 * sets[0].logits + 0.25 * sets[1].logits + 0.5 * sets[2].logits
-    assert rows["mean by backbone"]["top1"] == pytest.approx(accuracy_score(sets[0].class_idx, family.argmax(1)))
+    assert rows["mean by backbone"]["top1"] == pytest.approx(
+        accuracy_score(sets[0].class_idx, family.argmax(1))
+    )
     assert all(len(row["gains"]) == found["parts"] == 3 for row in rows.values())
     assert ("LightGBM stacking" in rows) == ("lightgbm" in sys.modules or _installed("lightgbm"))
     assert sum(found["weights"]["learned weights"].values()) == pytest.approx(1)
@@ -118,7 +132,9 @@ def test_a_single_fold_is_cut_into_stratified_parts() -> None:
     assert list(ensembles.splits(runs_of((BACKBONES[0], 1))[0])) == list(runs_of((BACKBONES[0], 1))[0].fold)
 
 
-def test_the_command_reads_saved_logits_and_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reads_saved_logits_and_writes_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = runs.RESULTS / "made"
     with pytest.raises(InputError, match=r"no .*scores.json; run python -m fastflower.evaluate first"):
         ensemble.main(["exp.name=made"])
@@ -127,10 +143,10 @@ def test_the_command_reads_saved_logits_and_writes_its_table(tmp_path: Path, cap
         oof.save(oof.member_file(folder / "oof", own.about), own)
     settings = recipe.load(None, ["exp.name=made"])
     runs.write_json(folder / "scores.json", summary.summarise(members, folds(), classes_csv(), settings))
+    columns = {"category_id": "7", "class_idx": "0", "group_id": "0", "sha256": ""}
     rows = [
-        {"filename": f"image_{row}.jpg", "category_id": "7", "class_idx": "0", "fold": str(fold), "group_id": str(row), "sha256": ""}
-        for row, fold in enumerate(folds())
-    ]  # fmt: skip
+        {"filename": f"image_{row}.jpg", "fold": str(fold), **columns} for row, fold in enumerate(folds())
+    ]
     write_csv(Path("data/folds.csv"), rows)
     ensemble.main(["exp.name=made"])
     assert "mean of logits" in capsys.readouterr().out

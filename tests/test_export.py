@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -66,9 +67,12 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
     assert said.count("passed") == 5 and "FAILED" not in said
     assert "T = 1.0000 (no results/results/tiny/temperature.json" in said
     assert "logits move by at most" in said
-    first = Path("hand-in.zip").read_bytes()
-    export.main([*WORDS, "--zip", "hand-in.zip"])
-    assert Path("hand-in.zip").read_bytes() == first, "the same members must give the same bytes"
+    Path("again").mkdir()
+    bundle.write(Path("again"), bundle.load_members(members, "fp16"), load(None, WORDS), 1.0)
+    for path in runs.BUNDLE.iterdir():
+        assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
+    bundle.zip_hand_in(Path("again.zip"))
+    assert Path("again.zip").read_bytes() == Path("hand-in.zip").read_bytes()
     with zipfile.ZipFile("hand-in.zip") as archive:
         assert {"code/predict.py", "results/model/bundle/bundle.json"} <= set(archive.namelist())
         archive.extractall("stranger")
@@ -81,17 +85,19 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
 def test_a_failed_gate_keeps_the_old_bundle(members, capsys):
     runs.BUNDLE.mkdir(parents=True)
     Path(runs.BUNDLE, "old").write_text("old")
-    with pytest.raises(InputError, match=r"^size: .* MB, 0.01 MB allowed; latency: .* 0.0001 ms allowed$"):
+    with pytest.raises(
+        InputError, match=r"^size: .* MB, allowed <= 0.01 MB; latency: .* allowed <= 0.0001 ms$"
+    ):
         export.main([*WORDS, "bundle.max_mb=0.01", "bundle.max_ms=0.0001"])
     assert "FAILED" in capsys.readouterr().out
     assert [path.name for path in runs.BUNDLE.iterdir()] == ["old"]
     assert {path.name for path in runs.MODELS.iterdir()} == {"bundle", "tiny"}
 
 
-def test_parity_fails_when_pixels_are_not_those_of_training(members):
-    for path in Path("photos").glob("*.jpg"):
-        Image.open(path).rotate(180).save(path)
-    with pytest.raises(InputError, match=r"parity: .* on 24 photographs, 0.0001 allowed"):
+def test_parity_fails_when_the_predictor_says_something_else(members, monkeypatch):
+    honest = gates.views_logits
+    monkeypatch.setattr(gates, "views_logits", lambda *words: honest(*words) + np.float32(0.001))
+    with pytest.raises(InputError, match=r"parity: 0.001 on 24 photographs, allowed <= 0.0001$"):
         export.main(WORDS)
     assert not runs.BUNDLE.exists()
 
@@ -103,14 +109,10 @@ def test_members_of_two_class_maps_are_refused(members):
 
 
 def test_nothing_to_export_is_said():
-    with pytest.raises(InputError, match=r"no member in results/model/tiny matches best_combo__.*; train first"):
+    with pytest.raises(
+        InputError, match=r"no member in results/model/tiny matches best_combo__.*; train first"
+    ):
         export.main(WORDS)
-
-
-def test_photographs_that_are_gone_are_said(members):
-    next(Path("photos").glob("*.jpg")).unlink()
-    with pytest.raises(InputError, match=r"no photograph photos/.*: parity is measured on the originals"):
-        gates.held_out(load(None, WORDS), bundle.load_members(members, "fp16"))
 
 
 def test_temperature_is_that_of_the_members():
@@ -119,7 +121,10 @@ def test_temperature_is_that_of_the_members():
     runs.write_json(path, {"fused": {"t": 1.5}, "members": {"a.pth": {"t": 1.2}, "b.pth": {"t": 1.9}}})
     assert bundle.temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused")
     assert bundle.temperature_of(recipe, [two])[0] == 1.9
-    assert bundle.temperature_of(recipe, [one, Path("c.pth")]) == (1.5, f"{path}, fused from other members (2)")
+    assert bundle.temperature_of(recipe, [one, Path("c.pth")]) == (
+        1.5,
+        f"{path}, fused from other members (2)",
+    )
     assert bundle.temperature_of(load(None, [*WORDS, "ts.enabled=false"]), [one]) == (1.0, "ts.enabled=false")
     runs.write_json(path, {"fused": None, "members": {}})
     assert bundle.temperature_of(recipe, [one, two]) == (1.0, f"{path} holds none")
@@ -148,7 +153,9 @@ def test_a_program_that_says_something_else_is_refused(members):
         def __call__(self, images, *_):
             return member.network(images) + 0.01
 
-    with pytest.raises(InputError, match=r"at 32x32: traced logits are 0.01 off at batch 1, 0.0001 is allowed"):
+    with pytest.raises(
+        InputError, match=r"at 32x32: traced logits are 0.01 off at batch 1, 0.0001 is allowed"
+    ):
         bundle.check_program(Program(), member, 32, 32, list(weights.values()))
     Program.inlined_graph = 'prim::Constant[value="cpu"]()'
     with pytest.raises(InputError, match="its program is bound to the CPU"):
@@ -185,4 +192,4 @@ def test_a_wrong_submission_is_seen(tmp_path, change, fault):
     assert gates.submission_fault(tmp_path, description, 2) is None
     (tmp_path / runs.SUBMISSION).write_text(change(text))
     found = gates.submission_fault(tmp_path, description, 2)
-    assert found is not None and pytest.importorskip("re").search(fault, found)
+    assert found is not None and re.search(fault, found)

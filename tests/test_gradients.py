@@ -13,7 +13,9 @@ from torch import nn
 from fastflower.algorithms.gradients import Diverged, GradientGuard, clip
 
 
-def state_of(network: nn.Module, precision: Precision = Precision.FP32, scale: float = 1.0) -> SimpleNamespace:
+def state_of(
+    network: nn.Module, precision: Precision = Precision.FP32, scale: float = 1.0
+) -> SimpleNamespace:
     scaler = SimpleNamespace(is_enabled=lambda: precision == Precision.AMP_FP16, get_scale=lambda: scale)
     timestamp = SimpleNamespace(batch=SimpleNamespace(value=7), epoch=SimpleNamespace(value=1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
@@ -74,7 +76,9 @@ def test_the_run_stops_after_the_limit_and_proposes_a_lower_lr():
     network[0].weight.grad[0, 0] = math.nan
     guard.apply(Event.AFTER_TRAIN_BATCH, state, None)
     network[0].weight.grad = torch.full((3, 3), math.nan)
-    with pytest.raises(Diverged, match=r"2 steps in a row, up to step 8 \(epoch 2, lr 0.001\); lower opt.lr_ref"):
+    with pytest.raises(
+        Diverged, match=r"2 steps in a row, up to step 8 \(epoch 2, lr 0.001\); lower opt.lr_ref"
+    ):
         guard.apply(Event.AFTER_TRAIN_BATCH, state, None)
     assert Diverged.exit_code == 1
 

@@ -27,7 +27,9 @@ class Net(nn.Module):
 
 
 def state_at(epoch: int, step: int, network: Net) -> SimpleNamespace:
-    timestamp = SimpleNamespace(epoch=SimpleNamespace(value=epoch), batch_in_epoch=SimpleNamespace(value=step))
+    timestamp = SimpleNamespace(
+        epoch=SimpleNamespace(value=epoch), batch_in_epoch=SimpleNamespace(value=step)
+    )
     groups = [
         {"params": list(network.backbone.parameters()), "lr": 0.0, "initial_lr": 0.1, "part": "backbone"},
         {"params": list(network.head.parameters()), "lr": 0.0, "initial_lr": 0.3, "part": "head"},
@@ -38,7 +40,11 @@ def state_at(epoch: int, step: int, network: Net) -> SimpleNamespace:
 def built(*words: str, score: float = 0.5) -> tuple[LearningRate, Net, Recipe]:
     recipe = load(None, ["sched.cosine_epochs=10", "sched.warmup_epochs=2", "llrd.enabled=false", *words])
     network = Net()
-    return LearningRate(recipe, derived.derive(recipe, 2), network, lambda epoch: STEPS, lambda: score), network, recipe
+    return (
+        LearningRate(recipe, derived.derive(recipe, 2), network, lambda epoch: STEPS, lambda: score),
+        network,
+        recipe,
+    )
 
 
 def lrs(schedule: LearningRate, network: Net, epoch: int, step: int) -> list[float]:
@@ -51,14 +57,18 @@ def test_first_and_last_steps_are_exact():
     schedule, network, _ = built()
     warmup = 2 * STEPS
     for t in range(warmup):
-        assert lrs(schedule, network, *divmod(t, STEPS)) == pytest.approx([0.1 * (t + 1) / warmup, 0.3 * (t + 1) / warmup])
+        assert lrs(schedule, network, *divmod(t, STEPS)) == pytest.approx(
+            [0.1 * (t + 1) / warmup, 0.3 * (t + 1) / warmup]
+        )
     for t in range(warmup, 10 * STEPS):
         factor = (1 + math.cos(math.pi * (t - warmup) / (8 * STEPS))) / 2
         assert lrs(schedule, network, *divmod(t, STEPS)) == pytest.approx([0.1 * factor, 0.3 * factor])
 
 
 def test_frozen_parts_have_lr_0_and_keep_their_statistics():
-    schedule, network, _ = built("llrd.enabled=true", "llrd.multipliers=[1,1]", "llrd.unfreeze_schedule={1: [head], 3: [backbone]}")
+    schedule, network, _ = built(
+        "llrd.enabled=true", "llrd.multipliers=[1,1]", "llrd.unfreeze_schedule={1: [head], 3: [backbone]}"
+    )
     network.train()
     frozen = lrs(schedule, network, 1, 4)
     assert frozen[0] == 0 and frozen[1] > 0
@@ -70,7 +80,7 @@ def test_frozen_parts_have_lr_0_and_keep_their_statistics():
 
 
 def test_plateau_lowers_every_lr_after_its_patience_and_survives():
-    schedule, network, recipe = built("sched.name=plateau", "sched.warmup_epochs=0", "sched.patience=1", score=0.5)
+    schedule, network, _ = built("sched.name=plateau", "sched.warmup_epochs=0", "sched.patience=1", score=0.5)
     assert lrs(schedule, network, 0, 0) == pytest.approx([0.1, 0.3])
     for epoch in range(1, 4):
         schedule.apply(Event.EPOCH_CHECKPOINT, state_at(epoch, 0, network), None)
@@ -84,7 +94,10 @@ def test_plateau_lowers_every_lr_after_its_patience_and_survives():
     "words, expected",
     [
         (["train.stage_batch=[64,32]"], 0.5),
-        (["train.stage_batch=[64,2]", "opt.lr_min_bound=2e-5"], 0.2),  # 2e-4 x 4/256 is held at the bound: 2e-5 of 1e-4
+        (
+            ["train.stage_batch=[64,2]", "opt.lr_min_bound=2e-5"],
+            0.2,
+        ),  # 2e-4 x 4/256 is held at the bound: 2e-5 of 1e-4
         (["train.stage_batch=[64,32]", "opt.lr=1e-3"], 1.0),  # explicit: no scaling
         ([], 1.0),
     ],

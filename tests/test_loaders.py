@@ -132,6 +132,22 @@ def test_what_is_kept_is_not_overwritten(beton: Beton) -> None:
     assert equal(kept, copies)
 
 
+def test_a_kept_view_keeps_its_memory(beton: Beton) -> None:
+    source = loader(beton, ahead=1)
+    tensors, arrays, places, expected = [], [], set(), []
+    for number in range(12):
+        for batch in epoch(source, number):
+            places.add(batch["image"].data_ptr())
+            if len(expected) < 7:
+                tensors.append(batch["image"][2, 3:])
+                arrays.append(batch["image"].numpy()[5])
+                expected.append((tensors[-1].clone(), arrays[-1].copy()))
+        del batch
+    assert len(places) < 30  # of 60 batches: memory is used again
+    for tensor, array, (first, second) in zip(tensors, arrays, expected, strict=True):
+        assert torch.equal(tensor, first) and np.array_equal(array, second)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_evaluation_sees_every_row_once(beton: Beton, world: int) -> None:
     expected = np.empty((ROWS, 12, 16, 3), np.uint8)

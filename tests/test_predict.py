@@ -38,7 +38,9 @@ FAMILIES = [
 ]
 
 
-def member(path: Path, backbone: str = "resnet10t", head: str = "linear", seed: int = 0, size: int = 32) -> Path:
+def member(
+    path: Path, backbone: str = "resnet10t", head: str = "linear", seed: int = 0, size: int = 32
+) -> Path:
     """A checkpoint with random weights, named as train names it."""
     torch.manual_seed(seed)
     meta = {
@@ -92,7 +94,8 @@ def run(code, exported):
 
     def call(*words: str, csv_path: str = "out/submission.csv") -> tuple[int, list[list[str]]]:
         try:
-            number = code.predict.main(["test_dataset", csv_path, "--bundle", str(exported[0]), "--threads", "1", *words])
+            own = ["test_dataset", csv_path, "--bundle", str(exported[0]), "--threads", "1"]
+            number = code.predict.main([*own, *words])
         except code.predict.Problem as problem:
             number = problem.code
         return number, rows_of(Path(csv_path)) if Path(csv_path).exists() else []
@@ -127,7 +130,7 @@ def fill(count: int) -> None:
 def odd_pictures(folder: Path) -> list[Path]:
     """Files of every mode that a person may have."""
     picture = flower(1, (230, 170))
-    grey16 = Image.fromarray((np.asarray(picture.convert("L")).astype(np.uint16) * 250))
+    grey16 = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 250)
     alpha = picture.convert("RGBA")
     alpha.putalpha(Image.linear_gradient("L").resize(picture.size))
     made = {
@@ -165,7 +168,8 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
         for height, width, factor, interpolation in ((128, 128, 1.14, "bicubic"), (32, 48, 1.0, "bilinear")):
             out = np.empty((1, height, width, 3), np.uint8)
             decode_eval(beton, np.array([row]), out, factor, interpolation, 1)
-            crop = {"height": height, "width": width, "factor": factor, "interpolation": interpolation, "stored_side": 146}
+            crop = {"height": height, "width": width, "factor": factor, "interpolation": interpolation}
+            crop["stored_side"] = 146
             (got,) = code.pictures.prepare(os.fsencode(file), [crop])
             np.testing.assert_array_equal(got, out[0], err_msg=file.name)
 
@@ -214,8 +218,17 @@ def test_fused_logits_over_t_give_the_confidence(run, code, exported):
 
 
 def test_a_row_for_every_name(run):
-    names = ["a b.jpg", "comma,.jpg", 'quote".JPG', "new\nline.jpg", "花.jpeg", "=1.png", "e\u0301.jpg", "é.jpg", "a.JPG"]
-    names += ["a.jpg", "sub/deep/a.jpg", ".hidden.jpg", "bad\udcff\udc80.jpg", "x" * 200 + ".jpg"]
+    names = [
+        "a b.jpg",
+        "comma,.jpg",
+        'quote".JPG',
+        "new\nline.jpg",
+        "花.jpeg",
+        "=1.png",
+        "e\u0301.jpg",
+        "é.jpg",
+    ]
+    names += ["a.JPG", "a.jpg", "sub/deep/a.jpg", ".hidden.jpg", "bad\udcff\udc80.jpg", "x" * 200 + ".jpg"]
     for name in names:
         path = os.path.join(b"test_dataset", os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -236,7 +249,12 @@ def test_a_row_for_every_name(run):
 
 def test_unreadable_pictures_get_the_prior(run, capsys):
     fill(2)
-    bad = {"empty.jpg": b"", "page.jpg": b"<html>", "cut.jpg": jpeg(5)[:300], "tiff.png": b"II*\0" + bytes(90)}
+    bad = {
+        "empty.jpg": b"",
+        "page.jpg": b"<html>",
+        "cut.jpg": jpeg(5)[:300],
+        "tiff.png": b"II*\0" + bytes(90),
+    }
     bad["scans.jpg"] = b"\xff\xd8" + b"\xff\xda\0\0" * 501
     bad["bomb.png"] = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\0\0\0\1\0\0\x08\x02\0\0\0" + bytes(80)
     for name, data in bad.items():
@@ -299,10 +317,11 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bytes(run):
 def test_batches_for_a_gpu_keep_rows_together(code, batch):
     """The path of a GPU with a stand-in that gives the sum of a picture's pixels."""
 
+    crop = [{"height": 8, "width": 8, "factor": 1.0, "interpolation": "bicubic", "stored_side": None}]
+
     class Members:
-        device = torch.device("cuda")
-        bundle = {"crops": [{"height": 8, "width": 8, "factor": 1.0, "interpolation": "bicubic", "stored_side": None}]}
-        sizes: list[int] = []
+        def __init__(self):
+            self.device, self.bundle, self.sizes = torch.device("cuda"), {"crops": crop}, []
 
         def logits(self, pictures):
             self.sizes.append(len(pictures))
@@ -312,12 +331,13 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     for number in range(8):
         flower(number).save(f"some/{number}.png")
     Path("some/4.png").write_bytes(b"")
-    table = code.table.Table([b"%d.png" % n for n in range(8)], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    table = code.table.Table(
+        [b"%d.png" % n for n in range(8)], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"]
+    )
     members = Members()
     found = {}
     for rows, logits in code.predict.predicted(members, b"some", table, 2, batch):
         found.update(zip(rows, logits.ravel().tolist(), strict=True))
-    crop = Members.bundle["crops"]
     want = {n: float(code.pictures.prepare(b"some/%d.png" % n, crop)[0].sum()) for n in range(8) if n != 4}
     assert found == want and list(table.unreadable) == [4]
     assert members.sizes[0] == 1 and max(members.sizes) <= batch
@@ -326,7 +346,10 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
 def test_short_memory_halves_the_batch(code, exported, monkeypatch):
     description, hashes = code.predict.read_bundle(str(exported[0]))
     networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
-    crops = [[np.full((c["height"], c["width"], 3), 9 * n, np.uint8) for c in description["crops"]] for n in range(5)]
+    crops = [
+        [np.full((c["height"], c["width"], 3), 9 * n, np.uint8) for c in description["crops"]]
+        for n in range(5)
+    ]
     want, whole = networks.logits(crops), networks._run
 
     def short(pictures):
@@ -375,7 +398,9 @@ def test_no_photographs_is_said_and_never_replaces_a_table(run, capsys):
 
 
 def test_without_a_bundle_one_line_says_what_to_do(code):
-    with pytest.raises(code.predict.Problem, match=r"no bundle in nowhere \(0 members beside it\); run python -m"):
+    with pytest.raises(
+        code.predict.Problem, match=r"no bundle in nowhere \(0 members beside it\); run python -m"
+    ):
         code.predict.main(["a", "b.csv", "--bundle", "nowhere"])
 
 
@@ -442,7 +467,17 @@ def test_a_bare_machine_is_enough(tmp_path, exported):
     Path(os.fsdecode(folder), os.fsdecode(b"\xe9.jpg")).write_bytes(b"")
     shutil.copy(root / "test_dataset/000000.jpg", os.path.join(folder, b"ok.jpg"))
     bare = gates.BARE.replace("{blocked!r}", repr(set(gates.BLOCKED)))
-    words = [sys.executable, "-I", "-c", bare, str(root / "code/predict.py"), folder, "out.csv", "--threads", "1"]
+    words = [
+        sys.executable,
+        "-I",
+        "-c",
+        bare,
+        str(root / "code/predict.py"),
+        folder,
+        "out.csv",
+        "--threads",
+        "1",
+    ]
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(words, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
@@ -469,5 +504,7 @@ def test_a_run_that_is_stopped_leaves_a_whole_table(tmp_path, exported, number):
 
 
 def test_help_is_one_screen():
-    done = subprocess.run([sys.executable, str(CODE / "predict.py"), "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(CODE / "predict.py"), "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) <= 24

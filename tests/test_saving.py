@@ -13,7 +13,15 @@ import torch
 
 from fastflower import checkpoint
 from fastflower.callbacks.record import differences
-from fastflower.callbacks.saving import Stop, check_names, load_last, parse_interval, place, previous_last, sweep
+from fastflower.callbacks.saving import (
+    Stop,
+    check_names,
+    load_last,
+    parse_interval,
+    place,
+    previous_last,
+    sweep,
+)
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
 from fastflower.runs import Run
 
@@ -48,7 +56,9 @@ def test_other_runs_of_the_experiment_are_left_alone():
 def test_two_generations_of_last():
     for epoch in (1, 2, 3):
         save("last", epoch, 0.5)
-    assert [path.name for path in RUN.files("last")] == ["last__convnextv2_atto__fold0_seed42_epoch3_score0.5000.pth"]
+    assert [path.name for path in RUN.files("last")] == [
+        "last__convnextv2_atto__fold0_seed42_epoch3_score0.5000.pth"
+    ]
     assert checkpoint.load(previous_last(RUN)).meta["epoch"] == 2
     save("last", 3, 0.5)  # twice in an epoch: the same name
     assert checkpoint.load(previous_last(RUN)).meta["epoch"] == 3
@@ -69,7 +79,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so():
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(EnvironmentFault, match="the disk is full; the last good checkpoint is kept, make room"):
+    with pytest.raises(
+        EnvironmentFault, match="the disk is full; the last good checkpoint is kept, make room"
+    ):
         place(RUN, "last", 2, 0.5, full)
     assert load_last(RUN, print)[1].meta["epoch"] == 1
 
@@ -106,14 +118,20 @@ def test_intervals(text, expected):
 
 @pytest.mark.parametrize("text", ["", "5", "0ep", "1dur", "10sp", "often"])
 def test_strange_intervals_are_refused(text):
-    with pytest.raises(InputError, match=r"train.save_every = .*: must be epochs such as 1ep or steps such as 200ba"):
+    with pytest.raises(
+        InputError, match=r"train.save_every = .*: must be epochs such as 1ep or steps such as 200ba"
+    ):
         parse_interval(text)
 
 
 def test_another_network_is_refused():
     own = {"a": torch.zeros(2), "b": torch.zeros(3)}
     check_names({"a": torch.ones(2), "b": torch.ones(3)}, own)
-    for saved in ({"a": torch.zeros(2)}, {**own, "c": torch.zeros(1)}, {"a": torch.zeros(2), "b": torch.zeros(4)}):
+    for saved in (
+        {"a": torch.zeros(2)},
+        {**own, "c": torch.zeros(1)},
+        {"a": torch.zeros(2), "b": torch.zeros(4)},
+    ):
         with pytest.raises(InputError, match="holds another network: 1 tensors differ"):
             check_names(saved, own)
 

@@ -30,7 +30,9 @@ def test_scores_equal_the_references(logits_and_labels):
     assert got["nll"] == pytest.approx(log_loss(labels, scores.softmax(logits), labels=range(7)))
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)
     assert got["top5"] == pytest.approx(multiclass_accuracy(z, y, 7, average="micro", top_k=5).item())
-    assert got["ece"] == pytest.approx(multiclass_calibration_error(z.softmax(1), y, 7, n_bins=15).item(), abs=1e-6)
+    assert got["ece"] == pytest.approx(
+        multiclass_calibration_error(z.softmax(1), y, 7, n_bins=15).item(), abs=1e-6
+    )
 
 
 def test_wilson_interval_of_a_known_case():

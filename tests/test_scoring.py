@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import nn
 
-from fastflower.callbacks.scoring import by_kind, in_row_order
+from fastflower.callbacks.scoring import by_kind, checksum, in_row_order
 from fastflower.callbacks.selection import Candidate, Selection, prefer
 from fastflower.recipe import Es, Select
 
@@ -115,7 +116,9 @@ def test_the_watched_score_can_be_clean():
 def test_the_alarm_rings_once_when_rare_classes_pay():
     selection = machine(patience=99)
     series = [(0.5, 0.50), (0.6, 0.55), (0.65, 0.545), (0.66, 0.53), (0.67, 0.52), (0.68, 0.56), (0.7, 0.50)]
-    alarms = [selection.update(e, 0, {"raw": one(s, s, macro)}).alarm for e, (s, macro) in enumerate(series, 1)]
+    alarms = [
+        selection.update(e, 0, {"raw": one(s, s, macro)}).alarm for e, (s, macro) in enumerate(series, 1)
+    ]
     assert alarms == [False, False, False, True, False, False, True]
 
 
@@ -147,3 +150,11 @@ def test_kinds_are_means_over_their_levels():
     hits = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
     assert by_kind(hits, combos) == {"blur": 0.5, "jpeg": 0.5}
     assert by_kind(np.array([1, 1, 1, 0, 0, 0], dtype=bool), combos) == {"blur": 0.75, "jpeg": 0.0}
+
+
+def test_the_checksum_sees_a_single_bit():
+    network = nn.Linear(30, 30)
+    before = checksum(network)
+    assert checksum(network) == before
+    network.weight.data.view(-1)[7] *= 1 + 2**-23
+    assert checksum(network) != before

@@ -13,7 +13,11 @@ from fastflower.evaluation import temperature
 def torch_fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
     """The same minimum by another route: torch's LBFGS on log T in float64."""
     z, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    w = torch.full((len(y),), 1 / len(y)).double() if weights is None else torch.from_numpy(weights / weights.sum())
+    w = (
+        torch.full((len(y),), 1 / len(y)).double()
+        if weights is None
+        else torch.from_numpy(weights / weights.sum())
+    )
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
 

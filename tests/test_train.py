@@ -15,8 +15,10 @@ import tiny
 import torch
 from PIL import Image
 
-from fastflower import checkpoint, errors, recipe as recipes, runs
+from fastflower import checkpoint, errors, runs
+from fastflower import recipe as recipes
 from fastflower.algorithms.gradients import Diverged, GradientGuard
+from fastflower.callbacks import ranks
 from fastflower.callbacks.progress import COLUMNS, clock, epoch_line, headline, step_line, time_left
 from fastflower.data.loaders import EvalLoader
 from fastflower.data.sets import open_fold
@@ -24,7 +26,13 @@ from fastflower.derived import derive
 from fastflower.model.network import NetworkSpec, build_network
 from fastflower.scores import scores
 
-ONE = ("sched.cosine_epochs=1", "sched.warmup_epochs=0", "data.img_size=32", "data.size_epochs=auto", "tta.scales=[32]")
+ONE = (
+    "sched.cosine_epochs=1",
+    "sched.warmup_epochs=0",
+    "data.img_size=32",
+    "data.size_epochs=auto",
+    "tta.scales=[32]",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +70,21 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     with Image.open(run.results_dir / "samples_fold0_seed42.png") as picture:
         assert picture.width > 8 * 32
     assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
-    assert [row["event"] for row in runs.read_events(run.events)] == ["start", "epoch", "epoch", "epoch", "end"]
+    assert [row["event"] for row in runs.read_events(run.events)] == [
+        "start",
+        "epoch",
+        "epoch",
+        "epoch",
+        "end",
+    ]
     out, log = capsys.readouterr().out, (run.model_dir / "train_fold0_seed42.log").read_text()
-    for said in ("fold 0   seed 42", "1-1 at 32 (4 steps of 10), 2-3 at 48", headline(), "done: all 3 epochs", "best_combo"):
+    for said in (
+        "fold 0   seed 42",
+        "1-1 at 32 (4 steps of 10), 2-3 at 48",
+        headline(),
+        "done: all 3 epochs",
+        "best_combo",
+    ):
         assert said in out and said in log
 
 
@@ -127,7 +147,13 @@ def test_without_averages_and_without_corruptions(capsys):
 
 def test_swa_is_scored_and_kept_as_its_own_kind_with_statistics_of_its_own():
     """A network with BatchNorm: the average's statistics are re-estimated, not averaged."""
-    words = ("model.backbone=test_resnet", "model.drop_path=0", "swa.enabled=true", "swa.start=0.5", "sched.warmup_epochs=0")
+    words = (
+        "model.backbone=test_resnet",
+        "model.drop_path=0",
+        "swa.enabled=true",
+        "swa.start=0.5",
+        "sched.warmup_epochs=0",
+    )
     assert tiny.fit("sched.cosine_epochs=4", "data.size_epochs=[1,4]", *words) == 0
     rows = tiny.epochs()
     assert ["s_swa" in row for row in rows] == [False, False, True, True]
@@ -174,7 +200,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
 
 def test_a_run_of_nan_stops_with_advice(monkeypatch):
     poison(monkeypatch, set(range(100)))
-    with pytest.raises(Diverged, match="3 steps in a row, up to step 3 .* lower opt.lr_ref or opt.lr"):
+    with pytest.raises(Diverged, match=r"3 steps in a row, up to step 3 .* lower opt.lr_ref or opt.lr"):
         tiny.fit("train.max_nonfinite=3", *ONE)
 
 
@@ -183,7 +209,10 @@ def test_a_run_of_nan_stops_with_advice(monkeypatch):
     [
         (["data.fold=7"], r"data.fold = 7: must be all, or a number \(or list\) in 0..2"),
         (["train.save_every=often"], "train.save_every = often: must be epochs such as 1ep"),
-        (["train.batch_per_gpu=64"], "40 training images, fewer than the global batch of 64; lower train.batch_per_gpu"),
+        (
+            ["train.batch_per_gpu=64"],
+            "40 training images, fewer than the global batch of 64; lower train.batch_per_gpu",
+        ),
         (["data.img_size=[32,64]"], "short side .* run convert with this recipe"),
         (["robust.kinds=[jpeg]"], "robust.kinds or robust.level differ"),
         (["data.home=elsewhere"], "elsewhere"),
@@ -207,10 +236,11 @@ def test_a_flipped_bit_in_a_beton_is_found_before_the_first_step():
 
 
 def test_two_processes_do_not_train_one_run(monkeypatch):
-    from fastflower import build
-
     recipe = recipes.load("tiny.yaml")
-    with build.claim(recipe, 0), pytest.raises(errors.EnvironmentFault, match="another process trains fold 0, seed 42"):
+    with (
+        ranks.claim(recipe, 0),
+        pytest.raises(errors.EnvironmentFault, match="another process trains fold 0, seed 42"),
+    ):
         tiny.fit()
     assert tiny.fit(*ONE) == 0
 
@@ -231,25 +261,43 @@ def test_the_console_reads_well():
         "epoch 3/40   45%  step 35/78  loss 2.3456  val 2.5000  lr 1.2e-04  812 img/s  0:55 left, 1:06:40 in all"
     )
     assert [clock(s) for s in (7, 750, 3723)] == ["0:07", "12:30", "1:02:03"]
-    recipe = recipes.load(None, ["data.img_size=[100,200]", "data.size_epochs=[2,4]", "sched.cosine_epochs=4"])
+    recipe = recipes.load(
+        None, ["data.img_size=[100,200]", "data.size_epochs=[2,4]", "sched.cosine_epochs=4"]
+    )
     assert time_left(derive(recipe, 2), 1, 10.0) == 10 + 40 + 40
 
 
-def ranks(count: int, *words: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(count), str(Path(tiny.train.__file__))]
+def launch(count: int, *words: str) -> subprocess.CompletedProcess[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "composer.cli.launcher",
+        "-n",
+        str(count),
+        str(Path(tiny.train.__file__)),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, "tiny.yaml", *words], capture_output=True, text=True, timeout=400, env=environment)
+    return subprocess.run(
+        [*launcher, "tiny.yaml", *words], capture_output=True, text=True, timeout=400, env=environment
+    )
 
 
 @pytest.mark.dist
 def test_two_ranks_are_one_rank():
     """50 steps at the same global batch; each validation image counted once on any number of ranks."""
-    still = ("model.drop_rate=0", "model.drop_path=0", "sched.cosine_epochs=13", "data.size_epochs=[7,13]", "opt.lr=1e-4", "eval.batch=4")
-    done = ranks(2, "exp.name=two", "train.batch_per_gpu=5", "train.world_size=2", *still)
+    still = (
+        "model.drop_rate=0",
+        "model.drop_path=0",
+        "sched.cosine_epochs=10",
+        "data.size_epochs=[5,10]",
+        "opt.lr=1e-4",
+        "eval.batch=4",
+    )
+    done = launch(2, "exp.name=two", "train.batch_per_gpu=4", "train.world_size=2", *still)
     assert done.returncode == 0, done.stdout + done.stderr
-    tiny.fit("exp.name=one", "eval.batch=7", *still)
+    tiny.fit("exp.name=one", "train.batch_per_gpu=8", *still, "eval.batch=7")
     one, two = tiny.last("one"), tiny.last("two")
-    assert one.more["time"]["batch"] == two.more["time"]["batch"] == 52
+    assert one.more["time"]["batch"] == two.more["time"]["batch"] == 50
     for name, tensor in one.tensors.items():
         torch.testing.assert_close(two.tensors[name], tensor, rtol=0, atol=1e-5)
     for a, b in zip(tiny.epochs("one"), tiny.epochs("two"), strict=True):
@@ -260,6 +308,6 @@ def test_two_ranks_are_one_rank():
 
 @pytest.mark.dist
 def test_a_refusal_is_said_once_by_the_first_rank_and_a_lost_rank_ends_all():
-    refused = ranks(2, "opt.lr_reff=1")
+    refused = launch(2, "opt.lr_reff=1")
     assert refused.returncode == 2
     assert (refused.stderr + refused.stdout).count("unknown key opt.lr_reff; did you mean opt.lr_ref?") == 1

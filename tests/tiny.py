@@ -17,7 +17,12 @@ from fastflower import checkpoint, convert, runs, train
 from fastflower.runs import Run
 
 BACKBONE = "test_vit"  # no BatchNorm; 0.4 M parameters
-CLASSES = (("7", (150, 100, 100), 22), ("12", (100, 150, 100), 17), ("3", (100, 100, 150), 12), ("40", (140, 140, 100), 9))
+CLASSES = (
+    ("7", (150, 100, 100), 22),
+    ("12", (100, 150, 100), 17),
+    ("3", (100, 100, 150), 12),
+    ("40", (140, 140, 100), 9),
+)
 RECIPE = f"""
 exp: {{name: tiny}}
 data: {{img_size: [32, 48], size_epochs: [1, 3], n_splits: 3, workers: 1, group: none}}
@@ -46,7 +51,14 @@ def _made() -> Path:
         csv.writer(file).writerows([("filename", "category_id"), *rows])
     (home / "tiny.yaml").write_text(RECIPE)
     root = str(home / "data")
-    convert.main([str(home / "tiny.yaml"), f"data.root={root}/train", f"data.csv={root}/train_labels.csv", f"data.home={root}"])
+    convert.main(
+        [
+            str(home / "tiny.yaml"),
+            f"data.root={root}/train",
+            f"data.csv={root}/train_labels.csv",
+            f"data.home={root}",
+        ]
+    )
     return home
 
 
@@ -70,7 +82,7 @@ def last(exp: str = "tiny", fold: int = 0) -> checkpoint.Checkpoint:
     return checkpoint.load(run_of(exp, fold).files("last")[-1])
 
 
-TIMES = ("time", "seconds", "eval_seconds", "images_per_s", "wait_share", "wait")
+TIMES = ("time", "seconds", "total_seconds", "eval_seconds", "images_per_s", "wait_share", "wait")
 
 
 def epochs(exp: str = "tiny") -> list[dict[str, Any]]:
@@ -82,10 +94,24 @@ def epochs(exp: str = "tiny") -> list[dict[str, Any]]:
 def different(one: Any, other: Any, path: str = "") -> list[str]:
     """The places in which two trees of tensors and values differ, to the bit; times are not compared."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = {*one, *other} - {*TIMES, "total_wct", "iteration_wct", "epoch_wct", "batch_wct", "exp", "recipe"}
-        return [d for key in sorted(keys, key=str) for d in different(one.get(key), other.get(key), f"{path}/{key}")]
+        keys = {*one, *other} - {
+            *TIMES,
+            "total_wct",
+            "iteration_wct",
+            "epoch_wct",
+            "batch_wct",
+            "exp",
+            "recipe",
+        }
+        return [
+            d
+            for key in sorted(keys, key=str)
+            for d in different(one.get(key), other.get(key), f"{path}/{key}")
+        ]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in different(a, b, f"{path}/{i}")]
+        return [
+            d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in different(a, b, f"{path}/{i}")
+        ]
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
     return [] if one == other else [path]

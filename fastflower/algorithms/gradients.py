@@ -90,8 +90,8 @@ class GradientGuard(Algorithm):
             lr = max(group["lr"] for group in state.optimizers[0].param_groups)
             raise Diverged(
                 f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step "
-                f"{state.timestamp.batch.value + 1} (epoch {state.timestamp.epoch.value + 1}, lr {lr:.3g}); lower opt.lr_ref "
-                f"or opt.lr (try {lr / 4:.2g}), or aug.strength, and start again under another exp.name"
+                f"{state.timestamp.batch.value + 1} (epoch {state.timestamp.epoch.value + 1}, lr {lr:.3g}); lower "
+                f"opt.lr_ref or opt.lr (a quarter, say) or aug.strength, and start again under another exp.name"
             )
 
     def state_dict(self) -> dict[str, Any]:

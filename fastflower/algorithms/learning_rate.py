@@ -22,7 +22,12 @@ from fastflower.recipe import Recipe
 
 def stage_factor(recipe: Recipe, derived: Derived, epoch: int) -> float:
     """What a stage with its own batch does to the lr: the rule at its global batch over the rule at the first one's."""
-    return scaled_lr(recipe, derived.stage(epoch).batch_per_gpu * derived.world_size * recipe.train.grad_accum)[0] / derived.lr
+    return (
+        scaled_lr(recipe, derived.stage(epoch).batch_per_gpu * derived.world_size * recipe.train.grad_accum)[
+            0
+        ]
+        / derived.lr
+    )
 
 
 class LearningRate(Algorithm):
@@ -32,7 +37,12 @@ class LearningRate(Algorithm):
     """
 
     def __init__(
-        self, recipe: Recipe, derived: Derived, network: nn.Module, steps: Callable[[int], int], score: Callable[[], float]
+        self,
+        recipe: Recipe,
+        derived: Derived,
+        network: nn.Module,
+        steps: Callable[[int], int],
+        score: Callable[[], float],
     ) -> None:
         self.recipe = recipe
         self.derived = derived

@@ -11,7 +11,9 @@ BENCHES = {"loader": loader.main}
 def main(argv: list[str]) -> int | None:
     if not argv or argv[0] not in BENCHES:
         got = argv[0] if argv else "nothing"
-        raise errors.InputError(f"bench: got {got}, choose from {', '.join(BENCHES)}; add --help for its options")
+        raise errors.InputError(
+            f"bench: got {got}, choose from {', '.join(BENCHES)}; add --help for its options"
+        )
     return BENCHES[argv[0]](argv[1:])
 
 

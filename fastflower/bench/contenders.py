@@ -68,14 +68,11 @@ class Pictures:
         """A stock FFCV beton of at most 512 pixels a side."""
         path = self.work / f"ffcv_{mode}.beton"
         if not path.exists():
-            from ffcv.fields import IntField, RGBImageField
-            from ffcv.writer import DatasetWriter
+            from fastflower.data.operations import write_stock
 
-            image = RGBImageField(write_mode=mode, max_resolution=512, jpeg_quality=90)
             rows = [(Image.open(file).convert("RGB"), 0) for file in self.files]
-            with contextlib.redirect_stderr(io.StringIO()):
-                writer = DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=1)
-                writer.from_indexed_dataset(rows)
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+                write_stock(path, rows, mode)
         return path
 
 
@@ -99,28 +96,19 @@ def ours(pictures: Pictures, size: int, threads: int, kind: str) -> Epoch:
 def limit(pictures: Pictures, size: int, threads: int, entropy_only: int) -> Epoch:
     """libjpeg-turbo alone through our kernel, writing no batch."""
     beton, kernel = pictures.beton("original", 0), library()
-    base = beton.data.ctypes.data
-    rows = [(base + int(row["offset"]), int(row["size"])) for row in beton.table]
+    rows = [(int(row["offset"]), int(row["size"])) for row in beton.table]
 
     def some(part: list[tuple[int, int]]) -> None:
-        for address, length in part:
-            kernel.ff_limit(address, length, entropy_only)
+        for offset, length in part:
+            kernel.ff_limit(beton.data.ctypes.data + offset, length, entropy_only)
 
     return _pooled(rows, threads, some)
 
 
 def ffcv(pictures: Pictures, size: int, threads: int, mode: str) -> Epoch:
-    from ffcv.fields.decoders import IntDecoder
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+    from fastflower.data.operations import stock_loader
 
-    decoder = RandomResizedCropRGBImageDecoder((size, size), SCALE, RATIO)
-    loader = Loader(
-        str(pictures.ffcv(mode)), batch_size=BATCH, num_workers=threads, order=OrderOption.SEQUENTIAL, os_cache=True,
-        drop_last=False,
-        pipelines={"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
-    )  # fmt: skip
+    loader = stock_loader(pictures.ffcv(mode), (size, size), Crop(SCALE, RATIO, 0.5), BATCH, threads)
     return lambda: iter(loader)
 
 
@@ -161,7 +149,8 @@ def opencv(pictures: Pictures, size: int, threads: int, decoder: str) -> Epoch:
     else:
 
         def decode(data: bytes) -> np.ndarray:
-            return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+            pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
     def some(part: list[bytes]) -> np.ndarray:
         batch = np.empty((len(part), size, size, 3), np.uint8)
@@ -173,32 +162,13 @@ def opencv(pictures: Pictures, size: int, threads: int, decoder: str) -> Epoch:
             h = max(1, min(height, round((height * width * area / ratio) ** 0.5)))
             w = max(1, min(width, round((height * width * area * ratio) ** 0.5)))
             top, left = random.randint(0, height - h), random.randint(0, width - w)
-            view = cv2.resize(pixels[top : top + h, left : left + w], (size, size), interpolation=cv2.INTER_LINEAR)
+            view = cv2.resize(
+                pixels[top : top + h, left : left + w], (size, size), interpolation=cv2.INTER_LINEAR
+            )
             batch[i] = view[:, ::-1] if random.random() < 0.5 else view
         return batch
 
     return _pooled(pictures.data, threads, some)
-
-
-def spdl(pictures: Pictures, size: int, threads: int) -> Epoch:
-    import spdl.io
-    from spdl.pipeline import PipelineBuilder
-
-    def some(part: list[str]) -> Any:
-        filters = f"crop=iw*{SCALE[0] ** 0.5:.3f}:ih*{SCALE[0] ** 0.5:.3f},scale={size}:{size}"
-        return spdl.io.convert_frames(
-            [spdl.io.decode_packets(spdl.io.demux_image(file), filter_desc=filters + ",format=rgb24") for file in part]
-        )
-
-    names = [str(file) for file in pictures.files]
-    parts = [names[i : i + BATCH] for i in range(0, len(names), BATCH)]
-
-    def epoch() -> Iterator[Any]:
-        pipeline = PipelineBuilder().add_source(iter(parts)).pipe(some, concurrency=threads).add_sink(3)
-        with pipeline.build(num_threads=threads).auto_stop() as running:
-            yield from running
-
-    return epoch
 
 
 def _pooled(items: list[Any], threads: int, some: Callable[[list[Any]], Any]) -> Epoch:
@@ -223,14 +193,13 @@ CONTENDERS: dict[str, Callable[[Pictures, int, int], Epoch]] = {
     "DataLoader + PIL + torchvision": torchvision,
     "OpenCV linear": functools.partial(opencv, decoder="opencv"),
     "simplejpeg + OpenCV linear": functools.partial(opencv, decoder="simplejpeg"),
-    "SPDL": spdl,
     "libjpeg-turbo full decode alone": functools.partial(limit, entropy_only=0),
     "libjpeg-turbo entropy decoding alone": functools.partial(limit, entropy_only=1),
     "fastflower original bytes": functools.partial(ours, kind="original"),
     "fastflower pre-scaled jpeg": functools.partial(ours, kind="jpeg"),
     "fastflower pre-scaled raw": functools.partial(ours, kind="raw"),
 }
-NEEDS = {"simplejpeg + OpenCV linear": "simplejpeg", "SPDL": "spdl"}
+NEEDS = {"simplejpeg + OpenCV linear": "simplejpeg"}
 
 
 def taking_part() -> list[str]:
@@ -240,5 +209,7 @@ def taking_part() -> list[str]:
 
 def photographs(folder: Path, most: int) -> tuple[Path, ...]:
     """The first `most` JPEG files of a folder, by name; 0: all."""
-    files = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.name.lower().endswith((".jpg", ".jpeg")))
+    files = sorted(
+        Path(entry.path) for entry in os.scandir(folder) if entry.name.lower().endswith((".jpg", ".jpeg"))
+    )
     return tuple(files[: most or None])

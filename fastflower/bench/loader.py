@@ -1,14 +1,16 @@
 """`bench loader`: how fast photographs become training batches, ours against the others, interleaved in one run.
 
-Ratios are taken within a round, so a machine that is busy for a while does not favour anyone. Start-up (from
-process start to the first batch) and peak memory are measured in a fresh process for every contender.
+Ratios are taken within a round, so a machine that is busy for a while does not favour anyone; those of the
+processor time spent hold on a shared machine too. Start-up (from process start to the first batch) and peak
+memory are measured in a fresh process for every contender.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,21 +33,25 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--size", type=int, nargs="+", default=[224, 320])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="contenders whose name contains one of these words, and stock FFCV")
+    parser.add_argument(
+        "--only", nargs="+", help="contenders whose name contains one of these words, and stock FFCV"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)  # one contender's start, in a process of its own
+    parser.add_argument(
+        "--probe", nargs=2, help=argparse.SUPPRESS
+    )  # one contender's start, in a process of its own
     args = parser.parse_args(argv)
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
     if args.probe:
         name, work = args.probe
-        print(json.dumps(probe(name, Pictures(files, Path(work)), args.size[0], args.threads[0])))
-        return None
+        print(json.dumps(probe(name, Pictures(files, Path(work)), args.size[0], args.threads[0])), flush=True)
+        os._exit(0)  # not every peer's threads survive the interpreter's end
     names = [n for n in taking_part() if n == STOCK or not args.only or any(word in n for word in args.only)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
         pictures = Pictures(files, Path(work))
-        print(f"{len(files)} photographs, {args.rounds} rounds; images/s per core, ratio to {STOCK} [quartiles]")
+        print(f"{len(files)} photographs, {args.rounds} rounds; ratios to {STOCK}: median [quartiles]")
         for size in args.size:
             for threads in args.threads:
                 rows += (found := measure(pictures, names, size, threads, args.rounds))
@@ -57,12 +63,14 @@ def main(argv: list[str]) -> int | None:
     return None
 
 
-def measure(pictures: Pictures, names: list[str], size: int, threads: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    pictures: Pictures, names: list[str], size: int, threads: int, rounds: int
+) -> list[dict[str, Any]]:
     """One row for each contender: median images/s, and the ratio to stock FFCV with its quartiles."""
     epochs = {name: CONTENDERS[name](pictures, size, threads) for name in names}
     for epoch in epochs.values():
         seconds(epoch)  # compilers, caches, workers
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         order = deque(names)
         order.rotate(turn)
@@ -71,27 +79,30 @@ def measure(pictures: Pictures, names: list[str], size: int, threads: int, round
     rows = []
     for name in names:
         ratios = np.array(times[STOCK]) / np.array(times[name])
-        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        low, middle, high = np.percentile(ratios[:, 0], [25, 50, 75])
+        wall, processor = np.median(times[name], axis=0)
         rows.append(
             {
                 "contender": name,
                 "size": size,
                 "threads": threads,
-                "images_per_s": round(len(pictures.files) / float(np.median(times[name])), 1),
+                "images_per_s": round(len(pictures.files) / float(wall), 1),
+                "images_per_cpu_s": round(len(pictures.files) / float(processor), 1),
                 "ratio_to_stock_ffcv": round(middle, 3),
                 "ratio_q1": round(low, 3),
                 "ratio_q3": round(high, 3),
+                "ratio_cpu": round(float(np.median(ratios[:, 1])), 3),
             }
         )
     return rows
 
 
-def seconds(epoch: Epoch) -> float:
-    """The wall time of one epoch, batches dropped as they come."""
-    start = time.perf_counter()
+def seconds(epoch: Epoch) -> tuple[float, float]:
+    """Wall and processor time of one epoch, batches dropped as they come."""
+    start, spent = time.perf_counter(), _processor()
     for _ in epoch():
         pass
-    return time.perf_counter() - start
+    return time.perf_counter() - start, _processor() - spent
 
 
 def probe(name: str, pictures: Pictures, size: int, threads: int) -> dict[str, float]:
@@ -101,41 +112,63 @@ def probe(name: str, pictures: Pictures, size: int, threads: int) -> dict[str, f
     first = time.time() - _process_start()
     for _ in batches:
         pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {"first_batch_s": round(first, 2), "peak_mb": round(peak + threads * workers)}
+    processes = ["self", *(str(child.pid) for child in multiprocessing.active_children())]
+    return {"first_batch_s": round(first, 2), "peak_mb": round(sum(map(_peak, processes)))}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows of one size and number of threads as a table."""
     print(f"\nsize {rows[0]['size']}, threads {rows[0]['threads']}")
-    print(f"{'':38}{'img/s/core':>10}  {'ratio':>7} {'[q1, q3]':>16}{'first batch':>13}{'peak':>10}")
+    columns = (
+        f"{'img/s/core':>10}{'ratio':>9} {'[q1, q3]':>16}{'cpu ratio':>11}{'first batch':>13}{'peak':>10}"
+    )
+    print(f"{'':38}{columns}")
     for row in rows:
         quartiles = f"[{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
         speed = row["images_per_s"] / row["threads"]
         print(
-            f"{row['contender']:38}{speed:10.0f}  {row['ratio_to_stock_ffcv']:7.2f} {quartiles:>16}"
-            f"{row['first_batch_s']:11.1f} s{row['peak_mb']:7.0f} MB",
+            f"{row['contender']:38}{speed:10.0f}{row['ratio_to_stock_ffcv']:9.2f} {quartiles:>16}"
+            f"{row['ratio_cpu']:11.2f}{row['first_batch_s']:11.1f} s{row['peak_mb']:7.0f} MB",
             flush=True,
         )
 
 
-def _fresh(name: str, args: argparse.Namespace, pictures: Pictures, size: int, threads: int) -> dict[str, float]:
+def _fresh(
+    name: str, args: argparse.Namespace, pictures: Pictures, size: int, threads: int
+) -> dict[str, float]:
     command = [sys.executable, "-m", "fastflower.bench", "loader", "--data", str(args.data)]
     command += ["--images", str(args.images), "--size", str(size), "--threads", str(threads)]
     done = subprocess.run(
         [*command, "--probe", name, str(pictures.work)], capture_output=True, text=True, timeout=600
     )
     if done.returncode:
-        raise InputError(f"{name} failed in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"{name} failed in a fresh process ({done.returncode}): {said}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _processor() -> float:
+    """Processor seconds of this process and of its living children, which loaders keep as workers."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _peak(process: str) -> float:
+    """The most memory, in MB, that a process has held."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def _process_start() -> float:
     """Unix time at which this process began, from /proc."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     boot = next(
-        int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime")
+        int(line.split()[1])
+        for line in Path("/proc/stat").read_text().splitlines()
+        if line.startswith("btime")
     )
-    return boot + ticks / 100
+    return boot + ticks / os.sysconf("SC_CLK_TCK")

@@ -32,6 +32,7 @@ class Meter:
     def __init__(self) -> None:
         self.sums = dict.fromkeys(SUMS, 0.0)
         self.lr: dict[str, float] = {}
+        self.total = 0.0  # seconds of all finished epochs, evaluations included
 
     def reset(self) -> None:
         self.sums = dict.fromkeys(SUMS, 0.0)
@@ -42,10 +43,10 @@ class Meter:
         return self.sums[name] / steps if steps else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "lr": dict(self.lr)}
+        return {"sums": dict(self.sums), "lr": dict(self.lr), "total_seconds": self.total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.lr = dict(state["sums"]), dict(state["lr"])
+        self.sums, self.lr, self.total = dict(state["sums"]), dict(state["lr"]), state["total_seconds"]
 
 
 class Recorder(Callback):
@@ -82,7 +83,8 @@ class Recorder(Callback):
         if not self.guard.skipped:
             sums["loss"] += state.total_loss_dict["loss/train/total"]
             sums["norm"] += self.guard.norm
-        sums["images"] += state.timestamp.sample.value - state.previous_timestamp.sample.value
+        before = state.previous_timestamp
+        sums["images"] += state.timestamp.sample.value - (before.sample.value if before else 0)
         sums["wait"] += self._waited
         sums["seconds"] += now - self._waiting
         self.meter.lr = {str(group["name"]): group["lr"] for group in state.optimizers[0].param_groups}
@@ -92,6 +94,7 @@ class Recorder(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self.row = self._epoch_row(state)
+        self.meter.total += self.row["seconds"]
         self.write(self.row)
         if self.tensorboard:
             self._plot(self.row)

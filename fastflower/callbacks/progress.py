@@ -109,7 +109,7 @@ class Console:
         self._log: TextIO | None = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(log, "a", encoding="utf-8", buffering=1)
+            self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def say(self, text: str = "", style: str = "") -> None:
         """Lines that stay; `style` is bold, green or yellow on a terminal."""
@@ -183,15 +183,22 @@ class Progress(Callback):
             self.console.say(text)
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        self.console.move(f"epoch {state.timestamp.epoch.value}/{self.derived.epochs}  scoring {state.dataloader_label} images")
+        self.console.move(
+            f"epoch {state.timestamp.epoch.value}/{self.derived.epochs}  scoring {state.dataloader_label} images"
+        )
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         row = self.recorder.row
         if self.rows % HEADER_EVERY == 0:
             self.console.say(headline(), "bold")
         self.rows += 1
-        left = 0.0 if self.scoring.selection.stopped else time_left(self.derived, row["epoch"], row["seconds"])
-        self.console.say(epoch_line(row, self.derived.epochs, left), "green" if row["best"]["epoch"] == row["epoch"] else "")
+        left = (
+            0.0 if self.scoring.selection.stopped else time_left(self.derived, row["epoch"], row["seconds"])
+        )
+        self.console.say(
+            epoch_line(row, self.derived.epochs, left),
+            "green" if row["best"]["epoch"] == row["epoch"] else "",
+        )
         for note in self._notes(row):
             self.console.say(f"        {note}", "yellow")
 
@@ -201,7 +208,9 @@ class Progress(Callback):
         if row["nonfinite"]:
             notes.append(f"{row['nonfinite']} steps were not finite and were skipped")
         if row["grad_norm"] > NORM_HIGH or row["grad_norm"] < NORM_LOW:
-            notes.append(f"gradient norm {row['grad_norm']:.2g}: {'exploding' if row['grad_norm'] > 1 else 'vanishing'}")
+            notes.append(
+                f"gradient norm {row['grad_norm']:.2g}: {'exploding' if row['grad_norm'] > 1 else 'vanishing'}"
+            )
         return notes
 
     def _step_text(self, state: State, step: int, steps: int) -> str:

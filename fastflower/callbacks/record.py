@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,34 @@ import torch
 from fastflower import __version__, runs
 from fastflower import recipe as recipes
 from fastflower.callbacks.progress import clock, side
-from fastflower.callbacks.selection import Best
+from fastflower.callbacks.saving import FIXED, load_last
+from fastflower.callbacks.scoring import Scoring
 from fastflower.derived import Derived
+from fastflower.errors import InputError
 from fastflower.recipe import Recipe
 from fastflower.runs import Run
 
-PACKAGES = ("torch", "torchvision", "mosaicml", "ffcv", "timm", "numpy", "scikit-learn", "scipy", "pandas", "numba", "pillow")
-# keys that say where, how fast or what happens afterwards, not what is learned; their change does not stop a resume
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "mosaicml",
+    "ffcv",
+    "timm",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "numba",
+    "pillow",
+)
+# keys that say where, how fast or what happens afterwards, not what is learned: their change does not stop a resume;
+# what the data keys made is compared by its hashes, what the batch keys make by the global batch
 FREE = (
-    "exp.", "tta.", "ensembling.", "ts.", "bundle.", "log.", "checks.", "data.root", "data.csv", "data.image_col", "data.label_col",
-    "data.home", "data.test", "data.fold", "data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers",
-    "eval.batch", "train.batch_per_gpu", "train.world_size", "train.grad_accum", "train.stage_batch", "train.save_every",
-    "train.max_nonfinite", "train.compile",
-)  # fmt: skip
+    *("exp.", "tta.", "ensembling.", "ts.", "bundle.", "log.", "checks.", "eval.batch"),
+    *("data.root", "data.csv", "data.image_col", "data.label_col", "data.home", "data.test", "data.fold"),
+    *("data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers"),
+    *("train.batch_per_gpu", "train.world_size", "train.grad_accum", "train.stage_batch"),
+    *("train.save_every", "train.max_nonfinite", "train.compile"),
+)
 
 
 @dataclass
@@ -86,7 +102,9 @@ def versions() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "git": git_state(),
         "platform": platform.platform(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"],
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else ["cpu"],
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
@@ -117,63 +135,90 @@ def git_state() -> dict[str, Any] | None:
 
 def write_meta(recipe: Recipe, facts: Facts, advice: list[str], determinism: str) -> None:
     """Freeze recipe, folds, classes, versions and derived numbers in meta/."""
-    run, folder = facts.run, facts.run.meta_dir
+    folder = facts.run.meta_dir
     runs.write_atomic(folder / "recipe.yaml", recipes.to_yaml(recipe))
     for name in ("folds.csv", "classes.csv"):
         runs.write_atomic(folder / name, (Path(recipe.data.home) / name).read_bytes())
     runs.write_json(folder / "versions.json", versions())
-    runs.write_json(
-        folder / f"derived_{run.stem}.json",
-        {
-            **facts.derived.as_dict(),
-            "backbone": run.backbone,
-            "steps": facts.steps,
-            "precision": facts.precision,
-            "device": facts.device,
-            "parameters": facts.parameters,
-            "groups": facts.groups,
-            "class_counts": facts.counts.tolist(),
-            "validation": facts.validation,
-            "combos": facts.combos,
-            "determinism": determinism,
-            "notes": [*facts.notes, *advice],
-        },
-    )
+    write_derived(facts, advice, determinism)
+
+
+def write_derived(facts: Facts, advice: list[str], determinism: str) -> None:
+    """The run's derived numbers; written again at its end, when it is known whether all operations were exact."""
+    content = {
+        **facts.derived.as_dict(),
+        "backbone": facts.run.backbone,
+        "steps": facts.steps,
+        "precision": facts.precision,
+        "device": facts.device,
+        "parameters": facts.parameters,
+        "groups": facts.groups,
+        "class_counts": facts.counts.tolist(),
+        "validation": facts.validation,
+        "combos": facts.combos,
+        "determinism": determinism,
+        "notes": [*facts.notes, *advice],
+    }
+    runs.write_json(facts.run.meta_dir / f"derived_{facts.run.stem}.json", content)
 
 
 def header(recipe: Recipe, facts: Facts) -> list[str]:
     """What this run is, in about ten lines."""
     d, run = facts.derived, facts.run
-    present = facts.counts[facts.counts > 0]
-    kinds = f" (+ {len(facts.combos)} corrupted copies)" if facts.combos else ""
-    stages = ", ".join(
-        f"{s.first}-{s.last} at {side([s.height, s.width])} ({n} steps of {s.batch_per_gpu * d.world_size * recipe.train.grad_accum})"
-        for s, n in zip(d.stages, facts.steps, strict=True)
-    )
-    accum = f" x {recipe.train.grad_accum}" if recipe.train.grad_accum > 1 else ""
     pretrained = "pretrained" if recipe.model.pretrained else "from scratch"
-    devices = f"{d.world_size} x {facts.device}, {facts.precision}"
+    accum = f" x {recipe.train.grad_accum}" if recipe.train.grad_accum > 1 else ""
+    smoothing = f"smoothing {recipe.reg.ls_eps:g}, " if recipe.loss.name != "ce" else ""
     rows = [
-        ("network", f"{run.backbone}, {facts.parameters / 1e6:.1f} M parameters, {pretrained}, {recipe.model.head} head"),
-        ("data", f"{facts.classes} classes, {int(facts.counts.sum())} training images ({present.max()} to {present.min()} a class), "
-                 f"{facts.validation} validation{kinds}"),
-        ("devices", devices),
+        (
+            "network",
+            f"{run.backbone}, {facts.parameters / 1e6:.1f} M parameters, {pretrained}, {recipe.model.head} head",
+        ),
+        ("data", _data(facts)),
+        ("devices", f"{d.world_size} x {facts.device}, {facts.precision}"),
         ("batch", f"{d.world_size} x {d.stages[0].batch_per_gpu}{accum} = {d.batch_global} global"),
-        ("lr", f"{d.lr:.3g} ({d.lr_note}), {recipe.opt.name}, {recipe.sched.name}, {recipe.sched.warmup_epochs} epochs of warm-up"),
-        ("epochs", stages),
+        ("lr", f"{d.lr:.3g} ({d.lr_note}), {recipe.opt.name}, {_schedule(recipe)}"),
+        ("epochs", _stages(recipe, facts)),
         ("sampler", recipe.sampler.type),
-        ("loss", f"{recipe.loss.name}, smoothing {recipe.reg.ls_eps:g}, MixUp/CutMix {recipe.reg.mix_prob:g}, "
-                 f"erasing {recipe.reg.erase_p:g}"),
+        (
+            "loss",
+            f"{recipe.loss.name}, {smoothing}MixUp/CutMix {recipe.reg.mix_prob:g}, erasing {recipe.reg.erase_p:g}",
+        ),
         ("averages", _averages(recipe)),
         ("best by", _best_by(recipe)),
         ("folders", f"{run.model_dir}, {run.results_dir}"),
-    ]  # fmt: skip
+    ]
     title = f"fastflower {__version__}   {run.exp}   fold {run.fold}   seed {run.seed}"
     return [title, *(f"  {name:<9} {text}" for name, text in rows)]
 
 
+def _data(facts: Facts) -> str:
+    present = facts.counts[facts.counts > 0]
+    corrupted = f" (+ {len(facts.combos)} corrupted copies)" if facts.combos else ""
+    training = f"{facts.counts.sum()} training images ({present.max()} to {present.min()} a class)"
+    return f"{facts.classes} classes, {training}, {facts.validation} validation{corrupted}"
+
+
+def _schedule(recipe: Recipe) -> str:
+    if recipe.sched.name == "none":
+        return "constant"
+    return f"{recipe.sched.name}, {recipe.sched.warmup_epochs} epochs of warm-up"
+
+
+def _stages(recipe: Recipe, facts: Facts) -> str:
+    """1-15 at 224 (156 steps of 128), 16-40 at 320 (156 steps of 128)."""
+    images = facts.derived.world_size * recipe.train.grad_accum
+    return ", ".join(
+        f"{s.first}-{s.last} at {side([s.height, s.width])} ({steps} steps of {s.batch_per_gpu * images})"
+        for s, steps in zip(facts.derived.stages, facts.steps, strict=True)
+    )
+
+
 def _averages(recipe: Recipe) -> str:
-    ema = f"EMA {recipe.ema.decay:g}{' with ramp' if recipe.ema.warmup else ''}" if recipe.ema.enabled else "no EMA"
+    ema = (
+        f"EMA {recipe.ema.decay:g}{' with ramp' if recipe.ema.warmup else ''}"
+        if recipe.ema.enabled
+        else "no EMA"
+    )
     return ema + (f", SWA from {recipe.swa.start:.0%} of the horizon" if recipe.swa.enabled else "")
 
 
@@ -183,47 +228,105 @@ def _best_by(recipe: Recipe) -> str:
         score = "clean top-1"
     else:
         score = f"S = {alpha:g} clean + {1 - alpha:g} corrupted"
-    stop = f"patience {recipe.es.patience} of {recipe.es.min_delta:g}" if recipe.es.enabled else "no early stop"
+    stop = (
+        f"patience {recipe.es.patience} of {recipe.es.min_delta:g}" if recipe.es.enabled else "no early stop"
+    )
     return f"{score}, {stop}"
 
 
-def summary(
-    run: Run, best: Best, scores: dict[str, float], reason: str, written: dict[str, Path], seconds: float
-) -> list[str]:
-    """How it ended: best epoch, its scores, why it stopped, what was written."""
+def end(run: Run, scoring: Scoring, seconds: float, saving_seconds: float) -> dict[str, Any]:
+    """How a run ended, as a row of events.jsonl and for meta/."""
+    best, flat = scoring.selection.best, scoring.flat
+    epochs = scoring.epoch
+    return {
+        "event": "end",
+        "reason": scoring.selection.stopped or f"all {epochs} epochs",
+        "stopped_early": bool(scoring.selection.stopped),
+        "epochs": epochs,
+        "best": {"epoch": best.epoch, "score": best.score, "weights": best.weights},
+        "idle_epochs": scoring.selection.idle,
+        "scores": scoring.best_flat,
+        "last_scores": flat,
+        "files": {kind: str(paths[-1]) for kind in FIXED if (paths := run.files(kind))},
+        "seconds": seconds,
+        "saving_seconds": saving_seconds,
+    }
+
+
+def summary(row: dict[str, Any]) -> list[str]:
+    """The end for people: best epoch, its scores, why it stopped, what was written."""
+    best, scores = row["best"], row["scores"]
+    columns = (
+        ("clean", "clean"),
+        ("corrupted", "corrupt"),
+        ("macro recall", "macro_recall"),
+        ("macro F1", "macro_f1"),
+    )
     shown = [
         f"{name} {scores[key]:.4f}"
-        for name, key in (
-            ("clean", f"clean_{best.weights}"),
-            ("corrupted", f"corrupt_{best.weights}"),
-            ("macro recall", f"macro_recall_{best.weights}"),
-            ("macro F1", f"macro_f1_{best.weights}"),
+        for name, part in columns
+        if (key := f"{part}_{best['weights']}") in scores
+    ]
+    detail = f" ({', '.join(shown)})" if shown else ""
+    return [
+        "",
+        f"done: {row['reason']}, {clock(row['seconds'])}",
+        f"  best       epoch {best['epoch']}, {best['weights']} weights, {best['score']:.4f}{detail}",
+        *(f"  {kind:<10} {path}" for kind, path in row["files"].items()),
+    ]
+
+
+def notes(recipe: Recipe, facts: Facts, advice: list[str]) -> list[str]:
+    """What a person should know before the first step."""
+    real, lines = facts.derived.world_size, []
+    if recipe.train.world_size != real:
+        lines.append(
+            f"train.world_size = {recipe.train.world_size}, running on {real}: batch and lr are those of {real}"
         )
-        if key in scores
-    ]
-    lines = [
-        f"done: {reason}, {clock(seconds)}",
-        f"  best       epoch {best.epoch}, {best.weights} weights, {best.score:.4f}" + (f" ({', '.join(shown)})" if shown else ""),
-    ]
-    return lines + [f"  {kind:<10} {path}" for kind, path in sorted(written.items())]
+    per_rank = [stage.batch_per_gpu * recipe.train.grad_accum for stage in facts.derived.stages]
+    if recipe.reg.mix_prob and any(batch % 2 for batch in per_rank):
+        lines.append(
+            f"an odd batch ({per_rank} images a device) mixes other pairs on another number of devices"
+        )
+    needed = (
+        8 * 4 * facts.parameters * (2 + recipe.ema.enabled)
+    )  # two `last` of weights, two moments, average; members
+    free = shutil.disk_usage(facts.run.model_dir).free
+    if free < needed:
+        lines.append(f"the disk has {free / 1e9:.1f} GB left, the checkpoints may take {needed / 1e9:.1f} GB")
+    return [*lines, *advice]
 
 
-def check_disk(folder: Path, needed: int) -> list[str]:
-    """A line when the disk of `folder` has less room than the checkpoints will take."""
-    free = shutil.disk_usage(folder).free
-    if free >= needed:
-        return []
-    return [f"the disk of {folder} has {free / 1e9:.1f} GB left, the checkpoints may take {needed / 1e9:.1f} GB"]
+@dataclass(frozen=True)
+class Last:
+    """The checkpoint to go on from; `finished` is a line to say when there is nothing left to do."""
+
+    path: Path
+    finished: str
 
 
-def world_note(recipe: Recipe, facts: Facts) -> list[str]:
-    """A line when the recipe was written for another number of devices."""
-    real = facts.derived.world_size
-    if recipe.train.world_size == real:
-        return []
-    return [f"train.world_size = {recipe.train.world_size}, running on {real}: batch and lr are those of {real}"]
+def find_last(run: Run, same: dict[str, Any], say: Callable[[str], None]) -> Last | None:
+    """The newest whole `last` of a run, or None. Raises InputError when it belongs to another recipe or other data."""
+    found = load_last(run, say)
+    if found is None:
+        return None
+    path, last = found
+    changed = differences(last.meta["identity"], same)
+    if changed:
+        more = "; ..." if len(changed) > 4 else ""
+        raise InputError(
+            f"{run.model_dir} holds fold {run.fold}, seed {run.seed} of another recipe or other data "
+            f"({'; '.join(changed[:4])}{more}); undo that or choose another exp.name"
+        )
+    best, reason = last.meta["best"], last.meta["finished"]
+    line = (
+        f"fold {run.fold}, seed {run.seed} of {run.exp} is finished ({reason}): best epoch {best['epoch']} with "
+        f"{best['score']:.4f}; nothing to do"
+    )
+    return Last(path, line if reason else "")
 
 
-def write_end(run: Run, row: dict[str, Any]) -> None:
-    """How the run ended, early or not, beside what it started with."""
+def write_end(run: Run, facts: Facts, advice: list[str], row: dict[str, Any]) -> None:
+    """Put the end, early or not, beside what the run started with."""
     runs.write_json(run.meta_dir / f"early_stop_{run.stem}.json", row)
+    write_derived(facts, advice, row["determinism"])

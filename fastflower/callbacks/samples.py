@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from fastflower.data.augment import augment
 from fastflower.data.decode import decode_eval
 from fastflower.data.loaders import TrainLoader
-from fastflower.data.mixing import mix
+from fastflower.data.mixing import Kind, mix
 from fastflower.recipe import Recipe
 
 COLUMNS = 8
@@ -27,10 +27,13 @@ def sample_rows(
     keys, labels = batch["key"], batch["label"]
     crop, height, width, _ = batch["image"].shape
     stored = np.empty((crop, height, width, 3), np.uint8)
-    decode_eval(loader.beton, batch["row"].numpy(), stored, recipe.eval.resize_factor, interpolation, loader.threads)
+    decode_eval(
+        loader.beton, batch["row"].numpy(), stored, recipe.eval.resize_factor, interpolation, loader.threads
+    )
     images = augment(batch["image"], keys, recipe.aug, recipe.reg.erase_p, fill)
     rows = {"as evaluated": stored, "as trained": pixels(images)}
-    for kind, alpha in (("mixup", recipe.reg.mixup), ("cutmix", recipe.reg.cutmix)):
+    alphas: dict[Kind, float] = {"mixup": recipe.reg.mixup, "cutmix": recipe.reg.cutmix}
+    for kind, alpha in alphas.items():
         if alpha and recipe.reg.mix_prob:
             rows[kind] = pixels(mix(images, labels, keys, num_classes, kind, alpha)[0])
     return rows
@@ -55,7 +58,12 @@ def grid(rows: dict[str, np.ndarray]) -> Image.Image:
 
 
 def save_samples(
-    path: Path, recipe: Recipe, loader: TrainLoader, num_classes: int, interpolation: str, fill: tuple[float, ...]
+    path: Path,
+    recipe: Recipe,
+    loader: TrainLoader,
+    num_classes: int,
+    interpolation: str,
+    fill: tuple[float, ...],
 ) -> None:
     """Write the picture of the loader's first batch and close the loader."""
     try:

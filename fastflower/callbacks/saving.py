@@ -126,8 +126,14 @@ def _link(path: Path, name: Path) -> None:
 
 
 def _refusal(path: Path, error: OSError) -> EnvironmentFault:
-    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot write ({error.strerror})"
-    return EnvironmentFault(f"{path}: {what}; the last good checkpoint is kept, make room and run the same command")
+    what = (
+        "the disk is full"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else f"cannot write ({error.strerror})"
+    )
+    return EnvironmentFault(
+        f"{path}: {what}; the last good checkpoint is kept, make room and run the same command"
+    )
 
 
 class Stop:
@@ -138,7 +144,9 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def restore(self) -> None:
         """Put the former handlers back."""
@@ -230,25 +238,30 @@ class Saving(Callback):
         epoch = timestamp.epoch.value
         best = self.scoring.selection.best
         meta = {**self.meta(epoch), "kind": "last", "weights": "raw", "scores": self.scoring.flat}
-        meta |= {"identity": self.identity, "finished": finished, "best": {"epoch": best.epoch, "score": best.score}}
+        meta |= {
+            "identity": self.identity,
+            "finished": finished,
+            "best": {"epoch": best.epoch, "score": best.score},
+        }
         more = {
             "time": plain_time(timestamp),
             "optimizer": state.optimizers[0].state_dict(),
             "scaler": state.scaler.state_dict() if state.scaler is not None else {},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
-        write = functools.partial(checkpoint.save, tensors=self.networks["raw"].state_dict(), meta=meta, **more)
+        write = functools.partial(
+            checkpoint.save, tensors=self.networks["raw"].state_dict(), meta=meta, **more
+        )
         place(self.run, "last", epoch, self.scoring.score, write)
         self.seconds += time.perf_counter() - start
-
-    def files(self) -> dict[str, Path]:
-        """The checkpoints of this run by kind, those of an earlier process included."""
-        return {kind: paths[-1] for kind in FIXED if (paths := self.run.files(kind))}
 
     def _leave(self, state: State, timestamp: Timestamp | None) -> None:
         self.save_last(state, timestamp)
         if dist.get_global_rank() == 0:
-            print("fastflower: stopped by a signal; the state is saved, the same command goes on", file=sys.stderr)
+            print(
+                "fastflower: stopped by a signal; the state is saved, the same command goes on",
+                file=sys.stderr,
+            )
         raise SystemExit(PREEMPTED)
 
 
@@ -269,7 +282,9 @@ def restore(found: Checkpoint, state: State, network: nn.Module, parts: dict[str
     now = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
     then = [(group.get("name"), len(group["params"])) for group in saved["param_groups"]]
     if now != then:
-        raise InputError(f"the checkpoint's {len(then)} parameter groups are not this recipe's {len(now)}; change exp.name")
+        raise InputError(
+            f"the checkpoint's {len(then)} parameter groups are not this recipe's {len(now)}; change exp.name"
+        )
     optimizer.load_state_dict(saved)
     if state.scaler is not None and found.more["scaler"]:
         state.scaler.load_state_dict(found.more["scaler"])
@@ -278,13 +293,19 @@ def restore(found: Checkpoint, state: State, network: nn.Module, parts: dict[str
     state.timestamp.load_state_dict({**times, **seconds})
     missing = set(parts) ^ set(found.more["parts"])
     if missing:
-        raise InputError(f"the checkpoint and this recipe differ in {', '.join(sorted(missing))}; change exp.name")
+        raise InputError(
+            f"the checkpoint and this recipe differ in {', '.join(sorted(missing))}; change exp.name"
+        )
     for name, part in parts.items():
         part.load_state_dict(found.more["parts"][name])
 
 
 def check_names(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     """InputError unless names and shapes are equal."""
-    wrong = sorted(n for n in {*saved, *own} if n not in saved or n not in own or saved[n].shape != own[n].shape)
+    wrong = sorted(
+        n for n in {*saved, *own} if n not in saved or n not in own or saved[n].shape != own[n].shape
+    )
     if wrong:
-        raise InputError(f"the checkpoint holds another network: {len(wrong)} tensors differ, first {wrong[0]}; change exp.name")
+        raise InputError(
+            f"the checkpoint holds another network: {len(wrong)} tensors differ, first {wrong[0]}; change exp.name"
+        )

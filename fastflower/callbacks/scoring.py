@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from fastflower import scores
 from fastflower.callbacks.selection import Candidate, Selection, Verdict
 from fastflower.derived import Derived
+from fastflower.errors import CorruptionError
 from fastflower.recipe import Recipe
 
 CLEAN, CORRUPTED = "clean", "corrupted"
@@ -49,7 +50,9 @@ def in_row_order(parts: list[tuple[np.ndarray, ...]], rows: int, what: str) -> t
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     order = np.argsort(joined[0], kind="stable")
     if not np.array_equal(joined[0][order], np.arange(rows)):
-        raise RuntimeError(f"{what}: {len(order)} rows were scored, {len(np.unique(joined[0]))} of {rows} different ones")
+        raise RuntimeError(
+            f"{what}: {len(order)} rows were scored, {len(np.unique(joined[0]))} of {rows} different ones"
+        )
     return tuple(column[order] for column in joined)
 
 
@@ -57,7 +60,10 @@ def by_kind(hits: np.ndarray, combos: list[list[str]]) -> dict[str, float]:
     """Mean top-1 by kind of corruption; hits is bool (combos * images,), combo after combo."""
     means = hits.reshape(len(combos), -1).mean(axis=1)
     kinds = dict.fromkeys(kind for kind, _ in combos)
-    return {kind: float(np.mean([m for m, (k, _) in zip(means, combos, strict=True) if k == kind])) for kind in kinds}
+    return {
+        kind: float(np.mean([m for m, (k, _) in zip(means, combos, strict=True) if k == kind]))
+        for kind in kinds
+    }
 
 
 class Scoring(Callback):
@@ -83,10 +89,12 @@ class Scoring(Callback):
         self.latest: Scoreboard | None = None
         self.flat: dict[str, float] = {}  # of the last epoch that was judged
         self.score = 0.0
+        self.epoch = 0
         self.best_flat: dict[str, float] = {}  # of the best epoch so far
         self._collected: list[dict[str, Any]] = []
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
+        check_replicas(self.networks())
         for network in self.networks():
             share_buffers(network)
         self.latest = None
@@ -97,8 +105,12 @@ class Scoring(Callback):
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         batch = state.batch
         valid = batch["valid"].cpu()
-        columns: dict[str, Any] = {"row": batch["row"].cpu()[valid].numpy(), "label": batch["label"].cpu()[valid].numpy()}
-        for name, logits in state.outputs.items():
+        columns: dict[str, Any] = {
+            "row": batch["row"].cpu()[valid].numpy(),
+            "label": batch["label"].cpu()[valid].numpy(),
+        }
+        outputs = cast(dict[str, torch.Tensor], state.outputs)
+        for name, logits in outputs.items():
             columns[name] = logits.float().cpu()[valid].numpy()
         self._collected.append(columns)
 
@@ -112,7 +124,9 @@ class Scoring(Callback):
         weights = names[2:]
         if label == CLEAN:
             bins = self.recipe.eval.ece_bins
-            clean = {name: scores.scores(own, labels, bins) for name, own in zip(weights, logits, strict=True)}
+            clean = {
+                name: scores.scores(own, labels, bins) for name, own in zip(weights, logits, strict=True)
+            }
             self.latest = Scoreboard(state.timestamp.epoch.value, clean)
             return
         assert self.latest is not None, "the clean images are scored first"
@@ -127,22 +141,29 @@ class Scoring(Callback):
         board, epoch = self.latest, state.timestamp.epoch.value
         stage = self.derived.stages.index(self.derived.stage(epoch - 1))
         candidates = {
-            name: Candidate(row["top1"], board.corrupted.get(name), row["macro_recall"], bool(np.isfinite(row["nll"])))
+            name: Candidate(
+                row["top1"], board.corrupted.get(name), row["macro_recall"], bool(np.isfinite(row["nll"]))
+            )
             for name, row in board.clean.items()
         }
         board.verdict = self.selection.update(epoch, stage, candidates)
-        self.flat, self.score = board.flat(), board.verdict.s.get(board.verdict.chosen, 0.0)
+        self.epoch, self.flat = epoch, board.flat()
+        self.score = board.verdict.s.get(board.verdict.chosen, 0.0)
         if self.selection.best.epoch == epoch:
             self.best_flat = self.flat
         if board.verdict.stop:
             state.stop_training()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"selection": self.selection.state_dict(), "flat": self.flat, "best_flat": self.best_flat, "score": self.score}
+        return {"selection": self.selection.state_dict(), **{name: getattr(self, name) for name in STATE}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.selection.load_state_dict(state["selection"])
-        self.flat, self.best_flat, self.score = state["flat"], state["best_flat"], state["score"]
+        for name in STATE:
+            setattr(self, name, state[name])
+
+
+STATE = ("epoch", "flat", "best_flat", "score")
 
 
 @torch.no_grad()
@@ -151,3 +172,19 @@ def share_buffers(network: nn.Module) -> None:
     if dist.get_world_size() > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
+
+
+@torch.no_grad()
+def checksum(network: nn.Module) -> int:
+    """The sum of the parameters' bits: equal on all ranks, or their weights have drifted apart."""
+    bits = [p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for p in network.parameters()]
+    return int(torch.stack(bits).sum())
+
+
+def check_replicas(networks: Iterable[nn.Module]) -> None:
+    """Raise CorruptionError unless every rank holds the same weights."""
+    seen = dist.all_gather_object([checksum(network) for network in networks])
+    if any(other != seen[0] for other in seen):
+        raise CorruptionError(
+            "the ranks' weights have drifted apart; start the same command again, and check the memory"
+        )

@@ -73,7 +73,11 @@ class Selection:
         if stage != self.stage:
             self._enter(stage)
         finite = {name: c for name, c in candidates.items() if c.finite}
-        notes += [f"{name} weights give non-finite scores and are left out" for name in candidates if name not in finite]
+        notes += [
+            f"{name} weights give non-finite scores and are left out"
+            for name in candidates
+            if name not in finite
+        ]
         s = {name: combined(c.clean, c.corrupted, self.select.alpha) for name, c in finite.items()}
         clean = {name: c.clean for name, c in finite.items()}
         new = self._raise_bests(epoch, s, clean)

@@ -217,7 +217,7 @@ def _apply(x: Tensor, chosen: Tensor, strength: Tensor, sign: Tensor, names: Seq
 
 
 def _augmix(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-    """AugMix (Hendrycks et al.), alpha 1: three chains of one to three light operations, mixed with the image."""
+    """AugMix (Hendrycks et al.), alpha 1: three chains of one to three light operations, mixed in."""
     chains = several(keys, AUGMIX_WIDTH)
     weights = -torch.log1p(-seeding.uniform_tensor(chains, Stream.AUGMIX_WEIGHT).double()).clamp(min=1e-9)
     share = seeding.uniform_tensor(keys, Stream.AUGMIX_SHARE)

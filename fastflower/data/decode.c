@@ -78,7 +78,7 @@ static Scratch *scratch_take(void) {
         Scratch *kept = atomic_exchange(&slots[i], NULL);
         if (kept) return kept;
     }
-    Scratch *scratch = calloc(1, sizeof *scratch);
+    Scratch *volatile scratch = calloc(1, sizeof *scratch); /* volatile: it is freed after a longjmp */
     if (!scratch) return NULL;
     scratch->jpeg.err = jpeg_std_error(&scratch->errors.manager);
     scratch->errors.manager.error_exit = on_error;

@@ -68,8 +68,8 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of HSV by shift in -0.5..0.5 of the circle; maximum and minimum of a pixel stay.
 
     With the hue h in sixths of the circle and R, G, B scaled to 0..1 between a pixel's minimum and maximum,
-    |h - 3| = 2 + R - G - B, and h < 3 where G > B: no branches. Back: a channel is max - chroma * clamp(2 -
-    d, 0, 1), d its distance on the circle from its complement (cyan 3, magenta 5, yellow 1).
+    |h - 3| = 2 + R - G - B, and h < 3 where G > B: no branches. Back, a channel at a distance d on the circle
+    from its complement (cyan 3, magenta 5, yellow 1) is max - chroma * clamp(2 - d, 0, 1).
     """
     red, green, blue = x.split(1, 1)
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -93,7 +93,7 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
 
 def posterize(x: Tensor, bits: Tensor) -> Tensor:
     """Keep the upper bits (0..8, whole) of each value."""
-    step = column(torch.exp2(8 - bits))
+    step = column(torch.exp2(8 - bits).round())  # a GPU's exp2 need not be exact
     return (x.round() / step).floor_().mul_(step)
 
 
@@ -132,8 +132,7 @@ def clahe(x: Tensor, clip: Tensor, tiles: int) -> Tensor:
     """Contrast-limited adaptive histogram equalisation of the luminance; the colour differences stay.
 
     Each of tiles x tiles parts of the image has its own table, and a pixel blends the tables of its four
-    nearest parts. Counts above clip (B,) times the mean are spread over all levels. Arithmetic as in OpenCV's
-    CLAHE.
+    nearest parts. Counts above clip (B,) times the mean are spread over all levels, as OpenCV does it.
     """
     batch, _, height, width = x.shape
     tall, wide = -(-height // tiles), -(-width // tiles)

@@ -46,8 +46,7 @@ def mix(
 
     Images are float (B, 3, H, W), labels and keys int64 (B,). Returns images of the same dtype and format,
     and float32 targets (B, num_classes) whose rows sum to 1. Ranks that hold every world-th row of a global
-    batch meet the same pairs as one rank would, if their batches are even. A batch of one has no partner and
-    stays.
+    batch meet the same pairs as one rank would, if their batches are even. A batch of one stays as it is.
     """
     targets = F.one_hot(labels, num_classes).float()
     half = len(images) // 2

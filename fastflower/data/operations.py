@@ -1,20 +1,27 @@
-"""The kernel of decode.c as operations of FFCV's own Loader, for those who use it; fastflower's loaders do not.
+"""FFCV's own Loader: the kernel of decode.c as its operations, and as it comes, to compare with.
 
-FFCV swallows exceptions of its decoders, so an undecodable row becomes black and `check` raises it.
+fastflower's loaders use none of this. FFCV swallows exceptions of its decoders, so an undecodable row becomes
+black and `check` raises it.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.fields import IntField, RGBImageField
+from ffcv.fields.decoders import IntDecoder
+from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
+from ffcv.transforms import RandomHorizontalFlip, ToTensor
+from ffcv.writer import DatasetWriter
 
 from fastflower import seeding
 from fastflower.data.decode import Crop, library
@@ -91,3 +98,26 @@ class EvalDecoder(_Decoder):
     def __init__(self, size: tuple[int, int], factor: float, interpolation: str) -> None:
         super().__init__(size)
         self._settings.factor, self._settings.cubic = factor, int(interpolation == "bicubic")
+
+
+def write_stock(path: Path, rows: Sequence[tuple[Any, int]], mode: str) -> None:
+    """(image, label) rows by FFCV's writer as "jpg" or "raw", at most 512 pixels a side, quality 90."""
+    image = RGBImageField(write_mode=mode, max_resolution=512, jpeg_quality=90)
+    DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=1).from_indexed_dataset(rows)
+
+
+def stock_loader(path: Path, size: tuple[int, int], crop: Crop, batch: int, threads: int) -> Loader:
+    """FFCV's loader with its own decoder, crop and flip, over a beton with fields image and label."""
+    image = [
+        RandomResizedCropRGBImageDecoder(size, crop.scale, crop.ratio),
+        RandomHorizontalFlip(crop.hflip_p),
+    ]
+    return Loader(
+        str(path),
+        batch_size=batch,
+        num_workers=threads,
+        order=OrderOption.SEQUENTIAL,
+        os_cache=True,
+        drop_last=False,
+        pipelines={"image": [*image, ToTensor()], "label": [IntDecoder(), ToTensor()]},
+    )

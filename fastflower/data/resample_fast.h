@@ -33,14 +33,15 @@ static void axis_fill(Axis *a, double start, double span, int out, int flip, int
         if (first < a->low) first = a->low;
         if (end > a->high) end = a->high;
         int32_t *w = a->weights + (size_t)to * a->taps;
+        double exact[a->taps];
         for (int t = 0; t < a->taps; t++) {
             double x = 1.0 - fabs(first + t - centre) * inverse;
-            if (first + t < end && x > 0) sum += x;
+            exact[t] = first + t < end && x > 0 ? x : 0.0;
+            sum += exact[t];
         }
         double share = total / sum;
         for (int t = 0; t < a->taps; t++) {
-            double x = 1.0 - fabs(first + t - centre) * inverse;
-            w[t] = first + t < end && x > 0 ? (int32_t)(x * share + 0.5) : 0;
+            w[t] = (int32_t)(exact[t] * share + 0.5);
             left -= w[t];
             if (w[t] > w[best]) best = t;
         }

@@ -26,15 +26,23 @@ SHOWN = 6  # of them, as pictures
 BATCH = 8
 
 
-def save(folder: Path, members: list[Logits], found: dict[str, Any], settings: Recipe, device: torch.device) -> None:
+def save(
+    folder: Path, members: list[Logits], found: dict[str, Any], settings: Recipe, device: torch.device
+) -> None:
     """Write one JPEG for each shown image and class, and gradcam.json; one seed of each backbone.
 
     Wrong images get two pictures: what speaks for the prediction, and what speaks for the label.
     """
     for old in folder.glob("*.jpg"):
         old.unlink()
-    examples = [(row, False) for row in found["mistakes"][:COUNTED]] + [(row, True) for row in found["right"][:COUNTED]]
-    shown = {row["index"] for right in (False, True) for row in [r for r, kind in examples if kind is right][:SHOWN]}
+    examples = [(row, False) for row in found["mistakes"][:COUNTED]] + [
+        (row, True) for row in found["right"][:COUNTED]
+    ]
+    shown = {
+        row["index"]
+        for right in (False, True)
+        for row in [r for r, kind in examples if kind is right][:SHOWN]
+    }
     images: list[dict[str, Any]] = []
     border: list[dict[str, Any]] = []
     for backbone in dict.fromkeys(member.run[0] for member in members):
@@ -49,16 +57,32 @@ def save(folder: Path, members: list[Logits], found: dict[str, Any], settings: R
                 if row["index"] in shown:
                     name = f"{backbone}__row{row['index']}_class{target}.jpg"
                     picture = gradcam.overlay(pixels, cam)
-                    runs.write_atomic(folder / name, jpeg(np.asarray(Image.fromarray(picture).resize((SIDE, SIDE)))))
+                    runs.write_atomic(
+                        folder / name, jpeg(np.asarray(Image.fromarray(picture).resize((SIDE, SIDE))))
+                    )
                     about = {key: row[key] for key in ("index", "filename", "label", "guess")}
-                    images.append({"backbone": backbone, "right": right, "target": target, "file": name, "border": share, **about})
-        kinds = {kind: shares[right] for kind, right in (("wrong", False), ("right", True))}
-        border.append({"backbone": backbone, **{kind: {"n": len(s), "mean": float(np.mean(s)) if s else None} for kind, s in kinds.items()}})
+                    about |= {
+                        "backbone": backbone,
+                        "right": right,
+                        "target": target,
+                        "file": name,
+                        "border": share,
+                    }
+                    images.append(about)
+        border.append({"backbone": backbone, "wrong": _mean(shares[False]), "right": _mean(shares[True])})
     runs.write_json(folder / "gradcam.json", {"even": gradcam.EVEN, "border": border, "images": images})
 
 
+def _mean(shares: list[float]) -> dict[str, Any]:
+    return {"n": len(shares), "mean": float(np.mean(shares)) if shares else None}
+
+
 def _maps(
-    member: Logits, examples: list[tuple[dict[str, Any], bool]], shown: set[int], settings: Recipe, device: torch.device
+    member: Logits,
+    examples: list[tuple[dict[str, Any], bool]],
+    shown: set[int],
+    settings: Recipe,
+    device: torch.device,
 ) -> Iterable[tuple[dict[str, Any], bool, int, np.ndarray, np.ndarray]]:
     """(image, right, class_idx, map (H, W), pixels uint8 (H, W, 3)) for every map that is wanted of a member."""
     if not examples:
@@ -67,12 +91,16 @@ def _maps(
     place = {int(index): row for row, index in enumerate(beton.index)}
     network, meta = _network(settings, member, device)
     height, width = meta["size"]
-    tasks = [(row, right, target) for row, right in examples for target in _targets(row, row["index"] in shown)]
+    tasks = [
+        (row, right, target) for row, right in examples for target in _targets(row, row["index"] in shown)
+    ]
     for start in range(0, len(tasks), BATCH):
         part = tasks[start : start + BATCH]
         pixels = np.empty((len(part), height, width, 3), np.uint8)
         rows = np.array([place[row["index"]] for row, _, _ in part], np.int64)
-        decode_eval(beton, rows, pixels, meta["resize_factor"], meta["interpolation"], settings.data.workers or 1)
+        decode_eval(
+            beton, rows, pixels, meta["resize_factor"], meta["interpolation"], settings.data.workers or 1
+        )
         images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
         targets = torch.tensor([target for _, _, target in part], device=device)
         for task, cam, own in zip(part, gradcam.attribute(network, images, targets), pixels, strict=True):

@@ -47,7 +47,8 @@ class Member:
     network: nn.Module
 
     @property
-    def sizes(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
+        """Height and width of the last training stage."""
         return int(self.meta["size"][0]), int(self.meta["size"][1])
 
 
@@ -58,7 +59,8 @@ def choose(recipe: Recipe, given: list[Path]) -> list[Path]:
     found = runs.find_members(recipe.exp.name, recipe.ensembling.find_pattern)
     if not found:
         folder = runs.MODELS / recipe.exp.name
-        raise InputError(f"no member in {folder} matches {recipe.ensembling.find_pattern}; train first or give --members")
+        pattern = recipe.ensembling.find_pattern
+        raise InputError(f"no member in {folder} matches {pattern}; train first or give --members")
     return found
 
 
@@ -67,7 +69,7 @@ def load_members(paths: list[Path], dtype: str) -> list[Member]:
 
     Raises InputError for members of different class maps.
     """
-    members = []
+    members: list[Member] = []
     for path in paths:
         file = checkpoint.load(path)
         first = members[0] if members else None
@@ -83,7 +85,7 @@ def load_members(paths: list[Path], dtype: str) -> list[Member]:
 
 
 def stored(tensor: Tensor, dtype: str) -> Tensor:
-    """Matrices and kernels in half precision; vectors (norms, biases, running variances) keep theirs, they are small."""
+    """Matrices and kernels in half precision; vectors (norms, biases, variances) are small and stay as they are."""
     if dtype == "fp32" or not tensor.is_floating_point() or tensor.ndim < 2:
         return tensor
     half = tensor.half()
@@ -104,7 +106,9 @@ def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
     if not (fitted["fused"] or {}).get("t"):
         return 1.0, f"{path} holds none"
     same = {path.name for path in paths} == set(known)
-    return float(fitted["fused"]["t"]), f"{path}, fused" + ("" if same else f" from other members ({len(known)})")
+    return float(fitted["fused"]["t"]), f"{path}, fused" + (
+        "" if same else f" from other members ({len(known)})"
+    )
 
 
 def write(folder: Path, members: list[Member], recipe: Recipe, temperature: float) -> dict[str, Any]:
@@ -118,8 +122,8 @@ def write(folder: Path, members: list[Member], recipe: Recipe, temperature: floa
     shares = weights_of([member.meta["backbone"] for member in members], recipe.ensembling.weighting)
     for number, (member, share) in enumerate(zip(members, shares, strict=True)):
         tensors, views, expected = dict(member.tensors), [], []
-        size = member.sizes
-        for height, width in dict.fromkeys((v.height, v.width) for v in views_of(size, recipe.tta.scales, hflip)):
+        asked = views_of(member.size, recipe.tta.scales, hflip)
+        for height, width in dict.fromkeys((view.height, view.width) for view in asked):
             crop = crop_of(member.meta, height, width)
             crops += [] if crop in crops else [crop]
             program = trace(member, height, width, tensors)
@@ -127,7 +131,7 @@ def write(folder: Path, members: list[Member], recipe: Recipe, temperature: floa
             program = {"file": file, **program}
             programs += [] if program in programs else [program]
             views.append({"crop": crops.index(crop), "program": programs.index(program)})
-            expected.append([float(v) for v in logits_of_test_picture(member.network, height, width)])
+            expected.append(logits_of_test_picture(member.network, height, width))
         torch.save(tensors, folder / f"weights_{number}.pth")
         described.append(
             {
@@ -156,7 +160,9 @@ def write(folder: Path, members: list[Member], recipe: Recipe, temperature: floa
         "members": described,
     }
     (folder / "bundle.json").write_text(json.dumps(bundle, indent=1) + "\n", encoding="ascii")
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir())]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir())
+    ]
     (folder / "SHA256").write_text("".join(lines), encoding="ascii")
     return bundle
 
@@ -198,8 +204,12 @@ def trace(member: Member, height: int, width: int, tensors: dict[str, Tensor]) -
         inputs.append(own)
     example = torch.rand(2, height, width, 3).permute(0, 3, 1, 2) * 255
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer warns of every Python branch; the result is compared below
-        program = torch.jit.trace(with_weights(network, list(weights)), (example, *weights.values()), check_trace=False)
+        warnings.simplefilter(
+            "ignore"
+        )  # the tracer warns of every Python branch; the result is compared below
+        program = torch.jit.trace(
+            with_weights(network, list(weights)), (example, *weights.values()), check_trace=False
+        )
     check_program(program, member, height, width, list(weights.values()))
     buffer = io.BytesIO()
     torch.jit.save(program, buffer)
@@ -214,28 +224,31 @@ def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
     Left inside the program, those steps would hold the dtype and device of this machine.
     """
     network = copy.deepcopy(network)
-    masked = [module for module in network.modules() if getattr(module, "dynamic_mask", False)]
-    for module in network.modules():
-        if getattr(module, "dynamic_img_size", False) and isinstance(getattr(module, "pos_embed", None), Tensor):
-            module.set_input_size(img_size=(height, width))  # type: ignore[operator]
+    modules: list[Any] = list(network.modules())  # timm's, whose attributes nn.Module does not declare
+    masked = [module for module in modules if getattr(module, "dynamic_mask", False)]
+    for module in modules:
+        embedded = isinstance(getattr(module, "pos_embed", None), Tensor)
+        if embedded and getattr(module, "dynamic_img_size", False):
+            module.set_input_size(img_size=(height, width))
     for module in masked:
-        module.get_attn_mask = _remembered(module)  # type: ignore[assignment]
+        module.get_attn_mask = _remembered(module)
     if masked:
         with torch.no_grad():
             network(torch.zeros(1, 3, height, width))
     for module in masked:
         del module.get_attn_mask
-        module.dynamic_mask = False  # type: ignore[assignment]
+        module.dynamic_mask = False
     return network.eval()
 
 
-def _remembered(module: nn.Module) -> Any:
+def _remembered(module: Any) -> Any:
     """A window block's mask function that also leaves its result where the block looks for a fixed mask."""
-    compute: Any = module.get_attn_mask
+    compute = module.get_attn_mask
 
     def run(*args: Any, **words: Any) -> Tensor | None:
-        module.attn_mask = compute(*args, **words)
-        return module.attn_mask
+        mask: Tensor | None = compute(*args, **words)
+        module.attn_mask = mask
+        return mask
 
     return run
 
@@ -267,7 +280,9 @@ def check_program(program: Any, member: Member, height: int, width: int, weights
         with torch.inference_mode(), torch.jit.optimized_execution(False):
             gap = float((program(images, *weights) - member.network(images)).abs().max())
         if not gap <= TOLERANCE:
-            raise InputError(f"{what}: traced logits are {gap:.2g} off at batch {batch}, {TOLERANCE:g} is allowed")
+            raise InputError(
+                f"{what}: traced logits are {gap:.2g} off at batch {batch}, {TOLERANCE:g} is allowed"
+            )
 
 
 def half_keeps(program: Any, names: list[str], weights: list[Tensor], images: Tensor) -> list[str] | None:
@@ -293,22 +308,25 @@ def half_keeps(program: Any, names: list[str], weights: list[Tensor], images: Te
 
 
 def without_paths(data: bytes) -> bytes:
-    """The same program without the debug records, which name this machine's folders, and with fixed dates."""
+    """The same program without debug records, which name this machine's folders, and without the id made from them."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(result, "w") as target:
         for name in source.namelist():
-            if not name.endswith(".debug_pkl"):
+            if not name.endswith((".debug_pkl", "serialization_id")):
                 target.writestr(zipfile.ZipInfo(name), source.read(name))
     return result.getvalue()
 
 
-def logits_of_test_picture(network: nn.Module, height: int, width: int) -> np.ndarray:
-    """What the network says (C,) of the picture with which the predictor tests itself on a new machine."""
+def logits_of_test_picture(network: nn.Module, height: int, width: int) -> list[float]:
+    """What the network says (C) of the picture with which the predictor tests itself on a new machine.
+
+    Four decimals: the test asks for fewer, and the same members should give the same file.
+    """
     y, x, c = np.ogrid[:height, :width, :3]
     waves = 127.5 + 90 * np.sin(x * 6.0 / width + 2.0 * c) * np.cos(y * (4.0 + c) / height)
     image = torch.from_numpy((waves + 35 * (x > y)).astype(np.uint8)[None])
     with torch.inference_mode():
-        return network(image.permute(0, 3, 1, 2).float())[0].numpy()
+        return [round(value, 4) for value in network(image.permute(0, 3, 1, 2).float())[0].tolist()]
 
 
 @contextmanager

@@ -27,7 +27,8 @@ def pairs(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         n = sum(count for fold, count in first["sizes"] if fold in folds)
         wrong = [{index for index, fold in summary["wrong"] if fold in folds} for summary in (first, other)]
         gained, lost = len(wrong[0] - wrong[1]), len(wrong[1] - wrong[0])
-        rows.append({"a": first["exp"], "b": other["exp"], "n": n, "gained": gained, "lost": lost, **difference(gained, lost, n)})
+        counted = {"n": n, "gained": gained, "lost": lost}
+        rows.append({"a": first["exp"], "b": other["exp"], **counted, **difference(gained, lost, n)})
     return rows
 
 
@@ -42,7 +43,9 @@ def difference(gained: int, lost: int, n: int) -> dict[str, float]:
 
 def differing(recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
     """The keys whose values are not the same in all recipes; the experiment's name apart."""
-    values = {name: {dotted: value for dotted, value, _ in fields_of(recipe)} for name, recipe in recipes.items()}
+    values = {
+        name: {dotted: value for dotted, value, _ in fields_of(recipe)} for name, recipe in recipes.items()
+    }
     keys = next(iter(values.values()), {})
     return [
         {"key": key, "values": [str(own[key]) for own in values.values()]}

@@ -9,7 +9,15 @@ from typing import Any
 from fastflower.evaluation.figures import Chart, Lines, over_epochs
 
 Key = tuple[str, int, int]  # backbone, fold, seed
-LEFT_OUT = ("epoch", "fold", "seed", "time", "best", "lr_min", "lr_max")  # said elsewhere, or drawn with other numbers
+LEFT_OUT = (
+    "epoch",
+    "fold",
+    "seed",
+    "time",
+    "best",
+    "lr_min",
+    "lr_max",
+)  # said elsewhere, or drawn with other numbers
 
 # (name, chart, pattern of the dotted quantity); the first that matches takes it, what is left gets its own chart
 CHARTS: tuple[tuple[str, Lines, str], ...] = (
@@ -32,6 +40,11 @@ CHARTS: tuple[tuple[str, Lines, str], ...] = (
 )
 
 
+_CHART_SAYS = re.compile(
+    r"^(clean|corrupt|s|ece|top5|macro)_|^lr_groups\.|^per_kind\.|_loss$|_seconds$|\.(raw|ema|swa)$|, no decay$"
+)
+
+
 @dataclass(frozen=True)
 class RunCurves:
     """The charts of one run, and what to say about it in a line."""
@@ -49,7 +62,8 @@ def by_run(events: list[dict[str, Any]]) -> dict[Key, dict[int, dict[str, float]
         if row.get("event") != "epoch" or type(epoch) is not int:
             continue
         key = (str(row["backbone"]), int(row["fold"]), int(row["seed"]))
-        runs.setdefault(key, {}).setdefault(epoch, {}).update(flat({name: value for name, value in row.items() if name not in LEFT_OUT}))
+        numbers = flat({name: value for name, value in row.items() if name not in LEFT_OUT})
+        runs.setdefault(key, {}).setdefault(epoch, {}).update(numbers)
     return dict(sorted(runs.items()))
 
 
@@ -96,7 +110,7 @@ def charts_of(epochs: dict[int, dict[str, float]], prefix: str) -> list[Chart]:
         stem = re.sub(r"_(raw|ema|swa)$", "", name)
         lines = next((lines for known, lines, _ in CHARTS if known == key), Lines(_words(stem)))
         group = groups.setdefault(key or re.sub(r"\W", "-", stem), replace(lines, series={}))
-        group.series[_short(name)] = points
+        group.series.setdefault(_short(name), points)  # groups without weight decay have the lr of their part
     order = [key for key, _, _ in CHARTS]
     names = sorted(groups, key=lambda key: order.index(key) if key in order else len(order))
     return [over_epochs(f"{prefix}-{key}", groups[key], stages) for key in names]
@@ -111,12 +125,18 @@ def training(events: list[dict[str, Any]]) -> list[RunCurves]:
     """The curves of every run of an experiment."""
     runs = []
     for position, ((backbone, fold, seed), epochs) in enumerate(by_run(events).items()):
-        rows = [row for row in events if (row.get("backbone"), row.get("fold"), row.get("seed")) == (backbone, fold, seed)]
-        best = max((row for row in rows if row.get("event") == "epoch"), key=lambda row: row["epoch"]).get("best") or {}
+        own = {"backbone": backbone, "fold": fold, "seed": seed}
+        rows = [row for row in events if own.items() <= {key: row.get(key) for key in own}.items()]
         note = f"{max(epochs)} epochs"
+        best: dict[str, Any] = next((row["best"] for row in reversed(rows) if row.get("best")), {})
         if best.get("score") is not None:
             note += f", best {best['score']:.4f} in epoch {best['epoch']} ({best['weights']})"
-        runs.append(RunCurves(f"{backbone} fold {fold} seed {seed}", note, charts_of(epochs, f"run{position}")))
+        note += "".join(
+            f"; {row['reason']}" for row in rows if row.get("event") == "end" and row.get("stopped_early")
+        )
+        runs.append(
+            RunCurves(f"{backbone} fold {fold} seed {seed}", note, charts_of(epochs, f"run{position}"))
+        )
     return runs
 
 
@@ -126,7 +146,6 @@ def _words(name: str) -> str:
 
 def _short(name: str) -> str:
     """The name a line has in its legend: what distinguishes it from its neighbours."""
-    kept = re.sub(r"^(clean|corrupt|s|ece|top5|macro)_|^lr_groups\.|^per_kind\.|_loss$|_seconds$|\.(raw|ema|swa)$", "", name)
-    kept = re.sub(r"[._]", " ", kept).strip()
+    kept = re.sub(r"[._]", " ", _CHART_SAYS.sub("", name)).strip()
     kept = {"seconds": "all", "eval": "evaluation", "val": "validation"}.get(kept, kept)
     return re.sub(r"\bema\b", "EMA", re.sub(r"\bf1\b", "F1", kept)) or name

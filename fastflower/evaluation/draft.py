@@ -50,12 +50,17 @@ def _content(
         "training": training,
         "others": others,
         "pairs": comparison.pairs([found.scores, *others]) if others else [],
-        "differing": comparison.differing({other.name: other.recipe for other in experiments if other.recipe}),
+        "differing": comparison.differing(
+            {other.name: other.recipe for other in experiments if other.recipe}
+        ),
         "names": [other.name for other in experiments if other.recipe],
     }
 
 
 def _environment() -> Environment:
     return Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )

@@ -22,6 +22,7 @@ from fastflower import scores
 from fastflower.evaluation.oof import Logits, family_weights
 
 Predict = Callable[[np.ndarray], np.ndarray]
+Method = Callable[[np.ndarray, np.ndarray], Predict]
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,15 @@ def learned_weights(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
         gradient = np.append(w * (by_weight - w @ by_weight), by_log_t)
         return -float(log_p[rows, labels].mean()), gradient
 
-    found = minimize(loss, np.zeros(runs + 1), jac=True, method="L-BFGS-B", bounds=[(-8, 8)] * runs + [(-4.6, 4.6)])
+    found = minimize(
+        loss, np.zeros(runs + 1), jac=True, method="L-BFGS-B", bounds=[(-8, 8)] * runs + [(-4.6, 4.6)]
+    )
     return softmax(found.x[:-1])
 
 
-def greedy_weights(stack: np.ndarray, labels: np.ndarray, budget: Budget | None = None, rounds: int = 20) -> np.ndarray:
+def greedy_weights(
+    stack: np.ndarray, labels: np.ndarray, budget: Budget | None = None, rounds: int = 20
+) -> np.ndarray:
     """Greedy selection with replacement by NLL (Caruana et al. 2004, Ensemble Selection from Libraries of Models).
 
     Each round adds the run that helps most and fits the budget; it stops when none helps. Returns weights (M,).
@@ -121,7 +126,9 @@ def logistic(stack: np.ndarray, labels: np.ndarray) -> Predict:
     """Multinomial logistic regression on the runs' log-probabilities."""
     model = LogisticRegression(C=0.01, max_iter=300)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=UserWarning)  # not converged in 300 steps is good enough here
+        warnings.simplefilter(
+            "ignore", category=UserWarning
+        )  # not converged in 300 steps is good enough here
         model.fit(features(stack), labels)
     return stacked(model, stack.shape[2])
 
@@ -131,15 +138,21 @@ def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
     from lightgbm import LGBMClassifier
 
     model = LGBMClassifier(
-        n_estimators=100, learning_rate=0.05, num_leaves=7, min_child_samples=5, random_state=0, verbose=-1, n_jobs=1
+        n_estimators=100,
+        learning_rate=0.05,
+        num_leaves=7,
+        min_child_samples=5,
+        random_state=0,
+        verbose=-1,
+        n_jobs=1,
     )
     model.fit(features(stack), labels)
     return stacked(model, stack.shape[2])
 
 
-def methods(sets: list[Logits], budget: Budget) -> dict[str, Callable[[np.ndarray, np.ndarray], Predict]]:
+def methods(sets: list[Logits], budget: Budget) -> dict[str, Method]:
     """Every method by the name it has in tables; those that need several runs are left out for one."""
-    table: dict[str, Callable[[np.ndarray, np.ndarray], Predict]] = {"best single": best_single}
+    table: dict[str, Method] = {"best single": best_single}
     if len(sets) > 1:
         table["mean of logits"] = mean_logits
         table["mean of probabilities"] = mean_probabilities
@@ -168,7 +181,7 @@ def splits(data: Logits) -> np.ndarray:
     return parts
 
 
-def nested(method: Callable[[np.ndarray, np.ndarray], Predict], stack: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+def nested(method: Method, stack: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Predictions (N, C) where each part is predicted by a method fitted on all the others."""
     log_p = np.empty(stack.shape[1:], dtype=np.float64)
     for part in np.unique(parts):
@@ -187,7 +200,8 @@ def compare(sets: list[Logits], budget: Budget) -> dict[str, Any]:
         hits = log_p.argmax(1) == labels
         base = hits if base is None else base
         gains = [float(hits[parts == part].mean() - base[parts == part].mean()) for part in np.unique(parts)]
-        rows.append({"method": name, **scores.scores(log_p, labels), "gain": float(hits.mean() - base.mean()), "gains": gains})
+        gain = float(hits.mean() - base.mean())
+        rows.append({"method": name, **scores.scores(log_p, labels), "gain": gain, "gains": gains})
     names = [s.name for s in sets]
     weights: dict[str, dict[str, float]] = {}
     if len(sets) > 1:

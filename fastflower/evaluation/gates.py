@@ -27,13 +27,23 @@ from fastflower import checkpoint, runs, scores
 from fastflower.data import sets
 from fastflower.data.betons import Beton
 from fastflower.data.decode import decode_eval
-from fastflower.errors import InputError
 from fastflower.evaluation.bundle import CODE, Member
 from fastflower.evaluation.views import load_network
 from fastflower.recipe import Recipe
 
 MOST_ROWS, FEWEST_ROWS, SECONDS = 64, 8, 60.0  # photographs in the parity run, fewer when networks are slow
-BLOCKED = ("composer", "ffcv", "timm", "torchvision", "fastflower", "pandas", "sklearn", "scipy", "cv2", "omegaconf")
+BLOCKED = (
+    "composer",
+    "ffcv",
+    "timm",
+    "torchvision",
+    "fastflower",
+    "pandas",
+    "sklearn",
+    "scipy",
+    "cv2",
+    "omegaconf",
+)
 BARE = """
 import runpy, sys
 class Block:
@@ -79,7 +89,7 @@ def check(
     expected = trainer_logits(bundle, members, photographs)
     lines = rounding(members, bundle, photographs, expected) if recipe.bundle.dtype == "fp16" else []
     size = sum(path.stat().st_size for path in [*folder.iterdir(), *CODE.glob("*.py")]) / 1e6
-    gates = [Gate("size", f"{size:.1f} MB", f"{recipe.bundle.max_mb:g} MB", size <= recipe.bundle.max_mb)]
+    gates = [Gate("size", f"{size:.1f} MB", f"<= {recipe.bundle.max_mb:g} MB", size <= recipe.bundle.max_mb)]
     with tempfile.TemporaryDirectory(prefix="hand-in-") as place:
         root = copy_hand_in(Path(place), folder, photographs.files[: len(expected)])
         run = run_bare(root, ["--device", "cpu", "--logits", str(root / "logits.npz")])
@@ -90,8 +100,6 @@ def check(
         gates.append(Gate("submission", fault or f"{len(expected)} rows", "valid", fault is None))
         got = np.load(root / "logits.npz")["logits"]
         gates.append(parity(got, expected, bundle["tolerance"]))
-        if torch.cuda.is_available():
-            run_bare(root, [])
         gates.append(latency(root, recipe.bundle.max_ms))
     return gates, lines
 
@@ -107,9 +115,6 @@ def held_out(recipe: Recipe, members: list[Member]) -> Photographs:
             rows.append((opened.val, row))
             files.append(Path(recipe.data.root) / opened.folds.filenames[int(opened.val.index[row])])
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
-    absent = [file for file in files if not file.is_file()]
-    if absent:
-        raise InputError(f"no photograph {absent[0]}: parity is measured on the originals; point data.root at them")
     return Photographs([rows[i] for i in order], [files[i] for i in order])
 
 
@@ -119,7 +124,10 @@ def trainer_logits(bundle: dict[str, Any], members: list[Member], photographs: P
     start = time.monotonic()
     for beton, row in photographs.rows:
         views = [
-            [views_logits(member.network, beton, row, bundle["crops"][view["crop"]], bundle["hflip"]) for view in spec["views"]]
+            [
+                views_logits(member.network, beton, row, bundle["crops"][view["crop"]], bundle["hflip"])
+                for view in spec["views"]
+            ]
             for member, spec in zip(members, bundle["members"], strict=True)
         ]
         found.append(np.stack([np.concatenate(own) for own in views]))
@@ -138,14 +146,18 @@ def views_logits(network: nn.Module, beton: Beton, row: int, crop: dict[str, Any
     return network(images.permute(0, 3, 1, 2).float()).numpy()
 
 
-def rounding(members: list[Member], bundle: dict[str, Any], photographs: Photographs, logits: np.ndarray) -> list[str]:
+def rounding(
+    members: list[Member], bundle: dict[str, Any], photographs: Photographs, logits: np.ndarray
+) -> list[str]:
     """What storing the weights in half precision cost on the photographs, a line for each member."""
     lines = []
     labels = np.array([int(beton.labels[row]) for beton, row in photographs.rows[: len(logits)]])
     for position, (member, spec) in enumerate(zip(members, bundle["members"], strict=True)):
         network = load_network(checkpoint.load(member.path), member.path, torch.device("cpu"))
         crop = bundle["crops"][spec["views"][0]["crop"]]
-        exact = np.concatenate([views_logits(network, b, r, crop, False) for b, r in photographs.rows[: len(logits)]])
+        exact = np.concatenate(
+            [views_logits(network, b, r, crop, False) for b, r in photographs.rows[: len(logits)]]
+        )
         rounded = logits[:, position, 0]
         before, after = scores.scores(exact, labels), scores.scores(rounded, labels)
         lines.append(
@@ -167,7 +179,13 @@ def copy_hand_in(root: Path, bundle: Path, files: list[Path]) -> Path:
 
 def run_bare(root: Path, options: list[str]) -> str | None:
     """Run the copy's predictor with everything but its needs blocked; its last words when it fails."""
-    words = [sys.executable, "-I", "-c", BARE.replace("{blocked!r}", repr(set(BLOCKED))), str(root / "code/predict.py")]
+    words = [
+        sys.executable,
+        "-I",
+        "-c",
+        BARE.replace("{blocked!r}", repr(set(BLOCKED))),
+        str(root / "code/predict.py"),
+    ]
     run = subprocess.run([*words, *options], cwd=root, capture_output=True, text=True, errors="replace")
     if run.returncode == 0:
         return None
@@ -181,7 +199,8 @@ def submission_fault(root: Path, bundle: dict[str, Any], rows: int) -> str | Non
     width = 2 if bundle["columns"] == "two" else 3
     if len(header) != width or any(len(row) != width for row in table):
         return f"columns {header}"
-    if [row[0] for row in table] != sorted(path.name for path in (root / "test_dataset").iterdir()) or len(table) != rows:
+    names = sorted(path.name for path in (root / "test_dataset").iterdir())
+    if [row[0] for row in table] != names or len(names) != rows:
         return f"{len(table)} rows for {rows} photographs"
     if not {row[1] for row in table} <= set(bundle["class_ids"]):
         return "category ids that are not in the training labels"
@@ -194,14 +213,28 @@ def submission_fault(root: Path, bundle: dict[str, Any], rows: int) -> str | Non
 def parity(got: np.ndarray, expected: np.ndarray, tolerance: float) -> Gate:
     """Largest difference of a logit over photographs, members and views."""
     gap = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("nan")
-    return Gate("parity", f"{gap:.2g} on {len(expected)} photographs", f"{tolerance:g}", gap <= tolerance)
+    return Gate("parity", f"{gap:.2g} on {len(expected)} photographs", f"<= {tolerance:g}", gap <= tolerance)
 
 
 def latency(root: Path, allowed: float) -> Gate:
-    """Milliseconds a photograph of the copy's last run, start-up apart, with the machine's name."""
-    run = about(root)
-    where = torch.cuda.get_device_name(0) if run["device"].startswith("cuda") else f"{cpu_name()}, {run['threads']} threads"
-    return Gate("latency", f"{run['ms_per_image']:.1f} ms an image on {where}", f"{allowed:g} ms", run["ms_per_image"] <= allowed)
+    """Milliseconds a photograph, start-up apart, on the device that the predictor chooses, with its name.
+
+    Tried up to three times: that a machine is busy is not the bundle's fault.
+    """
+    cuda = torch.cuda.is_available()
+    for attempt in range(3):
+        if cuda or attempt:  # the parity run was one on the CPU
+            run_bare(root, [])
+        run = about(root)
+        if run["ms_per_image"] <= allowed:
+            break
+    where = (
+        torch.cuda.get_device_name()
+        if run["device"].startswith("cuda")
+        else f"{cpu_name()}, {run['threads']} threads"
+    )
+    spent = run["ms_per_image"]
+    return Gate("latency", f"{spent:.1f} ms an image on {where}", f"<= {allowed:g} ms", spent <= allowed)
 
 
 def about(root: Path) -> dict[str, Any]:
@@ -221,4 +254,6 @@ def table(gates: list[Gate], say: Callable[[str], None] = print) -> None:
     """Print the gates as a table."""
     width = max(len(gate.got) for gate in gates)
     for gate in gates:
-        say(f"  {gate.name:<12}{gate.got:<{width}}  <= {gate.allowed:<10}{'passed' if gate.passed else 'FAILED'}")
+        say(
+            f"  {gate.name:<12}{gate.got:<{width}}  {gate.allowed:<12}{'passed' if gate.passed else 'FAILED'}"
+        )

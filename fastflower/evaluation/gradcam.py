@@ -35,10 +35,11 @@ def probed(network: nn.Module, sample: Tensor) -> Iterator[Probe]:
 
     Token networks get it before their last block, where every patch still reaches the output.
     """
-    backbone = getattr(network, "backbone", network)
+    backbone: Any = getattr(network, "backbone", network)
     probe = Probe()
-    blocks = getattr(backbone, "blocks", None)
-    if hasattr(backbone, "patch_embed") and isinstance(blocks, nn.Sequential) and _yields_tokens(network, blocks, sample):
+    blocks: Any = getattr(backbone, "blocks", None)
+    patched = hasattr(backbone, "patch_embed") and isinstance(blocks, nn.Sequential)
+    if patched and _yields_tokens(network, blocks, sample):
         prefix = int(getattr(backbone, "num_prefix_tokens", 1))
         grid = tuple(int(n) for n in backbone.patch_embed.dynamic_feat_size(sample.shape[-2:]))
 
@@ -100,7 +101,7 @@ def _yields_tokens(network: nn.Module, blocks: nn.Sequential, sample: Tensor) ->
 
 
 def _last_map(network: nn.Module, sample: Tensor, channels_last: bool) -> nn.Module:
-    """The module that last yields a map of COARSEST by COARSEST positions or more; failing that, the finest there is."""
+    """The module that last yields a map of COARSEST x COARSEST positions or more; failing that, the finest."""
     found: list[tuple[int, nn.Module]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:

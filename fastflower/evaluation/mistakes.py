@@ -55,8 +55,8 @@ def right(data: Logits, t: float, count: int = 48) -> list[dict[str, Any]]:
     probs = scores.softmax(data.logits / t)
     good = np.flatnonzero(probs.argmax(1) == data.class_idx)
     order = good[np.argsort(-probs[good].max(1), kind="stable")]
-    picked = order[np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).astype(int))] if len(order) else order
-    return [image(data, probs, row) for row in picked]
+    places = np.unique(np.linspace(0, max(len(order) - 1, 0), min(count, len(order))).astype(int))
+    return [image(data, probs, row) for row in order[places]]
 
 
 def confused_pairs(data: Logits, t: float, count: int = 10, examples: int = 3) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ import numpy as np
 from fastflower import runs
 from fastflower.errors import CorruptionError, InputError
 
-ARRAYS = ("logits", "single", "corrupt", "class_idx", "index", "fold", "filename", "combos")
+BY_IMAGE = ("logits", "single", "class_idx", "index", "fold", "filename")
+ARRAYS = (*BY_IMAGE, "corrupt", "combos")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Logits:
 
     def take(self, rows: np.ndarray) -> Logits:
         """The same set, only these rows (N',), in this order."""
-        parts = {name: getattr(self, name)[rows] for name in ("logits", "single", "class_idx", "index", "fold", "filename")}
+        parts = {name: getattr(self, name)[rows] for name in BY_IMAGE}
         return replace(self, corrupt=self.corrupt[:, rows], **parts)
 
 
@@ -69,7 +70,9 @@ def save(path: Path, member: Logits) -> None:
     """Write a member's logits atomically."""
     check_finite(member)
     buffer = io.BytesIO()
-    np.savez(buffer, about=np.array(json.dumps(member.about)), **{name: getattr(member, name) for name in ARRAYS})
+    np.savez(
+        buffer, about=np.array(json.dumps(member.about)), **{name: getattr(member, name) for name in ARRAYS}
+    )
     runs.write_atomic(path, buffer.getvalue())
 
 
@@ -82,7 +85,9 @@ def load(path: Path) -> Logits:
             about = json.loads(str(file["about"]))
             member = Logits(**{name: file[name] for name in ARRAYS}, about=about)
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError) as error:
-        raise CorruptionError(f"{path}: not readable ({error}); run python -m fastflower.evaluate again") from None
+        raise CorruptionError(
+            f"{path}: not readable ({error}); run python -m fastflower.evaluate again"
+        ) from None
     check_finite(member)
     return member
 
@@ -102,12 +107,12 @@ def check_finite(member: Logits) -> None:
 def check_alike(members: list[Logits]) -> None:
     """Refuse members of different class maps, folds, corruptions or heads whose logits are not of one kind."""
     first = members[0]
-    what = {"class_hash": "class map", "folds_hash": "folds"}
+    what = {"class_hash": "class maps", "folds_hash": "folds"}
     for other in members[1:]:
         for key, noun in what.items():
             if first.about.get(key) != other.about.get(key):
                 raise InputError(
-                    f"{first.name} and {other.name} have different {noun}s ({first.about.get(key)}, "
+                    f"{first.name} and {other.name} have different {noun} ({first.about.get(key)}, "
                     f"{other.about.get(key)}); evaluate only members of one conversion"
                 )
         if first.logits.shape[1] != other.logits.shape[1]:
@@ -135,10 +140,7 @@ def assemble(members: list[Logits], folds: np.ndarray) -> Logits:
     check_alike(members)
     for member in members:
         _check_held_out(member, folds)
-    parts = {
-        name: np.concatenate([getattr(member, name) for member in members])
-        for name in ("logits", "single", "class_idx", "index", "fold", "filename")
-    }
+    parts = {name: np.concatenate([getattr(member, name) for member in members]) for name in BY_IMAGE}
     backbone, seed = members[0].run
     covered = sorted(int(member.about["fold"]) for member in members)
     about = {
@@ -189,7 +191,9 @@ def common(sets: list[Logits]) -> list[Logits]:
     for other in sets[1:]:
         shared = np.intersect1d(shared, other.index)
     if not len(shared):
-        raise InputError(f"{' and '.join(s.name for s in sets)} have no fold in common; train them on the same folds")
+        raise InputError(
+            f"{' and '.join(s.name for s in sets)} have no fold in common; train them on the same folds"
+        )
     chosen = [s.take(np.flatnonzero(np.isin(s.index, shared))) for s in sets]
     return [s.take(np.argsort(s.index, kind="stable")) for s in chosen]
 

@@ -13,6 +13,7 @@ import fastflower
 from fastflower import runs
 from fastflower.errors import InputError
 from fastflower.evaluation import comparison, curves, figures, pictures
+from fastflower.evaluation.tables import named
 from fastflower.recipe import Recipe, fields_of, load
 
 SHOWN = {"mistakes": 36, "suspects": 18}
@@ -34,6 +35,7 @@ class Experiment:
     cams: dict[str, Any] | None = None
     pictures: dict[int, str] = field(default_factory=dict)
     samples: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def read(exp: str, with_pictures: bool = True) -> Experiment:
@@ -42,25 +44,33 @@ def read(exp: str, with_pictures: bool = True) -> Experiment:
     scores = _json(folder / "scores.json")
     if scores is None:
         near = sorted(path.parent.name for path in runs.RESULTS.glob("*/scores.json"))
+        known = ", ".join(near) or "none"
         raise InputError(
-            f"no {folder / 'scores.json'}; run python -m fastflower.evaluate first (evaluated: {', '.join(near) or 'none'})"
+            f"no {folder / 'scores.json'}; run python -m fastflower.evaluate first (evaluated: {known})"
         )
     recipe_file = folder / "meta" / "recipe.yaml"
-    recipe = load(recipe_file) if recipe_file.is_file() else None
-    found = Experiment(
+    recipe, text, notes = _recipe(recipe_file)
+    photographs: dict[int, str] = {}
+    samples = None
+    if recipe and with_pictures:
+        photographs = pictures.thumbnails(Path(recipe.data.home), scores["folds_hash"], wanted(scores))
+        samples = pictures.augmented(recipe, scores["folds_hash"], scores["fused"]["folds"][0])
+        if not photographs:
+            notes.append(f"no betons of these folds in {recipe.data.home}; the page has no photographs")
+    return Experiment(
         name=exp,
         scores=scores,
         events=runs.read_events(folder / "events.jsonl"),
         recipe=recipe,
-        recipe_text=recipe_file.read_text(encoding="utf-8") if recipe else "",
+        recipe_text=text,
         derived=_derived(folder / "meta"),
         meta=_meta(folder / "meta"),
         ensemble=_json(folder / "ensemble.json"),
         cams=_json(folder / "gradcam" / "gradcam.json"),
-        pictures=pictures.thumbnails(Path(recipe.data.home), scores["folds_hash"], wanted(scores)) if recipe and with_pictures else {},
-        samples=pictures.augmented(recipe, scores["folds_hash"], scores["fused"]["folds"][0]) if recipe and with_pictures else None,
+        pictures=photographs,
+        samples=samples,
+        notes=notes,
     )
-    return found
 
 
 def wanted(scores: dict[str, Any]) -> dict[int, set[int]]:
@@ -119,7 +129,9 @@ def compare(experiments: list[Experiment]) -> str:
         "pictures": {},
         "pairs": comparison.pairs([found.scores for found in experiments]),
         "names": [found.name for found in experiments if found.recipe],
-        "differing": comparison.differing({found.name: found.recipe for found in experiments if found.recipe}),
+        "differing": comparison.differing(
+            {found.name: found.recipe for found in experiments if found.recipe}
+        ),
         "charts": comparison.charts({found.name: found.events for found in experiments}),
     }
     return render("compare.html.j2", content)
@@ -155,9 +167,9 @@ def sections(content: dict[str, Any]) -> list[tuple[str, str]]:
 def lead(scores: dict[str, Any]) -> str:
     """The experiment in a line."""
     backbones = list(dict.fromkeys(row["backbone"] for row in scores["runs"]))
-    members = len(scores["members"])
+    members, classes = len(scores["members"]), len(scores["classes"])
     return (
-        f"{' and '.join(backbones)} · {members} member{'s' if members != 1 else ''} · {len(scores['classes'])} classes · "
+        f"{' and '.join(backbones)} · {members} member{'s' if members != 1 else ''} · {classes} classes · "
         f"{scores['fused']['n']} images never trained on by the member that predicts them"
     )
 
@@ -167,23 +179,33 @@ def basis(scores: dict[str, Any]) -> str:
     fused, missing = scores["fused"], scores["missing"]
     of = f"the mean logits of {len(scores['runs'])} runs" if len(scores["runs"]) > 1 else "one run"
     if missing:
+        lacking = f"{named(missing)} {'has' if len(missing) == 1 else 'have'} no member"
         return (
-            f"Fold {', '.join(map(str, fused['folds']))} of {len(scores['folds'])} ({fused['n']} images), {of}. Folds "
-            f"{', '.join(map(str, missing))} have no member, so this is not yet a score over all images."
+            f"{named(fused['folds']).capitalize()} of {len(scores['folds'])} ({fused['n']} images), {of}; "
+            f"{lacking}, so this is not yet a score over all images."
         )
-    return f"Out of fold over all {len(scores['folds'])} folds: each of {fused['n']} images exactly once, {of}."
+    return (
+        f"Out of fold over all {len(scores['folds'])} folds: each of {fused['n']} images exactly once, {of}."
+    )
 
 
 def view_names(views: list[list[Any]]) -> str:
     sizes = dict.fromkeys(f"{h}" if h == w else f"{h}x{w}" for h, w, _ in views)
-    return " and ".join(sizes) + (" pixels, plain and mirrored" if any(flip for _, _, flip in views) else " pixels")
+    return " and ".join(sizes) + (
+        " pixels, plain and mirrored" if any(flip for _, _, flip in views) else " pixels"
+    )
 
 
 def changed(recipe: Recipe) -> list[dict[str, str]]:
     """The recipe's keys that differ from the defaults, with their meaning."""
     defaults = {dotted: value for dotted, value, _ in fields_of(Recipe())}
     return [
-        {"key": dotted, "value": str(value), "default": str(defaults[dotted]), "doc": str(spec.metadata["doc"])}
+        {
+            "key": dotted,
+            "value": str(value),
+            "default": str(defaults[dotted]),
+            "doc": str(spec.metadata["doc"]),
+        }
         for dotted, value, spec in fields_of(recipe)
         if value != defaults[dotted]
     ]
@@ -194,10 +216,13 @@ def facts(derived: dict[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name, value in derived.items():
         if name == "stages":
+            steps = derived.get("steps", [])
             for place, stage in enumerate(value, 1):
                 size = f"{stage['height']} x {stage['width']}"
                 text = f"epochs {stage['first']} to {stage['last']}, {size}, batch {stage['batch_per_gpu']} a device"
-                rows.append((f"stage {place}", text))
+                rows.append(
+                    (f"stage {place}", text + (f", {steps[place - 1]} steps an epoch" if steps else ""))
+                )
         elif name == "groups":
             for group in value:
                 text = f"lr {group['lr']:.3g}, weight decay {group['weight_decay']:g}, {group['tensors']} tensors"
@@ -234,6 +259,17 @@ def _json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); run the command that writes it again") from None
+
+
+def _recipe(path: Path) -> tuple[Recipe | None, str, list[str]]:
+    """The frozen recipe, its text, and what is left out of the page where this version cannot read it."""
+    if not path.is_file():
+        return None, "", [f"no {path}; the page has no recipe and no photographs"]
+    text = path.read_text(encoding="utf-8")
+    try:
+        return load(path), text, []
+    except InputError as error:  # written by another version, whose scores still count
+        return None, text, [f"{error}; the page has its text only, and no photographs"]
 
 
 def _derived(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures for the report, from the betons: validation images as thumbnails, training images before and after augmentation."""
+"""Pictures for the report, from the betons: validation images, and training images before and after augmentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastflower.data import sets
 from fastflower.data.augment import augment
 from fastflower.data.betons import Beton, open_beton
 from fastflower.data.decode import Crop, decode_eval, decode_train
-from fastflower.data.mixing import mix
+from fastflower.data.mixing import Kind, mix
 from fastflower.recipe import Recipe
 
 SIDE = 144
@@ -57,34 +57,44 @@ def thumbnails(home: Path, folds_hash: str, wanted: dict[int, set[int]]) -> dict
 
 
 def augmented(recipe: Recipe, folds_hash: str, fold: int) -> dict[str, Any] | None:
-    """Training images as they are stored, as two epochs draw them, and mixed; None without the betons of these folds."""
+    """Training images as stored, as two epochs draw them, and mixed; None without the betons of these folds."""
     beton = _open(sets.beton_path(Path(recipe.data.home), fold, "train"), folds_hash)
     if beton is None:
         return None
     rows = np.unique(np.linspace(0, beton.rows - 1, SAMPLES).round().astype(np.int64))
     height, width = derived.image_sizes(recipe)[0]
     draws = [draw(beton, rows, recipe, epoch, (height, width)) for epoch in (0, 1)]
-    labels, keys = torch.from_numpy(beton.labels[rows]), torch.from_numpy(_keys(recipe, 0, rows).view(np.int64))
+    labels, keys = (
+        torch.from_numpy(beton.labels[rows]),
+        torch.from_numpy(_keys(recipe, 0, rows).view(np.int64)),
+    )
     groups = [("Stored", whole(beton, rows)), *((f"Epoch {e}", _bytes(d)) for e, d in enumerate(draws, 1))]
-    for kind, alpha in (("mixup", recipe.reg.mixup), ("cutmix", recipe.reg.cutmix)):
-        if alpha and recipe.reg.mix_prob and len(rows) % 2 == 0:
+    kinds: tuple[tuple[Kind, str, float], ...] = (
+        ("mixup", "MixUp", recipe.reg.mixup),
+        ("cutmix", "CutMix", recipe.reg.cutmix),
+    )
+    for kind, title, alpha in kinds:
+        if alpha and recipe.reg.mix_prob:
             mixed, _ = mix(draws[0], labels, keys, int(beton.labels.max()) + 1, kind, alpha)
-            groups.append(({"mixup": "MixUp", "cutmix": "CutMix"}[kind], _bytes(mixed)))
-    shots = [
-        {"title": title, "shots": [{"uri": data_uri(jpeg(p)), "label": int(c)} for p, c in zip(pixels, labels, strict=True)]}
-        for title, pixels in groups
-    ]
-    return {"fold": fold, "size": f"{height} x {width}", "groups": shots}
+            groups.append((title, _bytes(mixed)))
+    shown = []
+    for title, pixels in groups:
+        shots = [{"uri": data_uri(jpeg(own)), "label": int(c)} for own, c in zip(pixels, labels, strict=True)]
+        shown.append({"title": title, "shots": shots})
+    return {"fold": fold, "size": f"{height} x {width}", "groups": shown}
 
 
 def draw(beton: Beton, rows: np.ndarray, recipe: Recipe, epoch: int, size: tuple[int, int]) -> torch.Tensor:
     """Rows as training draws them at the start of an epoch (from 0): float32 (B, 3, h, w), 0..255."""
     aug, keys = recipe.aug, _keys(recipe, epoch, rows)
-    crop = Crop((aug.rrc_scale[0], aug.rrc_scale[1]), (aug.rrc_ratio[0], aug.rrc_ratio[1]), min(1.0, aug.hflip_p * aug.strength))
+    scale, ratio = (aug.rrc_scale[0], aug.rrc_scale[1]), (aug.rrc_ratio[0], aug.rrc_ratio[1])
+    crop = Crop(scale, ratio, min(1.0, aug.hflip_p * aug.strength))
     out = np.empty((len(rows), *size, 3), np.uint8)
     decode_train(beton, rows, keys, out, crop, 0)
     fill = GREY if recipe.data.mean == "auto" else [255 * value for value in recipe.data.mean]
-    return augment(torch.from_numpy(out), torch.from_numpy(keys.view(np.int64)), aug, recipe.reg.erase_p, fill)
+    return augment(
+        torch.from_numpy(out), torch.from_numpy(keys.view(np.int64)), aug, recipe.reg.erase_p, fill
+    )
 
 
 def _keys(recipe: Recipe, epoch: int, rows: np.ndarray) -> np.ndarray:

@@ -16,8 +16,18 @@ from fastflower.data.labels import HEAD, TAIL
 from fastflower.evaluation import temperature
 from fastflower.evaluation.oof import Logits
 
+REPRODUCED = 0.01  # half precision in training may turn an image or two
 PARTS = ("head", "middle", "tail")
-OVER_FOLDS = ("single.top1", "clean.top1", "corrupted.top1", "s.top1", "clean.macro_recall", "clean.macro_f1", "clean.nll", "clean.ece")
+OVER_FOLDS = (
+    "single.top1",
+    "clean.top1",
+    "corrupted.top1",
+    "s.top1",
+    "clean.macro_recall",
+    "clean.macro_f1",
+    "clean.nll",
+    "clean.ece",
+)
 
 
 def block(data: Logits, alpha: float, bins: int, counts: np.ndarray, fit_on: str | None) -> dict[str, Any]:
@@ -57,14 +67,19 @@ def corruption(data: Logits, bins: int) -> dict[str, Any]:
     for (kind, level), logits in zip(data.combos, data.corrupt, strict=True):
         own = scores.scores(logits, data.class_idx, bins)
         kept = float((logits.argmax(1) == guess).mean())
-        rows.append({"kind": str(kind), "level": str(level), **own, "drop": clean - own["top1"], "consistency": kept})
-    mean = {key: float(np.mean([row[key] for row in rows])) for key in ("top5", "macro_recall", "macro_f1", "nll", "ece")}
+        rows.append(
+            {"kind": str(kind), "level": str(level), **own, "drop": clean - own["top1"], "consistency": kept}
+        )
+    keys = ("top5", "macro_recall", "macro_f1", "nll", "ece")
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in keys}
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     return {
         **share(float(np.mean([row["top1"] for row in rows])), n),
         **mean,
         "consistency": float(np.mean([row["consistency"] for row in rows])),
-        "kinds": {kind: float(np.mean([row["top1"] for row in rows if row["kind"] == kind])) for kind in kinds},
+        "kinds": {
+            kind: float(np.mean([row["top1"] for row in rows if row["kind"] == kind])) for kind in kinds
+        },
         "combos": rows,
     }
 
@@ -135,9 +150,8 @@ def reliability(data: Logits, t: float | None, bins: int) -> list[dict[str, Any]
         place = np.minimum((confidence * bins).astype(int), bins - 1)
         for b in np.unique(place):
             own = place == b
-            rows.append(
-                {"when": when, "confidence": float(confidence[own].mean()), "top1": float(hit[own].mean()), "n": int(own.sum())}
-            )
+            means = {"confidence": float(confidence[own].mean()), "top1": float(hit[own].mean())}
+            rows.append({"when": when, **means, "n": int(own.sum())})
     return rows
 
 
@@ -153,13 +167,23 @@ def over_folds(blocks: list[dict[str, Any]]) -> dict[str, dict[str, float | None
     return table
 
 
-def advice(block: dict[str, Any]) -> list[str]:
-    """One line for each number that asks for a decision."""
-    lines = []
+def views_advice(block: dict[str, Any]) -> list[str]:
+    """A line when the views predict worse than the single view."""
     lost = block["single"]["top1"] - block["clean"]["top1"]
-    if lost > 0:
-        lines.append(
-            f"{block['name']}: the views (tta.scales, tta.hflip) cost {lost:.4f} top-1 against the single view; "
-            "use scales nearer to the trained size"
-        )
-    return lines
+    if lost <= 0:
+        return []
+    return [
+        f"{block['name']}: the views (tta.scales, tta.hflip) cost {lost:.4f} top-1 against the single view; "
+        "use scales nearer to the trained size"
+    ]
+
+
+def stored_advice(member: dict[str, Any]) -> list[str]:
+    """A line when a member does not score what its checkpoint says of it."""
+    stored, found = member["stored"], member["single"]["top1"]
+    if stored is None or abs(found - stored) <= REPRODUCED:
+        return []
+    return [
+        f"{member['name']}: training scored {stored:.4f} where this evaluation finds {found:.4f}; "
+        "the betons are not those it was trained with"
+    ]

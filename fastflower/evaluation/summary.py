@@ -12,12 +12,29 @@ import fastflower
 from fastflower.errors import InputError
 from fastflower.evaluation import mistakes, scoreboard
 from fastflower.evaluation.oof import Logits, assemble, check_alike, fuse, load, member_file, missing_folds
+from fastflower.evaluation.tables import named
 from fastflower.recipe import Recipe
 
-ALWAYS = ("name", "backbone", "fold", "seed", "epoch", "checkpoint", "weights", "head", "size", "views", "mb", "ms")
+ALWAYS = (
+    "name",
+    "backbone",
+    "fold",
+    "seed",
+    "epoch",
+    "checkpoint",
+    "weights",
+    "head",
+    "stored",
+    "size",
+    "views",
+    "mb",
+    "ms",
+)
 
 
-def summarise(members: list[Logits], folds: np.ndarray, classes: list[dict[str, str]], recipe: Recipe) -> dict[str, Any]:
+def summarise(
+    members: list[Logits], folds: np.ndarray, classes: list[dict[str, str]], recipe: Recipe
+) -> dict[str, Any]:
     """The content of scores.json. `folds` (rows,) is folds.csv's column, `classes` the rows of classes.csv.
 
     Raises InputError for members that do not belong together or images that do not occur exactly once.
@@ -39,7 +56,13 @@ def summarise(members: list[Logits], folds: np.ndarray, classes: list[dict[str, 
         mine = [row for row in own if (row["backbone"], row["seed"]) == (backbone, seed)]
         missing = missing_folds(runs[backbone, seed], folds)
         rows.append(
-            {"backbone": backbone, "seed": seed, "missing": missing, "over_folds": scoreboard.over_folds(mine), **block(data)}
+            {
+                "backbone": backbone,
+                "seed": seed,
+                "missing": missing,
+                "over_folds": scoreboard.over_folds(mine),
+                **block(data),
+            }
         )
     class_ids, names = members[0].about["class_ids"], [plain_name(row) for row in classes]
     whole = block(fused)
@@ -57,12 +80,22 @@ def summarise(members: list[Logits], folds: np.ndarray, classes: list[dict[str, 
         "classes": [
             {**row, "name": names[row["class_idx"]]} for row in scoreboard.per_class(fused, class_ids, counts)
         ],
-        "sizes": [[int(fold), int(count)] for fold, count in zip(*np.unique(fused.fold, return_counts=True), strict=True)],
+        "sizes": [
+            [int(fold), int(count)]
+            for fold, count in zip(*np.unique(fused.fold, return_counts=True), strict=True)
+        ],
         "wrong": mistakes.wrong(fused),
         "members": own,
         "runs": rows,
         "fused": {**whole, "of": fused.about["of"]},
-        "advice": [line for row in [*rows, whole][: None if len(rows) > 1 else 1] for line in scoreboard.advice(row)],
+        "advice": [
+            *(line for row in own for line in scoreboard.stored_advice(row)),
+            *(
+                line
+                for row in (rows if len(rows) == 1 else [*rows, whole])
+                for line in scoreboard.views_advice(row)
+            ),
+        ],
         "reliability": scoreboard.reliability(fused, t if fit_on else None, bins),
         "confusion": mistakes.confusion(fused),
         "pairs": mistakes.confused_pairs(fused, t),
@@ -91,7 +124,9 @@ def by_run(members: list[Logits]) -> dict[tuple[str, int], list[Logits]]:
 
 def plain_name(row: dict[str, str]) -> str:
     """What a class is called, from the label file's column of names; English first, else the first there is."""
-    columns = sorted((key for key in row if "name" in key.lower()), key=lambda key: "english" not in key.lower())
+    columns = sorted(
+        (key for key in row if "name" in key.lower()), key=lambda key: "english" not in key.lower()
+    )
     return next((row[key] for key in columns if row[key]), "")
 
 
@@ -109,8 +144,8 @@ def temperatures(summary: dict[str, Any]) -> dict[str, Any]:
 def incomplete(summary: dict[str, Any]) -> list[str]:
     """One line for each run that lacks folds, so that no part is taken for the whole."""
     return [
-        f"{row['name']}: fold {', '.join(map(str, row['missing']))} of {len(summary['folds'])} has no member; "
-        "the scores are those of single folds, not of the whole training set"
+        f"{row['name']}: no member of {named(row['missing'])} of {len(summary['folds'])}; "
+        "its scores are those of single folds, not of the whole training set"
         for row in summary["runs"]
         if row["missing"]
     ]

@@ -9,14 +9,28 @@ Row = dict[str, Any]
 
 def console(summary: dict[str, Any]) -> list[list[str]]:
     """The console's table: a header, a row for each member, run and the fused set."""
-    header = ["", "n", "single", "views", "95%", "corrupted", "S", "macro F1", "NLL", "ECE", "T", "NLL/T", "ECE/T"]
+    header = [
+        "",
+        "n",
+        "single",
+        "views",
+        "95%",
+        "corrupted",
+        "S",
+        "macro F1",
+        "NLL",
+        "ECE",
+        "T",
+        "NLL/T",
+        "ECE/T",
+    ]
     rows = [header]
     labels = [
         *((f"{row['backbone']} fold {row['fold']} seed {row['seed']}", row) for row in summary["members"]),
-        *((f"{row['name']}, {_folds(row['folds'])}", row) for row in summary["runs"] if len(row["folds"]) > 1),
+        *((f"{row['name']}, {named(row['folds'])}", row) for row in summary["runs"] if len(row["folds"]) > 1),
     ]
     if len(summary["runs"]) > 1:
-        labels.append((f"fused, {_folds(summary['fused']['folds'])}", summary["fused"]))
+        labels.append((f"fused, {named(summary['fused']['folds'])}", summary["fused"]))
     for label, row in labels:
         clean, t = row["clean"], row["temperature"] or {}
         rows.append(
@@ -45,7 +59,17 @@ def methods(compared: Row) -> list[list[str]]:
     for row in compared["rows"]:
         interval, gain = f"{row['top1_low']:.3f}-{row['top1_high']:.3f}", f"{row['gain']:+.4f}"
         parts = f"{min(row['gains']):+.4f} to {max(row['gains']):+.4f}"
-        rows.append([row["method"], _number(row["top1"]), interval, _number(row["macro_f1"]), _number(row["nll"]), gain, parts])
+        rows.append(
+            [
+                row["method"],
+                _number(row["top1"]),
+                interval,
+                _number(row["macro_f1"]),
+                _number(row["nll"]),
+                gain,
+                parts,
+            ]
+        )
     return rows
 
 
@@ -53,7 +77,10 @@ def aligned(rows: list[list[str]]) -> str:
     """Rows of text as columns: the first to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
@@ -63,7 +90,8 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _folds(folds: list[int]) -> str:
+def named(folds: list[int]) -> str:
+    """fold 0, or folds 0, 2."""
     return f"fold {folds[0]}" if len(folds) == 1 else f"folds {', '.join(map(str, folds))}"
 
 
@@ -75,7 +103,9 @@ def reports(summary: dict[str, Any]) -> dict[str, list[Row]]:
     corrupted = summary["fused"]["corrupted"]
     tables = {
         "per_class": summary["classes"],
-        "confusion": [{"category_id": ids[i], **{ids[j]: counts.get((i, j), 0) for j in classes}} for i in classes],
+        "confusion": [
+            {"category_id": ids[i], **{ids[j]: counts.get((i, j), 0) for j in classes}} for i in classes
+        ],
         "mistakes": [_mistake(row, ids) for row in summary["mistakes"]],
         "suspects": [{**_mistake(row, ids), "suggested": ids[row["other"]]} for row in summary["suspects"]],
         "corruption": corrupted["combos"] if corrupted else [],

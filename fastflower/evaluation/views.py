@@ -37,7 +37,11 @@ class View:
 def views_of(size: tuple[int, int], scales: list[int], hflip: bool) -> list[View]:
     """Every scale, plain and mirrored; a member trained on oblong images has its own size only."""
     sizes = [(scale, scale) for scale in scales] if size[0] == size[1] else [size]
-    return [View(height, width, flip) for height, width in sizes for flip in ((False, True) if hflip else (False,))]
+    return [
+        View(height, width, flip)
+        for height, width in sizes
+        for flip in ((False, True) if hflip else (False,))
+    ]
 
 
 @torch.inference_mode()
@@ -60,7 +64,9 @@ def logits_of(
                 found[position][own] = logits[valid]
             np.add.at(seen, own, 1)
     if (seen != 1).any():
-        raise InputError(f"{loader}: {int((seen != 1).sum())} images were not read exactly once; run convert again")
+        raise InputError(
+            f"{loader}: {int((seen != 1).sum())} images were not read exactly once; run convert again"
+        )
     return found
 
 
@@ -71,23 +77,29 @@ def load_network(member: Checkpoint, path: Path, device: torch.device) -> nn.Mod
         network.load_state_dict(member.tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its tensors are not those of {member.meta['backbone']} ({reason})") from None
-    return network.to(device, memory_format=torch.channels_last).eval()
+        raise InputError(
+            f"{path}: its tensors are not those of {member.meta['backbone']} ({reason})"
+        ) from None
+    return network.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def predict(path: Path, recipe: Recipe, device: torch.device) -> Logits:
     """Load a member and run it over its fold's validation betons.
 
-    Raises InputError when the betons are stale, or not of the classes that the member was trained on.
+    Raises InputError when the betons are stale, or not of the classes and folds that the member was trained on.
     """
     member = checkpoint.load(path)
     meta, fold = member.meta, int(member.meta["fold"])
     opened = sets.open_fold(recipe, fold)
-    if opened.classes.hash != meta["class_hash"]:
-        raise InputError(
-            f"{path.name} was trained with class map {meta['class_hash']}, {recipe.data.home} holds "
-            f"{opened.classes.hash}; point data.home at its conversion, or train again"
-        )
+    for noun, then, now in (
+        ("classes", meta["class_hash"], opened.classes.hash),
+        ("folds", meta["folds_hash"], opened.folds.hash),
+    ):
+        if then != now:
+            raise InputError(
+                f"{path.name} was trained with other {noun} ({then}) than {recipe.data.home} holds ({now}); "
+                "point data.home at its conversion, or train again"
+            )
     clean, corrupted = opened.val, opened.val_corrupt
     network = load_network(member, path, device)
     size = (int(meta["size"][0]), int(meta["size"][1]))
@@ -119,6 +131,7 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> Logits:
         "epoch": int(meta["epoch"]),
         "weights": meta["weights"],
         "head": meta["head"],
+        "stored": meta["scores"].get(f"clean_{meta['weights']}"),
         "size": list(size),
         "views": [[view.height, view.width, view.flip] for view in views],
         "class_ids": list(meta["class_ids"]),

@@ -1,0 +1,77 @@
+"""The benchmark: every contender goes over all pictures, the table has a row for each, wrong words are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower.bench import contenders
+from fastflower.bench.__main__ import main
+from fastflower.bench.contenders import CONTENDERS, STOCK, Pictures, photographs
+from fastflower.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "photographs").mkdir()
+    for i in range(9):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
+        coarse.resize((80 + i, 70)).save(tmp_path / "photographs" / f"{i}.jpg")
+    (tmp_path / "photographs" / "notes.txt").write_text("not a picture")
+    return tmp_path / "photographs"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OpenCV linear",
+        "simplejpeg + OpenCV linear",
+        "DataLoader + PIL + torchvision",
+        *(n for n in CONTENDERS if "flower" in n),
+    ],
+)
+def test_contenders_see_every_picture(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name in contenders.NEEDS and not importlib.util.find_spec(contenders.NEEDS[name]):
+        pytest.skip(f"{contenders.NEEDS[name]} is not installed")
+    monkeypatch.setattr(contenders, "BATCH", 3)
+    epoch = CONTENDERS[name](Pictures(photographs(folder, 0), tmp_path), 24, 1)
+    for _ in range(2):
+        batches = [batch["image"] if isinstance(batch, dict) else batch for batch in epoch()]
+        assert [tuple(batch.shape) for batch in batches] == [(3, 24, 24, 3)] * 3
+        assert all(str(batch.dtype).endswith("uint8") for batch in batches)
+
+
+def test_limits_decode_every_picture(folder: Path, tmp_path: Path) -> None:
+    pictures = Pictures(photographs(folder, 5), tmp_path)
+    for name in CONTENDERS:
+        if name.startswith("libjpeg"):
+            assert list(CONTENDERS[name](pictures, 24, 2)()) == [None]
+
+
+def test_wrong_words_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="bench: got speed, choose from loader"):
+        main(["speed"])
+    with pytest.raises(InputError, match="bench: got nothing"):
+        main([])
+    with pytest.raises(InputError, match="no folder with JPEG files"):
+        main(["loader", "--data", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "24", "--threads", "1", "--rounds", "2", "--only", "raw"]
+    main(["loader", "--data", str(folder), *words, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["contender"] for row in rows] == [STOCK, "ffcv raw 512", "fastflower pre-scaled raw"]
+    assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and all(row["images_per_s"] > 0 for row in rows)
+    assert all(row["size"] == 24 and row["threads"] == 1 and row["first_batch_s"] > 0 for row in rows)
+    assert "fastflower pre-scaled raw" in capsys.readouterr().out

@@ -1,0 +1,212 @@
+"""From photographs to scores.json: real betons, real networks, against Pillow and a loop written out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score
+
+from fastflower import checkpoint, evaluate, recipe, runs, seeding
+from fastflower.data import sets
+from fastflower.data.conversion import convert
+from fastflower.data.labels import read_labels
+from fastflower.errors import CorruptionError, InputError
+from fastflower.evaluation import oof, views
+from fastflower.model.network import NetworkSpec, build_network
+
+WORDS = [
+    "exp.name=tiny", "data.root=train", "data.csv=labels.csv", "data.n_splits=2", "data.group=none",
+    "data.img_size=[32]", "data.store=raw", "data.workers=1", "model.backbone=resnet10t", "model.pretrained=false",
+    "tta.scales=[32,48]", "robust.kinds=[blur,brightness]", "train.batch_per_gpu=5",
+]  # fmt: skip
+BACKBONES = ("resnet10t", "convnextv2_atto")
+
+
+def draw(path: Path, colour: int, rng: np.random.Generator) -> None:
+    """A noisy picture whose hue tells its class; small enough to be stored as it is."""
+    height, width = rng.integers(36, 54, 2)
+    pixels = rng.integers(0, 90, (height, width, 3))
+    pixels[..., colour] += 150
+    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+
+
+def member(fold: int, backbone: str = BACKBONES[0], **changes: object) -> Path:
+    """A checkpoint with random weights and the description that training gives."""
+    settings = recipe.load(None, [*WORDS, f"model.backbone={backbone}"])
+    opened = sets.open_fold(settings, fold)
+    spec = NetworkSpec.from_recipe(settings, len(opened.classes))
+    seeding.seed_all(fold, len(backbone))
+    network = build_network(spec)
+    meta = {
+        **spec.meta(), "kind": "best_combo", "weights": "ema", "resize_factor": settings.eval.resize_factor,
+        "fold": fold, "seed": 42, "scores": {},
+        "epoch": 3, "class_ids": list(opened.classes.ids), "class_hash": opened.classes.hash,
+        "class_counts": [5] * len(opened.classes), "folds_hash": opened.folds.hash, **changes,
+    }  # fmt: skip
+    path = runs.Run("tiny", backbone, fold, 42).file("best_combo", 3, 0.5)
+    checkpoint.save(path, dict(network.state_dict()), meta)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 30 pictures of 3 classes and their betons."""
+    folder, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    (folder / "train").mkdir()
+    rows = [(f"{i:02}.jpg", ("9", "10", "rose")[i % 3]) for i in range(30)]
+    for i, (name, _) in enumerate(rows):
+        draw(folder / "train" / name, i % 3, rng)
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("filename", "category_id"), *rows])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        settings = recipe.load(None, WORDS)
+        convert(settings, read_labels(settings))
+    return folder
+
+
+@pytest.fixture
+def place(converted: Path, tmp_path: Path) -> Path:
+    """A copy of it to work in."""
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    os.chdir(tmp_path)
+    return tmp_path
+
+
+def by_pillow(filename: str, size: int, factor: float, interpolation: str) -> torch.Tensor:
+    """The centred view of a photograph: float (1, 3, size, size), from the file itself."""
+    image = Image.open(Path("train") / filename)
+    side = min(image.size) / factor
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    how = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    view = image.resize((size, size), how, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.asarray(view).copy()).permute(2, 0, 1)[None].float()
+
+
+def test_logits_are_those_of_pillow_and_a_plain_loop(place: Path) -> None:
+    path = member(0)
+    settings = recipe.load(None, WORDS)
+    own = views.predict(path, settings, torch.device("cpu"))
+    saved = checkpoint.load(path)
+    network = build_network(NetworkSpec.from_meta(saved.meta)).eval()
+    network.load_state_dict(saved.tensors)
+    with torch.no_grad():
+        for row, filename in enumerate(own.filename):
+            plain = [by_pillow(filename, size, 1.14, saved.meta["interpolation"]) for size in (32, 48)]
+            logits = [network(view) for own_view in plain for view in (own_view, own_view.flip(3))]
+            np.testing.assert_allclose(own.logits[row], torch.stack(logits).mean(0)[0], atol=1e-4)
+            np.testing.assert_allclose(own.single[row], network(plain[0])[0], atol=1e-4)
+    assert own.corrupt.shape == (2, len(own), 3)
+    assert own.combos.tolist() == [["blur", "low"], ["brightness", "low"]]
+    assert not np.allclose(own.corrupt[0], own.single) and not np.allclose(own.corrupt[0], own.corrupt[1])
+    assert own.about["views"] == [[32, 32, False], [32, 32, True], [48, 48, False], [48, 48, True]]
+
+
+def test_both_folds_and_backbones_become_scores_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for backbone in BACKBONES:
+        for fold in (0, 1):
+            member(fold, backbone)
+    evaluate.main(WORDS)
+    folder = runs.RESULTS / "tiny"
+    found = json.loads((folder / "scores.json").read_text())
+    members = [oof.load(path) for path in sorted((folder / "oof").glob("*.npz"))]
+    assert len(members) == 4 and found["missing"] == [] and found["fused"]["n"] == 30
+    with open("data/folds.csv", newline="") as file:
+        label = {row["filename"]: int(row["class_idx"]) for row in csv.DictReader(file)}
+    for own in members:
+        assert [label[name] for name in own.filename] == own.class_idx.tolist()
+    total = {name: np.zeros(3) for name in label}
+    for own in members:
+        for name, logits in zip(own.filename, own.logits, strict=True):
+            total[name] += logits / 2
+    guess = [int(total[name].argmax()) for name in label]
+    assert found["fused"]["clean"]["top1"] == pytest.approx(accuracy_score(list(label.values()), guess))
+    temperature = json.loads((folder / "temperature.json").read_text())
+    assert (
+        temperature["fused"]["t"] == found["fused"]["temperature"]["t"] and len(temperature["members"]) == 4
+    )
+    cams = json.loads((folder / "gradcam" / "gradcam.json").read_text())
+    assert {row["backbone"] for row in cams["images"]} == set(BACKBONES)
+    assert all((folder / "gradcam" / row["file"]).is_file() for row in cams["images"])
+    assert {path.stem for path in (folder / "reports").glob("*.csv")} >= {
+        "per_class",
+        "confusion",
+        "mistakes",
+        "corruption",
+    }
+    out = capsys.readouterr().out
+    assert "fused, folds 0, 1" in out and "no member of" not in out
+
+    before = (folder / "scores.json").read_bytes()
+    evaluate.main([*WORDS, "eval.batch=7"])
+    again = json.loads((folder / "scores.json").read_text())
+    assert again["confusion"] == json.loads(before)["confusion"]
+    assert again["fused"]["clean"]["nll"] == pytest.approx(found["fused"]["clean"]["nll"], abs=1e-5)
+
+
+def test_a_missing_fold_is_said_and_never_filled_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    member(1)
+    evaluate.main([*WORDS, "tta.scales=[32]", "tta.hflip=false"])
+    found = json.loads((runs.RESULTS / "tiny" / "scores.json").read_text())
+    assert found["missing"] == [0] and found["fused"]["folds"] == [1] and found["fused"]["n"] == 15
+    assert found["fused"]["clean"] == found["fused"]["single"]  # the only view is the single view
+    assert "no member of fold 0 of 2" in capsys.readouterr().out
+
+
+def test_without_corrupted_images_and_temperature_there_are_none(place: Path) -> None:
+    member(0)
+    evaluate.main([*WORDS, "robust.enabled=false", "ts.enabled=false", "tta.scales=[32]"])
+    found = json.loads((runs.RESULTS / "tiny" / "scores.json").read_text())
+    assert found["fused"]["corrupted"] is None and found["fused"]["temperature"] is None
+    assert found["fused"]["s"]["top1"] == found["fused"]["single"]["top1"]
+
+
+@dataclass
+class Refusal:
+    changes: dict[str, object]
+    pattern: str
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Refusal({"class_hash": "other"}, r"trained with other classes \(other\) than data holds"),
+        Refusal({"folds_hash": "other"}, r"trained with other folds \(other\) than data holds"),
+        Refusal({"num_classes": 4}, "its tensors are not those of resnet10t"),
+    ],
+    ids=["classes", "folds", "tensors"],
+)
+def test_members_that_do_not_fit_are_refused(place: Path, case: Refusal) -> None:
+    member(0, **case.changes)
+    with pytest.raises(InputError, match=case.pattern):
+        evaluate.main(WORDS)
+    assert not (runs.RESULTS / "tiny" / "scores.json").exists()
+
+
+def test_no_member_and_a_damaged_member_are_refused_before_any_work(place: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"no member best_combo.*; train first, or change ensembling\.find_pattern"
+    ):
+        evaluate.main(WORDS)
+    member(0)
+    path = member(1)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptionError, match="damaged"):
+        evaluate.main(WORDS)
+    assert not (runs.RESULTS / "tiny" / "oof").exists()
+
+
+def test_views_of_oblong_members_keep_their_size() -> None:
+    assert views.views_of((32, 64), [48, 96], True) == [views.View(32, 64, False), views.View(32, 64, True)]
+    assert views.views_of((32, 32), [48], False) == [views.View(48, 48, False)]
