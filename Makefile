@@ -11,7 +11,7 @@ test: setup  ## the whole suite; pick with ARGS="-k recipe" or ARGS="-m 'not slo
 
 setup: .venv/installed  ## system packages and .venv from the hashed lock
 
-.venv/installed: requirements.lock pyproject.toml fastflower/data/decode.c scripts/setup.sh
+.venv/installed: requirements.lock pyproject.toml scripts/setup.sh $(wildcard fastflower/data/*.c fastflower/data/*.h)
 	scripts/setup.sh
 
 lint: setup  ## ruff and mypy

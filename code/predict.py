@@ -111,7 +111,7 @@ def predict(
             table.write()
             left = pace * (len(table.names) - done)
             say(f"{done} of {len(table.names)}, {1 / pace:.1f} images/s, {left:.0f} s left")
-    if options.logits:
+    if options.logits and kept:
         missing = np.full_like(next(iter(kept.values())), np.nan)
         np.savez(options.logits, logits=np.stack([kept.get(row, missing) for row in range(len(table.names))]))
     say(f"{done} rows in {table.path}, {1 / pace:.1f} images/s, {len(table.unreadable)} unreadable")

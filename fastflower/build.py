@@ -16,8 +16,7 @@ from composer import Evaluator, Trainer
 from composer.core import Event, State
 from torch import Tensor, nn
 
-from fastflower import __version__, derived, seeding
-from fastflower import recipe as recipes
+from fastflower import derived, seeding
 from fastflower.algorithms.augmentation import DeviceAugment
 from fastflower.algorithms.averaging import Ema, Swa, batch_norms
 from fastflower.algorithms.gradients import GradientGuard
@@ -27,7 +26,7 @@ from fastflower.algorithms.stages import Stages
 from fastflower.callbacks.events import Recorder
 from fastflower.callbacks.progress import Console, Progress
 from fastflower.callbacks.ranks import TIMEOUT, Machine, on_rank_zero
-from fastflower.callbacks.record import Facts, identity
+from fastflower.callbacks.record import Facts, member_meta
 from fastflower.callbacks.samples import COLUMNS, save_samples
 from fastflower.callbacks.saving import Saving, Stateful, Stop, parse_interval
 from fastflower.callbacks.scoring import CLEAN, CORRUPTED, Scoring
@@ -341,36 +340,3 @@ def _norm_notes(network: nn.Module, synchronised: int, machine: Machine) -> list
     if norms and machine.world > 1:
         return [f"{norms} BatchNorm layers keep each rank's own statistics; rank 0's are scored and saved"]
     return []
-
-
-def member_meta(
-    recipe: Recipe, run: Run, spec: NetworkSpec, d: Derived, fold: FoldSet, counts: np.ndarray, epoch: int
-) -> dict[str, Any]:
-    """What a checkpoint of an epoch (from 1) says of itself, less kind, weights and scores."""
-    stage = d.stage(max(epoch - 1, 0))
-    return {
-        **spec.meta(),
-        "size": [stage.height, stage.width],
-        "resize_factor": recipe.eval.resize_factor,
-        "stored_side": fold.val.manifest["stored_side"],
-        "class_ids": list(fold.classes.ids),
-        "class_hash": fold.classes.hash,
-        "class_counts": counts.tolist(),
-        "folds_hash": fold.folds.hash,
-        "exp": run.exp,
-        "fold": run.fold,
-        "seed": run.seed,
-        "epoch": epoch,
-        "recipe": recipes.to_yaml(recipe),
-        "version": __version__,
-    }
-
-
-def same_run(recipe: Recipe, fold: FoldSet, machine: Machine) -> dict[str, Any]:
-    """The identity of a run: see `record.identity`."""
-    hashes = {name: fold.train.manifest[f"{name}_hash"] for name in ("classes", "folds", "labels")}
-    return identity(
-        recipe,
-        derived.derive(recipe, machine.world),
-        hashes | {"stored_side": fold.train.manifest["stored_side"]},
-    )

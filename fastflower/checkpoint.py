@@ -1,14 +1,17 @@
 """Checkpoints: plain tensors, numbers and text in torch's zip format, checked before use, never executed.
 
-torch.save writes a CRC-32 for every part and torch.load does not read it; flipped bits load silently.
-So the CRCs are checked first, and only plain types are unpickled (`weights_only=True`).
+torch.save writes a CRC-32 for every part and torch.load does not read it; flipped bits load silently, in the
+zip's own headers too. So a CRC-32 of the whole file ends it, as the zip's comment, which torch.load passes over;
+it is checked first, and only plain types are unpickled (`weights_only=True`).
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,11 @@ from fastflower import runs
 from fastflower.errors import CorruptionError, InputError
 
 FORMAT = 1
+SEAL = struct.Struct("<4sI")  # mark, CRC-32 of all before it
+MARK = b"ffCK"
+END_OF_ZIP = (
+    22  # bytes of the record that ends a zip without a comment; its last two are the comment's length
+)
 
 
 @dataclass
@@ -46,7 +54,8 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], **more: A
     }
     try:
         torch.save(content, aside)
-        _check_crc(aside)
+        _seal(aside)
+        _check_seal(aside)
         runs.replace_atomic(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -59,7 +68,7 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise InputError(f"no checkpoint {path}")
-    _check_crc(path)
+    sealed = _check_seal(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -71,6 +80,10 @@ def load(path: Path) -> Checkpoint:
         raise InputError(
             f"{path}: written in format {content['fastflower']}, this version reads format {FORMAT}"
         )
+    if not sealed:
+        raise CorruptionError(
+            f"{path}: cut short or damaged (its checksum is missing); use an older checkpoint"
+        )
     return Checkpoint(content["tensors"], json.loads(content["meta"]), content["more"])
 
 
@@ -79,11 +92,40 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _check_crc(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        raise CorruptionError(f"{path}: cut short or damaged ({error}); use an older checkpoint") from None
-    if bad is not None:
-        raise CorruptionError(f"{path}: damaged in {bad}; use an older checkpoint")
+def _seal(path: Path) -> None:
+    """Append the checksum and announce it as the zip's comment."""
+    with open(path, "r+b") as file:
+        file.seek(-END_OF_ZIP, 2)
+        if file.read(4) != b"PK\5\6":
+            raise RuntimeError(f"{path}: torch.save ended it in an unknown way")
+        file.seek(-2, 2)
+        file.write(struct.pack("<H", SEAL.size))
+        file.flush()
+        file.seek(0, 2)
+        file.write(SEAL.pack(MARK, _crc(path, file.tell())))
+
+
+def _check_seal(path: Path) -> bool:
+    """Whether the file ends in a checksum; raises CorruptionError when it is wrong, or the file is no zip at all."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - SEAL.size))
+        tail = file.read()
+    mark, crc = SEAL.unpack(tail) if len(tail) == SEAL.size else (b"", 0)
+    if mark != MARK and zipfile.is_zipfile(path):
+        return False
+    if mark != MARK or _crc(path, size - SEAL.size) != crc:
+        raise CorruptionError(f"{path}: cut short or damaged; use an older checkpoint")
+    return True
+
+
+def _crc(path: Path, size: int) -> int:
+    """CRC-32 of a file's first `size` bytes, in pieces of 16 MiB."""
+    crc = 0
+    with open(path, "rb") as file:
+        while size > 0:
+            piece = file.read(min(size, 1 << 24))
+            if not piece:
+                break
+            crc, size = zlib.crc32(piece, crc), size - len(piece)
+    return crc

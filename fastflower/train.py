@@ -62,7 +62,7 @@ def train_fold(
 ) -> None:
     """One run: open the data, go on from the last checkpoint if there is one, fit, summarise."""
     fold = build.open_data(recipe, run.fold)
-    same = build.same_run(recipe, fold, machine)
+    same = record.identity(recipe, derived.derive(recipe, machine.world), fold)
     ranks.check_alike(same)
     last = ranks.on_rank_zero(lambda: record.find_last(run, same, console.say))
     if last is not None and last.finished:
@@ -90,7 +90,13 @@ def announce(recipe: Recipe, training: build.Training, machine: ranks.Machine, a
     epoch, step = start.epoch.value, start.batch_in_epoch.value
     title, *lines = record.header(recipe, facts)
     say(title, "bold")
-    for line in [*lines, "", *(f"  {line}" for line in [*facts.groups_table, "", *facts.notes])]:
+    for line in [
+        *lines,
+        "",
+        *(f"  {line}" for line in facts.groups_table),
+        "",
+        *(f"  {line}" for line in facts.notes),
+    ]:
         say(line)
     for line in record.notes(recipe, facts, advice):
         say(f"  note: {line}", "yellow")

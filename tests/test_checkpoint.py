@@ -28,16 +28,13 @@ def test_round_trip(saved):
     assert torch.load(saved, weights_only=True)["tensors"]["w"].shape == (2, 8)
 
 
-def test_every_flipped_byte_is_found_or_without_effect(saved):
-    data, want = saved.read_bytes(), checkpoint.load(saved)
-    for position in range(0, len(data), 7):
-        saved.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
-        try:
-            got = checkpoint.load(saved)
-        except InputError:
-            continue
-        assert all(torch.equal(got.tensors[name], want.tensors[name]) for name in want.tensors)
-        assert got.meta == want.meta
+def test_every_flipped_byte_is_found(saved):
+    data = saved.read_bytes()
+    for position in range(len(data)):
+        flipped = data[position] ^ 1 << position % 8
+        saved.write_bytes(data[:position] + bytes([flipped]) + data[position + 1 :])
+        with pytest.raises(InputError):
+            checkpoint.load(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200, -1])

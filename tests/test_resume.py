@@ -229,7 +229,8 @@ def launch(*words: str) -> subprocess.Popen[str]:
 def test_two_ranks_lose_one_and_end_in_the_same_bits_as_two_or_nearly_as_one(project):
     """SIGKILL of rank 1 takes all down within a bound; then two ranks go on, and from the same state one rank alone."""
     uncut = launch("exp.name=uncut")
-    assert uncut.wait(300) == 0, uncut.communicate()[0]
+    said = uncut.communicate(timeout=300)[0]
+    assert uncut.returncode == 0, said
     cut, run, deadline = launch("exp.name=cut"), tiny.run_of("cut"), time.monotonic() + 200
     while not run.files("last") or "_epoch1_" not in run.files("last")[-1].name:
         assert cut.poll() is None and time.monotonic() < deadline, cut.communicate()[0]
@@ -240,7 +241,8 @@ def test_two_ranks_lose_one_and_end_in_the_same_bits_as_two_or_nearly_as_one(pro
     assert cut.returncode != 0 and "another rank has ended" in said
     shutil.copytree(run.model_dir, tiny.run_of("alone").model_dir)
     again = launch("exp.name=cut")
-    assert again.wait(300) == 0, again.communicate()[0]
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
     whole, resumed = tiny.last("uncut"), tiny.last("cut")
     assert tiny.different(whole.tensors, resumed.tensors) == []
     assert tiny.different(whole.more, resumed.more) == []

@@ -77,7 +77,7 @@ class Pictures:
 
 
 def stored_side(size: int) -> int:
-    """What a recipe whose largest size this is would store; 288 and 366 are those of the published tables."""
+    """The short side that a recipe with this largest size would store; 288 leaves 224 room for larger views."""
     return {224: 288, 320: 366}.get(size, derived.resize_side(size, 1.14))
 
 

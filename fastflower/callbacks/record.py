@@ -20,8 +20,10 @@ from fastflower import recipe as recipes
 from fastflower.callbacks.progress import clock, side
 from fastflower.callbacks.saving import FIXED, load_last
 from fastflower.callbacks.scoring import Scoring
+from fastflower.data.sets import FoldSet
 from fastflower.derived import Derived
 from fastflower.errors import InputError
+from fastflower.model.network import NetworkSpec
 from fastflower.recipe import Recipe
 from fastflower.runs import Run
 
@@ -67,11 +69,36 @@ class Facts:
     notes: list[str]  # where the weights come from, and what else is worth a line
 
 
-def identity(recipe: Recipe, derived: Derived, hashes: dict[str, str]) -> dict[str, Any]:
+def member_meta(
+    recipe: Recipe, run: Run, spec: NetworkSpec, d: Derived, fold: FoldSet, counts: np.ndarray, epoch: int
+) -> dict[str, Any]:
+    """What a checkpoint of an epoch (from 1) says of itself, less kind, weights and scores."""
+    stage = d.stage(max(epoch - 1, 0))
+    return {
+        **spec.meta(),
+        "size": [stage.height, stage.width],
+        "resize_factor": recipe.eval.resize_factor,
+        "stored_side": fold.val.manifest["stored_side"],
+        "class_ids": list(fold.classes.ids),
+        "class_hash": fold.classes.hash,
+        "class_counts": counts.tolist(),
+        "folds_hash": fold.folds.hash,
+        "exp": run.exp,
+        "fold": run.fold,
+        "seed": run.seed,
+        "epoch": epoch,
+        "recipe": recipes.to_yaml(recipe),
+        "version": __version__,
+    }
+
+
+def identity(recipe: Recipe, derived: Derived, fold: FoldSet) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it."""
+    manifest = fold.train.manifest
     keys = {name: value for name, value, _ in recipes.fields_of(recipe) if not name.startswith(FREE)}
     batches = [stage.batch_per_gpu * derived.world_size * recipe.train.grad_accum for stage in derived.stages]
-    return {"recipe": keys, "data": hashes, "global batch": {"by stage": batches}}
+    data = {name: manifest[name] for name in ("classes_hash", "folds_hash", "labels_hash", "stored_side")}
+    return {"recipe": keys, "data": data, "global batch": {"by stage": batches}}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
