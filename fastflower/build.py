@@ -235,7 +235,7 @@ def training(
         optimizers=optimizer(groups, recipe, machine.torch_device),
         eval_dataloader=[_evaluator(label, loader) for label, loader in data.evaluation.items()],
         callbacks=[scoring, recorder, saving, Progress(console, d, recorder, scoring)],
-        run_name=f"{run.exp}_{run.backbone}_{run.stem}",
+        run_name=f"{run.exp}_{run.stem}",
         progress_bar=False,
         device=machine.device,
         precision=machine.precision,

@@ -37,7 +37,8 @@ class Run:
 
     @property
     def stem(self) -> str:
-        return f"fold{self.fold}_seed{self.seed}"
+        """What tells this run's files from those of others in the experiment's folders."""
+        return f"{self.backbone}__fold{self.fold}_seed{self.seed}"
 
     @property
     def model_dir(self) -> Path:
@@ -57,17 +58,13 @@ class Run:
 
     def file(self, kind: str, epoch: int, score: float) -> Path:
         """The templated name of a checkpoint; epochs count from 1."""
-        name = f"{kind}__{self.backbone}__{self.stem}_epoch{epoch}_score{score:.4f}.pth"
+        name = f"{kind}__{self.stem}_epoch{epoch}_score{score:.4f}.pth"
         return self.model_dir / name
 
     def files(self, kind: str) -> list[Path]:
         """The checkpoints of this run and kind, oldest epoch first."""
         found = [(name.epoch, path) for path in self.model_dir.glob("*.pth") if (name := parse_member(path))]
-        return [
-            path
-            for epoch, path in sorted(found)
-            if path.name.startswith(f"{kind}__{self.backbone}__{self.stem}_epoch")
-        ]
+        return [path for epoch, path in sorted(found) if path.name.startswith(f"{kind}__{self.stem}_epoch")]
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,15 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     assert checkpoint.load(run.model_dir / "best_combo.pth").meta["epoch"] == best["epoch"]
     text = recipes.to_yaml(recipes.load("tiny.yaml", ["log.tensorboard=true"]))
     assert (run.meta_dir / "recipe.yaml").read_text() == text
-    derived = json.loads((run.meta_dir / "derived_fold0_seed42.json").read_text())
+    derived = json.loads((run.meta_dir / f"derived_{run.stem}.json").read_text())
     assert derived["batch_global"] == 10 and derived["lr"] == 1e-3 and sum(derived["class_counts"]) == 40
     assert derived["determinism"] == "full" and {"part", "lr", "weight_decay"} <= set(derived["groups"][0])
-    end = json.loads((run.meta_dir / "early_stop_fold0_seed42.json").read_text())
+    end = json.loads((run.meta_dir / f"early_stop_{run.stem}.json").read_text())
     assert end["reason"] == "all 3 epochs" and end["best"]["epoch"] == best["epoch"]
     for name in ("folds.csv", "classes.csv"):
         assert (run.meta_dir / name).read_bytes() == (Path("data") / name).read_bytes()
     assert json.loads((run.meta_dir / "versions.json").read_text())["packages"]["torch"].startswith("2.7")
-    with Image.open(run.results_dir / "samples_fold0_seed42.png") as picture:
+    with Image.open(run.results_dir / f"samples_{run.stem}.png") as picture:
         assert picture.width > 8 * 32
     assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
     assert [row["event"] for row in runs.read_events(run.events)] == [
@@ -77,7 +77,7 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
         "epoch",
         "end",
     ]
-    out, log = capsys.readouterr().out, (run.model_dir / "train_fold0_seed42.log").read_text()
+    out, log = capsys.readouterr().out, (run.model_dir / f"train_{run.stem}.log").read_text()
     for said in (
         "fold 0   seed 42",
         "1-1 at 32 (4 steps of 10), 2-3 at 48",
@@ -168,7 +168,7 @@ def test_a_run_that_stops_early_is_finished(capsys):
     words = ("es.patience=1", "es.min_delta=1", "sched.cosine_epochs=6", "data.size_epochs=[1,6]")
     assert tiny.fit(*words) == 0
     assert len(tiny.epochs()) == 3  # a first at the new size, then one without a gain of 1
-    end = json.loads((tiny.run_of().meta_dir / "early_stop_fold0_seed42.json").read_text())
+    end = json.loads((tiny.run_of().meta_dir / f"early_stop_{tiny.run_of().stem}.json").read_text())
     assert end["stopped_early"] and end["reason"] == "no gain of 1 in 1 epochs up to epoch 3"
     capsys.readouterr()
     assert tiny.fit(*words) == 0

@@ -146,7 +146,7 @@ class Recorder(Callback):
                 SummaryWriter,  # slow to import; only the rank that writes needs it
             )
 
-            folder = self.run.results_dir / "tensorboard" / f"{self.run.backbone}_{self.run.stem}"
+            folder = self.run.results_dir / "tensorboard" / f"{self.run.stem}"
             self._writer = SummaryWriter(str(folder), purge_step=row["epoch"])
         for name, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "epoch":

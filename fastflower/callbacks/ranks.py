@@ -158,7 +158,7 @@ def claim(recipe: Recipe, fold: int) -> Iterator[Run]:
     def take() -> None:
         try:
             run.model_dir.mkdir(parents=True, exist_ok=True)
-            path = run.model_dir / f".{run.backbone}__{run.stem}.lock"
+            path = run.model_dir / f".{run.stem}.lock"
             handles.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
         except OSError as error:
             raise EnvironmentFault(

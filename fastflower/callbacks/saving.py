@@ -55,12 +55,12 @@ def parse_interval(text: str) -> tuple[int, str]:
 
 def previous_last(run: Run) -> Path:
     """The generation of `last` before the current one; its name matches no member pattern."""
-    return run.model_dir / f"last__{run.backbone}__{run.stem}.previous.pth"
+    return run.model_dir / f"last__{run.stem}.previous.pth"
 
 
 def sweep(run: Run) -> None:
     """Remove what killed savings of this run left half-written; the caller holds the run's lock."""
-    for aside in run.model_dir.glob(f".*__{run.backbone}__{run.stem}*.tmp"):
+    for aside in run.model_dir.glob(f".*__{run.stem}*.tmp"):
         aside.unlink(missing_ok=True)
 
 

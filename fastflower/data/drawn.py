@@ -120,8 +120,8 @@ class Shot(NamedTuple):
 def write(
     home: Path,
     seed: int = 0,
-    head: int = 120,
-    tail: int = 12,
+    head: int = 130,
+    tail: int = 18,
     held_out: int = 24,
     shuffle_labels: bool = False,
 ) -> DrawnSet:
