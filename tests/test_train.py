@@ -307,7 +307,7 @@ def test_two_ranks_are_one_rank():
 
 
 @pytest.mark.dist
-def test_a_refusal_is_said_once_by_the_first_rank_and_a_lost_rank_ends_all():
+def test_a_refusal_is_said_once_and_its_exit_code_is_the_launchers():
     refused = launch(2, "opt.lr_reff=1")
     assert refused.returncode == 2
     assert (refused.stderr + refused.stdout).count("unknown key opt.lr_reff; did you mean opt.lr_ref?") == 1
