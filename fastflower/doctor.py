@@ -94,10 +94,9 @@ def packages() -> Line:
     }
     if not wrong:
         return Line("packages", True, f"{len(pinned)} as in requirements.lock")
-    tools = re.findall(
-        r'^  "(\w+)', (ROOT / "pyproject.toml").read_text().partition("dev = [")[2], flags=re.M
-    )
-    ok = None if set(wrong) <= set(tools) else False  # tests and lint need those, training does not
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    tools = re.findall(r'"([\w-]+)[\[>=]', extras.partition("[tool.")[0])
+    ok = None if set(wrong) <= set(tools) else False  # tests, lint and extras need those, training does not
     return Line(
         "packages", ok, f"{len(wrong)} of {len(pinned)} differ: {', '.join(list(wrong.values())[:2])}", SETUP
     )

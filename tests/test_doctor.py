@@ -20,7 +20,9 @@ def bare(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
     (tmp_path / "fastflower/data").mkdir(parents=True)
     (tmp_path / "fastflower/data/decode.c").write_text("int answer(void) { return 42; }\n")
-    (tmp_path / "pyproject.toml").write_text('[project.optional-dependencies]\ndev = [\n  "ruff>=0.17",\n]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[project.optional-dependencies]\nstack = ["lightgbm>=4.7"] # trees\ndev = [\n  "ruff>=0.17",\n]\n'
+    )
     return tmp_path
 
 
@@ -49,10 +51,10 @@ def test_without_the_lock(bare):
     assert "take the repository whole" in str(line)
 
 
-def test_tools_for_development_do_not_stop_training(bare):
-    (bare / "requirements.lock").write_text("ruff==0.0.0\n")
+def test_tools_and_extras_do_not_stop_training(bare):
+    (bare / "requirements.lock").write_text("ruff==0.0.0\nlightgbm==0.0.0\n")
     assert doctor.packages().ok is None
-    assert "1 of 1 differ: ruff" in str(doctor.packages())
+    assert "2 of 2 differ: ruff" in str(doctor.packages())
 
 
 def test_a_built_kernel_makes_the_compiler_unneeded(bare):
