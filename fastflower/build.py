@@ -48,14 +48,6 @@ from fastflower.runs import Run
 SWA_BATCHES = 50  # for BatchNorm's statistics
 
 
-def fold_numbers(recipe: Recipe) -> list[int]:
-    """data.fold as a list."""
-    fold = recipe.data.fold
-    if fold == "all":
-        return [0] if recipe.data.split == "ratio" else list(range(recipe.data.n_splits))
-    return list(fold) if isinstance(fold, list) else [int(fold)]
-
-
 class Clock:
     """Where training stands, for loaders that are built before the Trainer that knows."""
 

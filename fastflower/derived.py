@@ -77,6 +77,14 @@ def scaled_lr(recipe: Recipe, batch_global: int) -> tuple[float, str]:
     return bounded, note
 
 
+def fold_numbers(recipe: Recipe) -> list[int]:
+    """data.fold as a list."""
+    fold = recipe.data.fold
+    if fold == "all":
+        return [0] if recipe.data.split == "ratio" else list(range(recipe.data.n_splits))
+    return list(fold) if isinstance(fold, list) else [int(fold)]
+
+
 def image_sizes(recipe: Recipe) -> list[tuple[int, int]]:
     """data.img_size as (height, width) by stage: 224, [224, 320] or [[32, 64]]."""
     value = recipe.data.img_size

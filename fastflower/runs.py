@@ -56,6 +56,11 @@ class Run:
     def events(self) -> Path:
         return self.results_dir / "events.jsonl"
 
+    @property
+    def end(self) -> Path:
+        """Where the run's end is written down, early or not."""
+        return self.meta_dir / f"early_stop_{self.stem}.json"
+
     def file(self, kind: str, epoch: int, score: float) -> Path:
         """The templated name of a checkpoint; epochs count from 1."""
         name = f"{kind}__{self.stem}_epoch{epoch}_score{score:.4f}.pth"

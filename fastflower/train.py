@@ -24,6 +24,7 @@ from fastflower import build, checkpoint, derived, errors  # noqa: E402
 from fastflower.callbacks import ranks, record  # noqa: E402
 from fastflower.callbacks.progress import Console  # noqa: E402
 from fastflower.callbacks.saving import PREEMPTED, Stop, parse_interval, restore  # noqa: E402
+from fastflower.identity import identity  # noqa: E402
 from fastflower.recipe import Recipe, parse_command  # noqa: E402
 from fastflower.runs import Run  # noqa: E402
 
@@ -48,7 +49,7 @@ def train(argv: list[str]) -> int:
     machine = ranks.prepare(recipe)
     stop = Stop()
     try:
-        for fold in build.fold_numbers(recipe):
+        for fold in derived.fold_numbers(recipe):
             with ranks.claim(recipe, fold) as run, ranks.console(run) as console:
                 train_fold(recipe, run, machine, stop, console, advice)
     finally:
@@ -62,7 +63,7 @@ def train_fold(
 ) -> None:
     """One run: open the data, go on from the last checkpoint if there is one, fit, summarise."""
     fold = build.open_data(recipe, run.fold)
-    same = record.identity(recipe, derived.derive(recipe, machine.world), fold)
+    same = identity(recipe, derived.derive(recipe, machine.world), fold.train.manifest)
     ranks.check_alike(same)
     last = ranks.on_rank_zero(lambda: record.find_last(run, same, console.say))
     if last is not None and last.finished:
@@ -133,7 +134,7 @@ def finish(training: build.Training, machine: ranks.Machine, advice: list[str]) 
     row = record.end(training.run, training.scoring, training.recorder.meter.total, training.saving.seconds)
     row["determinism"] = machine.determinism()
     training.recorder.write(row)
-    record.write_end(training.run, training.facts, advice, row)
+    record.write_end(training.facts, advice, row, training.saving.identity)
     for line in record.summary(row):
         training.console.say(line, "bold" if line.startswith("done") else "")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-GROUND = ("errors", "recipe", "derived", "seeding", "runs", "checkpoint", "scores")
+GROUND = ("errors", "recipe", "derived", "identity", "seeding", "runs", "checkpoint", "scores")
 COMMANDS = (
     "convert",
     "train",

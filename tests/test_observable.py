@@ -80,7 +80,7 @@ def plan(recipe: Recipe) -> Any:
     except InputError as error:
         return str(error)
     numbers = derive(recipe, 2)
-    run = Run(recipe.exp.name, recipe.model.backbone, build.fold_numbers(recipe)[0], recipe.seed)
+    run = Run(recipe.exp.name, recipe.model.backbone, derived.fold_numbers(recipe)[0], recipe.seed)
     plateau, factors = Plateau(recipe.sched.factor, recipe.sched.patience), []
     for epoch in range(numbers.epochs):
         plateau.step(0.5)
@@ -90,7 +90,7 @@ def plan(recipe: Recipe) -> Any:
         numbers.as_dict(),
         factors,
         [sorted(frozen_parts(epoch, recipe)) for epoch in range(numbers.epochs)],
-        build.fold_numbers(recipe),
+        derived.fold_numbers(recipe),
         parse_interval(recipe.train.save_every),
         sets.stored_side(recipe),
         run.stem,

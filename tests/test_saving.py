@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fastflower import checkpoint
-from fastflower.callbacks.record import differences
 from fastflower.callbacks.saving import (
     Stop,
     check_names,
@@ -23,6 +22,7 @@ from fastflower.callbacks.saving import (
     sweep,
 )
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.identity import differences
 from fastflower.runs import Run
 
 RUN = Run("exp", "convnextv2_atto", 0, 42)

@@ -62,7 +62,8 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     derived = json.loads((run.meta_dir / f"derived_{run.stem}.json").read_text())
     assert derived["batch_global"] == 10 and derived["lr"] == 1e-3 and sum(derived["class_counts"]) == 40
     assert derived["determinism"] == "full" and {"part", "lr", "weight_decay"} <= set(derived["groups"][0])
-    end = json.loads((run.meta_dir / f"early_stop_{run.stem}.json").read_text())
+    end = json.loads(run.end.read_text())
+    assert end["identity"] == checkpoint.load(run.model_dir / "last.pth").meta["identity"]
     assert end["reason"] == "all 3 epochs" and end["best"]["epoch"] == best["epoch"]
     for name in ("folds.csv", "classes.csv"):
         assert (run.meta_dir / name).read_bytes() == (Path("data") / name).read_bytes()
@@ -168,7 +169,7 @@ def test_a_run_that_stops_early_is_finished(capsys):
     words = ("es.patience=1", "es.min_delta=1", "sched.cosine_epochs=6", "data.size_epochs=[1,6]")
     assert tiny.fit(*words) == 0
     assert len(tiny.epochs()) == 3  # a first at the new size, then one without a gain of 1
-    end = json.loads((tiny.run_of().meta_dir / f"early_stop_{tiny.run_of().stem}.json").read_text())
+    end = json.loads(tiny.run_of().end.read_text())
     assert end["stopped_early"] and end["reason"] == "no gain of 1 in 1 epochs up to epoch 3"
     capsys.readouterr()
     assert tiny.fit(*words) == 0

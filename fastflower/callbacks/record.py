@@ -23,6 +23,7 @@ from fastflower.callbacks.scoring import Scoring
 from fastflower.data.sets import FoldSet
 from fastflower.derived import Derived
 from fastflower.errors import InputError
+from fastflower.identity import differences
 from fastflower.model.network import NetworkSpec
 from fastflower.recipe import Recipe
 from fastflower.runs import Run
@@ -38,15 +39,6 @@ PACKAGES = (
     "scipy",
     "numba",
     "pillow",
-)
-# keys that say where, how fast or what happens afterwards, not what is learned: their change does not stop a resume;
-# what the data keys made is compared by its hashes, what the batch keys make by the global batch
-FREE = (
-    *("exp.", "tta.", "ensembling.", "ts.", "bundle.", "log.", "checks.", "eval.batch"),
-    *("data.root", "data.csv", "data.image_col", "data.label_col", "data.home", "data.test", "data.fold"),
-    *("data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers"),
-    *("train.batch_per_gpu", "train.world_size", "train.grad_accum", "train.stage_batch"),
-    *("train.save_every", "train.max_nonfinite", "train.compile"),
 )
 
 
@@ -90,34 +82,6 @@ def member_meta(
         "recipe": recipes.to_yaml(recipe),
         "version": __version__,
     }
-
-
-def identity(recipe: Recipe, derived: Derived, fold: FoldSet) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
-    manifest = fold.train.manifest
-    keys = {name: value for name, value, _ in recipes.fields_of(recipe) if not name.startswith(FREE)}
-    batches = [stage.batch_per_gpu * derived.world_size * recipe.train.grad_accum for stage in derived.stages]
-    data = {name: manifest[name] for name in ("classes_hash", "folds_hash", "labels_hash", "stored_side")}
-    return {"recipe": keys, "data": data, "global batch": {"by stage": batches}}
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`opt.lr_ref: 0.0002 -> 0.001` for every entry in which two identities differ."""
-    found = []
-    for part in now:
-        old, new = then.get(part, {}), now[part]
-        for name in sorted({*old, *new}):
-            if _plain(old.get(name)) != _plain(new.get(name)):
-                label = name if part == "recipe" else f"{part} {name}"
-                found.append(f"{label}: {old.get(name)} -> {new.get(name)}")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists and keys are text."""
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def versions() -> dict[str, Any]:
@@ -353,7 +317,7 @@ def find_last(run: Run, same: dict[str, Any], say: Callable[[str], None]) -> Las
     return Last(path, line if reason else "")
 
 
-def write_end(run: Run, facts: Facts, advice: list[str], row: dict[str, Any]) -> None:
-    """Put the end, early or not, beside what the run started with."""
-    runs.write_json(run.meta_dir / f"early_stop_{run.stem}.json", row)
+def write_end(facts: Facts, advice: list[str], row: dict[str, Any], same: dict[str, Any]) -> None:
+    """Put the end, early or not, beside what the run started with; `same` is its identity."""
+    runs.write_json(facts.run.end, {**row, "identity": same})
     write_derived(facts, advice, row["determinism"])
