@@ -1,13 +1,14 @@
 """The members of a bundle as one function: pictures in, logits out.
 
 A network travels as a TorchScript program that takes its weights as arguments, so one small program serves
-every member of a backbone, and weights are stored once for all views. No timm, no class definitions.
+every member of a backbone, and weights are stored once for all views. No timm, no class definitions, no pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import threading
 from typing import Any
@@ -32,7 +33,7 @@ class Networks:
         self.bundle = bundle
         self.notes: list[str] = []
         self.members: list[dict[str, Any]] = []
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytearray] = {}
         self.alone = threading.Lock()
         self._read(folder, hashes)
         if not self.members:
@@ -88,9 +89,8 @@ class Networks:
                     name = self.bundle["programs"][view["program"]]["file"]
                     if name not in self.files:
                         self.files[name] = checked(folder, name, hashes)
-                weights = io.BytesIO(checked(folder, member["weights"], hashes))
-                tensors = torch.load(weights, map_location="cpu", weights_only=True)
-            except (OSError, ValueError, RuntimeError) as error:
+                tensors = read_tensors(checked(folder, member["weights"], hashes))
+            except (OSError, ValueError, MemoryError) as error:
                 self.notes.append(f"member {member['name']} left out: {error}")
             else:
                 self.members.append({**member, "tensors": tensors})
@@ -124,9 +124,10 @@ class Networks:
 
     def _inputs(self, tensors: dict[str, torch.Tensor], program: int) -> list[torch.Tensor]:
         spec = self.bundle["programs"][program]
+        computed = without_norms(tensors, spec["norms"])
         found = []
         for name in spec["inputs"]:
-            tensor, own = tensors[name], self._floats(spec)
+            tensor, own = computed[name] if name in computed else weight(tensors, name), self._floats(spec)
             if not tensor.is_floating_point():
                 own = tensor.dtype
             elif name in (spec["half_keeps"] or ()):
@@ -194,10 +195,56 @@ def choices(device: str) -> list[tuple[str, bool]]:
     return [("cpu", False)] if device == "cpu" else [(device, True), (device, False), ("cpu", False)]
 
 
-def checked(folder: str, name: str, hashes: dict[str, str]) -> bytes:
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_tensors(data: bytearray) -> dict[str, torch.Tensor]:
+    """A safetensors file: eight bytes that hold the header's length, the header as JSON, the tensors' memory."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:start]))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, spec in header.items():
+        (first, last), dtype = spec["data_offsets"], DTYPES[spec["dtype"]]
+        flat = torch.empty(0, dtype=dtype)
+        if last > first:
+            count = (last - first) // flat.element_size()
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first)
+        found[name] = flat.reshape(spec["shape"])
+    return found
+
+
+def weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor as it was stored, or multiplied out where it was in eight bits with a scale for each channel."""
+    tensor, scale = tensors[name], tensors.get(name + ":scale")
+    return tensor if scale is None else tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
+
+
+def without_norms(tensors: dict[str, torch.Tensor], norms: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Convolutions that do the work of the BatchNorm after them: W * s and (b - mean) * s + beta, s = gamma / std."""
+    made = {}
+    for pair in norms:
+        conv, norm = pair["conv"], pair["norm"]
+        gamma, beta, mean, variance = (
+            tensors[f"{norm}.{leaf}"].double() for leaf in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / (variance + pair["eps"]).sqrt()
+        kernel = weight(tensors, f"{conv}.weight").double()
+        bias = tensors.get(f"{conv}.bias", torch.zeros(1)).double()
+        made[f"{conv}.weight"] = (kernel * scale.view(-1, 1, 1, 1)).float()
+        made[f"{conv}.bias"] = ((bias - mean) * scale + beta).float()
+    return made
+
+
+def checked(folder: str, name: str, hashes: dict[str, str]) -> bytearray:
     """A file of the bundle; ValueError when it is not the one that was exported."""
-    with open(os.path.join(folder, name), "rb") as file:
-        data = file.read()
+    path = os.path.join(folder, name)
+    data = bytearray(os.path.getsize(path))
+    with open(path, "rb") as file:
+        file.readinto(data)
     if hashlib.sha256(data).hexdigest() != hashes.get(name):
         raise ValueError(f"{name} is damaged (its SHA-256 is not the bundle's)")
     return data

@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import pictures  # noqa: E402
 from table import Table, columns, ordered, read_sample  # noqa: E402
 
-FORMAT = 1
+FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastflower import errors, runs
 from fastflower.errors import InputError
-from fastflower.evaluation import bundle, gates
+from fastflower.evaluation import bundle, choice, gates
 from fastflower.recipe import parse_command
 
 
@@ -19,27 +19,31 @@ def main(argv: list[str]) -> None:
         "--members", nargs="+", type=Path, default=[], help="checkpoints (the recipe's find_pattern)"
     )
     parser.add_argument("--zip", type=Path, help="archive of code/ and the bundle to write as well")
+    parser.add_argument("--top", default="", help="folder of the archive that holds both (none)")
     options = parser.parse_intermixed_args(argv)
     recipe = parse_command(options.recipe)
-    paths = bundle.choose(recipe, options.members)
-    members = bundle.load_members(paths, recipe.bundle.dtype)
-    temperature, source = bundle.temperature_of(recipe, paths)
-    print(f"{len(members)} members, T = {temperature:.4f} ({source})")
-    for path in paths:
-        print(f"  {path}")
+    chosen = choice.choose(recipe, options.members)
+    members = bundle.load_members(chosen.paths, recipe.bundle.dtype)
+    shares = chosen.shares
+    if shares is None:
+        shares = choice.shares_of([m.meta["backbone"] for m in members], recipe.ensembling.weighting)
+    print(f"{len(members)} members, T = {chosen.temperature:.4f} ({chosen.source})")
+    for path, share in zip(chosen.paths, shares, strict=True):
+        print(f"  {share:.3f}  {path}")
     with bundle.aside() as folder:
-        made = bundle.write(folder, members, recipe, temperature)
-        found, lines = gates.check(folder, made, members, recipe)
+        made = bundle.write(folder, members, shares, recipe, chosen.temperature)
+        known = choice.out_of_fold(recipe, chosen.paths)
+        found, lines = gates.check(folder, made, members, recipe, known)
         gates.table(found)
         for line in lines:
-            print(f"  fp16 {line}")
-        failed = [gate for gate in found if not gate.passed]
+            print(f"  {line}")
+        failed = [gate for gate in found if gate.passed is False]
         if failed:
             raise InputError("; ".join(f"{gate.name}: {gate.got}, allowed {gate.allowed}" for gate in failed))
         bundle.put_in_place(folder)
     print(f"bundle in {runs.BUNDLE}; run python code/predict.py <folder> <csv>")
     if options.zip:
-        bundle.zip_hand_in(options.zip)
+        bundle.zip_hand_in(options.zip, options.top)
         print(f"hand-in in {options.zip}")
 
 

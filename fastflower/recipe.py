@@ -240,7 +240,11 @@ class Ts:
 class Bundle:
     max_mb: float = key(500.0, "largest hand-in in megabytes", gt=0)
     max_ms: float = key(100.0, "largest time an image in milliseconds, on this machine", gt=0)
-    dtype: Literal["fp16", "fp32"] = key("fp16", "stored weights")
+    members: Literal["all", "greedy"] = key(
+        "all", "all that ensembling.find_pattern finds; greedy: the best out of fold within max_mb and max_ms"
+    )
+    dtype: Literal["fp16", "fp32", "int8"] = key("fp16", "stored weights; int8: a scale for each channel")
+    max_loss: float = key(0.01, "share of held-out photographs that storing and packing may cost", ge=0, lt=1)
     columns: Literal["three", "two", "sample"] = key(
         "sample", "of the submission; sample: as ref/predictions_sample.csv has them, else three"
     )

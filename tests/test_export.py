@@ -7,9 +7,11 @@ import json
 import re
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
+import made_up
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from PIL import Image
 from fastflower import checkpoint, convert, export, runs
 from fastflower.data.labels import read_classes
 from fastflower.errors import InputError
-from fastflower.evaluation import bundle, gates
+from fastflower.evaluation import bare, bundle, choice, gates, oof, programs
 from fastflower.model.network import NetworkSpec, build_network
 from fastflower.recipe import load
 
@@ -27,6 +29,8 @@ WORDS = [
     "data.group=none", "data.workers=1", "model.backbone=resnet10t", "robust.enabled=false", "tta.scales=[32,48]",
     "bundle.max_ms=60000",
 ]  # fmt: skip
+
+HALVES = np.array([0.5, 0.5])
 
 
 @pytest.fixture
@@ -64,11 +68,12 @@ def make_member(fold: int, seed: int = 42, **changes: object) -> Path:
 def test_export_makes_a_hand_in_that_runs(members, capsys):
     export.main([*WORDS, "--zip", "hand-in.zip"])
     said = capsys.readouterr().out
-    assert said.count("passed") == 5 and "FAILED" not in said
+    assert said.count("passed") == 6 and "FAILED" not in said
+    assert "fresh venv, no network" in said and "no logits; run python -m fastflower.evaluate" in said
     assert "T = 1.0000 (no results/results/tiny/temperature.json" in said
     assert "logits move by at most" in said
     Path("again").mkdir()
-    bundle.write(Path("again"), bundle.load_members(members, "fp16"), load(None, WORDS), 1.0)
+    bundle.write(Path("again"), bundle.load_members(members, "fp16"), HALVES, load(None, WORDS), 1.0)
     for path in runs.BUNDLE.iterdir():
         assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
     bundle.zip_hand_in(Path("again.zip"))
@@ -80,6 +85,55 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
     assert subprocess.run(words, capture_output=True).returncode == 0
     assert len(Path("submission.csv").read_text().splitlines()) == 25
     assert [path.name for path in runs.MODELS.iterdir() if path.name.startswith(".")] == []
+
+
+def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
+    export.main([*WORDS, "tta.scales=[32]"])
+    half = sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*"))
+    capsys.readouterr()
+    export.main([*WORDS, "tta.scales=[32]", "bundle.dtype=int8", "--zip", "a.zip", "--top", "team 7"])
+    assert sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*")) < 0.52 * half
+    said = capsys.readouterr().out
+    assert re.search(r"int8 +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
+    assert len(re.findall(r"int8 best_combo__.*: top-1 0\.\d+ -> 0\.\d+, NLL .* \(n = 24\)", said)) == 2
+    with zipfile.ZipFile("a.zip") as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"team 7"}
+
+
+def test_a_loss_of_score_is_a_failed_gate():
+    assert gates.loss_gate("int8", 94, 96, 200, 0.01).passed is True
+    assert gates.loss_gate("int8", 93, 96, 200, 0.01).passed is False
+    assert gates.loss_gate("int8", 7, 8, 8, 0.01).passed is True
+
+
+def test_accuracy_is_that_of_members_that_did_not_train_on_the_photograph(members):
+    """Two members, one a fold: each says right for its own fold and wrong for the other."""
+    labels = np.array([0, 1, 2, 0])
+    photographs = gates.Photographs([Path("a")] * 4, labels, np.arange(4), np.array([0, 1, 0, 1]))
+    loaded = bundle.load_members(members, "fp16")
+    right = np.eye(3)[labels]
+    got = np.stack([right, right], axis=1)[:, :, None]
+    wrong = np.eye(3)[(labels + 1) % 3][:, None]
+    got[[1, 3], 0], got[[0, 2], 1] = wrong[[1, 3]], wrong[[0, 2]]
+    made = {"members": [{"weight": 0.5}, {"weight": 0.5}]}
+    known = {
+        member.path.name: types.SimpleNamespace(index=np.arange(4), logits=right.astype(np.float32))
+        for member in loaded
+    }
+    gate = gates.agreement(got, made, loaded, photographs, known, 0.01)
+    assert gate.got == "4 right of 4, 4 before" and gate.passed
+    gate = gates.agreement(np.roll(got, 1, axis=3), made, loaded, photographs, known, 0.01)
+    assert gate.got == "0 right of 4, 4 before" and gate.passed is False
+    assert gates.agreement(got, made, loaded, photographs, {}, 0.01).passed is None
+
+
+def test_a_bare_environment_has_what_the_predictor_needs_and_no_more(tmp_path):
+    python = bare.environment(tmp_path / "venv")
+    code = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])" % [
+        "torch", "numpy", "PIL", *bare.BLOCKED, "pip", "safetensors",
+    ]  # fmt: skip
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['torch', 'numpy', 'PIL']"
 
 
 def test_a_failed_gate_keeps_the_old_bundle(members, capsys):
@@ -119,28 +173,111 @@ def test_temperature_is_that_of_the_members():
     recipe, path = load(None, WORDS), runs.RESULTS / "tiny/temperature.json"
     one, two = Path("a.pth"), Path("b.pth")
     runs.write_json(path, {"fused": {"t": 1.5}, "members": {"a.pth": {"t": 1.2}, "b.pth": {"t": 1.9}}})
-    assert bundle.temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused")
-    assert bundle.temperature_of(recipe, [two])[0] == 1.9
-    assert bundle.temperature_of(recipe, [one, Path("c.pth")]) == (
+    assert choice.temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused")
+    assert choice.temperature_of(recipe, [two])[0] == 1.9
+    assert choice.temperature_of(recipe, [one, Path("c.pth")]) == (
         1.5,
         f"{path}, fused from other members (2)",
     )
-    assert bundle.temperature_of(load(None, [*WORDS, "ts.enabled=false"]), [one]) == (1.0, "ts.enabled=false")
+    assert choice.temperature_of(load(None, [*WORDS, "ts.enabled=false"]), [one]) == (1.0, "ts.enabled=false")
     runs.write_json(path, {"fused": None, "members": {}})
-    assert bundle.temperature_of(recipe, [one, two]) == (1.0, f"{path} holds none")
+    assert choice.temperature_of(recipe, [one, two]) == (1.0, f"{path} holds none")
+
+
+def evaluated(count: int = 3, **sizes: float) -> list[Path]:
+    """Made-up members of two backbones as evaluate leaves them; the first is the better one."""
+    folder, paths, rows = runs.RESULTS / "tiny", [], []
+    labels = [made_up.IDS[label] for label in made_up.labels()]
+    Path("data").mkdir()
+    columns = zip(range(120), labels, made_up.labels(), made_up.folds(count=count), strict=True)
+    table = [[f"{n}.jpg", i, c, f, n, "0"] for n, i, c, f in columns]
+    with open("data/folds.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("filename", "category_id", "class_idx", "fold", "group_id", "sha256"), *table]
+        )
+    for backbone, skill in zip(made_up.BACKBONES, (2.0, 1.6), strict=True):
+        for fold in range(count):
+            member = made_up.member(fold, backbone, skill=skill, mb=sizes.get(backbone[:3], 100.0), ms=10.0)
+            oof.save(oof.member_file(folder / "oof", member.about), member)
+            path = runs.MODELS / "tiny" / member.about["checkpoint"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+            paths.append(path)
+            rows.append(member.about)
+    runs.write_json(folder / "scores.json", {"members": rows})
+    return paths
+
+
+def greedy(*words: str) -> choice.Choice:
+    return choice.choose(load(None, [*WORDS, "bundle.members=greedy", *words]), [])
+
+
+def test_greedy_takes_the_runs_that_help_and_as_many_folds_as_fit():
+    paths = evaluated()
+    every = greedy("bundle.max_mb=1000")
+    assert every.paths == sorted(paths) and every.shares.sum() == pytest.approx(1)
+    assert "fitted on 118 out-of-fold images of the chosen runs" in every.source and every.temperature > 0
+    four = greedy("bundle.max_mb=410")
+    assert len(four.paths) == 4 and {runs.parse_member(path).backbone for path in four.paths} == set(
+        made_up.BACKBONES
+    )
+    one = greedy("bundle.max_mb=110")
+    assert [runs.parse_member(path).backbone for path in one.paths] == [made_up.BACKBONES[0]]
+    assert len(greedy("bundle.max_mb=110", "bundle.dtype=int8").paths) == 2
+    assert len(greedy("bundle.max_mb=1000", "bundle.max_ms=35").paths) == 3
+
+
+def test_greedy_share_of_a_run_is_split_by_its_folds():
+    evaluated()
+    found = greedy("bundle.max_mb=410")
+    by_run = {}
+    for path, share in zip(found.paths, found.shares, strict=True):
+        by_run.setdefault(runs.parse_member(path).backbone, []).append(share)
+    assert all(len(set(own)) == 1 for own in by_run.values())
+    full = greedy("bundle.max_mb=1000")
+    for backbone, own in by_run.items():
+        same = [s for p, s in zip(full.paths, full.shares, strict=True) if backbone in p.name]
+        assert sum(own) == pytest.approx(sum(same))
+
+
+def test_greedy_without_logits_or_room_is_said():
+    paths = evaluated(con=300.0, vit=400.0)
+    with pytest.raises(
+        InputError, match=r"the smallest member takes 300.0 MB and 10.0 ms, allowed are 98.0 MB"
+    ):
+        greedy("bundle.max_mb=100")
+    with pytest.raises(InputError, match=r"1 of 7 members have no out-of-fold logits; run python -m"):
+        (paths[0].parent / paths[0].name.replace("fold0", "fold8")).write_bytes(b"")
+        greedy()
 
 
 def test_families_weigh_the_same():
-    np.testing.assert_allclose(bundle.weights_of(["a", "a", "b"], "family"), [0.25, 0.25, 0.5])
-    np.testing.assert_allclose(bundle.weights_of(["a", "a", "b"], "flat"), [1 / 3] * 3)
+    np.testing.assert_allclose(choice.shares_of(["a", "a", "b"], "family"), [0.25, 0.25, 0.5])
+    np.testing.assert_allclose(choice.shares_of(["a", "a", "b"], "flat"), [1 / 3] * 3)
 
 
 def test_stored_weights_keep_what_half_precision_cannot_hold():
-    assert bundle.stored(torch.ones(4, 4), "fp16").dtype == torch.float16
-    assert bundle.stored(torch.ones(4, 4), "fp32").dtype == torch.float32
-    assert bundle.stored(torch.full((4,), 1e-7), "fp16").dtype == torch.float32
-    assert bundle.stored(torch.full((2, 2), 1e6), "fp16").dtype == torch.float32
-    assert bundle.stored(torch.ones(2, 2, dtype=torch.int64), "fp16").dtype == torch.int64
+    def stored(tensor, dtype):
+        return bundle.pack({"a.weight": tensor}, dtype)["a.weight"].dtype
+
+    assert stored(torch.ones(4, 4), "fp16") == torch.float16
+    assert stored(torch.ones(4, 4), "fp32") == torch.float32
+    assert stored(torch.full((4,), 1e-7), "fp16") == torch.float32
+    assert stored(torch.full((2, 2), 1e6), "fp16") == torch.float32
+    assert stored(torch.ones(2, 2, dtype=torch.int64), "fp16") == torch.int64
+    assert stored(torch.ones(4, 4), "int8") == torch.int8
+    assert stored(torch.ones(4), "int8") == torch.float32
+
+
+def test_eight_bits_keep_half_a_step_of_each_channel():
+    tensor = torch.randn(5, 3, 7, 7) * torch.tensor([1e-4, 1, 1e3, 0, 1]).view(-1, 1, 1, 1)
+    packed = bundle.pack({"a.weight": tensor, "pos_embed": torch.randn(1, 9, 4)}, "int8")
+    assert packed["a.weight"].dtype == torch.int8 and packed["pos_embed"].dtype == torch.float16
+    found = bundle.unpack(packed)
+    step = tensor.flatten(1).abs().amax(1) / 127
+    gap = (found["a.weight"] - tensor).flatten(1).abs().amax(1)
+    assert sorted(found) == ["a.weight", "pos_embed"]
+    assert (gap <= 0.5001 * step).all() and (gap > 0.1 * step)[[0, 1, 2, 4]].all()
 
 
 def test_a_program_that_says_something_else_is_refused(members):
@@ -156,15 +293,15 @@ def test_a_program_that_says_something_else_is_refused(members):
     with pytest.raises(
         InputError, match=r"at 32x32: traced logits are 0.01 off at batch 1, 0.0001 is allowed"
     ):
-        bundle.check_program(Program(), member, 32, 32, list(weights.values()))
+        programs.check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
     Program.inlined_graph = 'prim::Constant[value="cpu"]()'
     with pytest.raises(InputError, match="its program is bound to the CPU"):
-        bundle.check_program(Program(), member, 32, 32, list(weights.values()))
+        programs.check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
 
 
 def test_one_program_serves_all_members_and_convolutions_all_sizes(members):
     Path("made").mkdir()
-    made = bundle.write(Path("made"), bundle.load_members(members, "fp16"), load(None, WORDS), 1.0)
+    made = bundle.write(Path("made"), bundle.load_members(members, "fp16"), HALVES, load(None, WORDS), 1.0)
     assert [program["file"] for program in made["programs"]] == ["program_0.pt"]
     assert made["class_ids"] == ["10", "17", "24"] and sum(made["prior"]) == pytest.approx(1)
     assert json.loads(Path("made/bundle.json").read_text()) == made

@@ -38,7 +38,7 @@ from fastflower.data.labels import read_labels
 from fastflower.data.samplers import order
 from fastflower.derived import derive
 from fastflower.errors import InputError
-from fastflower.evaluation import bundle, summary
+from fastflower.evaluation import bundle, choice, gates, summary
 from fastflower.model.losses import build_loss
 from fastflower.model.network import synchronise_norms, training_network
 from fastflower.optim.groups import param_groups, table
@@ -239,11 +239,11 @@ def found(recipe: Recipe) -> Any:
 
 def bundled(recipe: Recipe) -> Any:
     """The bundle of the trained member: its description and the size of its weights."""
-    members = bundle.load_members(bundle.choose(recipe, []), recipe.bundle.dtype)
-    temperature, _ = bundle.temperature_of(recipe, [members[0].path])
+    chosen = choice.choose(recipe, [])
+    members = bundle.load_members(chosen.paths, recipe.bundle.dtype)
     with bundle.aside() as folder:
-        made = bundle.write(folder, members, recipe, temperature)
-        return json.dumps(made), (folder / "weights_0.pth").stat().st_size
+        made = bundle.write(folder, members, np.ones(1), recipe, chosen.temperature)
+        return json.dumps(made), (folder / "weights_0.safetensors").stat().st_size
 
 
 def exported(recipe: Recipe) -> Any:
@@ -252,6 +252,11 @@ def exported(recipe: Recipe) -> Any:
     path.write_text(recipes.to_yaml(recipe))
     _, refusal = said(lambda: export.main([str(path)]))
     return [gate.split(":")[0] for gate in str(refusal).split("; ")]
+
+
+def lost(recipe: Recipe) -> Any:
+    """The gate of a bundle that forgot 20 of 100 answers."""
+    return gates.loss_gate("int8", 70, 90, 100, recipe.bundle.max_loss)
 
 
 # --- the keys -------------------------------------------------------------------------------------------------------
@@ -381,7 +386,9 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "ts.fit_on": (summed_up, "combo", ""),
     "bundle.max_mb": (exported, "0.001", "bundle.max_ms=60000"),
     "bundle.max_ms": (exported, "0.001", ""),
+    "bundle.members": (exported, "greedy", ""),
     "bundle.dtype": (bundled, "fp32", ""),
+    "bundle.max_loss": (lost, "0.5", ""),
     "bundle.columns": (bundled, "two", ""),
     "cudnn.deterministic": (machine, "false", ""),
     "cudnn.benchmark": (machine, "true", ""),

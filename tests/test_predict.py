@@ -24,7 +24,7 @@ from fastflower import checkpoint, recipe
 from fastflower.data import pixels
 from fastflower.data.betons import BetonWriter, open_beton
 from fastflower.data.decode import decode_eval
-from fastflower.evaluation import bundle, gates
+from fastflower.evaluation import bare, bundle
 from fastflower.model.network import NetworkSpec, build_network
 
 CODE = Path(__file__).resolve().parents[1] / "code"
@@ -63,7 +63,7 @@ def write_bundle(folder: Path, paths: list[Path], *words: str) -> list[bundle.Me
     folder.mkdir(parents=True)
     made = recipe.load(None, ["tta.scales=[32,64]", *words])
     members = bundle.load_members(paths, made.bundle.dtype)
-    bundle.write(folder, members, made, temperature=1.5)
+    bundle.write(folder, members, np.full(len(members), 1 / len(members)), made, temperature=1.5)
     return members
 
 
@@ -416,19 +416,19 @@ def test_a_damaged_description_is_refused(code, exported, name):
 
 def test_a_bundle_of_another_format_is_refused(code, exported, monkeypatch):
     monkeypatch.setattr(code.predict, "FORMAT", 99)
-    with pytest.raises(code.predict.Problem, match="has format 1, this predictor reads 99"):
+    with pytest.raises(code.predict.Problem, match="has format 2, this predictor reads 99"):
         code.predict.main(["a", "b.csv", "--bundle", str(exported[0])])
 
 
 def test_damaged_members_are_left_out(run, code, exported, capsys):
     fill(2)
     shutil.copytree(exported[0], "copy")
-    flip(Path("copy/weights_0.pth"))
+    flip(Path("copy/weights_0.safetensors"))
     number, rows = run("--bundle", "copy")
     assert number == 0 and len(rows) == 3
-    assert "weights_0.pth is damaged" in capsys.readouterr().err
+    assert "weights_0.safetensors is damaged" in capsys.readouterr().err
     assert len(json.loads(Path("out/submission.json").read_text())["members"]) == 1
-    flip(Path("copy/weights_1.pth"))
+    flip(Path("copy/weights_1.safetensors"))
     number, rows = run("--bundle", "copy")
     assert number == 3 and [row[1] for row in rows[1:]] == ["012", "012"]
 
@@ -455,7 +455,7 @@ def hand_in(root: Path, exported: Path, count: int) -> Path:
     root.mkdir()
     for number in range(count):
         (root / f"{number:03d}.jpg").write_bytes(jpeg(number))
-    return gates.copy_hand_in(root, exported, sorted(root.glob("*.jpg")))
+    return bare.copy_hand_in(root, exported, sorted(root.glob("*.jpg")))
 
 
 def test_a_bare_machine_is_enough(tmp_path, exported):
@@ -466,12 +466,12 @@ def test_a_bare_machine_is_enough(tmp_path, exported):
     os.mkdir(folder)
     Path(os.fsdecode(folder), os.fsdecode(b"\xe9.jpg")).write_bytes(b"")
     shutil.copy(root / "test_dataset/000000.jpg", os.path.join(folder, b"ok.jpg"))
-    bare = gates.BARE.replace("{blocked!r}", repr(set(gates.BLOCKED)))
+    script = bare.BARE.replace("{blocked!r}", repr(set(bare.BLOCKED)))
     words = [
         sys.executable,
         "-I",
         "-c",
-        bare,
+        script,
         str(root / "code/predict.py"),
         folder,
         "out.csv",

@@ -1,18 +1,17 @@
 """The bundle: chosen members as programs and weights that code/predict.py runs with torch, NumPy and Pillow alone.
 
-A network is traced with its weights as arguments. So one small program for each backbone and view size serves all
-folds and seeds, and each member's weights are stored once. `gates.py` decides whether a bundle may be used.
+One small program for each backbone and view size serves all folds and seeds; each member's weights are stored
+once, as safetensors, so nothing is unpickled. `gates.py` decides whether a bundle may be used.
 """
 
 from __future__ import annotations
 
-import copy
+import csv
 import hashlib
 import io
 import json
 import os
 import shutil
-import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,47 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import fastflower
 from fastflower import checkpoint, runs
 from fastflower.errors import InputError
-from fastflower.evaluation.oof import family_weights
+from fastflower.evaluation.programs import TOLERANCE, logits_of_test_picture, trace
 from fastflower.evaluation.views import load_network, views_of
 from fastflower.recipe import Recipe
 
-FORMAT = 1
-TOLERANCE = 1e-4  # of logits in fp32: the predictor's against the trainer's
-BATCHES = (1, 2, 5)
+FORMAT = 2
 CODE = Path(__file__).resolve().parents[2] / "code"
+SCALE = ":scale"  # names the scales of a tensor stored in eight bits
 
 
 @dataclass
 class Member:
-    """A checkpoint ready to travel: its file, description, and network with the weights as the bundle stores them."""
+    """A checkpoint ready to travel: its description, stored tensors, and network with the weights these stand for."""
 
     path: Path
     meta: dict[str, Any]
-    tensors: dict[str, Tensor]
+    stored: dict[str, Tensor]
     network: nn.Module
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the last training stage."""
         return int(self.meta["size"][0]), int(self.meta["size"][1])
-
-
-def choose(recipe: Recipe, given: list[Path]) -> list[Path]:
-    """The members to hand in: those given, else all that the recipe's pattern finds, one for each fold and seed."""
-    if given:
-        return sorted(dict.fromkeys(given))
-    found = runs.find_members(recipe.exp.name, recipe.ensembling.find_pattern)
-    if not found:
-        folder = runs.MODELS / recipe.exp.name
-        pattern = recipe.ensembling.find_pattern
-        raise InputError(f"no member in {folder} matches {pattern}; train first or give --members")
-    return found
 
 
 def load_members(paths: list[Path], dtype: str) -> list[Member]:
@@ -78,65 +65,79 @@ def load_members(paths: list[Path], dtype: str) -> list[Member]:
                 f"{first.path.name} has class map {first.meta['class_hash']}, {path.name} has "
                 f"{file.meta['class_hash']}; a bundle holds members of one class map, choose with --members"
             )
-        tensors = {name: stored(tensor, dtype) for name, tensor in file.tensors.items()}
-        network = load_network(checkpoint.Checkpoint(tensors, file.meta), path, torch.device("cpu"))
+        tensors = pack(file.tensors, dtype)
+        network = load_network(checkpoint.Checkpoint(unpack(tensors), file.meta), path, torch.device("cpu"))
         members.append(Member(path, file.meta, tensors, network))
     return members
 
 
-def stored(tensor: Tensor, dtype: str) -> Tensor:
-    """Matrices and kernels in half precision; vectors (norms, biases, variances) are small and stay as they are."""
-    if dtype == "fp32" or not tensor.is_floating_point() or tensor.ndim < 2:
-        return tensor
-    half = tensor.half()
-    return half if bool(torch.isfinite(half).all()) else tensor
+def pack(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Tensors as the bundle stores them in fp32, fp16 or int8, rounded to nearest.
+
+    Vectors (norms, biases, variances) are small and stay as they are. int8 holds matrices and kernels, each output
+    channel with a scale of its own (`name:scale`, its largest magnitude over 127), and the rest as fp16 does.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if dtype == "fp32" or not tensor.is_floating_point() or tensor.ndim < 2:
+            packed[name] = tensor
+        elif dtype == "int8" and name.endswith("weight") and bool(torch.isfinite(tensor).all()):
+            scale = tensor.float().flatten(1).abs().amax(1).clamp_min(1e-12) / 127
+            packed[name] = (tensor / along(scale, tensor)).round().to(torch.int8)
+            packed[name + SCALE] = scale
+        else:
+            half = tensor.half()
+            packed[name] = half if bool(torch.isfinite(half).all()) else tensor
+    return packed
 
 
-def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
-    """T for these members and where it comes from: evaluate's fit, or 1 and why."""
-    path = runs.RESULTS / recipe.exp.name / "temperature.json"
-    if not recipe.ts.enabled:
-        return 1.0, "ts.enabled=false"
-    if not path.is_file():
-        return 1.0, f"no {path}; python -m fastflower.evaluate fits it"
-    fitted = json.loads(path.read_text(encoding="utf-8"))
-    known = fitted["members"]
-    if len(paths) == 1 and (known.get(paths[0].name) or {}).get("t"):
-        return float(known[paths[0].name]["t"]), f"{path}, this member's"
-    if not (fitted["fused"] or {}).get("t"):
-        return 1.0, f"{path} holds none"
-    same = {path.name for path in paths} == set(known)
-    return float(fitted["fused"]["t"]), f"{path}, fused" + (
-        "" if same else f" from other members ({len(known)})"
-    )
+def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that packed ones stand for."""
+    return {
+        name: tensor.float() * along(packed[name + SCALE], tensor) if name + SCALE in packed else tensor
+        for name, tensor in packed.items()
+        if not name.endswith(SCALE)
+    }
 
 
-def write(folder: Path, members: list[Member], recipe: Recipe, temperature: float) -> dict[str, Any]:
-    """Write programs, weights, bundle.json and SHA256 into an empty folder; the description in bundle.json."""
+def along(scale: Tensor, tensor: Tensor) -> Tensor:
+    """A value for each output channel (C,), shaped to multiply a tensor (C, ...)."""
+    return scale.view(-1, *[1] * (tensor.ndim - 1))
+
+
+def write(
+    folder: Path, members: list[Member], shares: np.ndarray, recipe: Recipe, temperature: float
+) -> dict[str, Any]:
+    """Write programs, weights, classes.csv, bundle.json and SHA256 into an empty folder; what bundle.json says.
+
+    `shares` (M,) is the say of each member; they sum to 1.
+    """
     first = members[0].meta
     hflip = recipe.tta.hflip
     crops: list[dict[str, Any]] = []
     programs: list[dict[str, Any]] = []
     files: dict[bytes, str] = {}
     described = []
-    shares = weights_of([member.meta["backbone"] for member in members], recipe.ensembling.weighting)
     for number, (member, share) in enumerate(zip(members, shares, strict=True)):
-        tensors, views, expected = dict(member.tensors), [], []
+        tensors, views, expected = unpack(member.stored), [], []
         asked = views_of(member.size, recipe.tta.scales, hflip)
         for height, width in dict.fromkeys((view.height, view.width) for view in asked):
             crop = crop_of(member.meta, height, width)
             crops += [] if crop in crops else [crop]
-            program = trace(member, height, width, tensors)
+            program = trace(member.path, member.network, height, width, tensors)
             file = files.setdefault(program.pop("data"), f"program_{len(files)}.pt")
             program = {"file": file, **program}
             programs += [] if program in programs else [program]
             views.append({"crop": crops.index(crop), "program": programs.index(program)})
             expected.append(logits_of_test_picture(member.network, height, width))
-        torch.save(tensors, folder / f"weights_{number}.pth")
+        weights = f"weights_{number}.safetensors"
+        extra = {name: tensor for name, tensor in tensors.items() if name not in member.stored}
+        plain = {name: tensor.contiguous() for name, tensor in {**member.stored, **extra}.items()}
+        safetensors.torch.save_file(plain, folder / weights)
         described.append(
             {
                 "name": member.path.stem,
-                "weights": f"weights_{number}.pth",
+                "weights": weights,
                 "weight": float(share),
                 "views": views,
                 "expected": expected,
@@ -144,6 +145,7 @@ def write(folder: Path, members: list[Member], recipe: Recipe, temperature: floa
         )
     for data, file in files.items():
         (folder / file).write_bytes(data)
+    (folder / "classes.csv").write_text(classes_csv(first), encoding="utf-8")
     counts = np.sum([member.meta["class_counts"] for member in members], axis=0, dtype=np.float64)
     bundle = {
         "format": FORMAT,
@@ -167,11 +169,12 @@ def write(folder: Path, members: list[Member], recipe: Recipe, temperature: floa
     return bundle
 
 
-def weights_of(backbones: list[str], weighting: str) -> np.ndarray:
-    """The say of each member (M,), summing to 1."""
-    if weighting == "family":
-        return family_weights(backbones)
-    return np.full(len(backbones), 1 / len(backbones))
+def classes_csv(meta: dict[str, Any]) -> str:
+    """The classes once more, for a table of the commonest one should bundle.json be lost or damaged."""
+    text = io.StringIO()
+    rows = zip(range(len(meta["class_ids"])), meta["class_ids"], meta["class_counts"], strict=True)
+    csv.writer(text, lineterminator="\n").writerows([("class_idx", "category_id", "n"), *rows])
+    return text.getvalue()
 
 
 def crop_of(meta: dict[str, Any], height: int, width: int) -> dict[str, Any]:
@@ -183,150 +186,6 @@ def crop_of(meta: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         "interpolation": meta["interpolation"],
         "stored_side": meta["stored_side"],
     }
-
-
-def trace(member: Member, height: int, width: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A member's network for one view size as a program of (images, *weights).
-
-    Returns its bytes, the names of its weights in order, and which of them half precision leaves alone.
-    Weights that only this size has, such as resampled position embeddings, are added to `tensors`.
-    Raises InputError when the program does not say what the network says.
-    """
-    network = fixed_size(member.network, height, width)
-    weights = {name: t.detach() for name, t in (*network.named_parameters(), *network.named_buffers())}
-    inputs = []
-    for name, value in weights.items():
-        if name in tensors and torch.equal(tensors[name].to(value.dtype), value):
-            inputs.append(name)
-            continue
-        own = name if name not in tensors else f"{name}@{height}x{width}"
-        tensors[own] = value.clone()
-        inputs.append(own)
-    example = torch.rand(2, height, width, 3).permute(0, 3, 1, 2) * 255
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter(
-            "ignore"
-        )  # the tracer warns of every Python branch; the result is compared below
-        program = torch.jit.trace(
-            with_weights(network, list(weights)), (example, *weights.values()), check_trace=False
-        )
-    check_program(program, member, height, width, list(weights.values()))
-    buffer = io.BytesIO()
-    torch.jit.save(program, buffer)
-    data = without_paths(buffer.getvalue())
-    keeps = half_keeps(program, inputs, list(weights.values()), example[:1])
-    return {"data": data, "inputs": inputs, "half_keeps": keeps}
-
-
-def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
-    """A copy prepared for one size: what depends on size alone (position embeddings, window masks) is computed now.
-
-    Left inside the program, those steps would hold the dtype and device of this machine.
-    """
-    network = copy.deepcopy(network)
-    modules: list[Any] = list(network.modules())  # timm's, whose attributes nn.Module does not declare
-    masked = [module for module in modules if getattr(module, "dynamic_mask", False)]
-    for module in modules:
-        embedded = isinstance(getattr(module, "pos_embed", None), Tensor)
-        if embedded and getattr(module, "dynamic_img_size", False):
-            module.set_input_size(img_size=(height, width))
-    for module in masked:
-        module.get_attn_mask = _remembered(module)
-    if masked:
-        with torch.no_grad():
-            network(torch.zeros(1, 3, height, width))
-    for module in masked:
-        del module.get_attn_mask
-        module.dynamic_mask = False
-    return network.eval()
-
-
-def _remembered(module: Any) -> Any:
-    """A window block's mask function that also leaves its result where the block looks for a fixed mask."""
-    compute = module.get_attn_mask
-
-    def run(*args: Any, **words: Any) -> Tensor | None:
-        mask: Tensor | None = compute(*args, **words)
-        module.attn_mask = mask
-        return mask
-
-    return run
-
-
-def with_weights(network: nn.Module, names: list[str]) -> Any:
-    """The network as a function (images, *weights): torch's functional_call refuses to be traced."""
-    places = []
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module = network.get_submodule(owner)
-        places.append((module._parameters if leaf in module._parameters else module._buffers, leaf))
-
-    def run(images: Tensor, *weights: Tensor) -> Tensor:
-        for (table, leaf), value in zip(places, weights, strict=True):
-            table[leaf] = value  # type: ignore[assignment]
-        return network(images)
-
-    return run
-
-
-def check_program(program: Any, member: Member, height: int, width: int, weights: list[Tensor]) -> None:
-    """Refuse a program whose logits leave the network's at any batch size, or that is bound to this device."""
-    what = f"{member.path.name} at {height}x{width}"
-    if 'value="cpu"' in str(program.inlined_graph):
-        raise InputError(f"{what}: its program is bound to the CPU; choose another backbone or tta.scales")
-    generator = torch.Generator().manual_seed(0)
-    for batch in BATCHES:
-        images = (torch.rand(batch, height, width, 3, generator=generator) * 255).permute(0, 3, 1, 2)
-        with torch.inference_mode(), torch.jit.optimized_execution(False):
-            gap = float((program(images, *weights) - member.network(images)).abs().max())
-        if not gap <= TOLERANCE:
-            raise InputError(
-                f"{what}: traced logits are {gap:.2g} off at batch {batch}, {TOLERANCE:g} is allowed"
-            )
-
-
-def half_keeps(program: Any, names: list[str], weights: list[Tensor], images: Tensor) -> list[str] | None:
-    """The weights that stay in fp32 when the rest of a program is run in half precision; None: it must not be.
-
-    Cosine heads compute in fp32 and need their own so; a dtype that the tracer wrote down spoils the whole program.
-    """
-    heads = [name for name in names if name.startswith("head.")]
-    with torch.inference_mode(), torch.jit.optimized_execution(False):
-        full = program(images, *weights)
-        for kept in ([], heads):
-            halves = [
-                value.half() if value.is_floating_point() and name not in kept else value
-                for name, value in zip(names, weights, strict=True)
-            ]
-            try:
-                gap = (program(images.half(), *halves).float() - full).abs().max()
-            except RuntimeError:
-                continue
-            if gap <= 0.02 * max(1.0, float(full.abs().max())):
-                return kept
-    return None
-
-
-def without_paths(data: bytes) -> bytes:
-    """The same program without debug records, which name this machine's folders, and without the id made from them."""
-    result = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(result, "w") as target:
-        for name in source.namelist():
-            if not name.endswith((".debug_pkl", "serialization_id")):
-                target.writestr(zipfile.ZipInfo(name), source.read(name))
-    return result.getvalue()
-
-
-def logits_of_test_picture(network: nn.Module, height: int, width: int) -> list[float]:
-    """What the network says (C) of the picture with which the predictor tests itself on a new machine.
-
-    Four decimals: the test asks for fewer, and the same members should give the same file.
-    """
-    y, x, c = np.ogrid[:height, :width, :3]
-    waves = 127.5 + 90 * np.sin(x * 6.0 / width + 2.0 * c) * np.cos(y * (4.0 + c) / height)
-    image = torch.from_numpy((waves + 35 * (x > y)).astype(np.uint8)[None])
-    with torch.inference_mode():
-        return [round(value, 4) for value in network(image.permute(0, 3, 1, 2).float())[0].tolist()]
 
 
 @contextmanager
@@ -355,13 +214,20 @@ def put_in_place(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def zip_hand_in(path: Path) -> None:
-    """The archive to hand in: code/ and the bundle in their places; the same bundle gives the same bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for file in [*sorted(CODE.glob("*.py")), *sorted(runs.BUNDLE.iterdir())]:
-            name = f"code/{file.name}" if file.parent == CODE else runs.BUNDLE.joinpath(file.name).as_posix()
-            entry = zipfile.ZipInfo(name)
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, file.read_bytes())
-    runs.write_atomic(path, buffer.getvalue())
+def zip_hand_in(path: Path, top: str = "") -> None:
+    """The archive to hand in: code/ and results/model/bundle/, inside a folder `top` when given.
+
+    The same bundle gives the same bytes. Nothing is compressed: weights do not get smaller.
+    """
+    aside = runs.aside_of(path)
+    try:
+        with zipfile.ZipFile(aside, "w") as archive:
+            for file in [*sorted(CODE.glob("*.py")), *sorted(runs.BUNDLE.iterdir())]:
+                place = Path("code") if file.parent == CODE else runs.BUNDLE
+                entry = zipfile.ZipInfo((Path(top) / place / file.name).as_posix())
+                entry.external_attr = 0o100644 << 16
+                with archive.open(entry, "w") as target, open(file, "rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+        runs.replace_atomic(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

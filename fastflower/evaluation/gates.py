@@ -1,7 +1,7 @@
-"""What a bundle must pass before it is put in place: size, parity with the trainer, a bare run, latency.
+"""What a bundle must pass before it is put in place: size, a bare run, parity with the trainer, scores, latency.
 
-The predictor itself is run, as a process from a copy in another folder where nothing but torch, NumPy and Pillow
-can be imported and no socket can be opened, on the original files of validation photographs.
+The predictor itself is run, as a process from a copy in another folder (`bare.py`), on the original files of
+photographs that the members validated on.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,108 +22,127 @@ import torch
 from torch import nn
 
 from fastflower import checkpoint, runs, scores
-from fastflower.data import sets
-from fastflower.data.betons import Beton
+from fastflower.data import pixels, sets
+from fastflower.data.betons import Beton, BetonWriter, open_beton
 from fastflower.data.decode import decode_eval
+from fastflower.evaluation import bare
 from fastflower.evaluation.bundle import CODE, Member
+from fastflower.evaluation.oof import Logits
 from fastflower.evaluation.views import load_network
 from fastflower.recipe import Recipe
 
 MOST_ROWS, FEWEST_ROWS, SECONDS = 64, 8, 60.0  # photographs in the parity run, fewer when networks are slow
-BLOCKED = (
-    "composer",
-    "ffcv",
-    "timm",
-    "torchvision",
-    "fastflower",
-    "pandas",
-    "sklearn",
-    "scipy",
-    "cv2",
-    "omegaconf",
-)
-BARE = """
-import runpy, sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ImportError("blocked: " + name)
-sys.meta_path.insert(0, Block())
-def audit(event, args):
-    if event.startswith("socket."):
-        raise PermissionError("no network: " + event)
-sys.addaudithook(audit)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One line of the table: what was measured, what is allowed, and whether it passed."""
+    """One line of the table: what was measured, what is allowed, and whether it passed; None: it could not be seen."""
 
     name: str
     got: str
     allowed: str
-    passed: bool
+    passed: bool | None
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Validation rows: where they lie in the betons, and their original files."""
+    """Original files of validation images: class_idx, row of folds.csv and fold of each, int64 (n,)."""
 
-    rows: list[tuple[Beton, int]]
     files: list[Path]
+    class_idx: np.ndarray
+    index: np.ndarray
+    fold: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def first(self, count: int) -> Photographs:
+        return Photographs(self.files[:count], self.class_idx[:count], self.index[:count], self.fold[:count])
 
 
 def check(
-    folder: Path, bundle: dict[str, Any], members: list[Member], recipe: Recipe
+    folder: Path,
+    bundle: dict[str, Any],
+    members: list[Member],
+    recipe: Recipe,
+    out_of_fold: dict[str, Logits],
 ) -> tuple[list[Gate], list[str]]:
-    """Run every gate on a bundle that lies aside; the gates, and what half precision cost each member.
+    """Run every gate on a bundle that lies aside; the gates, and what storing the weights cost each member.
 
-    Raises InputError when the validation betons or the original photographs are not there.
+    `out_of_fold` are the logits that evaluate saved, by member file. Raises InputError when the validation betons
+    or the original photographs are not there.
     """
-    photographs = held_out(recipe, members)
-    expected = trainer_logits(bundle, members, photographs)
-    lines = rounding(members, bundle, photographs, expected) if recipe.bundle.dtype == "fp16" else []
     size = sum(path.stat().st_size for path in [*folder.iterdir(), *CODE.glob("*.py")]) / 1e6
     gates = [Gate("size", f"{size:.1f} MB", f"<= {recipe.bundle.max_mb:g} MB", size <= recipe.bundle.max_mb)]
-    with tempfile.TemporaryDirectory(prefix="hand-in-") as place:
-        root = copy_hand_in(Path(place), folder, photographs.files[: len(expected)])
-        run = run_bare(root, ["--device", "cpu", "--logits", str(root / "logits.npz")])
-        gates.append(Gate("bare run", run or "torch, NumPy, Pillow; no network", "exit 0", run is None))
-        if run is not None:
-            return gates, lines
+    with tempfile.TemporaryDirectory(prefix="hand-in-") as temporary:
+        place = Path(temporary)
+        photographs = held_out(recipe, members)
+        betons = written(place, bundle, photographs)
+        expected = trainer_logits(bundle, members, betons, len(photographs))
+        photographs = photographs.first(len(expected))
+        root, python = bare.copy_hand_in(place / "hand-in", folder, photographs.files), None
+        where = "other imports blocked"
+        try:
+            python, where = bare.environment(place / "venv"), "fresh venv"
+        except (OSError, subprocess.CalledProcessError) as error:
+            where += f" (no venv: {' '.join(str(error).split())[:60]})"
+        fault = bare.run(root, ["--device", "cpu", "--logits", str(root / "logits.npz")], python)
+        gates.append(Gate("bare run", fault or f"{where}, no network", "exit 0", fault is None))
+        if fault is not None:
+            return gates, []
         fault = submission_fault(root, bundle, len(expected))
         gates.append(Gate("submission", fault or f"{len(expected)} rows", "valid", fault is None))
         got = np.load(root / "logits.npz")["logits"]
         gates.append(parity(got, expected, bundle["tolerance"]))
-        gates.append(latency(root, recipe.bundle.max_ms))
+        lines: list[str] = []
+        if recipe.bundle.dtype != "fp32":
+            gate, lines = rounding(members, bundle, betons, expected, photographs.class_idx, recipe)
+            gates.append(gate)
+        gates.append(agreement(got, bundle, members, photographs, out_of_fold, recipe.bundle.max_loss))
+        gates.append(latency(root, recipe.bundle.max_ms, python))
     return gates, lines
 
 
 def held_out(recipe: Recipe, members: list[Member]) -> Photographs:
     """Photographs spread evenly over the validation parts of the members' folds, folds and classes mixed."""
     folds = sorted({int(member.meta["fold"]) for member in members})
-    rows, files = [], []
+    found = []
     for fold in folds:
         opened = sets.open_fold(recipe, fold)
         share = min(opened.val.rows, max(1, MOST_ROWS // len(folds)))
         for row in np.linspace(0, opened.val.rows - 1, share).astype(int).tolist():
-            rows.append((opened.val, row))
-            files.append(Path(recipe.data.root) / opened.folds.filenames[int(opened.val.index[row])])
-    order = np.random.default_rng(0).permutation(len(rows)).tolist()
-    return Photographs([rows[i] for i in order], [files[i] for i in order])
+            index = int(opened.val.index[row])
+            file = Path(recipe.data.root) / opened.folds.filenames[index]
+            found.append((file, int(opened.val.labels[row]), index, fold))
+    found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+    files, *numbers = zip(*found, strict=True)
+    return Photographs(list(files), *(np.array(column) for column in numbers))
 
 
-def trainer_logits(bundle: dict[str, Any], members: list[Member], photographs: Photographs) -> np.ndarray:
+def written(place: Path, bundle: dict[str, Any], photographs: Photographs) -> dict[int, Beton]:
+    """The photographs as convert stores them without loss, for each stored side that a member knows."""
+    betons = {}
+    for side in sorted({crop["stored_side"] for crop in bundle["crops"]}):
+        path = place / f"photographs_{side}.beton"
+        with BetonWriter(path, len(photographs)) as writer:
+            for row, file in enumerate(photographs.files):
+                image, _ = pixels.decode(pixels.read_bytes(file))
+                writer.raw(np.array(pixels.stored(image, side)), int(photographs.class_idx[row]), row)
+            writer.commit({})
+        betons[side] = open_beton(path)
+    return betons
+
+
+def trainer_logits(
+    bundle: dict[str, Any], members: list[Member], betons: dict[int, Beton], count: int
+) -> np.ndarray:
     """The trainer's evaluation of the photographs: float32 (n, members, views, C), n as many as a minute allows."""
     found: list[np.ndarray] = []
     start = time.monotonic()
-    for beton, row in photographs.rows:
+    for row in range(count):
         views = [
             [
-                views_logits(member.network, beton, row, bundle["crops"][view["crop"]], bundle["hflip"])
+                views_logits(member.network, betons, row, bundle["crops"][view["crop"]], bundle["hflip"])
                 for view in spec["views"]
             ]
             for member, spec in zip(members, bundle["members"], strict=True)
@@ -137,9 +154,12 @@ def trainer_logits(bundle: dict[str, Any], members: list[Member], photographs: P
 
 
 @torch.inference_mode()
-def views_logits(network: nn.Module, beton: Beton, row: int, crop: dict[str, Any], hflip: bool) -> np.ndarray:
-    """Logits (1 or 2, C) of a beton's row as training evaluates it, plain and mirrored."""
+def views_logits(
+    network: nn.Module, betons: dict[int, Beton], row: int, crop: dict[str, Any], hflip: bool
+) -> np.ndarray:
+    """Logits (1 or 2, C) of a photograph as training evaluates it, plain and mirrored."""
     out = np.empty((1, crop["height"], crop["width"], 3), dtype=np.uint8)
+    beton = betons[crop["stored_side"]]
     decode_eval(beton, np.array([row]), out, crop["factor"], crop["interpolation"], 1)
     image = torch.from_numpy(out)
     images = torch.cat([image, image.flip(2)]) if hflip else image
@@ -147,49 +167,68 @@ def views_logits(network: nn.Module, beton: Beton, row: int, crop: dict[str, Any
 
 
 def rounding(
-    members: list[Member], bundle: dict[str, Any], photographs: Photographs, logits: np.ndarray
-) -> list[str]:
-    """What storing the weights in half precision cost on the photographs, a line for each member."""
-    lines = []
-    labels = np.array([int(beton.labels[row]) for beton, row in photographs.rows[: len(logits)]])
+    members: list[Member],
+    bundle: dict[str, Any],
+    betons: dict[int, Beton],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    recipe: Recipe,
+) -> tuple[Gate, list[str]]:
+    """What storing the weights cost on the photographs, one view each: the members' mean, and a line for each."""
+    lines, before, after = [], [], []
     for position, (member, spec) in enumerate(zip(members, bundle["members"], strict=True)):
         network = load_network(checkpoint.load(member.path), member.path, torch.device("cpu"))
         crop = bundle["crops"][spec["views"][0]["crop"]]
         exact = np.concatenate(
-            [views_logits(network, b, r, crop, False) for b, r in photographs.rows[: len(logits)]]
+            [views_logits(network, betons, row, crop, False) for row in range(len(labels))]
         )
-        rounded = logits[:, position, 0]
-        before, after = scores.scores(exact, labels), scores.scores(rounded, labels)
+        before.append(spec["weight"] * exact)
+        after.append(spec["weight"] * logits[:, position, 0])
+        old, new = scores.scores(exact, labels), scores.scores(logits[:, position, 0], labels)
         lines.append(
-            f"{member.path.stem}: top-1 {before['top1']:.4f} -> {after['top1']:.4f}, NLL {before['nll']:.4f} -> "
-            f"{after['nll']:.4f} (n = {len(labels)}), logits move by at most {np.abs(exact - rounded).max():.2g}"
+            f"{recipe.bundle.dtype} {member.path.stem}: top-1 {old['top1']:.4f} -> {new['top1']:.4f}, "
+            f"NLL {old['nll']:.4f} -> {new['nll']:.4f} (n = {len(labels)}), logits move by at most "
+            f"{np.abs(exact - logits[:, position, 0]).max():.2g}"
         )
-    return lines
+    right = [int((sum(own).argmax(1) == labels).sum()) for own in (before, after)]
+    return loss_gate(recipe.bundle.dtype, right[1], right[0], len(labels), recipe.bundle.max_loss), lines
 
 
-def copy_hand_in(root: Path, bundle: Path, files: list[Path]) -> Path:
-    """code/, the bundle and the photographs as they lie at the evaluator's; names give the order."""
-    shutil.copytree(CODE, root / "code", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(bundle, root / runs.BUNDLE)
-    (root / "test_dataset").mkdir()
-    for number, file in enumerate(files):
-        shutil.copyfile(file, root / "test_dataset" / f"{number:06d}{file.suffix}")
-    return root
+def agreement(
+    got: np.ndarray,
+    bundle: dict[str, Any],
+    members: list[Member],
+    photographs: Photographs,
+    out_of_fold: dict[str, Logits],
+    max_loss: float,
+) -> Gate:
+    """The bundle's right answers against those out of fold, each photograph by members that did not train on it.
+
+    `got` is what the predictor said: (n, members, views, C). evaluate read the same images from the betons, with
+    the weights as they were trained.
+    """
+    seen, ours, theirs = 0, 0, 0
+    for row, fold in enumerate(photographs.fold):
+        own, known = 0.0, 0.0
+        for position, (member, spec) in enumerate(zip(members, bundle["members"], strict=True)):
+            saved = out_of_fold.get(member.path.name)
+            if saved is not None and int(member.meta["fold"]) == fold:
+                (place,) = np.flatnonzero(saved.index == photographs.index[row])
+                own = own + spec["weight"] * got[row, position].mean(axis=0)
+                known = known + spec["weight"] * saved.logits[place]
+        if isinstance(own, np.ndarray):
+            seen += 1
+            ours += int(own.argmax() == photographs.class_idx[row])
+            theirs += int(np.argmax(known) == photographs.class_idx[row])
+    if not seen:
+        return Gate("out of fold", "no logits; run python -m fastflower.evaluate", "", None)
+    return loss_gate("out of fold", ours, theirs, seen, max_loss)
 
 
-def run_bare(root: Path, options: list[str]) -> str | None:
-    """Run the copy's predictor with everything but its needs blocked; its last words when it fails."""
-    words = [
-        sys.executable,
-        "-I",
-        "-c",
-        BARE.replace("{blocked!r}", repr(set(BLOCKED))),
-        str(root / "code/predict.py"),
-    ]
-    run = subprocess.run([*words, *options], cwd=root, capture_output=True, text=True, errors="replace")
-    if run.returncode == 0:
-        return None
-    return f"exit {run.returncode}: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+def loss_gate(name: str, after: int, before: int, count: int, max_loss: float) -> Gate:
+    """Right answers that may be lost: a share of the photographs, and always one."""
+    fewest = before - max(1, int(max_loss * count))
+    return Gate(name, f"{after} right of {count}, {before} before", f">= {fewest} right", after >= fewest)
 
 
 def submission_fault(root: Path, bundle: dict[str, Any], rows: int) -> str | None:
@@ -216,7 +255,7 @@ def parity(got: np.ndarray, expected: np.ndarray, tolerance: float) -> Gate:
     return Gate("parity", f"{gap:.2g} on {len(expected)} photographs", f"<= {tolerance:g}", gap <= tolerance)
 
 
-def latency(root: Path, allowed: float) -> Gate:
+def latency(root: Path, allowed: float, python: Path | None) -> Gate:
     """Milliseconds a photograph, start-up apart, on the device that the predictor chooses, with its name.
 
     Tried up to three times: that a machine is busy is not the bundle's fault.
@@ -224,7 +263,7 @@ def latency(root: Path, allowed: float) -> Gate:
     cuda = torch.cuda.is_available()
     for attempt in range(3):
         if cuda or attempt:  # the parity run was one on the CPU
-            run_bare(root, [])
+            bare.run(root, [], python)
         run = about(root)
         if run["ms_per_image"] <= allowed:
             break
@@ -253,7 +292,6 @@ def cpu_name() -> str:
 def table(gates: list[Gate], say: Callable[[str], None] = print) -> None:
     """Print the gates as a table."""
     width = max(len(gate.got) for gate in gates)
+    words = {True: "passed", False: "FAILED", None: "not seen"}
     for gate in gates:
-        say(
-            f"  {gate.name:<12}{gate.got:<{width}}  {gate.allowed:<12}{'passed' if gate.passed else 'FAILED'}"
-        )
+        say(f"  {gate.name:<12}{gate.got:<{width}}  {gate.allowed:<12}{words[gate.passed]}")

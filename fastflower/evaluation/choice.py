@@ -1,0 +1,161 @@
+"""Which members are handed in, with what say and at which temperature.
+
+All that the recipe finds, a list, or greedily: the runs whose mean says out of fold most for what they cost, then
+as many folds of each as the limits hold.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fastflower import runs, scores
+from fastflower.data.folds import read_folds
+from fastflower.errors import InputError
+from fastflower.evaluation import ensembles, oof, summary, temperature
+from fastflower.evaluation.oof import Logits
+from fastflower.recipe import Recipe
+
+ROOM = 0.98  # of bundle.max_mb for weights; programs, code and tables take the rest
+BYTES = {"fp32": 2.0, "fp16": 1.0, "int8": 0.5}  # of a stored weight, against half precision
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Members' files, the say of each (M,) where one was fitted, T for their mean, and where T comes from."""
+
+    paths: list[Path]
+    shares: np.ndarray | None
+    temperature: float
+    source: str
+
+
+def choose(recipe: Recipe, given: list[Path]) -> Choice:
+    """The members to hand in: those given, else what the recipe's pattern finds, all or greedily.
+
+    Raises InputError when there is none, or when greedy choice has no out-of-fold logits or no room.
+    """
+    if given:
+        paths = sorted(dict.fromkeys(given))
+    else:
+        paths = runs.find_members(recipe.exp.name, recipe.ensembling.find_pattern)
+        if not paths:
+            folder, pattern = runs.MODELS / recipe.exp.name, recipe.ensembling.find_pattern
+            raise InputError(f"no member in {folder} matches {pattern}; train first or give --members")
+        if recipe.bundle.members == "greedy":
+            return greedy(recipe, paths)
+    return Choice(paths, None, *temperature_of(recipe, paths))
+
+
+def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
+    """Runs by greedy selection with replacement, each at the price of one member, then folds while there is room.
+
+    The out-of-fold score of a run is that of one member at a time, so it is the same for any number of its folds;
+    more of them are better and cost more. A run's say is shared evenly by its chosen folds.
+    """
+    members = out_of_fold(recipe, paths)
+    if len(members) < len(paths):
+        raise InputError(
+            f"bundle.members=greedy: {len(paths) - len(members)} of {len(paths)} members have no out-of-fold logits; "
+            "run python -m fastflower.evaluate first"
+        )
+    by_run = list(summary.by_run(list(members.values())).values())
+    column = read_folds(Path(recipe.data.home) / "folds.csv").fold
+    sets = oof.common([oof.assemble(own, column) for own in by_run])
+    price = [[cost(own[0], recipe) for own in by_run], [own[0].about["ms"] for own in by_run]]
+    limits = ROOM * recipe.bundle.max_mb, recipe.bundle.max_ms
+    budget = ensembles.Budget(np.array(price[0]), np.array(price[1]), *limits)
+    stack, labels = np.stack([own.logits for own in sets]), sets[0].class_idx
+    weights = ensembles.greedy_weights(stack, labels, budget)
+    if not weights.any():
+        raise InputError(
+            f"bundle.members=greedy: the smallest member takes {min(price[0]):.1f} MB and {min(price[1]):.1f} ms, "
+            f"allowed are {limits[0]:.1f} MB and {limits[1]:g} ms; raise bundle.max_mb or bundle.max_ms, "
+            "or store int8"
+        )
+    chosen = folds_within(by_run, weights, price, limits)
+    shares = {
+        str(member.about["checkpoint"]): weight / len(own)
+        for own, weight in zip(chosen, weights, strict=True)
+        for member in own
+    }
+    mixed = replace(
+        sets[0],
+        logits=oof.average([own.logits for own in sets], weights),
+        corrupt=oof.average([own.corrupt for own in sets], weights),
+    )
+    t, source = 1.0, "ts.enabled=false"
+    if recipe.ts.enabled:
+        fitted = temperature.fit_set(mixed, recipe.ts.fit_on, recipe.select.alpha, recipe.eval.ece_bins)
+        t, source = fitted["t"], f"fitted on {len(labels)} out-of-fold images of the chosen runs"
+    kept = [path for path in paths if path.name in shares]
+    return Choice(kept, np.array([shares[path.name] for path in kept]), t, source)
+
+
+def folds_within(
+    by_run: list[list[Logits]], weights: np.ndarray, price: list[list[float]], limits: tuple[float, float]
+) -> list[list[Logits]]:
+    """For each run the folds to take, best out-of-fold NLL first: one of each chosen run, then turn by turn.
+
+    The next turn is that of the run whose members carry most; a run that no longer fits is passed over.
+    """
+    waiting = [
+        sorted(own, key=lambda m: scores.nll(m.logits, m.class_idx)) if weight else []
+        for own, weight in zip(by_run, weights, strict=True)
+    ]
+    taken: list[list[Logits]] = [[own.pop(0)] if own else [] for own in waiting]
+    while True:
+        used = [sum(len(own) * p for own, p in zip(taken, kind, strict=True)) for kind in price]
+        fitting = [
+            run
+            for run, own in enumerate(waiting)
+            if own and all(u + kind[run] <= most for u, kind, most in zip(used, price, limits, strict=True))
+        ]
+        if not fitting:
+            return taken
+        run = max(fitting, key=lambda r: (weights[r] / len(taken[r]), -r))
+        taken[run].append(waiting[run].pop(0))
+
+
+def cost(member: Logits, recipe: Recipe) -> float:
+    """Megabytes of a member's weights in the bundle."""
+    return float(member.about["mb"]) * BYTES[recipe.bundle.dtype]
+
+
+def out_of_fold(recipe: Recipe, paths: list[Path]) -> dict[str, Logits]:
+    """What evaluate saved of these members, by file name; those it did not see are missing."""
+    folder = runs.RESULTS / recipe.exp.name
+    if not (folder / "scores.json").is_file():
+        return {}
+    names = {path.name for path in paths}
+    known = {str(member.about["checkpoint"]): member for member in summary.evaluated(folder)}
+    return {name: member for name, member in known.items() if name in names}
+
+
+def shares_of(backbones: list[str], weighting: str) -> np.ndarray:
+    """The say of each member (M,), summing to 1: the same, or the same for each backbone."""
+    if weighting == "family":
+        return oof.family_weights(backbones)
+    return np.full(len(backbones), 1 / len(backbones))
+
+
+def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
+    """T for these members and where it comes from: evaluate's fit, or 1 and why."""
+    path = runs.RESULTS / recipe.exp.name / "temperature.json"
+    if not recipe.ts.enabled:
+        return 1.0, "ts.enabled=false"
+    if not path.is_file():
+        return 1.0, f"no {path}; python -m fastflower.evaluate fits it"
+    fitted = json.loads(path.read_text(encoding="utf-8"))
+    known = fitted["members"]
+    if len(paths) == 1 and (known.get(paths[0].name) or {}).get("t"):
+        return float(known[paths[0].name]["t"]), f"{path}, this member's"
+    if not (fitted["fused"] or {}).get("t"):
+        return 1.0, f"{path} holds none"
+    same = {path.name for path in paths} == set(known)
+    return float(fitted["fused"]["t"]), f"{path}, fused" + (
+        "" if same else f" from other members ({len(known)})"
+    )
