@@ -236,6 +236,49 @@ def test_fast_code_equals_portable_code(beton: Beton, size: tuple[int, int]) -> 
     assert np.array_equal(outs[0], outs[1]) and np.array_equal(outs[0], outs[2])
 
 
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Some bytes of the scan flipped, made markers, cut out, put in, or the end cut off."""
+    start = data.index(b"\xff\xda") + 10
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(start, len(data)))
+        middle = [
+            bytes([data[at] ^ 1 << rng.integers(8)]), b"\xff", bytes([255, rng.integers(0xD0, 0xDA)]), b"",
+            rng.bytes(2) + data[at : at + 1],
+        ]  # fmt: skip
+        how = int(rng.integers(len(middle) + 1))
+        data = data[:at] + middle[how] + data[at + 1 :] if how < len(middle) else data[: at + 1]
+    return data
+
+
+def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None) -> None:
+    """Our Huffman decoding is in use, accepts what libjpeg's accepts, with its pixels, and refuses in its words."""
+    rng = np.random.default_rng(0)
+    files = [
+        jpeg(picture(40, 50, 1)),
+        jpeg(picture(40, 50, 2), restart_marker_blocks=2),
+        jpeg(picture(40, 50, 3), optimize=True, quality=100),
+        jpeg(picture(40, 50, 4).convert("L")),
+    ]
+    with BetonWriter(tmp_path / "a.beton", 400) as writer:
+        for i in range(400):
+            writer.jpeg(damaged(files[i % 4], rng), 40, 50, 0, i)
+        writer.commit({})
+    beton, refused = open_beton(tmp_path / "a.beton"), 0
+    for row in range(beton.rows):
+        found = []
+        for on in (1, 0):
+            assert library().ff_portable(on) == 1 - on
+            out = np.zeros((1, 30, 30, 3), np.uint8)
+            try:
+                decode_train(beton, np.array([row]), np.array([row], np.uint64), out, Crop((0.5, 1)), 1)
+                found.append((out.tobytes(), ""))
+            except CorruptionError as error:
+                found.append((b"", str(error)))
+        assert found[0] == found[1]
+        refused += bool(found[0][1])
+    assert 100 < refused < 390
+
+
 def test_threads_order_and_batch_do_not_matter(beton: Beton) -> None:
     rows = np.random.default_rng(0).permutation(np.repeat(np.arange(beton.rows), 2))
     keys = seeding.row_keys(1, 2, np.arange(rows.size), rows)

@@ -2,7 +2,8 @@
  *
  * Training rows get a random crop that is a pure function of the row's key (the streams below; the same
  * SplitMix64 as seeding.py). Evaluation rows are Pillow's accurate decode and 8-bit fixed-point resampling,
- * to the bit. Every return code is checked; a libjpeg warning counts as damage.
+ * to the bit. Every return code is checked; a libjpeg warning counts as damage. Two of libjpeg's methods are replaced,
+ * because a third of its time goes there: Huffman decoding (entropy.h) and what follows the inverse DCT (keep_planes).
  */
 
 #include <math.h>
@@ -17,10 +18,12 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+#include "entropy.h"
+
 #define API __attribute__((visibility("default")))
 
 enum { JPEG = 0, RAW = 1 };
-enum { OK = 0, DAMAGED = 1, SHAPE = 2, COLOUR = 3, MEMORY = 4 };
+enum { OK = 0, DAMAGED = 1, SHAPE = 2, COLOUR = 3, MEMORY = 4, AGAIN = 5 };
 enum { STREAM_FLIP = 1000, STREAM_AREA = 1010, STREAM_RATIO = 1030, STREAM_TOP = 1050, STREAM_LEFT = 1070 };
 
 typedef struct {
@@ -52,8 +55,10 @@ typedef struct {
 enum { BUFFERS = 48 };
 
 typedef struct {
-    struct jpeg_decompress_struct jpeg;
+    struct jpeg_decompress_struct jpeg; /* first, so that libjpeg's pointer is ours */
     Errors errors;
+    Entropy entropy;
+    int own; /* decode Huffman codes ourselves */
     Buffer buffers[BUFFERS];
     int used; /* buffers of the row at hand */
 } Scratch;
@@ -163,19 +168,7 @@ API void ff_crop_box(uint64_t key, int height, int width, int out_h, int out_w, 
 #include "resample_fast.h"
 #include "resample_exact.h"
 
-static int fast; /* AVX2 */
-
-__attribute__((constructor)) static void detect(void) {
-#ifdef AVX2
-    fast = __builtin_cpu_supports("avx2") != 0;
-#endif
-}
-
-/* For tests: use the portable code (1) or the best there is (0). */
-API void ff_portable(int on) {
-    fast = 0;
-    if (!on) detect();
-}
+static int fast, bmi2, own; /* AVX2; BMI2; our own Huffman decoding */
 
 /* ---- rows of an image, one after the other ---- */
 
@@ -201,6 +194,36 @@ static void check_header(Scratch *s, const uint8_t *bytes, const Row *row) {
     }
 }
 
+/* libjpeg's entropy decoder, whose method we replace. Its first two members have been these in every version. */
+struct jpeg_entropy_decoder {
+    void (*start_pass)(j_decompress_ptr);
+    boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
+};
+
+static boolean decode_mcu(j_decompress_ptr j, JBLOCKROW *blocks) {
+    Scratch *s = (Scratch *)j;
+    if (!entropy_mcu(&s->entropy, j, blocks)) longjmp(s->errors.escape, AGAIN);
+    return TRUE;
+}
+
+#ifdef AVX2
+__attribute__((target("bmi,bmi2"))) static boolean decode_mcu_bmi2(j_decompress_ptr j, JBLOCKROW *blocks) {
+    Scratch *s = (Scratch *)j;
+    if (!entropy_mcu(&s->entropy, j, blocks)) longjmp(s->errors.escape, AGAIN);
+    return TRUE;
+}
+#else
+#define decode_mcu_bmi2 decode_mcu
+#endif
+
+static void start_decompress(Scratch *s) {
+    struct jpeg_decompress_struct *j = &s->jpeg;
+    jpeg_start_decompress(j);
+    int baseline = !j->progressive_mode && !j->arith_code && j->data_precision == 8 && !j->Ss && j->Se == DCTSIZE2 - 1;
+    if (s->own && baseline && !jpeg_has_multiple_scans(j) && entropy_start(&s->entropy, j))
+        j->entropy->decode_mcu = bmi2 ? decode_mcu_bmi2 : decode_mcu;
+}
+
 /* From row `top` on, columns left to right at least; wide loads may run `past` pixels over a line's end. */
 static Lines lines_open(Scratch *s, const uint8_t *bytes, const Row *row, int top, int left, int right, int past) {
     uint8_t *line = take(s, 3 * ((size_t)row->width + past));
@@ -214,7 +237,7 @@ static Lines lines_open(Scratch *s, const uint8_t *bytes, const Row *row, int to
     j->out_color_space = JCS_RGB;
     j->dct_method = JDCT_ISLOW;
     j->do_fancy_upsampling = TRUE;
-    jpeg_start_decompress(j);
+    start_decompress(s);
     int block = j->max_h_samp_factor * DCTSIZE; /* one block more on each side: fancy upsampling looks across */
     JDIMENSION x = left / block * block, width;
     x = x > (JDIMENSION)block ? x - block : 0;
@@ -402,7 +425,7 @@ static void train_jpeg(Scratch *s, const uint8_t *bytes, const Row *row, const B
     j->do_fancy_upsampling = FALSE;
     j->dct_method = JDCT_ISLOW;
     j->client_data = planes;
-    jpeg_start_decompress(j);
+    start_decompress(s);
     int unit = j->max_v_samp_factor * MIN_HEIGHT(j), scale = (int)j->scale_num;
     JDIMENSION x = b->left * scale / 8, end = (JDIMENSION)((b->left + b->width) * scale + 7) / 8;
     if (end > j->output_width) end = j->output_width;
@@ -499,11 +522,11 @@ static void train_row(Scratch *s, const Job *job, const uint8_t *bytes, const Ro
 }
 
 static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *row, uint64_t key, uint8_t *out) {
+    s->own = own;
     int code = setjmp(s->errors.escape);
-    if (code) {
-        jpeg_abort_decompress(&s->jpeg);
-        return code;
-    }
+    if (code) jpeg_abort_decompress(&s->jpeg);
+    if (code == AGAIN) s->own = 0; /* whether it is damage, libjpeg decides */
+    else if (code) return code;
     s->used = 0;
     if (row->mode == RAW && row->size != (uint64_t)row->height * row->width * 3) {
         snprintf(s->errors.text, sizeof s->errors.text, "%llu bytes of pixels for %d x %d",
@@ -625,4 +648,54 @@ API int64_t ff_limit(const uint8_t *bytes, uint64_t size, int64_t entropy_only) 
     jpeg_abort_decompress(&s->jpeg);
     scratch_put(s);
     return code;
+}
+
+/* ---- what this processor and this libjpeg allow ---- */
+
+/* Whether our Huffman decoder, in place of libjpeg's, runs and gives the same pixels. */
+static int own_agrees(void) {
+    enum { SIDE = 61 };
+    uint8_t pixels[3 * SIDE * SIDE], seen[2][sizeof pixels], *bytes = NULL, *line = pixels;
+    unsigned long size = 0;
+    struct jpeg_compress_struct c;
+    Errors errors;
+    Scratch *s = scratch_take();
+    c.err = jpeg_std_error(&errors.manager);
+    errors.manager.error_exit = on_error;
+    if (!s || setjmp(errors.escape)) return 0;
+    for (unsigned i = 0; i < sizeof pixels; i++) pixels[i] = (uint8_t)(i / SIDE + (mix(i) >> 58));
+    jpeg_create_compress(&c);
+    jpeg_mem_dest(&c, &bytes, &size);
+    c.image_width = c.image_height = SIDE;
+    c.input_components = 3;
+    c.in_color_space = JCS_RGB;
+    jpeg_set_defaults(&c);
+    c.restart_interval = 5; /* 3 restarts in 16 MCUs */
+    jpeg_start_compress(&c, TRUE);
+    for (int y = 0; y < SIDE; y++, line += 3 * SIDE) jpeg_write_scanlines(&c, &line, 1);
+    jpeg_finish_compress(&c);
+    jpeg_destroy_compress(&c);
+    Row row = {0, size, SIDE, SIDE, JPEG, 0};
+    Job job = {.factor = 1, .h = SIDE, .w = SIDE};
+    int agrees = 1;
+    for (own = 0; own < 2; own++) agrees &= guarded(s, &job, bytes, &row, 0, seen[own]) == OK;
+    agrees &= s->own && s->entropy.restart == 3 && !memcmp(seen[0], seen[1], sizeof pixels);
+    free(bytes);
+    scratch_put(s);
+    return agrees;
+}
+
+__attribute__((constructor)) static void detect(void) {
+#ifdef AVX2
+    fast = __builtin_cpu_supports("avx2") != 0;
+    bmi2 = fast && __builtin_cpu_supports("bmi2");
+#endif
+    own = own_agrees();
+}
+
+/* For tests: use portable code and libjpeg's entropy decoding (1), or the best there is (0). 1: with our own. */
+API int ff_portable(int on) {
+    fast = bmi2 = own = 0;
+    if (!on) detect();
+    return own;
 }

@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
     u64 = ctypes.c_uint64
     kernel.ff_one.argtypes = [pointer, u64, i64, i64, i64, u64, pointer, pointer, i64, i64]
     kernel.ff_limit.argtypes, kernel.ff_limit.restype = [pointer, u64, i64], i64
-    for name in ("ff_train", "ff_eval", "ff_crop_box", "ff_eval_box", "ff_one", "ff_portable"):
+    for name in ("ff_train", "ff_eval", "ff_crop_box", "ff_eval_box", "ff_one"):
         getattr(kernel, name).restype = None
     return kernel
 
