@@ -81,7 +81,7 @@ def fold_numbers(recipe: Recipe) -> list[int]:
     """data.fold as a list."""
     fold = recipe.data.fold
     if fold == "all":
-        return [0] if recipe.data.split == "ratio" else list(range(recipe.data.n_splits))
+        return list(range(fold_count(recipe)))
     return list(fold) if isinstance(fold, list) else [int(fold)]
 
 
@@ -98,6 +98,11 @@ def image_sizes(recipe: Recipe) -> list[tuple[int, int]]:
     if not sizes or any(a[0] * a[1] >= b[0] * b[1] for a, b in zip(sizes, sizes[1:], strict=False)):
         raise InputError(f"data.img_size = {value}: the sizes of the stages must grow")
     return sizes
+
+
+def fold_count(recipe: Recipe) -> int:
+    """The folds of a recipe: one for a ratio split and for validation images of their own."""
+    return 1 if recipe.data.split == "ratio" or recipe.data.val else recipe.data.n_splits
 
 
 def largest_size(recipe: Recipe) -> int:
@@ -230,7 +235,9 @@ def _check_ranges(recipe: Recipe) -> None:
             raise InputError(f"data.{name} = {value}: must be auto or three numbers in 0..1")
     fold = recipe.data.fold
     folds = fold if isinstance(fold, list) else [fold]
-    count = 1 if recipe.data.split == "ratio" else recipe.data.n_splits
+    if recipe.data.n_splits == 1 and recipe.data.split != "given" and not recipe.data.val:
+        raise InputError("data.n_splits = 1: must be 2 or more, unless the folds are given")
+    count = fold_count(recipe)
     if fold != "all" and not (folds and all(type(k) is int and 0 <= k < count for k in folds)):
         raise InputError(f"data.fold = {fold}: must be all, or a number (or list) in 0..{count - 1}")
     if not recipe.tta.scales:

@@ -38,17 +38,26 @@ class Exp:
 
 @dataclass
 class Data:
-    root: str = key("data/train", "folder of training images")
-    csv: str = key("data/train_labels.csv", "label file")
+    root: str = key("data/train", "folder of training images, or the .npz, .npy or .csv that holds them")
+    csv: str = key("data/train_labels.csv", "label file, where data.root holds no labels")
+    form: Literal["auto", "csv", "folders", "pixels", "arrays", "pairs"] = key(
+        "auto", "how images and labels come, see data/sources.py; auto: by what data.root is"
+    )
+    arrays: Any = key("auto", "names in a .npz: [images, labels], or [first, second, labels] for pairs")
+    shape: Any = key("auto", "[height, width] of images that come as flat rows of pixels; auto: square")
+    val: str = key("", "images that validate, in the form of data.root; empty: folds of data.root")
+    unlabelled: str = key("", "images without labels, a folder or file, for semi-supervised training")
     image_col: str = key("filename", "column with the file name")
     label_col: str = key("category_id", "column with the organiser's class id")
     num_classes: int | Auto = key("auto", "number of classes; auto: the unique ids of the label file")
     home: str = key("data", "where convert writes classes.csv, folds.csv and betons/")
     test: str = key("test_dataset", "folder of the images to be predicted; never read in training")
-    split: Literal["stratified", "stratified_group", "kfold", "ratio"] = key(
-        "stratified_group", "how rows become folds; groups are the near-duplicates of data.group"
+    split: Literal["stratified", "stratified_group", "kfold", "ratio", "given"] = key(
+        "stratified_group", "how rows become folds, near-duplicates always together; given: by data.fold_col"
     )
-    n_splits: int = key(5, "number of folds; a ratio split holds out 1/n_splits once", ge=2)
+    n_splits: int = key(5, "number of folds; a ratio split holds out 1/n_splits once", ge=1)
+    fold_col: str = key("fold", "column of given folds: numbers, -1 to train always, or train and val")
+    fold_csv: str = key("", "file with that column and data.image_col; empty: data.csv")
     fold: Any = key(0, "validation fold: a number, a list of numbers, or all")
     group: Literal["auto", "none", "phash"] = key(
         "auto", "near-duplicate groups by perceptual hash; auto: when hashing takes under a minute"

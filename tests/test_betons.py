@@ -68,7 +68,7 @@ def test_ffcv_reads_it(tmp_path: Path) -> None:
         assert ours.itemsize == theirs.itemsize and ours.names == theirs.names
     beton, reader = write(tmp_path / "a.beton"), Reader(str(tmp_path / "a.beton"))
     assert reader.field_names == ["image", "label", "index"] and reader.num_samples == 6
-    assert reader.metadata_type.itemsize == betons.METADATA.itemsize
+    assert reader.metadata_type.itemsize == betons.metadata_type(1).itemsize
     assert reader.metadata["f1"].tolist() == beton.labels.tolist()
     assert reader.metadata["f2"].tolist() == beton.index.tolist()
     assert reader.metadata["f0"]["height"].tolist() == beton.heights.tolist()

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from fastflower import convert, recipe
-from fastflower.data import conversion, corruptions, folds, pixels, sets, spool
+from fastflower.data import conversion, corruptions, folds, pixels, sets, sources, spool
 from fastflower.data.betons import open_beton
 from fastflower.data.decode import decode_eval
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
@@ -130,9 +130,9 @@ def test_each_file_is_read_once_and_encoded_once(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    for name in ("read_bytes", "decode", "encode_jpeg"):
-        real: Callable[..., object] = getattr(spool, name)
-        monkeypatch.setattr(spool, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
+    for module, name in ((sources, "read_bytes"), (spool, "decode"), (spool, "encode_jpeg")):
+        real: Callable[..., object] = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
     run("data.store=jpeg", "data.n_splits=5", "robust.enabled=false")
     assert {name: seen.count(name) for name in set(seen)} == {
         "read_bytes": 18,

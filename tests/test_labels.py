@@ -200,7 +200,7 @@ def test_odd_names_survive_byte_exactly() -> None:
 def test_folders_are_an_input_form(root: Path) -> None:
     (root / "tree").mkdir()
     (root / "tree/e.PNG").write_bytes(b"1")
-    table = read("", "data.csv=folders")
+    table = read("", "data.form=folders")
     assert (table.filenames, table.category_ids) == (["sub/c.jpg", "tree/e.PNG"], ["sub", "tree"])
 
 
@@ -211,7 +211,7 @@ def test_missing_root_and_label_file_are_said() -> None:
     with pytest.raises(InputError, match=r"data.csv = none.csv: No such file"):
         labels.read_labels(recipe.load(None, ["data.root=train", "data.csv=none.csv"]))
     with pytest.raises(InputError, match=r"no folder with images"):
-        labels.read_labels(recipe.load(None, ["data.root=train", "data.csv=folders"]))
+        labels.read_labels(recipe.load(None, ["data.root=train", "data.form=folders"]))
 
 
 def test_notices_and_number_of_classes(root: Path) -> None:

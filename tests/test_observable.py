@@ -265,11 +265,19 @@ ONE = "sched.cosine_epochs=1 sched.warmup_epochs=0 data.img_size=32 data.size_ep
 MANY = "sched.cosine_epochs=12 data.size_epochs=[4,12]"
 MIXED = "reg.mix_prob=1 reg.mixup=0.5 reg.cutmix=0.5"
 SMALL = "data.home=new data.store=jpeg data.img_size=[16] data.size_epochs=auto tta.scales=[16]"
+GIVEN = "data.home=new data.split=given data.n_splits=2"
 CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "seed": (batches, "7", ""),
     "exp.name": (plan, "other", ""),
     "data.root": (converted, "elsewhere", "data.home=new"),
     "data.csv": (converted, "elsewhere.csv", "data.home=new"),
+    "data.form": (converted, "folders", "data.home=new data.root=foldered"),
+    "data.arrays": (converted, "[z,y]", "data.home=new data.root=numbers.npz data.arrays=[x,y]"),
+    "data.shape": (converted, "[24,32,3]", "data.home=new data.root=flat.npz data.shape=[32,24,3]"),
+    "data.val": (converted, "held_out.npz", "data.home=new data.root=flat.npz data.shape=[32,24,3]"),
+    "data.unlabelled": (converted, "data/train", "data.home=new"),
+    "data.fold_col": (converted, "other", f"{GIVEN} data.csv=given.csv"),
+    "data.fold_csv": (converted, "folds.csv", f"{GIVEN} data.csv=given.csv"),
     "data.image_col": (converted, "picture", "data.home=new"),
     "data.label_col": (converted, "kind", "data.home=new"),
     "data.num_classes": (network, "9", ""),
@@ -407,6 +415,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels = Path("data/train_labels.csv").read_text()
         Path("elsewhere.csv").write_text(labels.rsplit("\n", 3)[0] + "\n")
         Path("bad.csv").write_text(labels + "broken.jpg,7\n")
+        names = [line.split(",")[0] for line in labels.splitlines()[1:]]
+        given = [f"{line},{k % 2},{k % 3 % 2}" for k, line in enumerate(labels.splitlines()[1:])]
+        Path("given.csv").write_text("\n".join(["filename,category_id,fold,other", *given]) + "\n")
+        Path("folds.csv").write_text(
+            "".join(["filename,fold\n", *(f"{n},{k % 5 % 2}\n" for k, n in enumerate(names))])
+        )
+        for name in names:
+            Path("foldered", name.split("_")[0]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(f"data/train/{name}", f"foldered/{name.split('_')[0]}/{name}")
+        numbers = np.random.default_rng(0).integers(0, 256, (2, 20, 32 * 24 * 3), dtype=np.uint8)
+        np.savez("numbers.npz", x=numbers[0, :, :1024], z=numbers[1, :, :1024], y=np.arange(20) % 2)
+        np.savez("flat.npz", x=numbers[0], y=np.arange(20) % 2)
+        np.savez("held_out.npz", x=numbers[1, :5], y=np.arange(5) % 2)
         for folder in ("elsewhere", "bad", "twins"):
             shutil.copytree("data/train", folder)
         shutil.copy("elsewhere/c7_0.jpg", "elsewhere/c7_1.jpg")

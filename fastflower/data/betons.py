@@ -1,5 +1,6 @@
 """Betons: FFCV's file format (version 2, fields image, label, index), written so that it is whole or not there.
 
+A row of a pair has a second field of its kind behind image: `image_b`.
 A beton opens in `ffcv.reader.Reader` and in `ffcv.loader.Loader`. Beside it lies a manifest, `<beton>.json`,
 with a CRC-32 for every row; it is written last, so a beton without one was never finished.
 Layout: header | field descriptors | metadata (32 bytes a row) | row data | allocation table.
@@ -8,14 +9,16 @@ Layout: header | field descriptors | metadata (32 bytes a row) | row data | allo
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -37,9 +40,9 @@ HEADER = np.dtype(
 )
 FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-METADATA = np.dtype([("image", IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-FIELDS = (("image", 2), ("label", 1), ("index", 1))  # FFCV's RGBImageField, IntField, IntField
+FIELDS = (("label", 1), ("index", 1))  # names and FFCV's numbers of IntField; images, its 2, come before
+PLACES = ("image", "image_b")
 
 ROW = np.dtype(
     [("offset", "u8"), ("size", "u8"), ("height", "i4"), ("width", "i4"), ("mode", "i4"), ("pad", "i4")]
@@ -51,22 +54,38 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+class Picture(NamedTuple):
+    """An encoded image: JPEG or RAW, its bytes, height and width."""
+
+    mode: int
+    data: bytes | memoryview
+    height: int
+    width: int
+
+
+def metadata_type(images: int) -> np.dtype:
+    """The metadata of a row of one image or two, as FFCV lays it out."""
+    return np.dtype(
+        [*((name, IMAGE) for name in PLACES[:images]), *((name, "<i8") for name, _ in FIELDS)], align=True
+    )
+
+
 class BetonWriter:
-    """Write `rows` images to a beton, in order; nothing opens as a beton before `commit`.
+    """Write `rows` images, or pairs of images, in order; nothing opens as a beton before `commit`.
 
     The same images give the same bytes. Raises EnvironmentFault when the disk refuses.
     """
 
-    def __init__(self, path: Path, rows: int) -> None:
+    def __init__(self, path: Path, rows: int, images: int = 1) -> None:
         if rows < 1:
             raise InputError(f"{path}: a beton needs at least one row")
-        self.path = Path(path)
+        self.path, self.images = Path(path), images
         self._aside = runs.aside_of(self.path)
-        self._metadata = np.zeros(rows, METADATA)
-        self._allocation = np.zeros(rows, ALLOCATION)
+        self._metadata = np.zeros(rows, metadata_type(images))
+        self._allocation = np.zeros(rows * images, ALLOCATION)
         self._crc: list[int] = []
         self._page = PAGE
-        self._offset = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._metadata.nbytes
+        self._offset = _start(images) + self._metadata.nbytes
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _sweep(self.path)
@@ -76,22 +95,33 @@ class BetonWriter:
 
     def jpeg(self, data: bytes, height: int, width: int, label: int, index: int) -> None:
         """Append a JPEG file; height and width are those in its header."""
-        self._append(JPEG, data, height, width, label, index)
+        self.append(label, index, Picture(JPEG, data, height, width))
 
     def raw(self, pixels: np.ndarray, label: int, index: int) -> None:
         """Append uint8 pixels (H, W, 3)."""
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise InputError(f"{self.path}: raw rows are uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
         height, width, _ = pixels.shape
-        self._append(RAW, np.ascontiguousarray(pixels).tobytes(), height, width, label, index)
+        self.append(label, index, Picture(RAW, np.ascontiguousarray(pixels).data.cast("B"), height, width))
+
+    def append(self, label: int, index: int, *pictures: Picture) -> None:
+        """Append a row of as many images as the beton's rows have."""
+        row = len(self._crc) // self.images
+        if row == len(self._metadata):
+            raise InputError(f"{self.path}: more rows than the {row} announced")
+        if len(pictures) != self.images:
+            raise InputError(f"{self.path}: a row of {len(pictures)} images; {self.images} were announced")
+        for name, picture in zip(PLACES, pictures, strict=False):
+            start = self._append(row, picture)
+            self._metadata[name][row] = (picture.mode, picture.width, picture.height, start)
+        self._metadata["label"][row], self._metadata["index"][row] = label, index
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Finish the file, read back every row from the disk, and put beton and then manifest in place."""
         rows = len(self._metadata)
-        if len(self._crc) != rows:
-            raise InputError(
-                f"{self.path}: {len(self._crc)} rows written, {rows} announced; nothing was committed"
-            )
+        written = len(self._crc) // self.images
+        if written != rows:
+            raise InputError(f"{self.path}: {written} rows written, {rows} announced; nothing was committed")
         head = self._head()
         try:
             self._file.write(self._allocation.tobytes())
@@ -104,6 +134,7 @@ class BetonWriter:
             whole = {
                 **manifest,
                 "rows": rows,
+                "images": self.images,
                 "size": size,
                 "head_crc": zlib.crc32(self._allocation.tobytes(), zlib.crc32(head)),
                 "crc": self._crc,
@@ -132,10 +163,10 @@ class BetonWriter:
     ) -> None:
         self.discard()
 
-    def _append(self, mode: int, data: bytes, height: int, width: int, label: int, index: int) -> None:
-        row, size = len(self._crc), len(data)
-        if row == len(self._metadata):
-            raise InputError(f"{self.path}: more rows than the {row} announced")
+    def _append(self, row: int, picture: Picture) -> int:
+        """Write an image's bytes; returns where they begin."""
+        _, data, height, width = picture
+        size = len(data)
         if not (0 < height < 1 << 16 and 0 < width < 1 << 16) or not 0 < size <= LARGEST_PAGE:
             raise InputError(
                 f"{self.path}: row {row} is {height} x {width}, {size} bytes; sides reach 65535, bytes 2^31"
@@ -151,16 +182,17 @@ class BetonWriter:
         except OSError as error:
             self.discard()
             raise self._refusal(error) from None
-        self._metadata[row] = ((mode, width, height, start), label, index)
-        self._allocation[row] = (row, start, size)
+        self._allocation[len(self._crc)] = (row, start, size)
         self._crc.append(zlib.crc32(data))
         self._offset = start + size
+        return start
 
     def _head(self) -> bytes:
-        header = np.zeros(1, HEADER)
-        header[0] = (2, len(FIELDS), self._page, len(self._metadata), self._offset)
-        fields = np.zeros(len(FIELDS), FIELD)
-        for field, (name, type_id) in zip(fields, FIELDS, strict=True):
+        header, fields = np.zeros(1, HEADER), np.zeros(self.images + len(FIELDS), FIELD)
+        header[0] = (2, len(fields), self._page, len(self._metadata), self._offset)
+        for field, (name, type_id) in zip(
+            fields, (*((name, 2) for name in PLACES[: self.images]), *FIELDS), strict=True
+        ):
             field["type_id"] = type_id
             field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         return header.tobytes() + fields.tobytes() + self._metadata.tobytes()
@@ -181,30 +213,45 @@ class Beton:
     """An open beton: columns of its rows and read-only access to their bytes.
 
     rows: their number. labels, index: int64 (N,). heights, widths: int32 (N,). table: ROW (N,) for the decoder.
+    images: 2 for pairs, else 1; the columns are those of the first image, `second` has those of the other.
     The mapping keeps the file's inode, so replacing the file leaves a running reader alone.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.rows = int(manifest["rows"])
+        self.rows, self.images = int(manifest["rows"]), int(manifest.get("images", 1))
         self.data = np.memmap(path, np.uint8, mode="r")
         if self.data.size != manifest["size"]:
             raise CorruptionError(
                 f"{path}: {self.data.size} bytes, its manifest says {manifest['size']}; run convert again"
             )
-        start = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
-        self._metadata_end = start + self.rows * METADATA.itemsize
-        self._allocation_start = self.data.size - self.rows * ALLOCATION.itemsize
+        start, kind = _start(self.images), metadata_type(self.images)
+        self._metadata_end = start + self.rows * kind.itemsize
+        self._allocation_start = self.data.size - self.rows * self.images * ALLOCATION.itemsize
         self._check_head()
-        metadata = self.data[start : self._metadata_end].view(METADATA)
-        allocation = self.data[self._allocation_start :].view(ALLOCATION)
-        self.labels = metadata["label"].astype(np.int64)
-        self.index = metadata["index"].astype(np.int64)
+        self._metadata = self.data[start : self._metadata_end].view(kind)
+        self._allocation = self.data[self._allocation_start :].view(ALLOCATION)
+        self.labels = self._metadata["label"].astype(np.int64)
+        self.index = self._metadata["index"].astype(np.int64)
+        self._show(0)
+
+    @cached_property
+    def second(self) -> Beton:
+        """The same rows, seen with the second image of each pair."""
+        if self.images < 2:
+            raise InputError(f"{self.path}: its rows hold one image each; data.form=pairs makes two")
+        other = copy.copy(self)
+        other._show(1)
+        return other
+
+    def _show(self, place: int) -> None:
+        """Fill the columns of the image at a place of each row."""
         self.table = np.zeros(self.rows, ROW)
+        allocation = self._allocation[place :: self.images]
         self.table["offset"], self.table["size"] = allocation["ptr"], allocation["size"]
         for name in ("height", "width", "mode"):
-            self.table[name] = metadata["image"][name]
+            self.table[name] = self._metadata[PLACES[place]][name]
         self.heights, self.widths = self.table["height"].copy(), self.table["width"].copy()
 
     def row(self, row: int) -> np.ndarray:
@@ -215,17 +262,18 @@ class Beton:
     def verify(self, threads: int = 4) -> None:
         """Read the whole file against its checksums; raises CorruptionError with the first damaged row."""
         self._check_head()
-        starts = self.table["offset"].astype(np.int64)
-        ends = starts + self.table["size"].astype(np.int64)
+        starts = self._allocation["ptr"].astype(np.int64)
+        ends = starts + self._allocation["size"].astype(np.int64)
         before = np.concatenate([[self._metadata_end], ends[:-1]])
 
-        def damaged(row: int) -> bool:
-            gap = self.data[before[row] : starts[row]]
-            return zlib.crc32(self.row(row).data) != self.manifest["crc"][row] or bool(gap.any())
+        def damaged(part: int) -> bool:
+            gap, data = self.data[before[part] : starts[part]], self.data[starts[part] : ends[part]]
+            return zlib.crc32(data.data) != self.manifest["crc"][part] or bool(gap.any())
 
         with ThreadPoolExecutor(threads) as pool:
-            for row, bad in enumerate(pool.map(damaged, range(self.rows), chunksize=64)):
+            for part, bad in enumerate(pool.map(damaged, range(len(starts)), chunksize=64)):
                 if bad:
+                    row = part // self.images
                     raise self.damage(row, "its bytes have changed since convert wrote them")
         if ends[-1] != self._allocation_start:
             raise CorruptionError(f"{self.path}: bytes behind the last row; run convert again")
@@ -258,7 +306,8 @@ def open_beton(path: Path) -> Beton:
     try:
         manifest = json.loads(beside.read_text(encoding="utf-8"))
         numbers = [manifest["rows"], manifest["size"], manifest["head_crc"], *manifest["crc"]]
-        whole = all(type(n) is int for n in numbers) and manifest["rows"] == len(manifest["crc"]) > 0
+        parts = manifest["rows"] * manifest.get("images", 1)
+        whole = all(type(n) is int for n in numbers) and parts == len(manifest["crc"]) > 0
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -268,6 +317,11 @@ def open_beton(path: Path) -> Beton:
             f"{path}: {path.stat().st_size} bytes, its manifest says {manifest['size']}; run convert again"
         )
     return Beton(path, manifest)
+
+
+def _start(images: int) -> int:
+    """Where the metadata begin."""
+    return HEADER.itemsize + (images + len(FIELDS)) * FIELD.itemsize
 
 
 def _sweep(path: Path) -> None:

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image
 
-from fastflower.data import duplicates, sets, spool
-from fastflower.data.betons import RAW, BetonWriter, manifest_path
+from fastflower.data import decode, duplicates, sets, spool
+from fastflower.data.betons import BetonWriter, manifest_path
 from fastflower.data.folds import (
     Folds,
     candidates,
@@ -32,7 +31,9 @@ from fastflower.data.folds import (
     write_skipped,
 )
 from fastflower.data.labels import SHOWN, LabelTable, class_stats, write_classes
+from fastflower.data.sources import Source, open_unlabelled
 from fastflower.data.tables import shown, write_csv
+from fastflower.derived import fold_count
 from fastflower.errors import EnvironmentFault, InputError
 from fastflower.recipe import Recipe
 
@@ -60,16 +61,21 @@ def convert(recipe: Recipe, table: LabelTable) -> Converted:
     for a full disk, a killed worker, or another conversion to the same place.
     """
     start, home = time.monotonic(), Path(recipe.data.home)
+    unlabelled = _look_unlabelled(recipe) if recipe.data.unlabelled else None
     with _locked(home):
         folds = None
         if (home / "folds.csv").exists():
             folds, table = load_folds(home, table, recipe)
             for store in ("raw", "jpeg") if recipe.data.store == "auto" else (recipe.data.store,):
                 made = sets.settings(recipe, store)
-                if all(sets.is_current(home, one) for one in _manifests(made, table, folds)):
+                wanted = _manifests(made, table, folds)
+                wanted += [unlabelled.manifest(made)] if unlabelled else []
+                if all(sets.is_current(home, one) for one in wanted):
                     return Converted(table, folds, made, _bytes(home), time.monotonic() - start, True)
         made = sets.settings(recipe, _choose_store(recipe, table, home))
-        with _encoded(recipe, table, folds, made, home) as images:
+        validating = folds.fold >= 0 if folds else candidates(table, recipe)
+        hashing = folds is None and _hashing(recipe, table, made["stored_side"])
+        with _encoded(recipe, table.source, table.filenames, validating, made, home, hashing) as images:
             table, good = _without_bad(recipe, table, images, folds, home)
             if folds is None:
                 folds = _new_folds(recipe, table, images, good, home)
@@ -80,8 +86,50 @@ def convert(recipe: Recipe, table: LabelTable) -> Converted:
             for fold in folds.numbers:
                 check_leaks(folds, fold)
             _write_betons(home, made, table, folds, images, good)
-        _drop_others(home, made, folds)
+        if unlabelled and not sets.is_current(home, unlabelled.manifest(made)):
+            _convert_unlabelled(recipe, unlabelled, made, home)
+        _drop_others(home, recipe, made, folds)
         return Converted(table, folds, made, _bytes(home), time.monotonic() - start, False)
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """The images without labels: where they come from, their names and bytes."""
+
+    source: Source
+    names: list[str]
+    sizes: np.ndarray
+
+    def manifest(self, made: dict[str, Any]) -> dict[str, Any]:
+        return sets.unlabelled_manifest(made, self.names, self.sizes)
+
+
+def _look_unlabelled(recipe: Recipe) -> Unlabelled:
+    source, names = open_unlabelled(recipe)
+    looks = [source.look(name) for name in names]
+    faults = [f"'{shown(name)}' {fault}" for name, (fault, _, _) in zip(names, looks, strict=True) if fault]
+    if faults:
+        raise InputError(f"data.unlabelled = {recipe.data.unlabelled}: {'; '.join(faults[:SHOWN])}")
+    return Unlabelled(source, names, np.array([size for _, size, _ in looks], np.int64))
+
+
+def _convert_unlabelled(recipe: Recipe, found: Unlabelled, made: dict[str, Any], home: Path) -> None:
+    """One beton of images without labels (-1), whose order unlabelled.csv says."""
+    n = len(found.names)
+    with _encoded(recipe, found.source, found.names, np.zeros(n, bool), made, home, False) as images:
+        good = [row for row in range(n) if not images.problems[row]]
+        bad = [(found.names[row], "", images.problems[row]) for row in range(n) if images.problems[row]]
+        if bad and not (recipe.data.on_bad == "skip" and good):
+            _refuse(bad, n, home, "replace them, or use data.on_bad=skip")
+        if bad:
+            write_skipped(home / "unlabelled_skipped.csv", bad)
+            print(f"skipped {len(bad)} unreadable images; {home / 'unlabelled_skipped.csv'} has the list")
+        with BetonWriter(sets.beton_path(home, -1, sets.UNLABELLED), len(good), found.source.count) as writer:
+            for position, row in enumerate(good):
+                writer.append(-1, position, *images.read(row, spool.TRAIN))
+            rows = [{"filename": found.names[row], "sha256": images.sha256[row]} for row in good]
+            write_csv(home / "unlabelled.csv", rows)
+            writer.commit(found.manifest(made))
 
 
 def _manifests(made: dict[str, Any], table: LabelTable, folds: Folds) -> list[dict[str, Any]]:
@@ -126,27 +174,31 @@ def _locked(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _encoded(
-    recipe: Recipe, table: LabelTable, folds: Folds | None, made: dict[str, Any], home: Path
+    recipe: Recipe,
+    source: Source,
+    names: list[str],
+    validating: np.ndarray,
+    made: dict[str, Any],
+    home: Path,
+    hashing: bool,
 ) -> Iterator[spool.Spool]:
     """The pass over the images; its spool is gone afterwards, and what a killed run left before."""
     folder = home / "betons" / ".spool"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    workers = recipe.data.workers or len(os.sched_getaffinity(0))
+    workers = decode.cores(recipe.data.workers)
     encoding = spool.Encoding(
-        root=os.path.realpath(recipe.data.root),
+        source=source,
         folder=str(folder),
         side=made["stored_side"],
         raw=made["store"] == "raw",
         quality=made["jpeg_quality"],
         combos=tuple((kind, level) for kind, level in made["combos"]),
-        hashing=folds is None and _hashing(recipe, len(table), made["stored_side"], workers),
+        hashing=hashing,
     )
-    corrupted = folds.fold >= 0 if folds else candidates(table, recipe)
     images = None
     try:
-        progress = spool.Progress("images", len(table))
-        images = spool.run(encoding, table.filenames, corrupted, workers, progress)
+        images = spool.run(encoding, names, validating, workers, spool.Progress("images", len(names)))
         yield images
     finally:
         if images:
@@ -154,11 +206,19 @@ def _encoded(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _hashing(recipe: Recipe, rows: int, side: int, workers: int) -> bool:
+def _hashing(recipe: Recipe, table: LabelTable, side: int) -> bool:
     """Whether near-duplicates are looked for; says so when the choice is ours."""
+    if table.source.count > 1:
+        if recipe.data.group == "phash":
+            raise InputError("data.group = phash: compares single images, not pairs; use auto or none")
+        return False
     if recipe.data.group != "auto":
         return recipe.data.group == "phash"
-    seconds = duplicates.hashing_seconds(side, rows, workers)
+    size = table.source.size(table.filenames[0]) if table.source.numbers else None
+    if size and min(size) < duplicates.SMALLEST:
+        print(f"near-duplicates: left out, a hash says little of images of {size[0]} x {size[1]}")
+        return False
+    seconds = duplicates.hashing_seconds(side, len(table), decode.cores(recipe.data.workers))
     on = seconds <= duplicates.PATIENCE
     print(
         f"near-duplicates: hashing takes about {seconds:.0f} s: {'on' if on else 'left out'}"
@@ -171,18 +231,23 @@ def _choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
     """raw or jpeg by memory and disk; refuses what the disk cannot hold. Sizes are estimates from a few headers."""
     side, memory, free = sets.stored_side(recipe), _memory(), shutil.disk_usage(home).free
     kinds = len(sets.settings(recipe, "")["combos"])
-    one_raw, one_jpeg, kept = _mean_bytes(recipe, table, side)
-    n, count = len(table), 1 if recipe.data.split == "ratio" else recipe.data.n_splits
-    held_out = n / recipe.data.n_splits
-    in_use = one_raw * (n + held_out * kinds)
-    corrupt = held_out * count * kinds
+    one_raw, one_jpeg, kept = _mean_bytes(table, side)
+    n, count, held_out = len(table), fold_count(recipe), int(candidates(table, recipe).sum())
+    in_use = one_raw * (n + held_out / count * kinds)
+    corrupt = held_out * kinds
     # the spool holds each image once, the betons each image once a fold
     disk = {
         "raw": one_raw * (n * (count + 1) + 2 * corrupt),
-        "jpeg": one_jpeg * (n * count + 2 * corrupt) + (one_jpeg if kept else 2 * one_raw) * n,
+        "jpeg": one_jpeg * (n * (count + 1) + 2 * corrupt) + (0 if kept else 2 * one_raw) * held_out,
     }
     store = recipe.data.store
     why = "as data.store says"
+    if table.source.numbers:  # they stay what they are
+        if store == "jpeg":
+            raise InputError(
+                f"data.store = jpeg: {recipe.data.root} holds numbers, not JPEGs; use auto or raw"
+            )
+        store, why = "raw", "as the images are numbers"
     if store == "auto":
         share = recipe.data.raw_share
         fits = in_use <= share * memory and disk["raw"] <= share * free
@@ -201,18 +266,17 @@ def _choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
     return store
 
 
-def _mean_bytes(recipe: Recipe, table: LabelTable, side: int) -> tuple[float, float, bool]:
+def _mean_bytes(table: LabelTable, side: int) -> tuple[float, float, bool]:
     """Estimated bytes of a raw and of a JPEG row, and whether most files keep their own bytes."""
     raw, jpeg, kept = [], [], []
     for row in range(0, len(table), max(1, len(table) // SAMPLE)):
-        try:
-            with Image.open(os.path.join(recipe.data.root, table.filenames[row])) as image:
-                width, height = image.size
-        except Exception:  # the pass will say what is wrong with it
+        size = table.source.size(table.filenames[row])
+        if size is None:
             continue
+        height, width = size
         scale = min(1.0, side / min(width, height))
         pixels = width * height * scale * scale
-        raw.append(3 * pixels)
+        raw.append(3 * pixels * table.source.count)
         kept.append(scale == 1.0)
         jpeg.append(float(table.sizes[row]) if kept[-1] else JPEG_BYTES * pixels)
     if not raw:
@@ -242,19 +306,23 @@ def _without_bad(
             (home / "skipped.csv").unlink(missing_ok=True)
         return table, good
     rows = [(table.filenames[row], table.category_ids[row], images.problems[row]) for row in bad]
-    if recipe.data.on_bad == "skip" and folds is None and len(good):
-        write_skipped(home / "skipped.csv", rows)
-        print(f"skipped {len(bad)} unreadable images; {home / 'skipped.csv'} has the list")
-        return table.take(good), good
+    if folds is not None:
+        remedy = "folds.csv counts on them: restore them, or move it away and use data.on_bad=skip"
+        _refuse(rows, len(table), home, remedy)
+    if recipe.data.on_bad == "error" or not len(good):
+        _refuse(rows, len(table), home, "replace them, or use data.on_bad=skip")
+    write_skipped(home / "skipped.csv", rows)
+    print(f"skipped {len(bad)} unreadable images; {home / 'skipped.csv'} has the list")
+    return table.take(good), good
+
+
+def _refuse(rows: list[tuple[str, str, str]], of: int, home: Path, remedy: str) -> NoReturn:
     named = "; ".join(f"{shown(name)} {reason}" for name, _, reason in rows[:SHOWN])
     more = ""
     if len(rows) > SHOWN:
         write_skipped(home / "bad.csv", rows)
         more = f"; and {len(rows) - SHOWN} more, all in {home / 'bad.csv'}"
-    remedy = "replace them, or use data.on_bad=skip"
-    if folds is not None:
-        remedy = "folds.csv counts on them: restore them, or move it away and use data.on_bad=skip"
-    raise InputError(f"{len(bad)} of {len(table)} images cannot be used: {named}{more}; {remedy}")
+    raise InputError(f"{len(rows)} of {of} images cannot be used: {named}{more}; {remedy}")
 
 
 def _new_folds(recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.ndarray, home: Path) -> Folds:
@@ -326,29 +394,23 @@ def _write_betons(
             "val_corrupt": [spool.CORRUPT + position for position in range(len(made["combos"]))],
         }[split]
         if not sets.is_current(home, wanted):
-            with BetonWriter(sets.beton_path(home, fold, split), len(rows) * len(columns)) as writer:
+            path, count = sets.beton_path(home, fold, split), table.source.count
+            with BetonWriter(path, len(rows) * len(columns), count) as writer:
                 for column in columns:
                     for row in rows.tolist():
-                        _copy(writer, images, int(good[row]), column, int(folds.class_idx[row]), row)
+                        writer.append(int(folds.class_idx[row]), row, *images.read(int(good[row]), column))
                     progress(done + len(rows))
                 writer.commit(wanted)
         done += len(rows) * len(columns)
         progress(done)
 
 
-def _copy(writer: BetonWriter, images: spool.Spool, place: int, column: int, label: int, row: int) -> None:
-    blob, data = images.read(place, column)
-    height, width = int(blob["height"]), int(blob["width"])
-    if blob["mode"] == RAW:
-        writer.raw(np.frombuffer(data, np.uint8).reshape(height, width, 3), label, row)
-    else:
-        writer.jpeg(data, height, width, label, row)
-
-
-def _drop_others(home: Path, made: dict[str, Any], folds: Folds) -> None:
+def _drop_others(home: Path, recipe: Recipe, made: dict[str, Any], folds: Folds) -> None:
     """Remove betons of folds and splits that the set no longer has."""
     keep = {sets.beton_path(home, fold, split) for fold in folds.numbers for split in sets.splits(made)}
-    for path in (home / "betons").glob("fold*_*.beton"):
+    if recipe.data.unlabelled:
+        keep.add(sets.beton_path(home, -1, sets.UNLABELLED))
+    for path in (home / "betons").glob("*.beton"):
         if path not in keep:
             manifest_path(path).unlink(missing_ok=True)
             path.unlink()

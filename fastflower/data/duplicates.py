@@ -16,6 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 BITS = 64
+SMALLEST = 32  # the hash's own side: below it, a picture is enlarged and few of its bits mean anything
 FLAT = 4.0  # grey-value deviation below which an image has no structure to compare
 PATIENCE = 60.0  # seconds that hashing may take before data.group=auto leaves it out
 

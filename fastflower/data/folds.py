@@ -15,6 +15,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 from fastflower.data.labels import LabelTable
 from fastflower.data.tables import read_csv, shown, write_csv
+from fastflower.derived import fold_count
 from fastflower.errors import InputError
 from fastflower.recipe import Recipe
 from fastflower.runs import digest
@@ -65,8 +66,10 @@ def make_folds(table: LabelTable, groups: np.ndarray, recipe: Recipe) -> np.ndar
     training would not see at all goes, with its groups, to fold -1.
     """
     representative = _group_labels(table.class_idx, groups)
-    if recipe.data.split == "ratio":
-        fold = _ratio(groups, recipe)
+    if table.given is not None:
+        fold = _whole_groups(groups, table.given)
+    elif recipe.data.split == "ratio":
+        fold = _whole_groups(groups, _ratio(len(table), recipe))
     else:
         kind = KFold if recipe.data.split == "kfold" else StratifiedKFold
         _check_members(table, representative, recipe)
@@ -82,8 +85,10 @@ def make_folds(table: LabelTable, groups: np.ndarray, recipe: Recipe) -> np.ndar
 
 def candidates(table: LabelTable, recipe: Recipe) -> np.ndarray:
     """Rows that may validate in some fold, known before any image is read: bool (N,)."""
+    if table.given is not None:
+        return table.given != ALWAYS_TRAIN
     if recipe.data.split == "ratio":
-        return _ratio(np.arange(len(table)), recipe) == 0
+        return _ratio(len(table), recipe) == 0
     return np.ones(len(table), bool)
 
 
@@ -159,11 +164,16 @@ def load_folds(home: Path, table: LabelTable, recipe: Recipe) -> tuple[Folds, La
         )
     if folds.filenames != table.filenames or not np.array_equal(folds.class_idx, table.class_idx):
         raise InputError(f"{path}: rows or class_idx differ from the labels'; move it away for new folds")
-    splits = 1 if recipe.data.split == "ratio" else recipe.data.n_splits
+    splits = fold_count(recipe)
     if folds.numbers != list(range(splits)):
         raise InputError(
             f"{path} has {len(folds.numbers)} folds, the recipe asks for {splits} (data.split = {recipe.data.split}, "
             f"data.n_splits = {recipe.data.n_splits}); change the recipe, or move it away for new folds"
+        )
+    if table.given is not None and (moved := _moved(folds, table.given)):
+        raise InputError(
+            f"{path}: the given folds have changed for {len(moved)} images, such as "
+            f"{shown(folds.filenames[moved[0]])}; restore them, or move it away for new folds"
         )
     return folds, table
 
@@ -217,14 +227,26 @@ def _check_members(table: LabelTable, representative: np.ndarray, recipe: Recipe
         )
 
 
-def _ratio(groups: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Fold 0 for the last ceil(N / n_splits) of a permutation, -1 for the rest, and for groups in both."""
-    n, parts = len(groups), recipe.data.n_splits
+def _ratio(n: int, recipe: Recipe) -> np.ndarray:
+    """Fold 0 for the last ceil(N / n_splits) of a permutation, -1 for the rest."""
+    parts = recipe.data.n_splits
     held_out = np.random.default_rng(recipe.seed).permutation(n)[n * (parts - 1) // parts :]
     fold = np.full(n, ALWAYS_TRAIN, np.int64)
     fold[held_out] = 0
-    fold[np.isin(groups, groups[fold == ALWAYS_TRAIN])] = ALWAYS_TRAIN
     return fold
+
+
+def _whole_groups(groups: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """The folds, with -1 for every group that lies in more than one of them."""
+    low, high = np.full(groups.max() + 1, np.iinfo(np.int64).max), np.full(groups.max() + 1, ALWAYS_TRAIN)
+    np.minimum.at(low, groups, fold)
+    np.maximum.at(high, groups, fold)
+    return np.where((low == high)[groups], fold, ALWAYS_TRAIN)
+
+
+def _moved(folds: Folds, given: np.ndarray) -> list[int]:
+    """Rows whose fold is neither the given one nor -1, to which whole groups may have gone."""
+    return np.flatnonzero((folds.fold != given) & (folds.fold != ALWAYS_TRAIN)).tolist()
 
 
 def _keep_in_training(class_idx: np.ndarray, groups: np.ndarray, fold: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The label file: which image belongs to which class, read strictly and brought into one canonical order.
+"""The labels: which image belongs to which class, read strictly and brought into one canonical order.
 
 Ids are text and stay byte-exact ('007' is not '7'). Rows are sorted by file name and classes by number, then
 text, so a shuffled label file gives the same table, folds and betons.
@@ -9,21 +9,24 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import stat
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from fastflower.data.tables import Names, Row, csv_rows, folder_rows, read_csv, shown, write_csv
+from fastflower.data import sources
+from fastflower.data.sources import Files, Rows, Source
+from fastflower.data.tables import Names, Row, csv_rows, read_csv, shown, write_csv
 from fastflower.errors import InputError
 from fastflower.recipe import Recipe
 from fastflower.runs import digest
 
 SHOWN = 10  # problems named in one message; the rest are counted
 HEAD, TAIL = 100, 20  # images of a class above and below which it is head and tail (Liu et al. 2019)
+
+FOLD_WORDS = {"train": "-1", "val": "0", "valid": "0", "validation": "0"}
 
 _INTEGER = re.compile(r"-?[0-9]{1,300}")
 _FLOAT = re.compile(r"(-?[0-9]+)\.0+")
@@ -68,6 +71,8 @@ class LabelTable:
     classes: ClassMap
     names: Names = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    source: Source = field(default=Files(Path()), compare=False)
+    given: np.ndarray | None = None  # the fold that the labels or data.val give each row, int64 (N,)
 
     def __len__(self) -> int:
         return len(self.filenames)
@@ -92,39 +97,34 @@ class LabelTable:
             self.classes,
             self.names,
             self.notices,
+            self.source,
+            None if self.given is None else self.given[rows],
         )
 
 
 def read_labels(recipe: Recipe) -> LabelTable:
-    """Read data.csv and look at every file it names; InputError lists all that is wrong with it at once.
-
-    `data.csv=folders` takes the class of an image from the folder it lies in, directly below data.root.
-    """
-    root = Path(recipe.data.root)
-    if not root.is_dir():
-        raise InputError(
-            f"data.root = {root}: no such folder; give the folder that holds the training images"
-        )
-    if recipe.data.csv == "folders":
-        source, rows, names = "folders", folder_rows(root), Names()
-    else:
-        source = recipe.data.csv
-        rows, names = csv_rows(Path(source), root, recipe.data.image_col, recipe.data.label_col)
-    problems = [row.problem for row in rows if row.problem]
+    """The labels in any form of `sources`, every image looked at; InputError lists all that is wrong at once."""
+    found = sources.open_labelled(recipe)
+    problems = [row.problem for row in found.rows if row.problem]
     notices: list[str] = []
-    rows = [row for row in rows if not row.problem]
+    rows = [row for row in found.rows if not row.problem]
     problems += _canonical_ids(rows, notices)
-    kept = _distinct(rows, root, problems, notices)
+    kept = _distinct(rows, found.source, problems, notices)
     if problems:
-        raise InputError(f"{source}: {_listing(problems)}")
+        raise InputError(f"{found.origin}: {_listing(problems)}")
     kept.sort(key=lambda entry: os.fsencode(entry[0].filename))
     table = _table(
-        [row for row, _ in kept], np.array([size for _, size in kept], dtype=np.int64), names, notices
+        [row for row, _ in kept],
+        np.array([size for _, size in kept], dtype=np.int64),
+        found,
+        notices,
     )
     if len(table.classes) < 2:
         raise InputError(
-            f"{source}: {len(table)} images of {len(table.classes)} class; training needs two classes"
+            f"{found.origin}: {len(table)} images of {len(table.classes)} class; training needs two classes"
         )
+    if recipe.data.split == "given" and not found.held_out:
+        return replace(table, given=_given_folds(recipe, table.filenames))
     return table
 
 
@@ -187,6 +187,37 @@ def read_classes(path: Path) -> ClassMap:
     return ClassMap(tuple(row["category_id"] for row in rows))
 
 
+def _given_folds(recipe: Recipe, filenames: list[str]) -> np.ndarray:
+    """The fold that data.fold_col gives each image: int64 (N,). InputError lists what is missing or no fold."""
+    data = recipe.data
+    path = Path(data.fold_csv or data.csv)
+    rows, _ = csv_rows(path, Path(data.root), data.image_col, data.fold_col)
+    of = {row.filename: row for row in rows}
+    lacking = [name for name in filenames if name not in of]
+    if lacking:
+        raise InputError(
+            f"{path}: no fold for {len(lacking)} of {len(filenames)} images, such as {shown(lacking[0])}"
+        )
+    fold = np.zeros(len(filenames), np.int64)
+    for at, name in enumerate(filenames):
+        text = of[name].category_id.strip()
+        number = FOLD_WORDS.get(text.lower(), text)
+        if not re.fullmatch(r"-1|[0-9]{1,4}", number):
+            raise InputError(
+                f"{path}: {of[name].where}: {data.fold_col} = '{shown(text)}'; folds are numbers from 0, "
+                "-1 to train always, or the words train and val"
+            )
+        fold[at] = int(number)
+    there = sorted({int(k) for k in fold} - {-1})
+    if there != list(range(data.n_splits)):
+        raise InputError(
+            f"{path}: {data.fold_col} gives the folds {there}, data.n_splits = {data.n_splits} asks for "
+            f"{list(range(data.n_splits))}; "
+            + (f"use data.n_splits={len(there)}" if there else "hold some out")
+        )
+    return fold
+
+
 def _canonical_ids(rows: list[Row], notices: list[str]) -> list[str]:
     """Strip ids and turn 12.0 into 12 where every id is written so; returns the problems."""
     problems = []
@@ -217,13 +248,14 @@ def _canonical_ids(rows: list[Row], notices: list[str]) -> list[str]:
     return problems
 
 
-def _distinct(rows: list[Row], root: Path, problems: list[str], notices: list[str]) -> list[tuple[Row, int]]:
-    """Each file once, with its size in bytes; paths that leave the root or name no file become problems."""
-    inside = os.path.realpath(root)
+def _distinct(
+    rows: list[Row], source: Source, problems: list[str], notices: list[str]
+) -> list[tuple[Row, int]]:
+    """Each image once, with its size in bytes; names that leave the root or name no file become problems."""
     seen: dict[str, Row] = {}
     kept, repeated = [], 0
     for row in rows:
-        fault, size, real = _look(row.filename, inside)
+        fault, size, real = source.look(row.filename)
         if fault:
             problems.append(f"{row.where}: '{shown(row.filename)}' {fault}")
         elif real not in seen:
@@ -239,36 +271,10 @@ def _distinct(rows: list[Row], root: Path, problems: list[str], notices: list[st
     if repeated:
         notices.append(f"{repeated} rows repeat an earlier one and were left out")
     for position, problem in enumerate(problems[:SHOWN]):
-        if problem.endswith("does not exist"):
+        if problem.endswith("does not exist") and isinstance(source, Files):
             name = problem.split("'", 1)[1].rsplit("'", 1)[0]
-            problems[position] += _nearest(Path(inside), name)
+            problems[position] += _nearest(source.root, name)
     return kept
-
-
-def _look(name: str, inside: str) -> tuple[str, int, str]:
-    """(what is wrong, bytes, real path) of a file name of the label file; nothing is opened."""
-    parts = name.split("/")
-    if not name or "\0" in name:
-        return "is no file name", 0, ""
-    if (
-        name.startswith(("/", "~"))
-        or ".." in parts
-        or "\\" in name
-        or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
-    ):
-        return "must be a path below data.root, parts joined by '/'", 0, ""
-    try:
-        real = os.path.realpath(os.path.join(inside, name), strict=True)
-        state = os.stat(real)
-    except FileNotFoundError:
-        return "does not exist", 0, ""
-    except OSError as error:
-        return f"cannot be read: {error.strerror}", 0, ""
-    if os.path.commonpath([inside, real]) != inside:
-        return "is a link that leaves data.root", 0, ""
-    if not stat.S_ISREG(state.st_mode):
-        return "is not a regular file", 0, ""
-    return "", state.st_size, real
 
 
 def _nearest(root: Path, name: str) -> str:
@@ -286,13 +292,18 @@ def _listing(problems: list[str]) -> str:
     return count + "; ".join(problems[:SHOWN]) + more
 
 
-def _table(rows: list[Row], sizes: np.ndarray, names: Names, notices: list[str]) -> LabelTable:
+def _table(rows: list[Row], sizes: np.ndarray, found: Rows, notices: list[str]) -> LabelTable:
     classes = ClassMap(order_ids({row.category_id for row in rows}))
     ids = [row.category_id for row in rows]
     class_idx = np.array([classes.index(category_id) for category_id in ids], dtype=np.int64)
     known = set(classes.ids)
     names = {
         column: {key if key in known else _FLOAT.sub(r"\1", key): name for key, name in of.items()}
-        for column, of in names.items()
+        for column, of in found.names.items()
     }
-    return LabelTable([row.filename for row in rows], ids, class_idx, sizes, classes, names, tuple(notices))
+    filenames = [row.filename for row in rows]
+    given = np.array([0 if name in found.held_out else -1 for name in filenames], np.int64)
+    return LabelTable(
+        filenames, ids, class_idx, sizes, classes, names, tuple(notices), found.source,
+        given if found.held_out else None,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastflower import __version__, derived
+from fastflower.data import sources
 from fastflower.data.betons import Beton, manifest_path, open_beton
 from fastflower.data.corruptions import combos
 from fastflower.data.folds import Folds, check_leaks, load_folds, read_folds
@@ -22,6 +23,7 @@ from fastflower.errors import InputError
 from fastflower.recipe import Recipe
 from fastflower.runs import digest
 
+UNLABELLED = "unlabelled"
 FORMAT = 1  # of what is stored; raised when the same recipe would store other pixels
 
 
@@ -69,8 +71,21 @@ def manifest(made: dict[str, Any], table: LabelTable, folds: Folds, split: str, 
     }
 
 
+def unlabelled_manifest(made: dict[str, Any], names: list[str], sizes: np.ndarray) -> dict[str, Any]:
+    """The manifest of the images without labels, less what its writer adds; names and bytes decide it."""
+    return {
+        "fastflower": __version__,
+        "split": UNLABELLED,
+        "settings": made,
+        "stored_side": made["stored_side"],
+        "combos": [],
+        "inputs_hash": digest(sizes.tobytes(), *names),
+    }
+
+
 def beton_path(home: Path, fold: int, split: str) -> Path:
-    return home / "betons" / f"fold{fold}_{split}.beton"
+    name = split if split == UNLABELLED else f"fold{fold}_{split}"
+    return home / "betons" / f"{name}.beton"
 
 
 def splits(made: dict[str, Any]) -> tuple[str, ...]:
@@ -80,7 +95,7 @@ def splits(made: dict[str, Any]) -> tuple[str, ...]:
 
 def is_current(home: Path, wanted: dict[str, Any]) -> bool:
     """Whether the beton that a manifest describes is there, whole, and says the same of itself."""
-    path = beton_path(home, wanted["fold"], wanted["split"])
+    path = beton_path(home, wanted.get("fold", -1), wanted["split"])
     try:
         found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
         return path.stat().st_size == found["size"] and not _differences(found, wanted)
@@ -98,7 +113,7 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
     folds = read_folds(home / "folds.csv")
     classes = read_classes(home / "classes.csv")
     wanted = {"folds_hash": folds.hash, "classes_hash": classes.hash}
-    if Path(recipe.data.root).is_dir() and (recipe.data.csv == "folders" or Path(recipe.data.csv).is_file()):
+    if sources.present(recipe):
         folds, table = load_folds(home, read_labels(recipe), recipe)
         wanted |= {"labels_hash": table.hash, "inputs_hash": digest(table.sizes.tobytes())}
     if fold not in folds.numbers:
@@ -114,6 +129,23 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
         _check_rows(beton, folds, split, fold)
     _check_settings(opened["train"], made)
     return FoldSet(folds, classes, opened["train"], opened["val"], opened.get("val_corrupt"))
+
+
+def open_unlabelled(recipe: Recipe) -> Beton:
+    """The images of data.unlabelled: labels are -1, `index` counts the rows of unlabelled.csv.
+
+    InputError when they are stale, missing, or too small for the recipe's largest size.
+    """
+    if not recipe.data.unlabelled:
+        raise InputError("data.unlabelled is empty: name the folder or file of images without labels")
+    beton = open_beton(beton_path(Path(recipe.data.home), -1, UNLABELLED))
+    if Path(recipe.data.unlabelled).exists():
+        source, names = sources.open_unlabelled(recipe)
+        sizes = np.array([source.look(name)[1] for name in names], np.int64)
+        wanted = unlabelled_manifest(beton.manifest["settings"], names, sizes)
+        _check(beton, wanted)
+    _check_settings(beton, {**settings(recipe, ""), "combos": []})
+    return beton
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

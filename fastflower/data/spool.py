@@ -28,12 +28,14 @@ from typing import IO, cast
 import numpy as np
 from PIL import Image
 
-from fastflower.data.betons import JPEG, RAW, ROW, Beton
+from fastflower.data.betons import JPEG, RAW, ROW, Beton, Picture
 from fastflower.data.corruptions import corrupt, image_key, jpeg_bytes
 from fastflower.data.decode import decode_eval
 from fastflower.data.duplicates import phash
-from fastflower.data.pixels import decode, encode_jpeg, read_bytes, stored
+from fastflower.data.pixels import decode, encode_jpeg, stored
+from fastflower.data.sources import Source
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.runs import digest
 
 CHUNK = 16  # images a task: small enough for an even end, large enough to hide the pipe
 PATIENCE = 300.0  # seconds after which a task that says nothing is given up
@@ -41,13 +43,14 @@ BLOB = np.dtype(
     [("file", "u4"), ("mode", "u1"), ("height", "u2"), ("width", "u2"), ("offset", "u8"), ("size", "u4")]
 )
 TRAIN, VAL, CORRUPT = 0, 1, 2  # columns of Spool.blobs; corruptions from the third on
+Task = tuple[list[str], list[bool]]
 
 
 @dataclass(frozen=True)
 class Encoding:
     """How images are stored: all that a worker must know."""
 
-    root: str
+    source: Source
     folder: str  # of the spool files
     side: int
     raw: bool
@@ -58,7 +61,7 @@ class Encoding:
 
 @dataclass
 class Spool:
-    """What the pass left, by row: places of the encoded images (N, 2 + K), content hashes, perceptual hashes."""
+    """What the pass left, by row: places of the encoded images (N, count, 2 + K), content and perceptual hashes."""
 
     folder: Path
     blobs: np.ndarray
@@ -70,9 +73,11 @@ class Spool:
     def __post_init__(self) -> None:
         self._open: dict[int, int] = {}
 
-    def read(self, row: int, column: int) -> tuple[np.void, bytes]:
-        """A stored image: its BLOB record and its bytes."""
-        blob = self.blobs[row, column]
+    def read(self, row: int, column: int) -> list[Picture]:
+        """The stored image of a row, or the two of a pair."""
+        return [self._read(blob) for blob in self.blobs[row, :, column]]
+
+    def _read(self, blob: np.void) -> Picture:
         file = int(blob["file"])
         if file not in self._open:
             self._open[file] = os.open(_spool_path(self.folder, file), os.O_RDONLY)
@@ -81,7 +86,7 @@ class Spool:
             raise EnvironmentFault(
                 f"{self.folder}: a spool file is shorter than what was written; run convert again"
             )
-        return blob, data
+        return Picture(int(blob["mode"]), data, int(blob["height"]), int(blob["width"]))
 
     def close(self) -> None:
         for handle in self._open.values():
@@ -98,9 +103,15 @@ class _Part:
 
 
 def run(
-    encoding: Encoding, filenames: list[str], corrupted: np.ndarray, workers: int, tell: Callable[[int], None]
+    encoding: Encoding,
+    filenames: list[str],
+    validating: np.ndarray,
+    workers: int,
+    tell: Callable[[int], None],
 ) -> Spool:
-    """Encode every file; `corrupted` (bool (N,)) says which get corrupted copies, `tell` hears of rows done.
+    """Encode every file; `validating` (bool (N,)) says which may validate and so get corrupted copies.
+
+    `tell` hears of rows done.
 
     Unreadable images are reported in `problems` (else ''), never raised. EnvironmentFault when the disk is full or
     a worker dies.
@@ -108,18 +119,16 @@ def run(
     n = len(filenames)
     spool = Spool(
         Path(encoding.folder),
-        np.zeros((n, CORRUPT + len(encoding.combos)), BLOB),
+        np.zeros((n, encoding.source.count, CORRUPT + len(encoding.combos)), BLOB),
         [""] * n,
         np.zeros(n, np.uint64),
         np.zeros(n, bool),
         [""] * n,
     )
-    tasks = (
-        (encoding, filenames[at : at + CHUNK], corrupted[at : at + CHUNK].tolist())
-        for at in range(0, n, CHUNK)
-    )
+    tasks = ((filenames[at : at + CHUNK], validating[at : at + CHUNK].tolist()) for at in range(0, n, CHUNK))
     at = 0
-    for part in _in_order(tasks, min(workers, -(-n // CHUNK))):
+    encoding.source.load()
+    for part in _in_order(encoding, tasks, min(workers, -(-n // CHUNK))):
         size = len(part.sha256)
         span = slice(at, at + size)
         spool.blobs[span], spool.sha256[span], spool.problems[span] = part.blobs, part.sha256, part.problems
@@ -130,13 +139,13 @@ def run(
     return spool
 
 
-def _in_order(tasks: Iterator[tuple[Encoding, list[str], list[bool]]], workers: int) -> Iterator[_Part]:
+def _in_order(encoding: Encoding, tasks: Iterator[Task], workers: int) -> Iterator[_Part]:
     """Results in the order of the tasks, with a bounded number under way."""
     if workers <= 1:
-        yield from itertools.starmap(_encode_files, tasks)
+        yield from (_encode_files(encoding, *task) for task in tasks)
         return
     # fork: this process has one thread and its pages are shared; a spawned worker would import for seconds
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (os.getpid(), encoding))
     try:
         yield from _windowed(pool, tasks, 2 * workers + 2)
     except BrokenProcessPool:
@@ -152,17 +161,20 @@ def _in_order(tasks: Iterator[tuple[Encoding, list[str], list[bool]]], workers: 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _windowed(
-    pool: Executor, tasks: Iterator[tuple[Encoding, list[str], list[bool]]], window: int
-) -> Iterator[_Part]:
-    waiting = deque(pool.submit(_encode_files, *task) for task in itertools.islice(tasks, window))
+def _windowed(pool: Executor, tasks: Iterator[Task], window: int) -> Iterator[_Part]:
+    waiting = deque(pool.submit(_work, *task) for task in itertools.islice(tasks, window))
     while waiting:
         yield waiting.popleft().result(PATIENCE)
-        waiting.extend(pool.submit(_encode_files, *task) for task in itertools.islice(tasks, 1))
+        waiting.extend(pool.submit(_work, *task) for task in itertools.islice(tasks, 1))
 
 
-def _start_worker(parent: int) -> None:
+_inherited: Encoding  # of a worker: handed over by fork, as arrays of images are too large for a pipe
+
+
+def _start_worker(parent: int, encoding: Encoding) -> None:
     """Workers leave Ctrl-C to the parent and die with it, however it dies."""
+    global _inherited
+    _inherited = encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -175,13 +187,22 @@ def _kill(pool: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-def _encode_files(encoding: Encoding, filenames: list[str], corrupted: list[bool]) -> _Part:
+def _work(filenames: list[str], validating: list[bool]) -> _Part:
+    return _encode_files(_inherited, filenames, validating)
+
+
+def _encode_files(encoding: Encoding, filenames: list[str], validating: list[bool]) -> _Part:
     path = _spool_path(Path(encoding.folder), os.getpid())
-    part = _Part(np.zeros((len(filenames), CORRUPT + len(encoding.combos)), BLOB), [], [], [])
+    n, count = len(filenames), encoding.source.count
+    part = _Part(np.zeros((n, count, CORRUPT + len(encoding.combos)), BLOB), [], [None] * n, [""] * n)
     try:
         with open(path, "ab") as file:
-            for row, (name, disturbed) in enumerate(zip(filenames, corrupted, strict=True)):
-                _encode_file(encoding, name, disturbed, file, part, row)
+            for row, (name, validates) in enumerate(zip(filenames, validating, strict=True)):
+                content = [
+                    _encode_image(encoding, name, place, validates, file, part, row) for place in range(count)
+                ]
+                # of a pair's two images in either order
+                part.sha256.append(content[0] if count == 1 else digest(*sorted(content)))
     except OSError as error:
         raise EnvironmentFault(
             f"{path}: cannot write ({error.strerror}); free the disk or move data.home"
@@ -189,41 +210,51 @@ def _encode_files(encoding: Encoding, filenames: list[str], corrupted: list[bool
     return part
 
 
-def _encode_file(
-    encoding: Encoding, name: str, disturbed: bool, file: IO[bytes], part: _Part, row: int
-) -> None:
-    """Everything about one image; the hash is taken of the very bytes that are decoded and stored."""
-    part.sha256.append("")
-    part.hashes.append(None)
-    part.problems.append("")
+def _encode_image(
+    encoding: Encoding, name: str, place: int, validates: bool, file: IO[bytes], part: _Part, row: int
+) -> str:
+    """Everything about one image; returns its hash, taken of the very bytes that are decoded and stored."""
     try:
-        data = read_bytes(os.path.join(encoding.root, name))
-        image, plain = decode(data)
-        if data.startswith(b"\xff\xd8"):
-            _refuse_flawed(data)
+        data = encoding.source.read(name, place)
+        if isinstance(data, np.ndarray):
+            image, plain, content = Image.fromarray(data).convert("RGB"), False, pixels_hash(data)
+        else:
+            image, plain = decode(data)
+            if data.startswith(b"\xff\xd8"):
+                _refuse_flawed(data)
+            content = hashlib.sha256(data).hexdigest()
     except InputError as error:
         part.problems[row] = str(error)
-        return
+        return ""
     small = stored(image, encoding.side)
     pixels = np.asarray(small)
-    part.sha256[row] = hashlib.sha256(data).hexdigest()
-    part.hashes[row] = phash(small) if encoding.hashing else None
-    blobs = part.blobs[row]
+    if encoding.hashing:
+        part.hashes[row] = phash(small)
+    blobs = part.blobs[row, place]
     if encoding.raw:
         blobs[TRAIN] = blobs[VAL] = _write(file, RAW, pixels)
-    elif plain and small is image:
+    elif plain and small is image and isinstance(data, bytes):
         blobs[TRAIN] = blobs[VAL] = _write(file, JPEG, pixels, data)
     else:
         blobs[TRAIN] = _write(file, JPEG, pixels, encode_jpeg(pixels, encoding.quality))
-        blobs[VAL] = _write(file, RAW, pixels)  # validation pixels are never lossy a second time
-    key = image_key(name)
-    for column, (kind, level) in enumerate(encoding.combos if disturbed else (), CORRUPT):
+        if validates:  # its pixels are never lossy a second time
+            blobs[VAL] = _write(file, RAW, pixels)
+    key = image_key(name if place == 0 else f"{name}:{place}")
+    for column, (kind, level) in enumerate(encoding.combos if validates else (), CORRUPT):
         if kind == "jpeg" and not encoding.raw:
             blobs[column] = _write(file, JPEG, pixels, jpeg_bytes(pixels, level))
             continue
         bad = corrupt(pixels, kind, level, key)
         packed = None if encoding.raw else encode_jpeg(bad, encoding.quality)
         blobs[column] = _write(file, RAW if encoding.raw else JPEG, bad, packed)
+    return content
+
+
+def pixels_hash(pixels: np.ndarray) -> str:
+    """The content of an image that is no file: of its shape and its numbers."""
+    found = hashlib.sha256(str(pixels.shape).encode())
+    found.update(np.ascontiguousarray(pixels).data)
+    return found.hexdigest()
 
 
 def _refuse_flawed(data: bytes) -> None:

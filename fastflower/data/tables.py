@@ -35,7 +35,9 @@ def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[li
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"data.csv = {path}: {error.strerror}; give the label file, or 'folders'") from None
+        raise InputError(
+            f"data.csv = {path}: {error.strerror}; give the label file, or data.form=folders"
+        ) from None
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
         kind = "looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "has a NUL byte"
@@ -98,16 +100,16 @@ def _parse(text: str, path: Path, image_col: str, label_col: str) -> tuple[list[
 
 def folder_rows(root: Path) -> list[Row]:
     """A row for every image below a folder of `root`, whose name is its class."""
-    rows = [
-        Row(str(file.relative_to(root)), str(file.relative_to(root)), folder.name)
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-    ]
+    rows = [Row(name, name, name.partition("/")[0]) for name in image_files(root) if "/" in name]
     if not rows:
-        raise InputError(f"data.root = {root}: no folder with images ({' '.join(SUFFIXES)}) below it")
+        raise InputError(f"{root}: no folder with images ({' '.join(SUFFIXES)}) below it")
     return rows
+
+
+def image_files(root: Path) -> list[str]:
+    """Every image file below a folder, at any depth, as a path relative to it, in order."""
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return [str(file.relative_to(root)) for file in files]
 
 
 def write_csv(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = ()) -> None:
