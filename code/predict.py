@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import functools
 import glob
 import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -27,10 +30,16 @@ sys.dont_write_bytecode = True
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on a busy machine
 sys.path.insert(0, HERE)  # `python -I` leaves it out
 
-import numpy as np  # noqa: E402
+if sys.version_info < (3, 9):  # noqa: UP036 (whoever runs it may have an older one)
+    sys.exit(f"predict: this is Python {sys.version.split()[0]}; 3.9 or newer is needed")
+try:
+    import numpy as np
 
-import pictures  # noqa: E402
-from table import Table, columns, ordered, read_sample  # noqa: E402
+    import guard
+    import pictures
+    from table import Table, columns, ordered, read_sample
+except ModuleNotFoundError as missing:
+    sys.exit(f"predict: {missing}; needed are torch, numpy and pillow: pip install torch numpy pillow")
 
 FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
@@ -46,67 +55,95 @@ class Problem(Exception):
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    bundle, hashes = read_bundle(options.bundle)
     names = pictures.find(os.fsencode(options.folder))
     sample = read_sample(nearest("ref/predictions_sample.csv"))
+    fault, hashes = None, {}
+    try:
+        bundle, hashes = read_bundle(options.bundle)
+    except Problem as problem:
+        fault, bundle = problem, substitute(options.bundle, sample)
+        if not bundle:
+            raise
     header = columns("two" if options.two_columns else bundle["columns"], sample)
     for name, number in (("SIGTERM", 143), ("SIGHUP", 129)):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_, number=number: sys.exit(number))
     table = Table(ordered(names, sample), bundle["class_ids"], bundle["prior"], header)
+    code = 0
     if names or not os.path.exists(options.csv):  # never an empty table over a good one
         code = 0 if table.open(options.csv) else 4
+    if fault:
+        raise Problem(f"{fault}; every row of {table.path} is the class prior", fault.code)
     if not names:
         kinds = b" ".join(pictures.SUFFIXES).decode()
         raise Problem(f"no photographs below {options.folder}; give a folder with {kinds}")
     if code:
         say(f"{options.csv} cannot be written; the table goes to {table.path}", sys.stderr)
+
+    def work(deaths: int) -> int:
+        options.threads = max(
+            1, (options.threads or usable_cores()) >> deaths
+        )  # memory may be what killed it
+        try:
+            predict(options, bundle, hashes, table)
+        except Problem as problem:
+            say(str(problem), sys.stderr)
+            return problem.code
+        finally:
+            table.write()
+        return 0
+
     try:
-        predict(options, bundle, hashes, table)
-    finally:
-        table.write()  # what is known when a time limit, a key or a fault ends the run
-    return code
+        return guard.run(work, table, lambda text: say(text, sys.stderr)) or code
+    except (SystemExit, KeyboardInterrupt):
+        table.write()  # what is known when a time limit or a key ends the run
+        raise
 
 
 def predict(
     options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[str, str], table: Table
 ) -> None:
-    """Fill every row of the table, which is written after the first picture, every half minute and at the end."""
+    """Fill the rows of the table, which is written after the first picture, every half minute and at the end."""
     start = time.monotonic()
-    import torch  # here, because it takes seconds and the first table need not wait
-
-    import networks
-
-    threads = options.threads or usable_cores()
-    torch.set_num_threads(threads)
+    threads = options.threads
     try:
+        import torch  # here, because it takes seconds and the first table need not wait
+
+        import networks
+
+        torch.set_num_threads(threads)
         members = networks.Networks(options.bundle, bundle, hashes, options.device)
+    except ImportError as error:
+        raise Problem(f"{error}; every row of {table.path} is the class prior", 4) from None
     except networks.Unusable as error:
-        table.about["notes"] = [str(error)]
+        table.about = {"notes": [str(error)]}
         raise Problem(f"{error}; every row of {table.path} is the class prior", 3) from None
     device = f"{members.device}, {'half precision' if members.half else 'fp32'}"
-    table.about = {"device": device, "torch": torch.__version__, "threads": threads}
-    table.about.update(members=[member["name"] for member in members.members], notes=members.notes)
+    about = {"device": device, "torch": torch.__version__, "threads": threads}
+    about.update(members=[member["name"] for member in members.members], notes=members.notes)
     say(
         f"{len(table.names)} photographs, {len(members.members)} members on {device}, T = {bundle['temperature']:.3f}"
     )
     loaded = time.monotonic()
     kept: dict[int, np.ndarray] = {}
-    told = done = 0
-    warm = 0.0
+    told = 0
+    before, warm = table.done(), 0.0
+    done = before
     for rows, logits in predicted(members, os.fsencode(options.folder), table, threads, options.batch or 64):
         if rows:
             table.fill(rows, members.fuse(logits))
             kept.update(zip(rows, logits) if options.logits else ())
         for note in members.notes[told:]:
             say(note, sys.stderr)
-        told, first, done = len(members.notes), not done, int(table.known.sum()) + len(table.unreadable)
+        told, first, done = len(members.notes), done == before, table.done()
         spent = time.monotonic() - loaded
         warm = spent if first else warm
-        pace = spent / done if first else (spent - warm) / (done - 1)  # the first picture pays for warming up
-        table.about.update(
+        own = done - before
+        pace = spent / own if first else (spent - warm) / (own - 1)  # the first picture pays for warming up
+        about.update(
             first_row_s=loaded - start + warm, seconds=loaded - start + spent, ms_per_image=1000 * pace
         )
+        table.about = about
         if first or time.monotonic() - table.written > WRITE_EVERY:
             table.write()
             left = pace * (len(table.names) - done)
@@ -127,11 +164,15 @@ def predicted(
     """
     import torch
 
-    crops = members.bundle["crops"]
+    crops, parent = members.bundle["crops"], os.getppid()
     on_cpu = members.device.type == "cpu"
 
     def work(row: int) -> Any:
-        arrays = pictures.prepare(os.path.join(folder, table.names[row]), crops)
+        table.reading[row] = time.monotonic()
+        try:
+            arrays = pictures.prepare(os.path.join(folder, table.names[row]), crops)
+        finally:
+            table.reading[row] = 0
         return members.logits([arrays])[0] if on_cpu else arrays
 
     def gather(some: list[tuple[int, Callable[[], Any]]]) -> tuple[list[int], np.ndarray]:
@@ -150,15 +191,18 @@ def predicted(
             return rows, members.logits(results)
         return rows, np.array(results)
 
-    yield gather([(0, lambda: work(0))])  # the first row soon, and with all cores
+    rows = table.waiting()
+    few = max(1, np.count_nonzero(table.alone[rows]))
+    for row in rows[:few]:  # the first row soon, and with all cores
+        yield gather([(row, functools.partial(work, row))])
     size = threads if on_cpu else batch
-    waiting, coming = iter(range(1, len(table.names))), deque()
+    waiting, coming = iter(rows[few:]), deque()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             while True:
                 for row in itertools.islice(waiting, 3 * size - len(coming)):
                     coming.append((row, pool.submit(work, row).result))
-                if not coming:
+                if not coming or os.getppid() != parent:  # nobody is left to read the table to
                     return
                 yield gather([coming.popleft() for _ in range(min(size, len(coming)))])
         finally:
@@ -169,8 +213,9 @@ def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The bundle's description and the SHA-256 of its files."""
     if not os.path.isfile(os.path.join(folder, "bundle.json")):
         members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
+        runs = {re.sub(r".*?__|_epoch.*", "", os.path.basename(path)) for path in members}
         raise Problem(
-            f"no bundle in {folder} ({len(members)} members beside it); run python -m fastflower.export"
+            f"no bundle in {folder} ({len(runs)} members beside it); run python -m fastflower.export", 4
         )
     try:
         with open(os.path.join(folder, "SHA256"), encoding="ascii") as file:
@@ -187,6 +232,19 @@ def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
             f"{folder} has format {bundle['format']}, this predictor reads {FORMAT}; take its own code/"
         )
     return bundle, hashes
+
+
+def substitute(folder: str, sample: Any) -> dict[str, Any] | None:
+    """Classes and prior for a table without networks: the bundle's, those of the training data, the sample's."""
+    for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
+        with contextlib.suppress(OSError, ValueError, KeyError, csv.Error):
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file))
+            if rows:
+                prior = [float(row["n"]) for row in rows]
+                ids = [row["category_id"] for row in rows]
+                return {"class_ids": ids, "prior": [n / sum(prior) for n in prior], "columns": "sample"}
+    return None
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import mmap
 import os
 import stat
 import tempfile
@@ -13,25 +15,55 @@ from typing import Any
 import numpy as np
 
 COLUMNS = ("filename", "category_id", "confidence")
+REASON, ABOUT = 160, 1 << 16  # bytes of a row's reason, and of what is said of the run
 
 
 class Table:
     """Rows of names and predictions; those not yet known, and unreadable pictures, hold the class prior.
 
-    `names` are bytes, written as they are; `path` is where the table lies once `open` has found a place.
+    `names` are bytes, written as they are; `path` is where the table lies once `open` has found a place. What is
+    known lies in memory that a forked process shares; `reading` is when a row's picture began to be read (0: it is
+    not), `alone` marks pictures that may crash the process.
     """
 
     def __init__(
         self, names: list[bytes], class_ids: list[str], prior: list[float], header: list[str]
     ) -> None:
         self.names, self.class_ids, self.header = names, class_ids, header
-        self.best = np.full(len(names), int(np.argmax(prior)))
-        self.confidence = np.full(len(names), float(np.max(prior)))
-        self.known = np.zeros(len(names), dtype=bool)
-        self.unreadable: dict[int, str] = {}
-        self.about: dict[str, Any] = {}
+        count = len(names)
+        self.best, self.confidence = shared(count, "i8"), shared(count, "f8")
+        self.best[:], self.confidence[:] = int(np.argmax(prior)), float(np.max(prior))
+        self.known, self.alone, self.reading = shared(count, "?"), shared(count, "?"), shared(count, "f8")
+        self.failed = shared(count, "?")
+        self.reasons, self.said = shared(count, f"S{REASON}"), shared(1, f"S{ABOUT}")
         self.path = ""
         self.written = 0.0
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Why rows have no prediction."""
+        return {int(row): self.reasons[row].decode("utf-8", "replace") for row in np.flatnonzero(self.failed)}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What submission.json says beside the rows."""
+        try:
+            return dict(json.loads(self.said[0] or b"{}"))
+        except ValueError:  # written by a process that was killed over it, or too long
+            return {}
+
+    @about.setter
+    def about(self, words: dict[str, Any]) -> None:
+        self.said[0] = json.dumps(words).encode()
+
+    def done(self) -> int:
+        """Rows that need no more work."""
+        return int(np.count_nonzero(self.known) + np.count_nonzero(self.failed))
+
+    def waiting(self) -> list[int]:
+        """Rows to be predicted, those that may crash the process first."""
+        rows = np.flatnonzero(~self.known & ~self.failed)
+        return [int(row) for row in rows[np.argsort(~self.alone[rows], kind="stable")]]
 
     def open(self, wanted: str) -> bool:
         """Write the first table to the path wanted, or where that cannot be, in other places; False: elsewhere."""
@@ -60,7 +92,8 @@ class Table:
 
     def fail(self, row: int, reason: str) -> None:
         """The picture cannot be predicted; its row keeps the prior."""
-        self.unreadable[row] = reason
+        self.reasons[row] = reason.encode("utf-8", "replace")[:REASON]
+        self.failed[row] = True
 
     def text(self) -> bytes:
         """RFC 4180 with '\\n': names byte for byte, ids as in the training labels, confidence in (0, 1]."""
@@ -71,6 +104,12 @@ class Table:
             number = b"%.6f" % min(max(confidence, 1e-6), 1.0)
             lines.append(b",".join((quoted(name), quoted(self.class_ids[best].encode()), number)[:width]))
         return b"\n".join(lines) + b"\n"
+
+    def sweep(self, process: int) -> None:
+        """Remove what a killed process had not put in place."""
+        for path in (self.path, os.path.splitext(self.path)[0] + ".json"):
+            with contextlib.suppress(OSError):
+                os.unlink(aside_of(path, process))
 
     def write(self) -> None:
         """Replace the table, then `submission.json` beside it, each in one rename."""
@@ -87,11 +126,17 @@ class Table:
         self.written = time.monotonic()
 
 
+def shared(count: int, dtype: str) -> np.ndarray:
+    """Zeros (count,) in memory that a forked process shares."""
+    kind = np.dtype(dtype)
+    return np.frombuffer(mmap.mmap(-1, max(1, count) * kind.itemsize), kind, count)
+
+
 def replace(path: str, data: bytes) -> None:
     """Write a file aside, on the same disk, and rename it: readers see the old one or the new."""
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise FileExistsError(f"{path} is not a regular file")
-    aside = f"{path}.{os.getpid()}.tmp"
+    aside = aside_of(path, os.getpid())
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -102,6 +147,10 @@ def replace(path: str, data: bytes) -> None:
     finally:
         if os.path.exists(aside):
             os.unlink(aside)
+
+
+def aside_of(path: str, process: int) -> str:
+    return f"{path}.{process}.tmp"
 
 
 def quoted(field: bytes) -> bytes:

@@ -80,7 +80,7 @@ def code(monkeypatch):
     """The predictor's modules, as `python code/predict.py` sees them."""
     monkeypatch.syspath_prepend(str(CODE))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    names = ("predict", "pictures", "networks", "table")
+    names = ("predict", "guard", "pictures", "networks", "table")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield type("code", (), {name: importlib.import_module(name) for name in names})
@@ -397,11 +397,29 @@ def test_no_photographs_is_said_and_never_replaces_a_table(run, capsys):
     assert run()[0] == 2 and rows_of(Path("out/submission.csv"))[1] == ["mine"]
 
 
-def test_without_a_bundle_one_line_says_what_to_do(code):
-    with pytest.raises(
-        code.predict.Problem, match=r"no bundle in nowhere \(0 members beside it\); run python -m"
+def test_without_a_bundle_one_line_says_what_to_do(code, monkeypatch):
+    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    folder = Path("model/exp")
+    folder.mkdir(parents=True)
+    for name in (
+        "best_combo__vit__fold0_seed42_epoch3_score0.9000",
+        "last__vit__fold0_seed42_epoch3_score0.9000",
     ):
-        code.predict.main(["a", "b.csv", "--bundle", "nowhere"])
+        (folder / f"{name}.pth").write_bytes(b"")
+    with pytest.raises(
+        code.predict.Problem, match=r"no bundle in model/bundle \(1 members beside it\); run python -m"
+    ) as problem:
+        code.predict.main(["a", "b.csv", "--bundle", "model/bundle"])
+    assert problem.value.code == 4 and not Path("b.csv").exists()
+
+
+def test_without_a_bundle_every_row_is_the_training_datas_commonest_class(run, code, monkeypatch):
+    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    fill(2)
+    Path("data").mkdir()
+    Path("data/classes.csv").write_text("class_idx,category_id,n\n0,7,3\n1,007,6\n2,x,1\n")
+    number, rows = run("--bundle", "nowhere")
+    assert number == 4 and [row[1:] for row in rows[1:]] == [["007", "0.600000"]] * 2
 
 
 @pytest.mark.parametrize("name", ["bundle.json", "SHA256"])
@@ -409,9 +427,14 @@ def test_a_damaged_description_is_refused(code, exported, name):
     shutil.copytree(exported[0], "copy")
     path = Path("copy", name)
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
-    with pytest.raises(code.predict.Problem, match="damaged") as problem:
-        code.predict.main(["a", "b.csv", "--bundle", "copy"])
+    Path("photos").mkdir()
+    Path("photos/a.jpg").write_bytes(jpeg(1))
+    with pytest.raises(
+        code.predict.Problem, match=r"damaged .* every row of .* is the class prior"
+    ) as problem:
+        code.predict.main(["photos", "b.csv", "--bundle", "copy"])
     assert problem.value.code == 3
+    assert rows_of(Path("b.csv"))[1] == ["a.jpg", "012", f"{9 / 16:.6f}"]
 
 
 def test_a_bundle_of_another_format_is_refused(code, exported, monkeypatch):
@@ -497,10 +520,47 @@ def test_a_run_that_is_stopped_leaves_a_whole_table(tmp_path, exported, number):
         time.sleep(0.01)
     time.sleep(random.Random(number).random())
     process.send_signal(number)
+    told = time.monotonic()
+    process.wait(timeout=60)
+    assert time.monotonic() - told < 2
     process.communicate(timeout=60)
     rows = rows_of(path)
     assert len(rows) == 61 and all(row[1] in IDS and 0 < float(row[2]) <= 1 for row in rows[1:])
     assert process.returncode == (-9 if number == signal.SIGKILL else 143) or process.returncode == 0
+    if number == signal.SIGTERM:
+        assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
+
+
+BENT = """
+import os, sys, time
+sys.path.insert(0, {code!r})
+import guard, pictures, predict
+guard.SLOW = 2.0
+honest = pictures.read
+def read(path):
+    if b"crash" in path: os.abort()
+    if b"slow" in path: time.sleep(600)
+    return honest(path)
+pictures.read = read
+sys.exit(predict.main(sys.argv[1:]))
+"""
+
+
+def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
+    """The decoder aborts on one file and sleeps on another while a second thread reads what is beside them."""
+    Path("test_dataset").mkdir()
+    fill(5)
+    for name in ("001crash.jpg", "003slow.jpg"):
+        Path("test_dataset", name).write_bytes(jpeg(1))
+    words = ["test_dataset", "out.csv", "--bundle", str(exported[0]), "--threads", "2"]
+    code = BENT.replace("{code!r}", repr(str(CODE)))
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    about = json.loads(Path("out.json").read_text())
+    assert about["rows"] == 7 and about["predicted"] == 5 and len(about["unreadable"]) == 2
+    assert about["unreadable"]["003slow.jpg"] == "not read within 2 s"
+    assert "killed the process (SIGABRT)" in about["unreadable"]["001crash.jpg"]
+    assert [row[1] for row in rows_of(Path("out.csv"))[1:] if "crash" in row[0]] == ["012"]
 
 
 def test_help_is_one_screen():
