@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Event, State
+from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 from torch import Tensor, nn
 
 from fastflower import derived, seeding
@@ -36,7 +38,7 @@ from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
 from fastflower.data.sets import FoldSet, open_fold
 from fastflower.derived import Derived
-from fastflower.errors import InputError
+from fastflower.errors import EnvironmentFault, InputError
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
 from fastflower.model.network import NetworkSpec, synchronise_norms, training_network
@@ -227,6 +229,7 @@ def training(
         optimizers=optimizer(groups, recipe, machine.torch_device),
         eval_dataloader=[_evaluator(label, loader) for label, loader in data.evaluation.items()],
         callbacks=[scoring, recorder, saving, Progress(console, d, recorder, scoring)],
+        loggers=trackers(recipe, run),
         run_name=f"{run.exp}_{run.stem}",
         progress_bar=False,
         device=machine.device,
@@ -239,6 +242,27 @@ def training(
     clock.state = trainer.state
     facts = _facts(run, d, machine, network, fold, data, counts, groups, notes)
     return Training(run, facts, spec, trainer, network, data, parts, scoring, recorder, saving, console)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """EnvironmentFault when the recipe logs to a service whose package is not installed."""
+    for package, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise EnvironmentFault(
+                f"log.{package}=true, but {package} is not installed; pip install {package}, or log.{package}=false"
+            )
+
+
+def trackers(recipe: Recipe, run: Run) -> list[LoggerDestination]:
+    """Composer's loggers to the services that the recipe names; the experiment is their project."""
+    check_trackers(recipe)
+    found: list[LoggerDestination] = []
+    if recipe.log.wandb:
+        folder = {"dir": str(run.results_dir)}
+        found.append(WandBLogger(project=run.exp, name=run.stem, group=run.backbone, init_kwargs=folder))
+    if recipe.log.mlflow:
+        found.append(MLFlowLogger(experiment_name=run.exp, run_name=run.stem, log_system_metrics=False))
+    return found
 
 
 def _facts(

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from fastflower import errors, recipe, runs
 from fastflower.data.folds import read_folds
 from fastflower.evaluation import ensembles, oof, summary, tables
@@ -20,9 +18,7 @@ def main(argv: list[str]) -> None:
     members = summary.evaluated(folder)
     folds = read_folds(Path(settings.data.home) / "folds.csv")
     sets = oof.common([oof.assemble(own, folds.fold) for own in summary.by_run(members).values()])
-    cost = {key: np.array([run.about[key] for run in sets]) for key in ("mb", "ms")}
-    budget = ensembles.Budget(cost["mb"], cost["ms"], settings.bundle.max_mb, settings.bundle.max_ms)
-    found = ensembles.compare(sets, budget)
+    found = ensembles.compare(sets, ensembles.Budget.of(sets, settings.bundle), settings.ensembling.weights)
     runs.write_json(folder / "ensemble.json", found)
 
     print(tables.aligned(tables.methods(found)))

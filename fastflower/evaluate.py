@@ -1,6 +1,7 @@
 """Score members on images they never saw: `python -m fastflower.evaluate [recipe.yaml] [key=value ...]`.
 
-Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and reports/*.csv.
+Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and reports/*.csv. The exit code is 1
+when all that is written but a threshold of the recipe's accept section is not reached.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from fastflower import checkpoint, errors, recipe, runs
 from fastflower.data.folds import read_folds
 from fastflower.data.labels import read_csv, write_csv
 from fastflower.errors import InputError
-from fastflower.evaluation import attention, oof, summary, tables, views
+from fastflower.evaluation import acceptance, attention, oof, summary, tables, views
+
+REFUSED = 1
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     settings = recipe.parse_command(argv)
     paths = members_of(settings)
     home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
@@ -34,6 +37,7 @@ def main(argv: list[str]) -> None:
         oof.save(oof.member_file(folder / "oof", member.about), member)
         members.append(member)
     found = summary.summarise(members, folds.fold, classes, settings)
+    found["acceptance"] = acceptance.check(found, runs.read_events(folder / "events.jsonl"), settings.accept)
     attention.save(folder / "gradcam", members, found, settings, device)
     runs.write_json(folder / "scores.json", found)
     runs.write_json(folder / "temperature.json", summary.temperatures(found))
@@ -43,7 +47,10 @@ def main(argv: list[str]) -> None:
     print("\n" + tables.aligned(tables.console(found)))
     for line in [*found["advice"], *summary.incomplete(found)]:
         print(f"note: {line}")
+    for line in acceptance.lines(found["acceptance"]):
+        print(line)
     print(f"wrote {folder / 'scores.json'}; python -m fastflower.report {settings.exp.name} shows it")
+    return 0 if all(row["passed"] for row in found["acceptance"]) else REFUSED
 
 
 def members_of(settings: recipe.Recipe) -> list[Path]:

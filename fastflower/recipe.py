@@ -236,13 +236,26 @@ class Tta:
 @dataclass
 class Ensembling:
     find_pattern: str = key("best_combo__*fold*_seed*_epoch*_score*.pth", "members below results/model/<exp>")
-    weighting: Literal["flat", "family"] = key("flat", "mean over members, or within backbones first")
+    weighting: Literal["flat", "family", "hand", "learned", "greedy"] = key(
+        "flat",
+        "of runs: equal, backbones equal, by ensembling.weights, by NLL, or greedily in bundle's limits",
+    )
+    weights: Any = key(None, "hand: map of a backbone, or '<backbone> seed <seed>', to its weight")
 
 
 @dataclass
 class Ts:
     enabled: bool = key(True, "temperature scaling, fitted on out-of-fold logits")
     fit_on: Literal["clean", "combo"] = key("clean", "combo: clean and corrupted, weighted by select.alpha")
+
+
+@dataclass
+class Accept:
+    clean_min: float | None = key(None, "least clean top-1 of the fused set; null: none is asked", ge=0, le=1)
+    corrupted_min: float | None = key(None, "least corrupted top-1 of the fused set", ge=0, le=1)
+    macro_drop_max: float | None = key(
+        None, "most that a member's macro F1 may lie below its best epoch at that size", ge=0, le=1
+    )
 
 
 @dataclass
@@ -268,6 +281,8 @@ class Cudnn:
 @dataclass
 class Log:
     tensorboard: bool = key(True, "write TensorBoard events")
+    wandb: bool = key(False, "log to Weights & Biases as well; pip install wandb")
+    mlflow: bool = key(False, "log to MLflow as well; pip install mlflow")
 
 
 @dataclass
@@ -300,6 +315,7 @@ class Recipe:
     tta: Tta = field(default_factory=Tta)
     ensembling: Ensembling = field(default_factory=Ensembling)
     ts: Ts = field(default_factory=Ts)
+    accept: Accept = field(default_factory=Accept)
     bundle: Bundle = field(default_factory=Bundle)
     cudnn: Cudnn = field(default_factory=Cudnn)
     log: Log = field(default_factory=Log)

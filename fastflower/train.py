@@ -46,6 +46,7 @@ def train(argv: list[str]) -> int:
     recipe = parse_command(argv)
     advice = derived.check(recipe)
     parse_interval(recipe.train.save_every)
+    build.check_trackers(recipe)
     machine = ranks.prepare(recipe)
     stop = Stop()
     try:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import lightgbm
 import numpy as np
 import pytest
 from made_up import BACKBONES, classes_csv, folds, member
@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from fastflower import ensemble, recipe, runs
 from fastflower.data.labels import write_csv
 from fastflower.errors import InputError
-from fastflower.evaluation import ensembles, oof, summary
+from fastflower.evaluation import ensembles, oof, summary, tables
 
 FREE = ensembles.Budget(np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]), 100, 100)
 
@@ -71,7 +71,7 @@ def test_nested_predictions_are_those_of_a_model_that_did_not_see_the_part() -> 
     parts = np.arange(200) % 4
     found = ensembles.nested(ensembles.logistic, stack, labels, parts)
     own = parts == 2
-    model = LogisticRegression(C=0.01, max_iter=300)
+    model = LogisticRegression(C=0.01, max_iter=100)
     model.fit(ensembles.features(stack[:, ~own]), labels[~own])
     np.testing.assert_allclose(
         np.exp(found[own]), model.predict_proba(ensembles.features(stack[:, own])), rtol=1e-6
@@ -113,16 +113,79 @@ def test_the_table_has_honest_scores_and_gains_by_fold() -> None:
         accuracy_score(sets[0].class_idx, family.argmax(1))
     )
     assert all(len(row["gains"]) == found["parts"] == 3 for row in rows.values())
-    assert ("LightGBM stacking" in rows) == ("lightgbm" in sys.modules or _installed("lightgbm"))
     assert sum(found["weights"]["learned weights"].values()) == pytest.approx(1)
+    assert (rows["mean of logits"]["mb"], rows["mean of logits"]["ms"]) == (3.0, 3.0)  # of FREE
+    assert rows["best single"]["mb"] == 1.0 and rows["logistic stacking"]["mb"] is None
 
 
-def _installed(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
+def test_what_does_not_fit_in_the_limits_is_said() -> None:
+    sets = runs_of((BACKBONES[0], 1), (BACKBONES[1], 1))
+    limits = recipe.load(None, ["bundle.max_mb=40"]).bundle
+    rows = {row["method"]: row for row in ensembles.compare(sets, ensembles.Budget.of(sets, limits))["rows"]}
+    words = {name: tables.handed_in(row) for name, row in rows.items()}
+    assert words["mean of logits"] == "too large" and words["greedy in budget"] == "fits"
+    assert words["LightGBM stacking"] == "no predictor"
+    none = ensembles.Budget.of(sets, recipe.load(None, ["bundle.max_mb=20"]).bundle)
+    assert "greedy in budget" not in ensembles.methods(sets, none)
+
+
+def test_lightgbm_stacking_is_that_of_a_booster_that_did_not_see_the_part() -> None:
+    stack, labels = made(n=240)
+    log_p = ensembles.nested(ensembles.lightgbm, stack, labels, np.arange(240) % 3)
+    own = np.arange(240) % 3 == 1
+    model = lightgbm.LGBMClassifier(
+        n_estimators=50, learning_rate=0.1, num_leaves=7, min_child_samples=5, max_bin=63, random_state=0,
+        deterministic=True, force_col_wise=True, verbose=-1,
+    )  # fmt: skip
+    model.fit(ensembles.features(stack[:, ~own]), labels[~own])
+    expected = model.booster_.predict(ensembles.features(stack[:, own]))
+    np.testing.assert_allclose(np.exp(log_p[own]), expected, rtol=1e-6)
+    assert accuracy_score(labels, log_p.argmax(1)) > 0.5  # chance is a quarter
+
+
+def test_hand_set_weights_are_by_run_or_shared_by_a_backbones_seeds() -> None:
+    sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
+    by_backbone = ensembles.hand_weights(sets, {BACKBONES[0]: 3, BACKBONES[1]: 1})
+    np.testing.assert_allclose(by_backbone, [3 / 8, 3 / 8, 1 / 4])
+    by_run = ensembles.hand_weights(sets, {BACKBONES[0]: 2, f"{BACKBONES[0]} seed 2": 0, BACKBONES[1]: 1})
+    np.testing.assert_allclose(by_run, [1 / 2, 0, 1 / 2])
+    found = ensembles.compare(sets, FREE, {BACKBONES[0]: 3, BACKBONES[1]: 1})
+    row = next(row for row in found["rows"] if row["method"] == "hand-set weights")
+    mixed = 0.375 * sets[0].logits + 0.375 * sets[1].logits + 0.25 * sets[2].logits
+    assert row["top1"] == pytest.approx(accuracy_score(sets[0].class_idx, mixed.argmax(1)))
+
+
+@pytest.mark.parametrize(
+    "given, pattern",
+    [
+        (None, "must be a map of weights, one for each of convnextv2_atto"),
+        ({"resnet": 1}, "no run is called resnet; give one for each of"),
+        ({BACKBONES[0]: 1}, f"none for {BACKBONES[1]} seed 1"),
+        ({BACKBONES[0]: 1, BACKBONES[1]: -1}, "-1 for .*; weights are numbers from 0"),
+        ({BACKBONES[0]: 0, BACKBONES[1]: 0}, "all are 0; at least one run must count"),
+    ],
+)
+def test_hand_set_weights_that_cannot_be_used_are_refused(given: object, pattern: str) -> None:
+    sets = runs_of((BACKBONES[0], 1), (BACKBONES[1], 1))
+    with pytest.raises(InputError, match=pattern):
+        ensembles.hand_weights(sets, given)
+
+
+def test_learned_weights_of_an_image_come_from_other_folds() -> None:
+    sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
+    settings = recipe.load(None, ["ensembling.weighting=learned"])
+    by_image, final = ensembles.run_weights(sets, settings.ensembling)
+    stack, labels, fold = np.stack([s.logits for s in sets]), sets[0].class_idx, sets[0].fold
+    np.testing.assert_allclose(final, ensembles.learned_weights(stack, labels))
+    for part in range(3):
+        expected = ensembles.learned_weights(stack[:, fold != part], labels[fold != part])
+        np.testing.assert_allclose(by_image[:, fold == part].T, [expected] * (fold == part).sum())
+    members = [
+        member(f, b, s, skill=1.2) for b, s in ((BACKBONES[0], 1), (BACKBONES[1], 1)) for f in range(3)
+    ]
+    found = summary.summarise(members, folds(), classes_csv(), settings)
+    assert sum(found["fused"]["weights"].values()) == pytest.approx(1)
+    assert summary.temperatures(found)["weights"] == found["fused"]["weights"]
 
 
 def test_a_single_fold_is_cut_into_stratified_parts() -> None:

@@ -256,6 +256,18 @@ def test_families_weigh_the_same():
     np.testing.assert_allclose(choice.shares_of(["a", "a", "b"], "flat"), [1 / 3] * 3)
 
 
+def test_members_weigh_what_the_evaluation_found_for_their_run():
+    members, recipe = [("a", 1), ("a", 1), ("b", 1)], load(None, [*WORDS, "ensembling.weighting=learned"])
+    path = runs.RESULTS / "tiny/temperature.json"
+    with pytest.raises(InputError, match=r"has no weight for a seed 1; run python -m fastflower\.evaluate"):
+        choice.by_run(recipe, members)
+    runs.write_json(path, {"weights": {"a seed 1": 0.2, "b seed 1": 0.6, "c seed 1": 0.2}})
+    np.testing.assert_allclose(choice.by_run(recipe, members), [0.125, 0.125, 0.75])
+    runs.write_json(path, {"weights": {"a seed 1": 0, "b seed 1": 0}})
+    with pytest.raises(InputError, match="are 0; choose other members"):
+        choice.by_run(recipe, members)
+
+
 def test_stored_weights_keep_what_half_precision_cannot_hold():
     def stored(tensor, dtype):
         return bundle.pack({"a.weight": tensor}, dtype)["a.weight"].dtype

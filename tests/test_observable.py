@@ -38,7 +38,7 @@ from fastflower.data.labels import read_labels
 from fastflower.data.samplers import order
 from fastflower.derived import derive
 from fastflower.errors import InputError
-from fastflower.evaluation import bundle, choice, gates, summary
+from fastflower.evaluation import acceptance, bundle, choice, gates, summary
 from fastflower.model.losses import build_loss
 from fastflower.model.network import synchronise_norms, training_network
 from fastflower.optim.groups import param_groups, table
@@ -232,6 +232,13 @@ def summed_up(recipe: Recipe) -> Any:
     return json.dumps(summary.summarise(members, made_up.folds(), made_up.classes_csv(), recipe), default=str)
 
 
+def accepted(recipe: Recipe) -> Any:
+    """What the thresholds say of made-up members."""
+    members = [made_up.member(fold) for fold in range(3)]
+    scores = summary.summarise(members, made_up.folds(), made_up.classes_csv(), recipe)
+    return acceptance.check(scores, [], recipe.accept)
+
+
 def found(recipe: Recipe) -> Any:
     """The members that evaluation takes."""
     return [path.name for path in evaluate.members_of(recipe)]
@@ -261,6 +268,9 @@ def lost(recipe: Recipe) -> Any:
 
 # --- the keys -------------------------------------------------------------------------------------------------------
 
+HAND = (
+    f"ensembling.weighting=hand ensembling.weights={{{made_up.BACKBONES[0]}: 1, {made_up.BACKBONES[1]}: 1}}"
+)
 ONE = "sched.cosine_epochs=1 sched.warmup_epochs=0 data.img_size=32 data.size_epochs=auto tta.scales=[32]"
 MANY = "sched.cosine_epochs=12 data.size_epochs=[4,12]"
 MIXED = "reg.mix_prob=1 reg.mixup=0.5 reg.cutmix=0.5"
@@ -390,6 +400,10 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "tta.hflip": (bundled, "false", ""),
     "ensembling.find_pattern": (found, "ema_best__*", ""),
     "ensembling.weighting": (summed_up, "family", ""),
+    "ensembling.weights": (summed_up, f"{{{made_up.BACKBONES[0]}: 3, {made_up.BACKBONES[1]}: 1}}", HAND),
+    "accept.clean_min": (accepted, "0.99", ""),
+    "accept.corrupted_min": (accepted, "0.99", ""),
+    "accept.macro_drop_max": (accepted, "0.01", ""),
     "ts.enabled": (summed_up, "false", ""),
     "ts.fit_on": (summed_up, "combo", ""),
     "bundle.max_mb": (exported, "0.001", "bundle.max_ms=60000"),
@@ -401,6 +415,8 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "cudnn.deterministic": (machine, "false", ""),
     "cudnn.benchmark": (machine, "true", ""),
     "log.tensorboard": (trained, "true", ONE),
+    "log.wandb": (trained, "true", ONE),
+    "log.mlflow": (trained, "true", ONE),
     "checks.allow_double_correction": (plan, "true", "loss.name=bsce"),
 }  # fmt: skip
 

@@ -103,7 +103,9 @@ def test_fusion_is_the_mean_flat_or_by_family() -> None:
     ]
     a, b, c = (s.logits.astype(np.float64) for s in sets)
     np.testing.assert_allclose(oof.fuse(sets).logits, (a + b + c) / 3, rtol=1e-6)
-    np.testing.assert_allclose(oof.fuse(sets, "family").logits, a / 4 + b / 4 + c / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        oof.fuse(sets, oof.family_weights([s.run[0] for s in sets])).logits, a / 4 + b / 4 + c / 2, rtol=1e-6
+    )
     corrupt = sum(s.corrupt.astype(np.float64) for s in sets) / 3
     np.testing.assert_allclose(oof.fuse(sets).corrupt, corrupt, rtol=1e-6, atol=1e-6)
 

@@ -19,6 +19,18 @@ from fastflower.runs import Run
 SUMS = ("loss", "norm", "steps", "images", "wait", "seconds", "skipped")
 
 
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an epoch's row under the names they have in TensorBoard and other services."""
+    numbers = {
+        name: float(value)
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "epoch"
+    }
+    for kind, values in row["per_kind"].items():
+        numbers |= {f"corrupt_{name}/{kind}": value for name, value in values.items()}
+    return numbers | {f"lr/{name}": value for name, value in row["lr_groups"].items()}
+
+
 class Guard(Protocol):
     """What looked at the gradients of the last step: whether it was skipped, and their norm before clipping."""
 
@@ -96,8 +108,10 @@ class Recorder(Callback):
         self.row = self._epoch_row(state)
         self.meter.total += self.row["seconds"]
         self.write(self.row)
+        numbers = scalars(self.row)
+        logger.log_metrics({"epoch": self.row["epoch"], **numbers})  # to the services the recipe names
         if self.tensorboard:
-            self._plot(self.row)
+            self._plot(numbers, self.row["epoch"])
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row with this run's identity to events.jsonl."""
@@ -139,7 +153,7 @@ class Recorder(Callback):
             "gpu_peak_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
         }
 
-    def _plot(self, row: dict[str, Any]) -> None:
+    def _plot(self, numbers: dict[str, float], epoch: int) -> None:
         """One event file a run; a resumed run writes its epochs again and TensorBoard shows the last."""
         if self._writer is None:
             from torch.utils.tensorboard import (
@@ -147,15 +161,9 @@ class Recorder(Callback):
             )
 
             folder = self.run.results_dir / "tensorboard" / f"{self.run.stem}"
-            self._writer = SummaryWriter(str(folder), purge_step=row["epoch"])
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "epoch":
-                self._writer.add_scalar(name, value, row["epoch"])
-        for kind, values in row["per_kind"].items():
-            for name, value in values.items():
-                self._writer.add_scalar(f"corrupt_{name}/{kind}", value, row["epoch"])
-        for name, value in row["lr_groups"].items():
-            self._writer.add_scalar(f"lr/{name}", value, row["epoch"])
+            self._writer = SummaryWriter(str(folder), purge_step=epoch)
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastflower import runs, scores
+from fastflower import checkpoint, runs, scores
 from fastflower.data.folds import read_folds
 from fastflower.errors import InputError
 from fastflower.evaluation import ensembles, oof, summary, temperature
@@ -47,7 +48,35 @@ def choose(recipe: Recipe, given: list[Path]) -> Choice:
             raise InputError(f"no member in {folder} matches {pattern}; train first or give --members")
         if recipe.bundle.members == "greedy":
             return greedy(recipe, paths)
-    return Choice(paths, None, *temperature_of(recipe, paths))
+    if recipe.ensembling.weighting not in ("hand", "learned"):
+        return Choice(paths, None, *temperature_of(recipe, paths))
+    shares = by_run(recipe, [(meta["backbone"], meta["seed"]) for meta in map(about, paths)])
+    kept = [path for path, share in zip(paths, shares, strict=True) if share]
+    return Choice(kept, shares[shares > 0], *temperature_of(recipe, kept))
+
+
+def about(path: Path) -> dict[str, Any]:
+    """A member's description."""
+    return checkpoint.load(path).meta
+
+
+def by_run(recipe: Recipe, members: list[tuple[str, int]]) -> np.ndarray:
+    """The say of members (M,), given as (backbone, seed), by the weights with which evaluate fused their runs."""
+    path = runs.RESULTS / recipe.exp.name / "temperature.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("weights", {}) if path.is_file() else {}
+    names = [f"{backbone} seed {seed}" for backbone, seed in members]
+    for name in names:
+        if name not in found:
+            raise InputError(
+                f"ensembling.weighting = {recipe.ensembling.weighting}: {path} has no weight for {name}; "
+                "run python -m fastflower.evaluate with this recipe"
+            )
+    shares = np.array([found[name] / names.count(name) for name in names], dtype=np.float64)
+    if not shares.sum():
+        raise InputError(
+            f"{path}: the weights of {', '.join(dict.fromkeys(names))} are 0; choose other members"
+        )
+    return shares / shares.sum()
 
 
 def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
@@ -62,10 +91,10 @@ def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
             f"bundle.members=greedy: {len(paths) - len(members)} of {len(paths)} members have no out-of-fold logits; "
             "run python -m fastflower.evaluate first"
         )
-    by_run = list(summary.by_run(list(members.values())).values())
+    runs_of = list(summary.by_run(list(members.values())).values())
     column = read_folds(Path(recipe.data.home) / "folds.csv").fold
-    sets = oof.common([oof.assemble(own, column) for own in by_run])
-    price = [[cost(own[0], recipe) for own in by_run], [own[0].about["ms"] for own in by_run]]
+    sets = oof.common([oof.assemble(own, column) for own in runs_of])
+    price = [[cost(own[0], recipe) for own in runs_of], [own[0].about["ms"] for own in runs_of]]
     limits = ROOM * recipe.bundle.max_mb, recipe.bundle.max_ms
     budget = ensembles.Budget(np.array(price[0]), np.array(price[1]), *limits)
     stack, labels = np.stack([own.logits for own in sets]), sets[0].class_idx
@@ -76,7 +105,7 @@ def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
             f"allowed are {limits[0]:.1f} MB and {limits[1]:g} ms; raise bundle.max_mb or bundle.max_ms, "
             "or store int8"
         )
-    chosen = folds_within(by_run, weights, price, limits)
+    chosen = folds_within(runs_of, weights, price, limits)
     shares = {
         str(member.about["checkpoint"]): weight / len(own)
         for own, weight in zip(chosen, weights, strict=True)

@@ -19,7 +19,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
 from fastflower import scores
-from fastflower.evaluation.oof import Logits, family_weights
+from fastflower.errors import InputError
+from fastflower.evaluation.oof import Logits, common, family_weights
+from fastflower.recipe import Bundle, Ensembling
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Method = Callable[[np.ndarray, np.ndarray], Predict]
@@ -33,6 +35,17 @@ class Budget:
     ms: np.ndarray
     max_mb: float
     max_ms: float
+
+    @classmethod
+    def of(cls, sets: list[Logits], limits: Bundle) -> Budget:
+        """What runs cost, as evaluate measured it, beside a recipe's limits."""
+        mb, ms = (np.array([run.about[key] for run in sets]) for key in ("mb", "ms"))
+        return cls(mb, ms, limits.max_mb, limits.max_ms)
+
+    @property
+    def any(self) -> bool:
+        """Whether any run fits alone."""
+        return any(self.allows([m]) for m in range(len(self.mb)))
 
     def allows(self, chosen: list[int]) -> bool:
         own = sorted(set(chosen))
@@ -124,33 +137,88 @@ def stacked(model: Any, classes: int) -> Predict:
 
 def logistic(stack: np.ndarray, labels: np.ndarray) -> Predict:
     """Multinomial logistic regression on the runs' log-probabilities."""
-    model = LogisticRegression(C=0.01, max_iter=300)
+    model = LogisticRegression(C=0.01, max_iter=100)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", category=UserWarning
-        )  # not converged in 300 steps is good enough here
+        )  # not converged in 100 steps is good enough here
         model.fit(features(stack), labels)
     return stacked(model, stack.shape[2])
 
 
 def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    """Gradient-boosted trees on the same features; seed 003's stacking."""
+    """Gradient-boosted trees on the same features; seed 003's stacking.
+
+    A tree for each class and round; each sees about 64 of the features, or a hundred classes would take an hour.
+    """
     from lightgbm import LGBMClassifier
 
     model = LGBMClassifier(
-        n_estimators=100,
-        learning_rate=0.05,
+        n_estimators=50,
+        learning_rate=0.1,
         num_leaves=7,
         min_child_samples=5,
+        colsample_bytree=min(1.0, 64 / (len(stack) * stack.shape[2])),
+        max_bin=63,
         random_state=0,
+        deterministic=True,
+        force_col_wise=True,
         verbose=-1,
-        n_jobs=1,
     )
     model.fit(features(stack), labels)
     return stacked(model, stack.shape[2])
 
 
-def methods(sets: list[Logits], budget: Budget) -> dict[str, Method]:
+def hand_weights(sets: list[Logits], given: Any) -> np.ndarray:
+    """ensembling.weights as weights (M,) that sum to 1; a backbone's weight is shared by its seeds.
+
+    Raises InputError for anything but weights >= 0 for every run, by backbone or by `<backbone> seed <seed>`.
+    """
+    backbones, names = [str(run.about["backbone"]) for run in sets], [run.name for run in sets]
+    known = f"one for each of {', '.join(dict.fromkeys([*backbones, *names]))}"
+    if not isinstance(given, dict):
+        raise InputError(f"ensembling.weights = {given}: must be a map of weights, {known}")
+    strange = [key for key in given if key not in (*backbones, *names)]
+    if strange:
+        raise InputError(f"ensembling.weights: no run is called {strange[0]}; give {known}")
+    weights = np.empty(len(sets))
+    for m, (backbone, name) in enumerate(zip(backbones, names, strict=True)):
+        if name not in given and backbone not in given:
+            raise InputError(f"ensembling.weights: none for {name}; give {known}")
+        value = given[name] if name in given else given[backbone]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < np.inf:
+            raise InputError(f"ensembling.weights: {value} for {name}; weights are numbers from 0")
+        weights[m] = value if name in given else value / backbones.count(backbone)
+    if not weights.sum():
+        raise InputError("ensembling.weights: all are 0; at least one run must count")
+    return weights / weights.sum()
+
+
+def run_weights(sets: list[Logits], recipe: Ensembling) -> tuple[np.ndarray, np.ndarray]:
+    """The weights by which an experiment's runs are fused: (M, N) for honest scores, and (M,) to hand in.
+
+    Learned weights of an image's part are fitted on the other parts; those to hand in on all.
+    """
+    aligned = common(sets)
+    backbones = [str(run.about["backbone"]) for run in sets]
+    fixed = {
+        "flat": lambda: np.full(len(sets), 1 / len(sets)),
+        "family": lambda: family_weights(backbones),
+        "hand": lambda: hand_weights(sets, recipe.weights),
+    }
+    if recipe.weighting in fixed or len(sets) == 1:
+        weights = fixed[recipe.weighting]() if len(sets) > 1 else np.ones(1)
+        return np.repeat(weights[:, None], len(aligned[0]), axis=1), weights
+    stack = np.stack([run.logits for run in aligned])
+    labels, parts = aligned[0].class_idx, splits(aligned[0])
+    by_image = np.empty(stack.shape[:2])
+    for part in np.unique(parts):
+        own = parts == part
+        by_image[:, own] = learned_weights(stack[:, ~own], labels[~own])[:, None]
+    return by_image, learned_weights(stack, labels)
+
+
+def methods(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, Method]:
     """Every method by the name it has in tables; those that need several runs are left out for one."""
     table: dict[str, Method] = {"best single": best_single}
     if len(sets) > 1:
@@ -159,8 +227,11 @@ def methods(sets: list[Logits], budget: Budget) -> dict[str, Method]:
         backbones = [str(s.about["backbone"]) for s in sets]
         if 1 < len(set(backbones)) < len(backbones):
             table["mean by backbone"] = lambda stack, labels: weighted(family_weights(backbones))
+        if hand is not None:
+            table["hand-set weights"] = lambda stack, labels: weighted(hand_weights(sets, hand))
         table["learned weights"] = lambda stack, labels: weighted(learned_weights(stack, labels))
-        table["greedy in budget"] = lambda stack, labels: weighted(greedy_weights(stack, labels, budget))
+        if budget.any:
+            table["greedy in budget"] = lambda stack, labels: weighted(greedy_weights(stack, labels, budget))
     table["logistic stacking"] = logistic
     if importlib.util.find_spec("lightgbm"):
         table["LightGBM stacking"] = lightgbm
@@ -190,24 +261,45 @@ def nested(method: Method, stack: np.ndarray, labels: np.ndarray, parts: np.ndar
     return log_p
 
 
-def compare(sets: list[Logits], budget: Budget) -> dict[str, Any]:
-    """Every method's nested scores beside the best single run's, and the weights fitted on all images."""
+def compare(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, Any]:
+    """Every method's nested scores beside the best single run's, its cost, and the weights fitted on all images."""
     stack = np.stack([s.logits for s in sets])
     labels, parts = sets[0].class_idx, splits(sets[0])
-    rows, base = [], None
-    for name, method in methods(sets, budget).items():
+    rows, base, names = [], None, [s.name for s in sets]
+    single = [float((s.logits.argmax(1) == labels).mean()) for s in sets]
+    table = methods(sets, budget, hand)
+    fits: dict[str, Callable[[], np.ndarray]] = {
+        "hand-set weights": lambda: hand_weights(sets, hand),
+        "learned weights": lambda: learned_weights(stack, labels),
+        "greedy in budget": lambda: greedy_weights(stack, labels, budget),
+    }
+    weights = {
+        name: dict(zip(names, fit().tolist(), strict=True)) for name, fit in fits.items() if name in table
+    }
+    for name, method in table.items():
         log_p = nested(method, stack, labels, parts)
         hits = log_p.argmax(1) == labels
         base = hits if base is None else base
         gains = [float(hits[parts == part].mean() - base[parts == part].mean()) for part in np.unique(parts)]
-        gain = float(hits.mean() - base.mean())
-        rows.append({"method": name, **scores.scores(log_p, labels), "gain": gain, "gains": gains})
-    names = [s.name for s in sets]
-    weights: dict[str, dict[str, float]] = {}
-    if len(sets) > 1:
-        for name, found in (
-            ("learned weights", learned_weights(stack, labels)),
-            ("greedy in budget", greedy_weights(stack, labels, budget)),
-        ):
-            weights[name] = {run: float(weight) for run, weight in zip(names, found, strict=True)}
-    return {"n": len(labels), "parts": len(np.unique(parts)), "runs": names, "rows": rows, "weights": weights}
+        row = {"method": name, **scores.scores(log_p, labels), "gain": float(hits.mean() - base.mean())}
+        rows.append({**row, "gains": gains, **cost(name, weights.get(name), single, budget)})
+    found = {"n": len(labels), "parts": len(np.unique(parts)), "runs": names, "single": single, "rows": rows}
+    return {**found, "weights": weights}
+
+
+def cost(
+    method: str, weights: dict[str, float] | None, single: list[float], budget: Budget
+) -> dict[str, Any]:
+    """What a method's hand-in takes, in megabytes and milliseconds an image, and whether that is allowed.
+
+    A meta-learner has no cost: a hand-in of torch alone cannot run it.
+    """
+    if "stacking" in method:
+        return {"mb": None, "ms": None, "fits": False}
+    chosen = list(range(len(single)))
+    if method == "best single":
+        chosen = [int(np.argmax(single))]
+    elif weights is not None:
+        chosen = [m for m, weight in enumerate(weights.values()) if weight > 0]
+    mb, ms = float(budget.mb[chosen].sum()), float(budget.ms[chosen].sum())
+    return {"mb": mb, "ms": ms, "fits": budget.allows(chosen)}

@@ -198,13 +198,12 @@ def common(sets: list[Logits]) -> list[Logits]:
     return [s.take(np.argsort(s.index, kind="stable")) for s in chosen]
 
 
-def fuse(sets: list[Logits], weighting: str = "flat") -> Logits:
-    """The mean of the logits of several runs over the images that all of them cover.
+def fuse(sets: list[Logits], weights: np.ndarray | None = None) -> Logits:
+    """The weighted mean of the logits of M runs over the images that all of them cover.
 
-    `family` averages within a backbone first, so that a backbone with many seeds does not outvote the other.
+    weights: (M,), or (M, N) where each of the N common images has weights of its own; None: equal.
     """
     aligned = common(sets)
-    weights = family_weights([str(s.about["backbone"]) for s in sets]) if weighting == "family" else None
     about = {
         "name": "fused",
         "folds": sorted({int(fold) for fold in aligned[0].fold}),
@@ -228,10 +227,10 @@ def family_weights(backbones: list[str]) -> np.ndarray:
 
 
 def average(arrays: list[np.ndarray], weights: np.ndarray | None = None) -> np.ndarray:
-    """The (weighted) mean of float32 arrays, summed in float64."""
+    """The mean of M float32 arrays (..., N, C) with weights (M,) or (M, N), summed in float64."""
     if weights is None:
         weights = np.full(len(arrays), 1 / len(arrays))
     total = np.zeros(arrays[0].shape, dtype=np.float64)
     for array, weight in zip(arrays, weights, strict=True):
-        total += weight * array
+        total += (weight[:, None] if np.ndim(weight) else weight) * array
     return total.astype(np.float32)

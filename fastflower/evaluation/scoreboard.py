@@ -1,14 +1,17 @@
 """The tables of scores.json: one block of numbers for each member, each run and the fused set.
 
-Every share has its n and a 95% interval (Wilson). A mean over corruptions, and S, count each image once:
-their spread over images is at most that of a share, so the interval is never too narrow for that.
+Every number has its n and a 95% interval. Shares: Wilson's. NLL: the mean's, by the normal approximation. Macro
+recall, macro F1 and ECE: percentiles of a bootstrap of the images, within each class. A mean over corruptions, and
+S, count each image once: their spread over images is at most that of a share, so Wilson's is never too narrow.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 from sklearn.metrics import precision_recall_fscore_support
 
 from fastflower import scores
@@ -17,6 +20,7 @@ from fastflower.evaluation import temperature
 from fastflower.evaluation.oof import Logits
 
 REPRODUCED = 0.01  # half precision in training may turn an image or two
+Z = 1.959963984540054  # of a 95% interval
 PARTS = ("head", "middle", "tail")
 OVER_FOLDS = (
     "single.top1",
@@ -36,7 +40,7 @@ def block(data: Logits, alpha: float, bins: int, counts: np.ndarray, fit_on: str
     clean: mean over the views; single, corrupted, s: one view at the trained size, as in training;
     counts (C,): images of each class, which decide head, middle and tail; fit_on None: no temperature.
     """
-    clean = scores.scores(data.logits, data.class_idx, bins)
+    clean = scores.scores(data.logits, data.class_idx, bins) | intervals(data.logits, data.class_idx, bins)
     single = scores.scores(data.single, data.class_idx, bins)
     corrupted = corruption(data, bins) if len(data.combos) else None
     s = scores.combined(single["top1"], corrupted["top1"] if corrupted else None, alpha)
@@ -48,9 +52,16 @@ def block(data: Logits, alpha: float, bins: int, counts: np.ndarray, fit_on: str
         "single": single,
         "corrupted": corrupted,
         "s": share(s, len(data)),
-        "temperature": temperature.fit_set(data, fit_on, alpha, bins) if fit_on else None,
+        "temperature": calibrated(data, fit_on, alpha, bins) if fit_on else None,
         "parts": by_part(data, counts),
     }
+
+
+def calibrated(data: Logits, fit_on: str, alpha: float, bins: int) -> dict[str, Any]:
+    """The fitted temperature, NLL and ECE before and after it, and the interval of ECE after it."""
+    found = temperature.fit_set(data, fit_on, alpha, bins)
+    low, high = bootstrap(scores.softmax(data.logits / found["t"]), data.class_idx, bins)["ece"]
+    return {**found, "ece_after_low": low, "ece_after_high": high}
 
 
 def share(value: float, n: int) -> dict[str, float]:
@@ -72,15 +83,75 @@ def corruption(data: Logits, bins: int) -> dict[str, Any]:
         )
     keys = ("top5", "macro_recall", "macro_f1", "nll", "ece")
     mean = {key: float(np.mean([row[key] for row in rows])) for key in keys}
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
     return {
         **share(float(np.mean([row["top1"] for row in rows])), n),
         **mean,
+        "drop": clean - float(np.mean([row["top1"] for row in rows])),
         "consistency": float(np.mean([row["consistency"] for row in rows])),
-        "kinds": {
-            kind: float(np.mean([row["top1"] for row in rows if row["kind"] == kind])) for kind in kinds
-        },
+        "kinds": _means(rows, "kind", n),
+        "levels": _means(rows, "level", n),
         "combos": rows,
+    }
+
+
+def _means(rows: list[dict[str, Any]], key: str, n: int) -> dict[str, dict[str, float]]:
+    """Top-1 with its interval, drop and consistency of each kind over its levels, or the other way round."""
+    table = {}
+    for value in dict.fromkeys(row[key] for row in rows):
+        own = [row for row in rows if row[key] == value]
+        top1, drop, kept = (
+            float(np.mean([row[what] for row in own])) for what in ("top1", "drop", "consistency")
+        )
+        table[value] = {**share(top1, n), "drop": drop, "consistency": kept}
+    return table
+
+
+def intervals(logits: np.ndarray, labels: np.ndarray, bins: int) -> dict[str, float]:
+    """The low and high ends of the 95% intervals of top-5, NLL, macro recall, macro F1 and ECE."""
+    n, probs = len(labels), scores.softmax(logits)
+    top5 = scores.scores(logits, labels, bins)["top5"]
+    losses = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(n), labels]
+    half = Z * float(losses.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    ends = {"top5": scores.wilson(top5 * n, n)}  # type: ignore[arg-type]
+    ends["nll"] = (max(0.0, float(losses.mean()) - half), float(losses.mean()) + half)
+    ends |= bootstrap(probs, labels, bins)
+    return {
+        f"{name}_{side}": pair[i] for name, pair in ends.items() for i, side in enumerate(("low", "high"))
+    }
+
+
+def bootstrap(
+    probs: np.ndarray, labels: np.ndarray, bins: int, draws: int = 1000
+) -> dict[str, tuple[float, float]]:
+    """95% percentile intervals of macro recall, macro F1 and ECE of probabilities (N, C); the same on every call.
+
+    Images are drawn within each class, so that a rare class is never lost. Confusions are drawn as counts.
+    """
+    rng, present = np.random.default_rng(0), np.unique(labels)
+    guess, hit, confidence = probs.argmax(1), probs.argmax(1) == labels, probs.max(1)
+    support = np.array([(labels == c).sum() for c in present])
+    columns = np.unique(np.concatenate([present, guess]))
+    predicted = np.zeros((draws, len(columns)), np.int64)
+    right = np.empty((draws, len(present)))
+    for place, c in enumerate(present):
+        share_of = np.array([(guess[labels == c] == column).mean() for column in columns])
+        drawn = rng.multinomial(support[place], share_of, size=draws)
+        predicted += drawn
+        right[:, place] = drawn[:, np.searchsorted(columns, c)]
+    recall = (right / support).mean(1)
+    f1 = (2 * right / (support + predicted[:, np.searchsorted(columns, present)])).mean(1)
+    rows = [np.flatnonzero(labels == c) for c in present]
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    excess = hit - confidence
+    ece = np.empty(draws)
+    for draw in range(draws):
+        own = np.concatenate([part[rng.integers(0, len(part), len(part))] for part in rows])
+        ece[draw] = np.abs(np.bincount(index[own], excess[own], bins)).sum() / len(labels)
+    found = {"macro_recall": recall, "macro_f1": f1, "ece": ece}
+    return {
+        name: (float(low), float(high))
+        for name, values in found.items()
+        for low, high in [np.percentile(values, [2.5, 97.5])]
     }
 
 
@@ -102,7 +173,9 @@ def per_class(data: Logits, class_ids: list[str], counts: np.ndarray) -> list[di
             "images": int(counts[c]),
             "n": int(support[c]),
             "precision": float(precision[c]),
+            **ends("precision", precision[c], int((guess == c).sum())),
             "recall": float(recall[c]),
+            **ends("recall", recall[c], int(support[c])),
             "f1": float(f1[c]),
             "corrupted_recall": None,
             "drop": None,
@@ -112,6 +185,31 @@ def per_class(data: Logits, class_ids: list[str], counts: np.ndarray) -> list[di
             corrupted = float((data.corrupt[:, own].argmax(2) == c).mean())
             row |= {"corrupted_recall": corrupted, "drop": single - corrupted}
         rows.append(row)
+    return rows
+
+
+def ends(name: str, value: float, n: int) -> dict[str, float]:
+    """The Wilson interval of a share of n, by the names it has in a row."""
+    low, high = scores.wilson(value * n, n)  # type: ignore[arg-type]
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def by_class_and_corruption(data: Logits) -> list[dict[str, Any]]:
+    """Recall of every class under every (kind, level), with the n it stands on."""
+    rows = []
+    for (kind, level), logits in zip(data.combos, data.corrupt, strict=True):
+        guess = logits.argmax(1)
+        for c in np.unique(data.class_idx):
+            own = data.class_idx == c
+            rows.append(
+                {
+                    "kind": str(kind),
+                    "level": str(level),
+                    "class_idx": int(c),
+                    "n": int(own.sum()),
+                    "recall": float((guess[own] == c).mean()),
+                }
+            )
     return rows
 
 

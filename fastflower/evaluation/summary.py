@@ -10,7 +10,7 @@ import numpy as np
 
 import fastflower
 from fastflower.errors import InputError
-from fastflower.evaluation import mistakes, scoreboard
+from fastflower.evaluation import ensembles, mistakes, scoreboard
 from fastflower.evaluation.oof import Logits, assemble, check_alike, fuse, load, member_file, missing_folds
 from fastflower.evaluation.tables import named
 from fastflower.recipe import Recipe
@@ -42,7 +42,8 @@ def summarise(
     _check_members(members)
     runs = by_run(members)
     sets = [assemble(own, folds) for own in runs.values()]
-    fused = fuse(sets, recipe.ensembling.weighting)
+    by_image, weights = ensembles.run_weights(sets, recipe.ensembling)
+    fused = fuse(sets, by_image)
     fit_on = recipe.ts.fit_on if recipe.ts.enabled else None
     alpha, bins = recipe.select.alpha, recipe.eval.ece_bins
     counts = np.array([int(row["n"]) for row in classes])
@@ -87,7 +88,12 @@ def summarise(
         "wrong": mistakes.wrong(fused),
         "members": own,
         "runs": rows,
-        "fused": {**whole, "of": fused.about["of"]},
+        "fused": {
+            **whole,
+            "of": fused.about["of"],
+            "weights": dict(zip(fused.about["of"], weights, strict=True)),
+        },
+        "robust_classes": scoreboard.by_class_and_corruption(fused),
         "advice": [
             *(line for row in own for line in scoreboard.stored_advice(row)),
             *(
@@ -131,9 +137,10 @@ def plain_name(row: dict[str, str]) -> str:
 
 
 def temperatures(summary: dict[str, Any]) -> dict[str, Any]:
-    """The content of temperature.json: T of each member, of each run and of the fused logits."""
+    """The content of temperature.json: T of each member, of each run and of the fused logits; weights of runs."""
     return {
         "fused": summary["fused"]["temperature"],
+        "weights": summary["fused"]["weights"],
         "folds": summary["fused"]["folds"],
         "missing": summary["missing"],
         "runs": {row["name"]: row["temperature"] for row in summary["runs"]},

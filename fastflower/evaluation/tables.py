@@ -55,22 +55,19 @@ def console(summary: dict[str, Any]) -> list[list[str]]:
 
 def methods(compared: Row) -> list[list[str]]:
     """The console's table of ensembling methods."""
-    rows = [["", "top-1", "95%", "macro F1", "NLL", "gain", "by part"]]
+    rows = [["", "top-1", "95%", "macro F1", "NLL", "gain", "by part", "MB", "ms", "hand-in"]]
     for row in compared["rows"]:
         interval, gain = f"{row['top1_low']:.3f}-{row['top1_high']:.3f}", f"{row['gain']:+.4f}"
         parts = f"{min(row['gains']):+.4f} to {max(row['gains']):+.4f}"
-        rows.append(
-            [
-                row["method"],
-                _number(row["top1"]),
-                interval,
-                _number(row["macro_f1"]),
-                _number(row["nll"]),
-                gain,
-                parts,
-            ]
-        )
+        numbers = [_number(row["top1"]), interval, _number(row["macro_f1"]), _number(row["nll"]), gain, parts]
+        cost = [_number(row["mb"], 1), _number(row["ms"], 1), handed_in(row)]
+        rows.append([row["method"], *numbers, *cost])
     return rows
+
+
+def handed_in(row: Row) -> str:
+    """Whether a method of ensembling can be handed in, in a word or two."""
+    return "no predictor" if row["mb"] is None else "fits" if row["fits"] else "too large"
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -109,6 +106,9 @@ def reports(summary: dict[str, Any]) -> dict[str, list[Row]]:
         "mistakes": [_mistake(row, ids) for row in summary["mistakes"]],
         "suspects": [{**_mistake(row, ids), "suggested": ids[row["other"]]} for row in summary["suspects"]],
         "corruption": corrupted["combos"] if corrupted else [],
+        "corruption_classes": [
+            {"category_id": ids[row["class_idx"]], **row} for row in summary["robust_classes"]
+        ],
     }
     return {name: rows for name, rows in tables.items() if rows}
 

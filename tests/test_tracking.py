@@ -1,0 +1,57 @@
+"""Epochs reach the services that a recipe names, through Composer's loggers; here a stand-in that writes them down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fastflower import build, recipe
+from fastflower.errors import EnvironmentFault
+
+STAND_IN = """
+import types
+logged, finished, config = [], [], {}
+run = None
+def init(**words):
+    global run
+    run = types.SimpleNamespace(entity="me", get_url=lambda: None, **words)
+def log(metrics, step=None):
+    logged.append((step, dict(metrics)))
+def finish(code):
+    finished.append(code)
+"""
+
+
+def test_epochs_reach_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "services").mkdir()
+    (tmp_path / "services" / "wandb.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path / "services")
+    tiny.project(tmp_path)
+    assert (
+        tiny.fit("log.wandb=true", "sched.cosine_epochs=2", "data.img_size=32", "data.size_epochs=auto") == 0
+    )
+    import wandb
+
+    rows = tiny.epochs()
+    seen = [metrics for _, metrics in wandb.logged if "clean_ema" in metrics]
+    assert [metrics["epoch"] for metrics in seen] == [1, 2] and wandb.finished == [0]
+    assert (wandb.run.project, wandb.run.name) == ("tiny", tiny.run_of().stem)
+    for metrics, row in zip(seen, rows, strict=True):
+        assert metrics["clean_ema"] == row["clean_ema"] and metrics["train_loss"] == row["train_loss"]
+        assert metrics["corrupt_ema/blur"] == row["per_kind"]["blur"]["ema"]
+        assert metrics["lr/head"] == row["lr_groups"]["head"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_service_that_is_not_installed_is_refused_before_anything_is_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda package: None)
+    Path("tiny.yaml").write_text(tiny.RECIPE)  # no data anywhere
+    pattern = rf"log\.{name}=true, but {name} is not installed; pip install {name}, or log\.{name}=false"
+    with pytest.raises(EnvironmentFault, match=pattern):
+        tiny.fit(f"log.{name}=true")
+    assert not Path("results").exists()
+    build.check_trackers(recipe.load())  # neither is asked for
