@@ -39,6 +39,7 @@ from fastflower.data.samplers import order
 from fastflower.data.sets import FoldSet, open_fold
 from fastflower.derived import Derived
 from fastflower.errors import EnvironmentFault, InputError
+from fastflower.evaluation import teacher
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
 from fastflower.model.network import NetworkSpec, synchronise_norms, training_network
@@ -221,7 +222,7 @@ def training(
         algorithms=[
             DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec)),
             Stages(recipe.seed, d, data.train.steps),
-            Mix(recipe, len(counts)),
+            Mix(recipe, len(counts), teacher.probabilities(recipe, fold, len(counts))),
             schedule,
             guard,
             *averages.values(),

@@ -127,6 +127,16 @@ class Loss:
 
 
 @dataclass
+class Distill:
+    teacher: list[str] = key([], "experiments whose out-of-fold logits teach, averaged; none: labels only")
+    weight: float = key(0.7, "the teacher's share of the loss; the labels' loss has the rest", ge=0, le=1)
+    temperature: float = key(3.0, "softens teacher and student", gt=0)
+    t_squared: bool = key(
+        True, "multiply the teacher's part by temperature^2, which keeps its gradients' size"
+    )
+
+
+@dataclass
 class Opt:
     name: Literal["adamw", "sgd"] = key("adamw", "optimiser")
     lr: float | int | Auto = key("auto", "explicit lr: no scaling, no bounds; auto: from lr_ref")
@@ -301,6 +311,7 @@ class Recipe:
     sampler: Sampler = field(default_factory=Sampler)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
+    distill: Distill = field(default_factory=Distill)
     opt: Opt = field(default_factory=Opt)
     train: Train = field(default_factory=Train)
     sched: Sched = field(default_factory=Sched)

@@ -38,7 +38,7 @@ from fastflower.data.labels import read_labels
 from fastflower.data.samplers import order
 from fastflower.derived import derive
 from fastflower.errors import InputError
-from fastflower.evaluation import acceptance, bundle, choice, gates, summary
+from fastflower.evaluation import acceptance, bundle, choice, gates, summary, teacher
 from fastflower.model.losses import build_loss
 from fastflower.model.network import synchronise_norms, training_network
 from fastflower.optim.groups import param_groups, table
@@ -165,6 +165,17 @@ def objective(recipe: Recipe) -> Any:
     loss = build_loss(recipe, [50, 20, 5])
     logits = torch.tensor([[0.9, -0.2, 0.1], [0.3, 0.5, -0.7]])
     return float(loss(logits, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])).mean())
+
+
+def taught(recipe: Recipe) -> float:
+    """The loss of fixed logits against labels and a teacher."""
+    targets = torch.tensor([[1.0, 0.0, 0.0, 0.2, 0.5, 0.3], [0.0, 0.0, 1.0, 0.6, 0.1, 0.3]])
+    return float(build_loss(recipe, [50, 20, 5])(torch.tensor([[0.9, -0.2, 0.1], [0.3, 0.5, -0.7]]), targets))
+
+
+def teachers(recipe: Recipe) -> Any:
+    """What the training images are taught, or why nothing."""
+    return said(lambda: teacher.probabilities(recipe, sets.open_fold(recipe, 0), 4))
 
 
 def judged(recipe: Recipe) -> Any:
@@ -339,6 +350,10 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "loss.name": (objective, "focal", ""),
     "loss.focal_gamma": (objective, "1", "loss.name=focal"),
     "loss.pos_weight": (objective, "auto", "loss.name=bce"),
+    "distill.teacher": (teachers, "[elders]", ""),
+    "distill.weight": (taught, "0.2", "distill.teacher=[elders]"),
+    "distill.temperature": (taught, "5", "distill.teacher=[elders]"),
+    "distill.t_squared": (taught, "false", "distill.teacher=[elders]"),
     "opt.name": (network, "sgd", ""),
     "opt.lr": (plan, "0.1", ""),
     "opt.lr_ref": (plan, "1e-3", "opt.lr=auto"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
+from torch import Tensor
 
 from fastflower import derived
 from fastflower.data.mixing import choose, mix
@@ -20,12 +21,14 @@ def probability(recipe: Recipe, epoch: int) -> float:
 class Mix(Algorithm):
     """BATCH_START: mix the batch as (seed, epoch, step) says, the same on every rank, and write "target".
 
-    "target" is float32 (B, C) for every batch, mixed or not.
+    "target" is float32 (B, C) for every batch, mixed or not; with a teacher, probabilities (rows of the training
+    beton, C), it is (B, 2C): the labels' part, then the teacher's.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+    def __init__(self, recipe: Recipe, num_classes: int, teacher: Tensor | None = None) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
+        self.teacher = teacher
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.BATCH_START
@@ -37,5 +40,11 @@ class Mix(Algorithm):
         prob = probability(self.recipe, epoch)
         kind = choose(self.recipe.seed, epoch, step, prob, reg.mix_switch_prob, reg.mixup, reg.cutmix)
         alpha = {"mixup": reg.mixup, "cutmix": reg.cutmix}.get(kind, 0.0)
-        images, targets = mix(batch["image"], batch["label"], batch["key"], self.num_classes, kind, alpha)
+        taught = None
+        if self.teacher is not None:
+            self.teacher = self.teacher.to(batch["label"].device)
+            taught = self.teacher[batch["row"]]
+        images, targets = mix(
+            batch["image"], batch["label"], batch["key"], self.num_classes, kind, alpha, taught
+        )
         state.batch = {**batch, "image": images, "target": targets}

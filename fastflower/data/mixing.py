@@ -40,15 +40,24 @@ def choose(seed: int, epoch: int, step: int, prob: float, switch: float, mixup: 
 
 
 def mix(
-    images: Tensor, labels: Tensor, keys: Tensor, num_classes: int, kind: Kind, alpha: float
+    images: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    num_classes: int,
+    kind: Kind,
+    alpha: float,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mix each row i with row (i + B/2) mod B.
 
     Images are float (B, 3, H, W), labels and keys int64 (B,). Returns images of the same dtype and format,
-    and float32 targets (B, num_classes) whose rows sum to 1. Ranks that hold every world-th row of a global
+    and float32 targets (B, num_classes) whose rows sum to 1; a teacher's probabilities (B, C) are mixed alike and
+    stand to their right. Ranks that hold every world-th row of a global
     batch meet the same pairs as one rank would, if their batches are even. A batch of one stays as it is.
     """
     targets = F.one_hot(labels, num_classes).float()
+    if teacher is not None:
+        targets = torch.cat([targets, teacher], dim=1)
     half = len(images) // 2
     if kind == "none" or half == 0:
         return images, targets

@@ -19,8 +19,16 @@ from fastflower.model.heads import MARGIN_HEADS
 from fastflower.recipe import Recipe
 
 
-def build_loss(recipe: Recipe, class_counts: Sequence[int]) -> Loss:
+def build_loss(recipe: Recipe, class_counts: Sequence[int]) -> Loss | Distilled:
     """The loss of a recipe; `class_counts` (C,) are the images of each class in the fold's training part."""
+    distill = recipe.distill
+    loss = _of_labels(recipe, class_counts)
+    if not distill.teacher:
+        return loss
+    return Distilled(loss, distill.weight, distill.temperature, distill.t_squared)
+
+
+def _of_labels(recipe: Recipe, class_counts: Sequence[int]) -> Loss:
     name, model = recipe.loss.name, recipe.model
     counts = torch.as_tensor(class_counts, dtype=torch.float32)
     if not (counts > 0).any():
@@ -97,6 +105,26 @@ class Loss(nn.Module):
     def _with_margin(self, logits: Tensor, label: Tensor) -> Tensor:
         apply = add_angle if self.margin == "arcface" else subtract_cosine
         return torch.where(label, self.scale * apply(logits / self.scale, self.margin_size), logits)
+
+
+class Distilled(nn.Module):
+    """(1 - weight) of a loss on labels and `weight` of KL(teacher || student), both softened by a temperature T.
+
+    Softened gradients shrink as 1 / T^2; times T^2 they keep their share whatever T is (Hinton et al. 2015,
+    arXiv:1503.02531). No parameters, nothing to save.
+    """
+
+    def __init__(self, loss: Loss, weight: float, temperature: float, t_squared: bool) -> None:
+        super().__init__()
+        self.loss, self.weight, self.temperature = loss, weight, temperature
+        self.scale = temperature**2 if t_squared else 1.0
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, C), targets (B, 2C): the labels', then the teacher's probabilities at T -> float32 scalar."""
+        labels, teacher = targets.float().chunk(2, dim=1)
+        student = (logits.float() / self.temperature).log_softmax(1)
+        divergence = F.kl_div(student, teacher, reduction="batchmean") * self.scale
+        return (1 - self.weight) * self.loss(logits, labels) + self.weight * divergence
 
 
 def smooth(targets: Tensor, eps: float, absent: Tensor | None = None) -> Tensor:
