@@ -203,7 +203,9 @@ def training(
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
     rows = {label: loader.beton.rows for label, loader in data.evaluation.items()}
     scoring = Scoring(recipe, d, networks.values, rows, data.combos)
-    schedule = LearningRate(recipe, d, network, data.train.steps, lambda: scoring.score)
+    schedule = LearningRate(
+        recipe, d, network, data.train.steps, lambda: float(getattr(scoring, recipe.sched.monitor))
+    )
     recorder = Recorder(run, d, guard, scoring, recipe.log.tensorboard)
     parts: dict[str, Stateful] = {
         **averages,

@@ -123,7 +123,9 @@ class Model:
 class Loss:
     name: Literal["lsce", "ce", "focal", "bsce", "bce"] = key("lsce", "loss; all but ce smooth by reg.ls_eps")
     focal_gamma: float = key(2.0, "focusing exponent", ge=0)
-    pos_weight: float | int | Auto = key(1.0, "bce: weight of a class's own images; auto: others / own", gt=0)
+    pos_weight: float | int | Auto = key(
+        1.0, "bce: weight of a class's own images (of two classes, the second's); auto: others / own", gt=0
+    )
 
 
 @dataclass
@@ -175,6 +177,9 @@ class Sched:
     eta_min: float = key(0.0, "last lr as a share of the first", ge=0, lt=1)
     factor: float = key(0.5, "plateau: factor on the lr", gt=0, lt=1)
     patience: int = key(3, "plateau: epochs without improvement before the lr falls", ge=0)
+    monitor: Literal["score", "val_loss"] = key(
+        "score", "plateau: what should rise (score) or fall (val_loss)"
+    )
 
 
 @dataclass

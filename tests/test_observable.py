@@ -81,9 +81,9 @@ def plan(recipe: Recipe) -> Any:
         return str(error)
     numbers = derive(recipe, 2)
     run = Run(recipe.exp.name, recipe.model.backbone, derived.fold_numbers(recipe)[0], recipe.seed)
-    plateau, factors = Plateau(recipe.sched.factor, recipe.sched.patience), []
+    plateau, factors = Plateau(recipe.sched.factor, recipe.sched.patience, recipe.sched.monitor), []
     for epoch in range(numbers.epochs):
-        plateau.step(0.5)
+        plateau.step(0.5 + 0.01 * max(0, epoch - 5))
         factors += [lr_factor(epoch, step, 4, recipe, plateau.factor) for step in (0, 3)]
     return (
         advice,
@@ -383,6 +383,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "sched.eta_min": (plan, "0.5", ""),
     "sched.factor": (plan, "0.1", f"sched.name=plateau {MANY}"),
     "sched.patience": (plan, "1", f"sched.name=plateau {MANY}"),
+    "sched.monitor": (plan, "val_loss", f"sched.name=plateau {MANY}"),
     "llrd.enabled": (network, "false", ""),
     "llrd.multipliers": (network, "[0.1,1]", ""),
     "llrd.unfreeze_schedule": (plan, "{1: [head], 3: [back]}", ""),

@@ -82,20 +82,33 @@ def test_plateau_warms_up_then_follows_its_factor_and_none_is_constant() -> None
     assert {lr_factor(e, s, 9, none) for e in (0, 3, 50) for s in (0, 8)} == {1.0}
 
 
+@pytest.mark.parametrize("monitor", ["score", "val_loss"])
 @pytest.mark.parametrize("patience", [0, 1, 2, 3])
-def test_plateau_is_torchs(patience: int) -> None:
+def test_plateau_is_torchs(patience: int, monitor: str) -> None:
     generator = torch.Generator().manual_seed(patience)
     walk = (0.5 + 0.01 * torch.randn(60, generator=generator).cumsum(0)).tolist()
     scores = [0.0, 0.0, 0.5, 0.4, 0.41, 0.42, 0.38, float("nan"), *walk, *([0.7] * 6), 0.70001, 0.701]
     parameter = torch.nn.Parameter(torch.zeros(1))
     reference = torch.optim.SGD([parameter], lr=1.0)
-    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, "max", factor=0.9, patience=patience)
-    plateau = Plateau(0.9, patience)
+    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        reference, {"score": "max", "val_loss": "min"}[monitor], factor=0.9, patience=patience
+    )
+    plateau = Plateau(0.9, patience, monitor)
     for position, score in enumerate(scores):
         torchs.step(score)
         plateau.step(score)
         assert plateau.factor == pytest.approx(reference.param_groups[0]["lr"], rel=1e-12), position
     assert plateau.factor < 1
+
+
+def test_seed_001s_table_of_losses_is_a_patience_of_one() -> None:
+    losses, table = [0.5, 0.4, 0.41, 0.42, 0.38], [1e-4, 1e-4, 1e-4, 1e-4, 5e-5]  # the lr of each epoch
+    for patience, falls in ((1, True), (2, False)):  # it says 2, which torch never lowers here
+        plateau, lrs = Plateau(0.5, patience, "val_loss"), []
+        for loss in losses:
+            lrs.append(1e-4 * plateau.factor)
+            plateau.step(loss)
+        assert (lrs == table) == falls and min(lrs) == (5e-5 if falls else 1e-4)
 
 
 def test_plateau_state_continues_and_a_restart_keeps_the_factor() -> None:

@@ -31,9 +31,9 @@ def stage_factor(recipe: Recipe, derived: Derived, epoch: int) -> float:
 
 
 class LearningRate(Algorithm):
-    """BATCH_START: set every group's lr, 0 for frozen parts. EPOCH_CHECKPOINT: show plateau the epoch's score.
+    """BATCH_START: set every group's lr, 0 for frozen parts. EPOCH_CHECKPOINT: show plateau what it watches.
 
-    `score()` is what plateau watches. State: the plateau's factor and counter.
+    `watched()` is the last epoch's value of sched.monitor. State: the plateau's factor and counter.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class LearningRate(Algorithm):
         derived: Derived,
         network: nn.Module,
         steps: Callable[[int], int],
-        score: Callable[[], float],
+        watched: Callable[[], float],
     ) -> None:
         self.recipe = recipe
         self.derived = derived
         self.network = network
         self.steps = steps
-        self.score = score
-        self.plateau = Plateau(recipe.sched.factor, recipe.sched.patience)
+        self.watched = watched
+        self.plateau = Plateau(recipe.sched.factor, recipe.sched.patience, recipe.sched.monitor)
         self.part_of = parts(network, part_names(recipe))
 
     def match(self, event: Event, state: State) -> bool:
@@ -70,7 +70,7 @@ class LearningRate(Algorithm):
 
     def _judge(self, epoch: int) -> None:
         if epoch + 1 >= self.recipe.sched.warmup_epochs:
-            self.plateau.step(self.score())
+            self.plateau.step(self.watched())
         if self.derived.stage(epoch) != self.derived.stage(epoch + 1):
             self.plateau.restart()
 

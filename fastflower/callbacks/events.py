@@ -136,7 +136,7 @@ class Recorder(Callback):
             "lr_max": max(meter.lr.values(), default=math.nan),
             "lr_groups": meter.lr,
             "train_loss": meter.mean("loss"),
-            "val_loss": board.clean[chosen]["nll"],
+            "val_loss": self.scoring.val_loss,
             **board.flat(),
             "per_kind": board.per_kind,
             "chosen": chosen,

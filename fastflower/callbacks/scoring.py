@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,6 +21,7 @@ from fastflower.errors import CorruptionError
 from fastflower.recipe import Recipe
 
 CLEAN, CORRUPTED = "clean", "corrupted"
+SHOWN = ("top5", "macro_recall", "macro_f1", *scores.BINARY, "ece")  # of scores.scores, in an epoch's row
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Scoreboard:
         flat: dict[str, float] = {}
         for name, row in self.clean.items():
             flat[f"clean_{name}"] = row["top1"]
-            flat |= {f"{key}_{name}": row[key] for key in ("top5", "macro_recall", "macro_f1", "ece")}
+            flat |= {f"{key}_{name}": row[key] for key in SHOWN if key in row}
         flat |= {f"corrupt_{name}": value for name, value in self.corrupted.items()}
         return flat | {f"s_{name}": value for name, value in (self.verdict.s if self.verdict else {}).items()}
 
@@ -89,6 +91,7 @@ class Scoring(Callback):
         self.latest: Scoreboard | None = None
         self.flat: dict[str, float] = {}  # of the last epoch that was judged
         self.score = 0.0
+        self.val_loss = math.nan
         self.epoch = 0
         self.best_flat: dict[str, float] = {}  # of the best epoch so far
         self._collected: list[dict[str, Any]] = []
@@ -149,6 +152,7 @@ class Scoring(Callback):
         board.verdict = self.selection.update(epoch, stage, candidates)
         self.epoch, self.flat = epoch, board.flat()
         self.score = board.verdict.s.get(board.verdict.chosen, 0.0)
+        self.val_loss = board.clean[board.verdict.chosen or "raw"]["nll"]
         if self.selection.best.epoch == epoch:
             self.best_flat = self.flat
         if board.verdict.stop:
@@ -163,7 +167,7 @@ class Scoring(Callback):
             setattr(self, name, state[name])
 
 
-STATE = ("epoch", "flat", "best_flat", "score")
+STATE = ("epoch", "flat", "best_flat", "score", "val_loss")
 
 
 @torch.no_grad()

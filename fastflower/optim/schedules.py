@@ -61,19 +61,23 @@ def frozen_parts(epoch: int, recipe: Recipe) -> set[str]:
 
 
 class Plateau:
-    """torch's ReduceLROnPlateau (mode max, relative threshold) as a factor on the lr, stepped once an epoch.
+    """torch's ReduceLROnPlateau (relative threshold) as a factor on the lr, stepped once an epoch.
 
+    `monitor` says the direction: a score should rise, a val_loss fall. As in torch, `patience` bad epochs are
+    forgiven and the next one lowers the lr; tables in which the last of them lowers it mean one less.
     Its counting should begin after the warm-up.
     """
 
-    def __init__(self, factor: float, patience: int) -> None:
-        self.fall, self.patience = factor, patience
-        self.factor, self.best, self.bad_epochs = 1.0, -math.inf, 0
+    def __init__(self, factor: float, patience: int, monitor: str = "score") -> None:
+        self.fall, self.patience, self.falling = factor, patience, monitor == "val_loss"
+        self.factor, self.best, self.bad_epochs = 1.0, 0.0, 0
+        self.restart()
 
-    def step(self, score: float) -> None:
-        """Count an epoch's score; after more than `patience` epochs without a better one the factor falls."""
-        if score > self.best * (1 + THRESHOLD):
-            self.best, self.bad_epochs = score, 0
+    def step(self, value: float) -> None:
+        """Count an epoch's value; after more than `patience` epochs without a better one the factor falls."""
+        bar = self.best * (1 - THRESHOLD if self.falling else 1 + THRESHOLD)
+        if value < bar if self.falling else value > bar:
+            self.best, self.bad_epochs = value, 0
         else:
             self.bad_epochs += 1
         if self.bad_epochs > self.patience:
@@ -81,7 +85,7 @@ class Plateau:
 
     def restart(self) -> None:
         """For a new image size, whose scores are not comparable: the factor stays, the count does not."""
-        self.best, self.bad_epochs = -math.inf, 0
+        self.best, self.bad_epochs = math.inf if self.falling else -math.inf, 0
 
     def state_dict(self) -> dict[str, float]:
         return {"factor": self.factor, "best": self.best, "bad_epochs": self.bad_epochs}
