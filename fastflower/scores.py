@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 from scipy.special import log_softmax
-from sklearn.metrics import f1_score, recall_score, top_k_accuracy_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score, top_k_accuracy_score
+
+BINARY = ("precision", "recall", "f1")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -44,7 +46,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 def scores(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, float]:
     """Top-1 with its interval, top-5, macro recall and F1, NLL and ECE of logits (N, C) against labels (N,).
 
-    Macro means run over the classes that occur in `labels`. Non-finite logits count as wrong:
+    Two classes have precision, recall and F1 of the second besides. Macro means run over the classes that occur
+    in `labels`. Non-finite logits count as wrong:
     their top-1 is that of a row that fits no class, and NLL and ECE are NaN.
     """
     finite = np.isfinite(logits).all(axis=1)
@@ -53,6 +56,10 @@ def scores(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, 
     hits, present = int((guess == labels).sum()), np.unique(labels)
     low, high = wilson(hits, len(labels))
     whole = bool(finite.all())
+    binary = {}
+    if classes == 2:
+        found = precision_recall_fscore_support(labels, guess, labels=[1], zero_division=0)
+        binary = {name: float(value[0]) for name, value in zip(BINARY, found, strict=False)}
     return {
         "n": len(labels),
         "top1": hits / max(len(labels), 1),
@@ -63,6 +70,7 @@ def scores(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, 
         "macro_f1": float(f1_score(labels, guess, labels=present, average="macro", zero_division=0)),
         "nll": nll(logits, labels) if whole else float("nan"),
         "ece": ece(softmax(logits), labels, bins) if whole else float("nan"),
+        **binary,
     }
 
 

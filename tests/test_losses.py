@@ -128,6 +128,17 @@ def test_automatic_pos_weight_of_two_classes() -> None:
     assert loss.pos_weight[1].item() == pytest.approx(0.879699, abs=1e-6)
 
 
+def test_two_classes_are_one_decision_whose_sigmoid_is_the_softmax() -> None:
+    logits, labels = torch.randn(9, 2), torch.arange(9) % 2
+    loss = loss_of("loss.name=bce", "loss.pos_weight=auto", "reg.ls_eps=0", counts=[468, 532])
+    margin = logits[:, 1] - logits[:, 0]
+    want = F.binary_cross_entropy_with_logits(margin, labels.float(), pos_weight=torch.tensor(468 / 532))
+    close(loss(logits, F.one_hot(labels, 2).float()), want)
+    close(margin.sigmoid(), logits.softmax(1)[:, 1])
+    plain = loss_of("loss.name=bce", "reg.ls_eps=0.1", counts=[1, 1])
+    close(plain(logits, F.one_hot(labels, 2).float()), F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
 def arcface_by_angles(cosine: np.ndarray, margin: float) -> np.ndarray:
     """As pytorch-metric-learning writes it: through the angle, with its monotone continuation beyond pi."""
     angle = np.arccos(np.clip(cosine, -1, 1))

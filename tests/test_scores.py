@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from fastflower import scores
@@ -56,3 +56,12 @@ def test_combined_score():
 
 def test_two_classes_have_top_k():
     assert scores.scores(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 0]))["top5"] == 0.5
+
+
+def test_two_classes_have_precision_recall_and_f1_of_the_second(logits_and_labels):
+    logits, labels = logits_and_labels
+    logits, labels = logits[:, :2], (labels == 1).astype(int)
+    got, guess = scores.scores(logits, labels), logits.argmax(1)
+    for name, reference in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        assert got[name] == pytest.approx(reference(labels, guess))
+    assert "f1" not in scores.scores(np.eye(3), np.arange(3))

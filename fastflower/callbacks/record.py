@@ -252,6 +252,7 @@ def summary(row: dict[str, Any]) -> list[str]:
         ("corrupted", "corrupt"),
         ("macro recall", "macro_recall"),
         ("macro F1", "macro_f1"),
+        ("F1", "f1"),
     )
     shown = [
         f"{name} {scores[key]:.4f}"

@@ -48,6 +48,9 @@ class Loss(nn.Module):
     """Cross-entropy with any of: smoothing; a focus on hard rows (gamma); the prior log n_c (C,) of balanced
     softmax (arXiv:2007.10740), -inf for classes without images; one binary decision a class, weighted by
     pos_weight (C,); a margin. No parameters, nothing to save.
+
+    Two classes are one decision, not two: it is taken on the difference of their logits, whose sigmoid is their
+    softmax, so that training, evaluation and hand-in speak of the same probability, whatever the loss.
     """
 
     log_prior: Tensor | None
@@ -88,9 +91,11 @@ class Loss(nn.Module):
     def _rows(self, logits: Tensor, targets: Tensor) -> Tensor:
         """One loss a row (B,)."""
         if self.pos_weight is not None:
-            targets = smooth(targets, self.smoothing)
+            targets, weight = smooth(targets, self.smoothing), self.pos_weight
+            if len(weight) == 2:
+                logits, targets, weight = logits.diff(dim=1), targets[:, 1:], weight[1:]
             decisions = F.binary_cross_entropy_with_logits(
-                logits, targets, pos_weight=self.pos_weight, reduction="none"
+                logits, targets, pos_weight=weight, reduction="none"
             )
             return decisions.sum(1)
         absent = None
