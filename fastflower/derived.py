@@ -203,6 +203,8 @@ def _check_balance(recipe: Recipe, advice: list[str]) -> None:
         )
     if sampler.beta < 0.9 and sampler.type == "weighted_en":
         advice.append(f"sampler.beta = {sampler.beta:g}: the usual range is 0.9 to 0.999")
+    if sampler.type in BALANCING and loss.name == "bce" and loss.pos_weight == "auto":
+        advice.append("a balancing sampler and loss.pos_weight=auto both correct the class prior; choose one")
     if loss.name == "focal" and recipe.reg.mix_prob > 0:
         advice.append("focal loss with MixUp/CutMix: both weigh hard examples; compare with loss.name=lsce")
     if loss.name == "focal" and not 1 <= loss.focal_gamma <= 2:
@@ -256,8 +258,25 @@ def _check_seed_advice(recipe: Recipe, advice: list[str]) -> None:
             f"ema.warmup=false: at decay {recipe.ema.decay:g} half of the initial weights remain after "
             f"{math.log(0.5) / math.log(recipe.ema.decay):.0f} steps"
         )
+    if recipe.sched.name == "plateau":
+        _advise_plateau(recipe, advice)
     if recipe.select.metric == "combo" and not recipe.robust.enabled:
         advice.append("robust.enabled=false: best is chosen by clean top-1, S needs the corrupted set")
+
+
+def _advise_plateau(recipe: Recipe, advice: list[str]) -> None:
+    """Seed 001, sections 3 and 4."""
+    sched, batch = recipe.sched, recipe.train.batch_per_gpu
+    if sched.patience < 5:
+        advice.append(
+            f"sched.patience = {sched.patience}: the course of scores may wobble longer; try 5 to 10"
+        )
+    if sched.factor <= 0.5:
+        advice.append(f"sched.factor = {sched.factor:g}: the lr falls fast; 0.7 or 0.8 is gentler")
+    if not sched.warmup_epochs:
+        advice.append("sched.warmup_epochs = 0: plateau without warm-up; 5 epochs steady the start")
+    if batch >= 4096 and recipe.opt.lr != "auto" and recipe.opt.lr <= 1e-4:
+        advice.append(f"opt.lr = {recipe.opt.lr:g} at {batch} images a device may be small; try 2e-4 or 3e-4")
 
 
 def _stage_ends(recipe: Recipe, stages: int) -> list[int]:

@@ -166,6 +166,11 @@ ADVICE = [
     (["model.head=arcface", "model.margin=0.5"], "model.margin"),
     (["aug.corrupt_p=0.1"], "no longer unseen"),
     (["ema.warmup=false"], "after 6931 steps"),  # ln 0.5 / ln 0.9999
+    (["loss.name=bce", "loss.pos_weight=auto"], "both correct the class prior"),
+    (["sched.name=plateau"], "try 5 to 10"),
+    (["sched.name=plateau"], "0.7 or 0.8 is gentler"),
+    (["sched.name=plateau", "sched.warmup_epochs=0"], "plateau without warm-up"),
+    (["sched.name=plateau", "opt.lr=1e-4", "train.batch_per_gpu=4096"], "may be small"),
     (["robust.enabled=false"], "best is chosen by clean top-1"),
 ]
 
