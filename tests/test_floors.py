@@ -21,6 +21,7 @@ COMMANDS = (
     "report",
     "campaign",
     "demo",
+    "draw",
     "doctor",
     "bench",
 )
