@@ -25,6 +25,7 @@ from fastflower.algorithms.gradients import GradientGuard
 from fastflower.algorithms.learning_rate import LearningRate
 from fastflower.algorithms.mixing import Mix
 from fastflower.algorithms.stages import Stages
+from fastflower.algorithms.sweep import Sweep
 from fastflower.callbacks.events import Recorder
 from fastflower.callbacks.progress import Console, Progress
 from fastflower.callbacks.ranks import TIMEOUT, Machine, on_rank_zero
@@ -42,7 +43,7 @@ from fastflower.errors import EnvironmentFault, InputError
 from fastflower.evaluation import teacher
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
-from fastflower.model.network import NetworkSpec, synchronise_norms, training_network
+from fastflower.model.network import Network, NetworkSpec, synchronise_norms, training_network
 from fastflower.optim.groups import Group, param_groups, table
 from fastflower.optim.optimizers import optimizer
 from fastflower.recipe import Recipe
@@ -189,12 +190,8 @@ def training(
     same: dict[str, Any],
 ) -> Training:
     """Everything of one run; `same` is what a checkpoint must share to go on from it."""
-    seeding.seed_all(recipe.seed)  # the initial weights, equal on all ranks
     d, clock, counts = derived.derive(recipe, machine.world), Clock(), class_counts(recipe, fold)
-    network, spec, notes = training_network(recipe, len(counts))
-    network, synchronised = synchronise_norms(network, recipe, machine.torch_device, machine.world)
-    network.to(machine.torch_device)
-    notes += _norm_notes(network, synchronised, machine)
+    network, spec, notes = _network(recipe, len(counts), machine)
     data = loaders(recipe, d, clock, fold, spec.interpolation, machine)
     groups = param_groups(network, d.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
@@ -245,6 +242,50 @@ def training(
     clock.state = trainer.state
     facts = _facts(run, d, machine, network, fold, data, counts, groups, notes)
     return Training(run, facts, spec, trainer, network, data, parts, scoring, recorder, saving, console)
+
+
+def lr_sweep(recipe: Recipe, d: Derived, fold: FoldSet, machine: Machine) -> tuple[list[float], list[float]]:
+    """Rates and the losses that they met, from a training of the recipe's network that leaves nothing behind."""
+    clock, counts = Clock(), class_counts(recipe, fold)
+    network, spec, _ = _network(recipe, len(counts), machine)
+    data = loaders(recipe, d, clock, fold, spec.interpolation, machine)
+    sweep = Sweep(recipe, d.lr)
+    trainer = Trainer(
+        model=Classifier(network, build_loss(recipe, counts.tolist())),
+        train_dataloader=data.train,
+        spin_dataloaders=False,
+        max_duration=f"{recipe.lrfind.steps}ba",
+        algorithms=[
+            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec)),
+            Stages(recipe.seed, d, data.train.steps),
+            Mix(recipe, len(counts), teacher.probabilities(recipe, fold, len(counts))),
+            sweep,
+            GradientGuard(network, recipe.train.clip_grad, recipe.lrfind.steps + 1),
+        ],
+        optimizers=optimizer(param_groups(network, d.lr, recipe), recipe, machine.torch_device),
+        progress_bar=False,
+        device=machine.device,
+        precision=machine.precision,
+        device_train_microbatch_size=d.stages[0].batch_per_gpu,
+        seed=recipe.seed,
+        dist_timeout=TIMEOUT,
+    )
+    clock.state = trainer.state
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+        data.close()
+    return sweep.tried, sweep.losses
+
+
+def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, NetworkSpec, list[str]]:
+    """The recipe's network on its device, with initial weights that are equal on all ranks, and notes on it."""
+    seeding.seed_all(recipe.seed)
+    network, spec, notes = training_network(recipe, classes)
+    network, synchronised = synchronise_norms(network, recipe, machine.torch_device, machine.world)
+    network.to(machine.torch_device)
+    return network, spec, notes + _norm_notes(network, synchronised, machine)
 
 
 def check_trackers(recipe: Recipe) -> None:

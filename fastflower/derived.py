@@ -226,6 +226,10 @@ def _check_ranges(recipe: Recipe) -> None:
             raise InputError(f"aug.{name} = [{low:g}, {high:g}]: the first must not exceed the second")
     if recipe.opt.lr_min_bound > recipe.opt.lr_max_bound:
         raise InputError("opt.lr_min_bound is above opt.lr_max_bound; swap them")
+    if recipe.lrfind.low >= recipe.lrfind.high:
+        raise InputError(
+            f"lrfind.low = {recipe.lrfind.low:g} is not below lrfind.high = {recipe.lrfind.high:g}; swap them"
+        )
     if recipe.opt.lr != "auto" and not recipe.opt.lr > 0:
         raise InputError(f"opt.lr = {recipe.opt.lr}: must be auto or > 0")
     for name in ("mean", "std"):

@@ -11,7 +11,7 @@ from fastflower.recipe import Recipe, fields_of
 # keys that say where, how fast or what happens afterwards, not what is learned: their change does not stop a resume;
 # what the data keys made is compared by its hashes, what the batch keys make by the global batch
 FREE = (
-    *("exp.", "tta.", "ensembling.", "ts.", "bundle.", "log.", "checks.", "accept.", "eval.batch"),
+    *("exp.", "tta.", "ensembling.", "ts.", "bundle.", "log.", "checks.", "accept.", "lrfind.", "eval.batch"),
     *("data.root", "data.csv", "data.image_col", "data.label_col", "data.home", "data.test", "data.fold"),
     *("data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers"),
     *("train.batch_per_gpu", "train.world_size", "train.grad_accum", "train.stage_batch"),

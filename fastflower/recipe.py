@@ -183,6 +183,13 @@ class Sched:
 
 
 @dataclass
+class LrFind:
+    low: float = key(1e-7, "first lr of a sweep", gt=0)
+    high: float = key(1.0, "last lr of a sweep", gt=0)
+    steps: int = key(200, "steps of a sweep", ge=10)
+
+
+@dataclass
 class Llrd:
     enabled: bool = key(True, "layer-wise lr")
     multipliers: list[float] = key([0.25, 0.5, 1.0, 1.5], "factors on the lr, first part to head", ge=0)
@@ -320,6 +327,7 @@ class Recipe:
     opt: Opt = field(default_factory=Opt)
     train: Train = field(default_factory=Train)
     sched: Sched = field(default_factory=Sched)
+    lrfind: LrFind = field(default_factory=LrFind)
     llrd: Llrd = field(default_factory=Llrd)
     reg: Reg = field(default_factory=Reg)
     ema: Ema = field(default_factory=Ema)

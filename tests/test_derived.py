@@ -126,6 +126,7 @@ REFUSALS = [
     (["aug.rrc_scale=[1,0.5]"], "the first must not exceed the second"),
     (["aug.rrc_ratio=[2,1]"], "the first must not exceed the second"),
     (["opt.lr_min_bound=1e-3"], "swap them"),
+    (["lrfind.low=2"], "not below lrfind.high"),
     (["opt.lr=0"], "must be auto or > 0"),
     (["data.mean=[0.5,0.5]"], "three numbers in 0..1"),
     (["data.std=[0.5,0.5,2]"], "three numbers in 0..1"),

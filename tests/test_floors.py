@@ -15,6 +15,7 @@ GROUND = ("errors", "recipe", "derived", "identity", "seeding", "runs", "checkpo
 COMMANDS = (
     "convert",
     "train",
+    "lrfind",
     "evaluate",
     "ensemble",
     "export",

@@ -44,6 +44,7 @@ from fastflower.model.network import synchronise_norms, training_network
 from fastflower.optim.groups import param_groups, table
 from fastflower.optim.optimizers import optimizer
 from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
+from fastflower.optim.sweep import rates
 from fastflower.recipe import Recipe
 from fastflower.runs import Run
 
@@ -91,6 +92,7 @@ def plan(recipe: Recipe) -> Any:
         factors,
         [sorted(frozen_parts(epoch, recipe)) for epoch in range(numbers.epochs)],
         derived.fold_numbers(recipe),
+        rates(recipe.lrfind.low, recipe.lrfind.high, recipe.lrfind.steps),
         parse_interval(recipe.train.save_every),
         sets.stored_side(recipe),
         run.stem,
@@ -384,6 +386,9 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "sched.factor": (plan, "0.1", f"sched.name=plateau {MANY}"),
     "sched.patience": (plan, "1", f"sched.name=plateau {MANY}"),
     "sched.monitor": (plan, "val_loss", f"sched.name=plateau {MANY}"),
+    "lrfind.low": (plan, "1e-5", ""),
+    "lrfind.high": (plan, "0.1", ""),
+    "lrfind.steps": (plan, "50", ""),
     "llrd.enabled": (network, "false", ""),
     "llrd.multipliers": (network, "[0.1,1]", ""),
     "llrd.unfreeze_schedule": (plan, "{1: [head], 3: [back]}", ""),

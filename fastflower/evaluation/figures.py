@@ -110,6 +110,27 @@ def canvas(height: float = 2.7, layout: Literal["constrained"] | None = "constra
         return figure, figure.add_subplot()
 
 
+def rate_chart(
+    tried: list[float], losses: list[float], smooth: list[float], marks: dict[str, float]
+) -> Chart:
+    """Losses over the learning rate; `marks` are rates with a name."""
+    title = "Loss over the learning rate"
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas()
+        axes.plot(tried, losses, color=FAINT, linewidth=1)
+        axes.plot(tried, smooth, color=SERIES[0], label="smoothed")
+        for position, (name, rate) in enumerate(marks.items(), 1):
+            axes.axvline(rate, color=SERIES[position], linewidth=1.2, label=f"{name} {rate:.2g}")
+        low, high = min(smooth), smooth[0]
+        axes.set_ylim(low - 0.15 * (high - low), high + 0.6 * (high - low))
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("training loss")
+        axes.set_title(title)
+        axes.legend()
+    return Chart("lrfind", title, "; ".join(f"{name} {rate:.2g}" for name, rate in marks.items()), figure)
+
+
 def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
     """Curves over epochs; `borders` are the first epochs of the later image sizes."""
     with matplotlib.rc_context(STYLE):
