@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from fastflower import checkpoint, recipe
+from fastflower.bench.fuzz import mutated
 from fastflower.data import pixels
 from fastflower.data.betons import BetonWriter, open_beton
 from fastflower.data.decode import decode_eval
@@ -268,24 +269,6 @@ def test_unreadable_pictures_get_the_prior(run, capsys):
     assert set(about["unreadable"]) == set(bad) and about["predicted"] == 2
     said = capsys.readouterr().err
     assert all(f"'{name}': " in said for name in bad)
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """One seeded fault: flipped, cut, doubled, overwritten or shuffled bytes."""
-    kind, size = rng.randrange(5), len(data)
-    a, b = sorted(rng.randrange(size) for _ in range(2))
-    if kind == 0:
-        noisy = bytearray(data)
-        for _ in range(rng.randrange(1, 9)):
-            noisy[rng.randrange(size)] ^= 1 << rng.randrange(8)
-        return bytes(noisy)
-    if kind == 1:
-        return data[:a]
-    if kind == 2:
-        return data[:a] + data[a:b] * 2 + data[b:]
-    if kind == 3:
-        return data[:a] + rng.randbytes(min(b - a, 50)) + data[b:]
-    return data[:a] + data[b:] + data[a:b]
 
 
 def test_hostile_files_cost_one_row_each(run, code):

@@ -1,11 +1,11 @@
-"""`python -m fastflower.bench loader [--data DIR] [--size 224 320] [--threads 1 2] [--rounds 5] [--json FILE]`"""
+"""Measurements on this machine: `python -m fastflower.bench loader|predict|fuzz [--help]`."""
 
 from __future__ import annotations
 
 from fastflower import errors
-from fastflower.bench import loader
+from fastflower.bench import fuzz, loader, predict
 
-BENCHES = {"loader": loader.main}
+BENCHES = {"loader": loader.main, "predict": predict.main, "fuzz": fuzz.main}
 
 
 def main(argv: list[str]) -> int | None:
