@@ -464,10 +464,19 @@ static void train_jpeg(Scratch *s, const uint8_t *bytes, const Row *row, const B
     }
 }
 
+enum { LINES_AHEAD = 10 };
+
+/* Lines of a raw row lie far apart, and no prefetcher of a processor knows where the next one begins. */
+static inline void announce(const uint8_t *line, int length) {
+    for (int x = 0; x < length; x += 64) __builtin_prefetch(line + x);
+}
+
 static void train_raw(Scratch *s, const uint8_t *bytes, const Row *row, const Box *b, int h, int w, uint8_t *out) {
     Axis x, y;
     axis(s, &x, 0, b->width, w, b->flip, 1 << PIXEL_BITS);
     axis(s, &y, 0, b->height, h, 0, LINE_TOTAL);
+    const size_t stride = 3 * (size_t)row->width;
+    const uint8_t *first = bytes + stride * b->top + 3 * (size_t)b->left;
     uint8_t *line = take(s, 3 * ((size_t)b->width + x.taps + 4));
     int16_t *weights = NULL;
     if (fast) pixel_weights_fill(&x, weights = take(s, sizeof(int16_t) * pixel_weights_size(&x)));
@@ -475,8 +484,9 @@ static void train_raw(Scratch *s, const uint8_t *bytes, const Row *row, const Bo
         const uint8_t *lines[y.taps];
         for (int t = 0; t < y.taps; t++) {
             int from = y.first[i] + t < y.high ? y.first[i] + t : y.high - 1;
-            lines[t] = bytes + 3 * ((size_t)(b->top + from) * row->width + b->left);
+            lines[t] = first + stride * from;
         }
+        if (y.first[i] + LINES_AHEAD < y.high) announce(first + stride * (y.first[i] + LINES_AHEAD), 3 * b->width);
         weigh_lines(lines, y.weights + (size_t)i * y.taps, y.taps, 3 * b->width, line);
 #ifdef AVX2
         if (fast) {

@@ -93,13 +93,13 @@ static void huffman_fill(Huffman *h, const JHUFF_TBL *table, int is_dc) {
     }
 }
 
-/* Fill `clean`, leaving out the zero that follows each 0xFF, up to a marker. 0: the file ends without one. */
+/* Fill `clean`, leaving out the zero that follows each 0xFF, up to a marker. 0: libjpeg should have a look. */
 static int entropy_more(Entropy *e) {
     uint8_t *to = e->clean, *full = e->clean + CHUNK;
     size_t kept = (size_t)(e->end - e->in.at);
     memmove(to, e->in.at, kept);
     e->in.at = to;
-    for (to += kept; to < full && !e->at_marker;) {
+    for (to += kept; to < full;) {
         size_t left = (size_t)(e->source_end - e->source), room = (size_t)(full - to), n = left < room ? left : room;
         const uint8_t *found = memchr(e->source, 0xFF, n);
         if (found) n = (size_t)(found - e->source);
@@ -109,7 +109,9 @@ static int entropy_more(Entropy *e) {
         if (left < 2) return 0;
         if (!found) continue;
         e->at_marker = e->source[1] != 0;
-        if (!e->at_marker) *to++ = 0xFF, e->source += 2;
+        if (e->at_marker) break;
+        if (e->source > found) return 0; /* 0xFF twice and then 0: libjpeg takes it for both */
+        *to++ = 0xFF, e->source += 2;
     }
     e->end = to;
     if (e->at_marker) memset(to, 0, MCU_ROOM);

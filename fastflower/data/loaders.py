@@ -173,7 +173,7 @@ class _Memory:
 
     def _block(self, size: int) -> mmap.mmap:
         with contextlib.suppress(IndexError):
-            while len(block := self._free.popleft()) != size:  # of another size: let go
+            while len(block := self._free.pop()) != size:  # of another size: let go
                 pass
             return block
         return mmap.mmap(-1, size)

@@ -29,7 +29,8 @@ static void axis_fill(Axis *a, double start, double span, int out, int flip, int
     for (int i = 0; i < out; i++) {
         int to = flip ? out - 1 - i : i, best = 0, left = total;
         double centre = start + (i + 0.5) * scale - 0.5, sum = 0.0;
-        int first = (int)floor(centre - support) + 1, end = first + a->taps;
+        int first = (int)(centre - support + 65537.0) - 65536, /* floor() + 1, without a call */
+            end = first + a->taps;
         if (first < a->low) first = a->low;
         if (end > a->high) end = a->high;
         int32_t *w = a->weights + (size_t)to * a->taps;
@@ -283,20 +284,28 @@ AVX2 static void colour_avx2(const int16_t *py, const int16_t *pu, const int16_t
     }
 }
 
-AVX2 static void pixels_avx2(const Axis *a, const int16_t *weights, const uint8_t *line, uint8_t *out) {
+/* `quads` of taps for each output: a constant to the compiler, if it is the usual 1. */
+AVX2 static inline __attribute__((always_inline)) void pixels_all(const Axis *a, const int16_t *weights, int quads,
+                                                                  const uint8_t *line, uint8_t *out) {
     const __m256i first = _mm256_broadcastsi128_si256(PIXEL_PAIRS_0), second = _mm256_broadcastsi128_si256(PIXEL_PAIRS_1);
     const __m256i half = _mm256_set1_epi32(1 << (PIXEL_BITS - 1)), *w = (const __m256i *)weights;
     for (int x = 0; x < a->out; x += 8) {
+        const int32_t *at = a->first + x;
         __m256i sum[4] = {half, half, half, half};
-        for (int t = 0; t < a->taps; t += 4)
+        for (int t = 0; t < quads; t++)
             for (int i = 0; i < 4; i++, w += 2) {
-                __m256i v = two_pixels(line + 3 * (a->first[x + i] + t), line + 3 * (a->first[x + i + 4] + t));
-                __m256i one = _mm256_madd_epi16(_mm256_shuffle_epi8(v, first), w[0]);
-                __m256i two = _mm256_madd_epi16(_mm256_shuffle_epi8(v, second), w[1]);
+                __m256i v = two_pixels(line + 3 * (int64_t)at[i] + 12 * t, line + 3 * (int64_t)at[i + 4] + 12 * t);
+                __m256i one = _mm256_madd_epi16(_mm256_shuffle_epi8(v, first), _mm256_load_si256(w));
+                __m256i two = _mm256_madd_epi16(_mm256_shuffle_epi8(v, second), _mm256_load_si256(w + 1));
                 sum[i] = _mm256_add_epi32(sum[i], _mm256_add_epi32(one, two));
             }
         for (int i = 0; i < 4; i++) sum[i] = _mm256_srai_epi32(sum[i], PIXEL_BITS);
         store_pixels(sum, out + 3 * x, a->out - x);
     }
+}
+
+AVX2 static void pixels_avx2(const Axis *a, const int16_t *weights, const uint8_t *line, uint8_t *out) {
+    if (a->taps <= 4) pixels_all(a, weights, 1, line, out);
+    else pixels_all(a, weights, (a->taps + 3) / 4, line, out);
 }
 #endif
