@@ -1,15 +1,18 @@
 """Compare ways to combine an experiment's runs: `python -m fastflower.ensemble [recipe.yaml] [key=value ...]`.
 
-Reads the out-of-fold logits that evaluate saved, runs no network, writes results/results/<exp>/ensemble.json.
+Reads the out-of-fold logits that evaluate saved and writes results/results/<exp>/ensemble.json; runs networks only
+for ensembling.soup, which averages their weights and writes soup__*.pth beside them where scores agree.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fastflower import errors, recipe, runs
 from fastflower.data.folds import read_folds
-from fastflower.evaluation import ensembles, oof, summary, tables
+from fastflower.evaluation import ensembles, oof, soups, summary, tables
 
 
 def main(argv: list[str]) -> None:
@@ -24,6 +27,12 @@ def main(argv: list[str]) -> None:
     print(tables.aligned(tables.methods(found)))
     for method, weights in found["weights"].items():
         print(f"{method}: " + ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items()))
+    if settings.ensembling.soup != "none":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for soup in soups.make(settings, members, device):
+            print(soup.line)
+            for path in soup.files:
+                print(f"  wrote {path}")
     print(f"{found['n']} images; fitted on other folds than scored. wrote {folder / 'ensemble.json'}")
 
 

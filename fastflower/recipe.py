@@ -263,6 +263,10 @@ class Ensembling:
         "of runs: equal, backbones equal, by ensembling.weights, by NLL, or greedily in bundle's limits",
     )
     weights: Any = key(None, "hand: map of a backbone, or '<backbone> seed <seed>', to its weight")
+    soup: Literal["none", "checkpoints", "folds"] = key(
+        "none",
+        "average weights of each fold's own checkpoints, or of all folds, where out-of-fold scores agree",
+    )
 
 
 @dataclass

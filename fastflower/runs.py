@@ -87,7 +87,7 @@ class MemberName:
 def parse_member(path: Path) -> MemberName | None:
     """The parts of a templated checkpoint name, or None for any other file."""
     match = _MEMBER.fullmatch(path.name)
-    if match is None or match["kind"] not in (*KINDS, "swa"):
+    if match is None or match["kind"] not in (*KINDS, "swa", "soup"):
         return None
     return MemberName(
         match["kind"],

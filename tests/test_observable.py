@@ -25,7 +25,7 @@ import torch
 from composer.core import Event, Timestamp
 from PIL import Image
 
-from fastflower import build, checkpoint, derived, evaluate, export, runs, seeding, train
+from fastflower import build, checkpoint, derived, ensemble, evaluate, export, runs, seeding, train
 from fastflower import recipe as recipes
 from fastflower.algorithms.mixing import Mix
 from fastflower.callbacks import ranks
@@ -245,6 +245,20 @@ def summed_up(recipe: Recipe) -> Any:
     return json.dumps(summary.summarise(members, made_up.folds(), made_up.classes_csv(), recipe), default=str)
 
 
+def combined(recipe: Recipe) -> Any:
+    """Which soups are made of the trained member."""
+    with pytest.MonkeyPatch.context() as patch:
+        member = made_up.member(0)
+        patch.setattr(summary, "evaluated", lambda folder: [member])
+        patch.setattr(ensemble, "read_folds", lambda path: types.SimpleNamespace(fold=made_up.folds()))
+        out = io.StringIO()
+        path = Path("observed.yaml")
+        path.write_text(recipes.to_yaml(recipe))
+        with contextlib.redirect_stdout(out):
+            ensemble.main([str(path)])
+    return [line for line in out.getvalue().splitlines() if "soup" in line]
+
+
 def accepted(recipe: Recipe) -> Any:
     """What the thresholds say of made-up members."""
     members = [made_up.member(fold) for fold in range(3)]
@@ -421,6 +435,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "tta.hflip": (bundled, "false", ""),
     "ensembling.find_pattern": (found, "ema_best__*", ""),
     "ensembling.weighting": (summed_up, "family", ""),
+    "ensembling.soup": (combined, "folds", ""),
     "ensembling.weights": (summed_up, f"{{{made_up.BACKBONES[0]}: 3, {made_up.BACKBONES[1]}: 1}}", HAND),
     "accept.clean_min": (accepted, "0.99", ""),
     "accept.corrupted_min": (accepted, "0.99", ""),

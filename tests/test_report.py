@@ -253,6 +253,39 @@ def test_the_page_needs_nothing_from_outside_and_is_small(shown: tuple[dict[str,
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(ids)
 
 
+def test_a_hundred_classes_fit_in_ten_megabytes() -> None:
+    """With as many photographs as a page ever shows, each of noise, which JPEG compresses worst."""
+    rng, classes, n = np.random.default_rng(0), 100, 1200
+    own = np.arange(n) % classes
+    logits = (1.5 * np.eye(classes)[own] + rng.normal(size=(n, classes))).astype(np.float32)
+    ids = [str(1000 + c) for c in range(classes)]
+    first = member(0, class_ids=ids)
+    data = replace(
+        first, logits=logits, single=logits, corrupt=np.stack([logits] * 10), class_idx=own, index=np.arange(n),
+        fold=np.zeros(n, np.int64), filename=np.array([f"{i}.jpg" for i in range(n)]),
+        combos=np.array([(kind, level) for kind in "abcde" for level in ("low", "medium")]),
+    )  # fmt: skip
+    table = [
+        {"class_idx": str(c), "category_id": ids[c], "n": str(5 + 2 * c), "name": f"flower {c}"}
+        for c in range(classes)
+    ]
+    found = summary.summarise([data], np.zeros(n, np.int64), table, recipe.load(None, ["exp.name=made"]))
+    events = [
+        {**event(e, 0), "backbone": backbone, "fold": f}
+        for backbone in BACKBONES
+        for f in range(5)
+        for e in (1, 9)
+    ]
+    shown = page.wanted(found, [])
+    noise = pictures.data_uri(
+        pictures.jpeg(rng.integers(0, 256, (pictures.SIDE, pictures.SIDE, 3), np.uint8))
+    )
+    photographs = {index: noise for indices in shown.values() for index in indices}
+    html = page.experiment(page.Experiment("made", found, events, pictures=photographs))
+    assert len(photographs) > 60 and len(html) < page.LARGEST
+    assert len(cells(html, "per-class")) == classes == len(cells(html, "robust"))
+
+
 def test_every_logged_quantity_has_a_curve() -> None:
     made(which=(0,))
     charts = curves.training(runs.read_events(runs.RESULTS / "made" / "events.jsonl"))[0].charts
@@ -385,9 +418,18 @@ addEventListener("load", () => {
   button(5).click(); const down = column(5);
   button(5).click(); const up = column(5), sorted = table.querySelectorAll("thead th")[5].ariaSort;
   button(0).click(); const names = column(0);
-  const box = document.getElementById("find");
-  box.value = "tail"; box.dispatchEvent(new Event("input"));
-  const answer = {problems, down, up, sorted, names, tail: column(1), wide: document.documentElement.scrollWidth,
+  const search = (id, text) => {
+    const box = document.getElementById(id);
+    box.value = text; box.dispatchEvent(new Event("input"));
+    return box.parentNode.querySelector("output").textContent;
+  };
+  search("find", "tail");
+  const wrong = [...document.querySelectorAll("#mistakes-list > li")];
+  const file = wrong[1].querySelector("figcaption > small").textContent;
+  const counted = search("find-mistake", file), left = wrong.filter(li => li.offsetParent).length;
+  button(3).focus(); const focused = document.activeElement === button(3);
+  const answer = {problems, counted, left, focused, tables: document.querySelectorAll("table.sort").length,
+    down, up, sorted, names, tail: column(1), wide: document.documentElement.scrollWidth,
     images: images.length, broken: images.filter(i => !i.complete || !i.naturalWidth).map(i => i.alt),
     unnamed: document.querySelectorAll("img:not([alt]), svg[role=img]:not([aria-label]), th:not([scope])").length};
   document.body.innerHTML = ""; document.body.append(JSON.stringify(answer));
@@ -403,7 +445,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
         patch.chdir(folder)
         found, _ = made()
         uri = pictures.data_uri(pictures.jpeg(np.full((8, 8, 3), 200, np.uint8)))
-        photographs = {index: uri for indices in page.wanted(found).values() for index in indices}
+        photographs = {index: uri for indices in page.wanted(found, []).values() for index in indices}
         html = page.experiment(replace(page.read("made"), pictures=photographs))
     path = folder / "page.html"
     path.write_text(html.replace("<head>", "<head>" + PROBE, 1), encoding="utf-8")
@@ -428,6 +470,8 @@ def test_the_page_in_a_browser(probed: tuple[dict[str, Any], Path], tmp_path: Pa
     answer = json.loads(entities.unescape(re.search(r"<body>(.*?)</body>", dump, flags=re.S)[1]))
     assert answer["problems"] == [] and answer["broken"] == [] and answer["unnamed"] == 0
     assert answer["images"] > 10
+    assert answer["left"] == 1 and answer["counted"] == f"1 of {min(36, len(found['mistakes']))}"
+    assert answer["focused"]  # headers are buttons that the keyboard reaches
     recall = [f"{100 * row['recall']:.1f}" for row in found["classes"]]
     assert answer["up"] == sorted(recall, key=float) and answer["down"] == sorted(
         recall, key=float, reverse=True

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastflower import scores
 from fastflower.evaluation.figures import Chart, Lines, over_epochs
 
 Key = tuple[str, int, int]  # backbone, fold, seed
@@ -29,7 +30,7 @@ CHARTS: tuple[tuple[str, Lines, str], ...] = (
     ("kind-raw", Lines("Top-1 by corruption, raw"), r"^per_kind\..*\.raw$"),
     ("kind-ema", Lines("Top-1 by corruption, EMA"), r"^per_kind\..*\.ema$"),
     ("lr", Lines("Learning rate", log=True), r"^lr_groups\."),
-    ("size", Lines("Image size", unit="pixels"), r"^size"),
+    ("size", Lines("Image size", unit="pixels", steps=True), r"^size"),
     ("speed", Lines("Speed", unit="images/s"), r"^images_per_s$"),
     ("norm", Lines("Gradient norm"), r"^grad_norm$"),
     ("ece", Lines("Calibration error"), r"^ece_(raw|ema|swa)$"),
@@ -138,6 +139,44 @@ def training(events: list[dict[str, Any]]) -> list[RunCurves]:
             RunCurves(f"{backbone} fold {fold} seed {seed}", note, charts_of(epochs, f"run{position}"))
         )
     return runs
+
+
+def stages(events: list[dict[str, Any]], sizes: dict[int, int]) -> list[dict[str, Any]]:
+    """The best epoch of each run at each image size, by S of the better of raw and averaged weights.
+
+    Clean and corrupted top-1 and S with Wilson intervals; `sizes`: images validated on by fold.
+    """
+    table = []
+    for (backbone, fold, seed), epochs in by_run(events).items():
+        found = series(epochs)
+        firsts = [min(epochs), *borders(found), max(epochs) + 1]
+        for first, after in zip(firsts[:-1], firsts[1:], strict=True):
+            best = max(
+                (
+                    (value, -epoch, name == "s_ema", name.removeprefix("s_"))
+                    for epoch in epochs
+                    if first <= epoch < after
+                    for name, value in epochs[epoch].items()
+                    if re.fullmatch(r"s_(raw|ema|swa)", name)
+                ),
+                default=None,
+            )
+            if best is None or fold not in sizes:
+                continue
+            score, epoch, weights = best[0], -best[1], best[3]
+            numbers, n = epochs[epoch], sizes[fold]
+            row: dict[str, Any] = {"backbone": backbone, "fold": fold, "seed": seed, "first": first}
+            row |= {"last": after - 1, "epoch": epoch, "weights": weights, "n": n}
+            row["size"] = next((numbers[k] for k in ("size", "size.height") if k in numbers), None)
+            for key, value in (
+                ("clean", numbers.get(f"clean_{weights}")),
+                ("corrupted", numbers.get(f"corrupt_{weights}")),
+                ("s", score),
+            ):
+                low, high = scores.wilson(value * n, n) if value is not None else (None, None)  # type: ignore[arg-type]
+                row[key] = value if value is None else {"top1": value, "top1_low": low, "top1_high": high}
+            table.append(row)
+    return table
 
 
 def _words(name: str) -> str:

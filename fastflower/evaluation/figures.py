@@ -97,6 +97,7 @@ class Lines:
     title: str
     unit: str = ""
     log: bool = False
+    steps: bool = False  # the value holds for whole epochs and jumps between them
     best: str = ""  # max or min: mark the best point
     series: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
 
@@ -139,7 +140,10 @@ def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
         for position, (label, (epochs, values)) in enumerate(lines.series.items()):
             colour, dash = SERIES[position % len(SERIES)], "-" if position < len(SERIES) else "--"
             alone = "o" if len(epochs) == 1 else None
-            axes.plot(epochs, values, dash, color=colour, label=label, marker=alone, markersize=4)
+            steps = "steps-mid" if lines.steps else "default"
+            axes.plot(
+                epochs, values, dash, color=colour, label=label, marker=alone, markersize=4, drawstyle=steps
+            )
             words.append(
                 f"{label}: {values[0]:.4g} in epoch {epochs[0]}, {values[-1]:.4g} in epoch {epochs[-1]}"
             )

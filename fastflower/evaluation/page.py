@@ -11,12 +11,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 import fastflower
 from fastflower import runs
+from fastflower.data.folds import read_folds
 from fastflower.errors import InputError
-from fastflower.evaluation import comparison, curves, figures, pictures
+from fastflower.evaluation import comparison, copies, curves, figures, pictures
+from fastflower.evaluation.summary import FORMAT
 from fastflower.evaluation.tables import named
 from fastflower.recipe import Recipe, fields_of, load
 
-SHOWN = {"mistakes": 36, "suspects": 18}
+SHOWN = {"mistakes": 36, "suspects": 18, "copies": 24}
 LARGEST = 10_000_000
 
 
@@ -35,6 +37,7 @@ class Experiment:
     cams: dict[str, Any] | None = None
     pictures: dict[int, str] = field(default_factory=dict)
     samples: dict[str, Any] | None = None
+    copies: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -48,12 +51,17 @@ def read(exp: str, with_pictures: bool = True) -> Experiment:
         raise InputError(
             f"no {folder / 'scores.json'}; run python -m fastflower.evaluate first (evaluated: {known})"
         )
+    if scores.get("format") != FORMAT:
+        raise InputError(
+            f"{folder / 'scores.json'} was written by another version; run python -m fastflower.evaluate again"
+        )
     recipe_file = folder / "meta" / "recipe.yaml"
     recipe, text, notes = _recipe(recipe_file)
     photographs: dict[int, str] = {}
     samples = None
+    alike = _copies(recipe, scores["folds_hash"]) if recipe else []
     if recipe and with_pictures:
-        photographs = pictures.thumbnails(Path(recipe.data.home), scores["folds_hash"], wanted(scores))
+        photographs = pictures.thumbnails(Path(recipe.data.home), scores["folds_hash"], wanted(scores, alike))
         samples = pictures.augmented(recipe, scores["folds_hash"], scores["fused"]["folds"][0])
         if not photographs:
             notes.append(f"no betons of these folds in {recipe.data.home}; the page has no photographs")
@@ -69,15 +77,18 @@ def read(exp: str, with_pictures: bool = True) -> Experiment:
         cams=_json(folder / "gradcam" / "gradcam.json"),
         pictures=photographs,
         samples=samples,
+        copies=alike,
         notes=notes,
     )
 
 
-def wanted(scores: dict[str, Any]) -> dict[int, set[int]]:
+def wanted(scores: dict[str, Any], alike: list[dict[str, Any]]) -> dict[int, set[int]]:
     """fold -> rows of folds.csv whose pictures the page shows."""
     rows = scores["mistakes"][: SHOWN["mistakes"]] + scores["suspects"][: SHOWN["suspects"]]
     for pair in scores["pairs"]:
         rows = rows + pair["wrong"] + [row for row in pair["typical"] if row]
+    for pair in alike[: SHOWN["copies"]]:
+        rows = rows + [row for row in pair["rows"] if row]
     found: dict[int, set[int]] = {}
     for row in rows:
         found.setdefault(row["fold"], set()).add(row["index"])
@@ -102,10 +113,21 @@ def experiment(found: Experiment) -> str:
         "basis": basis(scores),
         "views": len(scores["members"][0]["views"]),
         "view_names": view_names(scores["members"][0]["views"]),
+        "confusions": confusions(scores),
         "wrong": sum(count for true, guess, count in scores["confusion"] if true != guess),
-        "shown": {key: min(most, len(scores[key])) for key, most in SHOWN.items()},
+        "shown": {
+            key: min(SHOWN[key], len(rows))
+            for key, rows in (
+                *((key, scores[key]) for key in ("mistakes", "suspects")),
+                ("copies", found.copies),
+            )
+        },
         "charts": charts,
         "curves": curves.training(found.events),
+        "stages": curves.stages(found.events, sizes(scores)),
+        "overview": overview(scores),
+        "robust": by_class(scores),
+        "copies": found.copies,
         "facts": facts(found.derived),
         "ensemble": found.ensemble,
         "cams": cams(found),
@@ -152,16 +174,71 @@ def sections(content: dict[str, Any]) -> list[tuple[str, str]]:
         for anchor, label, there in (
             ("scores", "Scores", True),
             ("training", "Training", content["curves"]),
+            ("ensemble", "Ensembles", content["ensemble"]),
             ("samples", "Augmentation", content["samples"]),
             ("robustness", "Robustness", content["scores"]["fused"]["corrupted"]),
             ("classes", "Classes", True),
             ("confusion", "Confusion", True),
             ("mistakes", "Mistakes", True),
             ("gradcam", "Grad-CAM", content["cams"]),
+            ("copies", "Copies", content["copies"]),
             ("recipe", "Recipe", content["changed"] or content["recipe_text"] or content["meta"]),
         )
         if there
     ]
+
+
+def sizes(scores: dict[str, Any]) -> dict[int, int]:
+    """fold -> the images that are validated on in it."""
+    return {member["fold"]: member["n"] for member in scores["members"]}
+
+
+def overview(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every score of the fused set in one table: its name, how it is measured, value, ends of its interval, n."""
+    fused = scores["fused"]
+    clean, single, corrupted, t = fused["clean"], fused["single"], fused["corrupted"], fused["temperature"]
+    views, one = "mean of the views", "single view"
+
+    def row(name: str, how: str, block: dict[str, Any], key: str, percent: bool = True) -> dict[str, Any]:
+        known = {"value": block[key], "low": block.get(f"{key}_low"), "high": block.get(f"{key}_high")}
+        return {"name": name, "how": how, **known, "n": fused["n"], "percent": percent}
+
+    rows = [row("Clean top-1", views, clean, "top1"), row("Clean top-1", one, single, "top1")]
+    if corrupted:
+        rows.append(row("Corrupted top-1", f"{one}, mean of {len(corrupted['combos'])}", corrupted, "top1"))
+    rows += [
+        row("S", one, fused["s"], "top1"),
+        row("Clean top-5", views, clean, "top5"),
+        row("Macro recall", views, clean, "macro_recall"),
+        row("Macro F1", views, clean, "macro_f1"),
+        row("NLL", views, clean, "nll", percent=False),
+        row("Calibration error", f"{views}, T = 1", clean, "ece"),
+    ]
+    if t:
+        for name, key in (("NLL", "nll"), ("Calibration error", "ece")):
+            after = {f"{key}{end}": t[f"{key}_after{end}"] for end in ("", "_low", "_high")}
+            rows.append(row(name, f"{views}, T = {t['t']:.3f}", after, key, percent=key == "ece"))
+    return rows
+
+
+def confusions(scores: dict[str, Any], most: int = 100) -> list[dict[str, int]]:
+    """The cells beside the diagonal of the confusion matrix, by their share of the true class."""
+    n = {row["class_idx"]: row["n"] for row in scores["classes"]}
+    cells = [(label, guess, count) for label, guess, count in scores["confusion"] if label != guess]
+    cells.sort(key=lambda cell: (-cell[2] / n[cell[0]], -cell[2]))
+    return [{"label": label, "guess": guess, "count": count} for label, guess, count in cells[:most]]
+
+
+def by_class(scores: dict[str, Any]) -> dict[str, Any] | None:
+    """Recall of each class under each corruption: columns of (kind, level), rows of values; None without any."""
+    rows = scores["robust_classes"]
+    columns = list(dict.fromkeys((row["kind"], row["level"]) for row in rows))
+    table: dict[int, list[float | None]] = {}
+    for row in rows:
+        own = table.setdefault(row["class_idx"], [None] * len(columns))
+        own[columns.index((row["kind"], row["level"]))] = row["recall"]
+    order = sorted(table, key=lambda c: sum(value or 0 for value in table[c]))
+    return {"columns": columns, "rows": [(c, table[c]) for c in order]} if rows else None
 
 
 def lead(scores: dict[str, Any]) -> str:
@@ -250,6 +327,15 @@ def cams(found: Experiment) -> dict[str, Any] | None:
             if items:
                 groups.append({"title": f"{backbone}, {word}", "shots": items})
     return {"groups": groups, "border": found.cams["border"], "even": found.cams["even"]}
+
+
+def _copies(recipe: Recipe, folds_hash: str) -> list[dict[str, Any]]:
+    """The pairs that convert left beside these folds."""
+    home = Path(recipe.data.home)
+    if not (home / "folds.csv").is_file():
+        return []
+    folds = read_folds(home / "folds.csv")
+    return copies.pairs(home / "duplicates.csv", folds) if folds.hash == folds_hash else []
 
 
 def _json(path: Path) -> Any:

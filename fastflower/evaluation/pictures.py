@@ -47,7 +47,8 @@ def thumbnails(home: Path, folds_hash: str, wanted: dict[int, set[int]]) -> dict
     """Row of folds.csv -> data URI, for `wanted` rows by fold; without betons of these folds there are none."""
     found: dict[int, str] = {}
     for fold, indices in wanted.items():
-        beton = _open(sets.beton_path(home, fold, "val"), folds_hash)
+        split = "val" if fold >= 0 else "train"  # -1: trained on in every fold
+        beton = _open(sets.beton_path(home, max(fold, 0), split), folds_hash)
         if beton is None:
             continue
         rows = np.flatnonzero(np.isin(beton.index, sorted(indices)))

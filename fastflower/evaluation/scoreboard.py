@@ -58,10 +58,13 @@ def block(data: Logits, alpha: float, bins: int, counts: np.ndarray, fit_on: str
 
 
 def calibrated(data: Logits, fit_on: str, alpha: float, bins: int) -> dict[str, Any]:
-    """The fitted temperature, NLL and ECE before and after it, and the interval of ECE after it."""
+    """The fitted temperature, NLL and ECE before and after it, and their intervals after it."""
     found = temperature.fit_set(data, fit_on, alpha, bins)
-    low, high = bootstrap(scores.softmax(data.logits / found["t"]), data.class_idx, bins)["ece"]
-    return {**found, "ece_after_low": low, "ece_after_high": high}
+    after = intervals(data.logits / found["t"], data.class_idx, bins)
+    ends = {
+        f"{name}_after_{side}": after[f"{name}_{side}"] for name in ("nll", "ece") for side in ("low", "high")
+    }
+    return {**found, **ends}
 
 
 def share(value: float, n: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ from fastflower.evaluation.oof import Logits, assemble, check_alike, fuse, load,
 from fastflower.evaluation.tables import named
 from fastflower.recipe import Recipe
 
+FORMAT = 2  # of scores.json; raised when what reads it would miss something
 ALWAYS = (
     "name",
     "backbone",
@@ -69,6 +70,7 @@ def summarise(
     whole = block(fused)
     t = whole["temperature"]["t"] if fit_on else 1.0
     return {
+        "format": FORMAT,
         "fastflower": fastflower.__version__,
         "exp": recipe.exp.name,
         "alpha": alpha,
@@ -94,6 +96,7 @@ def summarise(
             "weights": dict(zip(fused.about["of"], weights, strict=True)),
         },
         "robust_classes": scoreboard.by_class_and_corruption(fused),
+        "acceptance": [],
         "advice": [
             *(line for row in own for line in scoreboard.stored_advice(row)),
             *(

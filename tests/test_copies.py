@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastflower.data.conversion import PAIRS
+from fastflower.data.folds import Folds
+from fastflower.data.labels import write_csv
+from fastflower.evaluation import copies
+
+NAMES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+FOLDS = Folds(
+    NAMES, ["7", "7", "9", "7"], np.array([0, 0, 1, 0]), np.array([-1, 0, 1, 1]), np.arange(4), ["x"] * 4
+)
+
+
+def test_pairs_have_places_and_different_labels_come_first(tmp_path: Path) -> None:
+    path = tmp_path / "duplicates.csv"
+    assert copies.pairs(path, FOLDS) == []
+    rows = [("0", "b.jpg", "7", "a.jpg", "7", "3", "no"), ("1", "d.jpg", "7", "c.jpg", "9", "", "yes")]
+    write_csv(path, [dict(zip(PAIRS, row, strict=True)) for row in rows], PAIRS)
+    torn, near = copies.pairs(path, FOLDS)
+    assert torn["conflict"] and torn["identical"] and torn["bits"] is None
+    assert torn["category_ids"] == ["7", "9"] and torn["filenames"] == ["d.jpg", "c.jpg"]
+    assert torn["rows"] == [{"index": 3, "fold": 1}, {"index": 2, "fold": 1}]
+    assert not near["conflict"] and not near["identical"] and near["bits"] == 3
+    assert near["rows"][1] == {"index": 0, "fold": -1}
