@@ -282,8 +282,14 @@ def nearest(name: str) -> str:
     return next((path for path in places if os.path.exists(path)), places[0])
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Cores that this process may use: those it may run on, or fewer where a container has a share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit
+        with open(quota, encoding="ascii") as file:
+            share, period = map(int, file.read().split())
+        cores = min(cores, max(1, round(share / period)))
+    return cores
 
 
 def say(text: str, stream: Any = None) -> None:

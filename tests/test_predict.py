@@ -546,6 +546,124 @@ def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
     assert [row[1] for row in rows_of(Path("out.csv"))[1:] if "crash" in row[0]] == ["012"]
 
 
+def test_a_full_disk_keeps_the_old_table(code, monkeypatch):
+    Path("a.csv").write_text("old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        code.table.replace("a.csv", b"new")
+    assert Path("a.csv").read_text() == "old" and os.listdir() == ["a.csv"]
+
+
+def test_a_link_to_the_table_stays_a_link(run):
+    fill(1)
+    Path("real").mkdir()
+    Path("link.csv").symlink_to("real/table.csv")
+    assert run(csv_path="link.csv")[0] == 0
+    assert Path("link.csv").is_symlink() and len(rows_of(Path("real/table.csv"))) == 2
+
+
+def test_the_evaluator_may_read_the_table_whatever_the_umask(run):
+    fill(1)
+    before = os.umask(0o077)
+    try:
+        run()
+    finally:
+        os.umask(before)
+    assert Path("out/submission.csv").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_bytes_of_a_table(code):
+    table = code.table.Table(
+        [b"a,b.jpg", b"\xe9.jpg"], ["7", "012"], [0.25, 0.75], ["filename", "category_id", "confidence"]
+    )
+    table.fill([0], np.array([[2.0, 0.0]]))
+    assert table.text() == (b'filename,category_id,confidence\n"a,b.jpg",7,0.880797\n\xe9.jpg,012,0.750000\n')
+
+
+def test_a_gpu_that_does_not_work_leaves_the_work_to_the_cpu(code, exported, monkeypatch):
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    monkeypatch.setattr(code.networks, "choices", lambda _: [("cuda:9", True), ("cpu", False)])
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
+    assert str(networks.device) == "cpu" and not networks.half
+    assert len(networks.notes) == 1 and networks.notes[0].startswith("cuda:9 in half precision: ")
+
+
+def test_a_network_that_says_something_else_than_at_export_is_noticed(code, exported):
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description["members"][0]["expected"][0][1] += 0.5
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    assert any("another version of torch than at export?" in note for note in networks.notes)
+
+
+def test_threads_keep_to_the_cores_and_the_share_of_them(code, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48)))
+    Path("cpu.max").write_text("250000 100000\n")
+    assert code.predict.usable_cores("cpu.max") == 2
+    Path("cpu.max").write_text("max 100000\n")
+    assert code.predict.usable_cores("cpu.max") == 48 == code.predict.usable_cores("absent")
+
+
+def test_a_picture_that_vanishes_keeps_its_row(run, code, monkeypatch):
+    fill(3)
+    found = code.pictures.find
+
+    def find(folder):
+        names = found(folder)
+        os.unlink("test_dataset/001.jpg")
+        return names
+
+    monkeypatch.setattr(code.pictures, "find", find)
+    number, rows = run()
+    assert number == 0 and [row[0] for row in rows[1:]] == ["000.jpg", "001.jpg", "002.jpg"]
+    assert rows[2][1] == "012"
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
+    """However slow the networks, only a few batches are read ahead."""
+    waiting, most = 0, 0
+
+    def prepare(path, crops):
+        nonlocal waiting
+        waiting += 1
+        return [np.zeros((2, 2, 3), np.uint8)]
+
+    class Members:
+        device, bundle = torch.device("cuda"), {"crops": []}
+
+        def logits(self, pictures):
+            return np.zeros((len(pictures), 1, 1, 1), np.float32)
+
+    monkeypatch.setattr(code.pictures, "prepare", prepare)
+    table = code.table.Table([b"%d" % n for n in range(5000)], IDS, [1, 0, 0], ["filename", "category_id"])
+    for rows, _ in code.predict.predicted(Members(), b"", table, 2, 16):
+        waiting -= len(rows)
+        most = max(most, waiting)
+        table.known[rows] = True
+    assert table.done() == 5000 and most <= 3 * 16
+
+
+def test_two_runs_at_once_and_nobody_listening_leave_whole_tables(tmp_path, exported):
+    root = hand_in(tmp_path / "root", exported[0], 4)
+    words = f"{sys.executable} {root / 'code/predict.py'} --threads 1 >&- 2>&-"
+    runs = [subprocess.Popen(["sh", "-c", words]) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in runs] == [0, 0]
+    path = root / "results/results/submission.csv"
+    assert len(rows_of(path)) == 5 and len(os.listdir(path.parent)) == 2
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+    shutil.copytree(CODE, tmp_path / "code")
+    (tmp_path / "code/numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    done = subprocess.run([sys.executable, str(tmp_path / "code/predict.py")], capture_output=True, text=True)
+    assert done.stderr == (
+        "predict: No module named 'numpy'; needed are torch, numpy and pillow: pip install torch numpy pillow\n"
+    )
+
+
 def test_help_is_one_screen():
     done = subprocess.run(
         [sys.executable, str(CODE / "predict.py"), "--help"], capture_output=True, text=True
