@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastflower.bench import contenders
+from fastflower.bench import contenders, decoder
 from fastflower.bench.__main__ import main
-from fastflower.bench.contenders import CONTENDERS, STOCK, Pictures, photographs
+from fastflower.bench.contenders import CONTENDERS, STOCK
+from fastflower.bench.pictures import Pictures, photographs
 from fastflower.errors import InputError
 
 
@@ -29,20 +29,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "OpenCV linear",
-        "simplejpeg + OpenCV linear",
-        "DataLoader + PIL + torchvision",
-        *(n for n in CONTENDERS if "flower" in n),
-    ],
+    [n for n in CONTENDERS if not n.startswith(("ffcv", "libjpeg"))],
 )
-def test_contenders_see_every_picture(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    if name in contenders.NEEDS and not importlib.util.find_spec(contenders.NEEDS[name]):
-        pytest.skip(f"{contenders.NEEDS[name]} is not installed")
-    monkeypatch.setattr(contenders, "BATCH", 3)
-    epoch = CONTENDERS[name](Pictures(photographs(folder, 0), tmp_path), 24, 1)
+def test_contenders_see_every_picture(folder: Path, tmp_path: Path, name: str) -> None:
+    if module := contenders.missing(name):
+        pytest.skip(f"{module} is not installed")
+    epoch = CONTENDERS[name](Pictures(photographs(folder, 0), tmp_path, batch=3), 24, 1)
     for _ in range(2):
         batches = [batch["image"] if isinstance(batch, dict) else batch for batch in epoch()]
         assert [tuple(batch.shape) for batch in batches] == [(3, 24, 24, 3)] * 3
@@ -57,12 +49,23 @@ def test_limits_decode_every_picture(folder: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_words_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="bench: got speed, choose from loader"):
+    with pytest.raises(InputError, match="bench: got speed, choose from loader, decoder, predict, fuzz"):
         main(["speed"])
     with pytest.raises(InputError, match="bench: got nothing"):
         main([])
     with pytest.raises(InputError, match="no folder with JPEG files"):
         main(["loader", "--data", str(tmp_path)])
+
+
+def test_decoders_are_compared_on_the_same_crops(tmp_path: Path) -> None:
+    found = decoder.compare(decoder.digits()[:200], tmp_path, 24, epochs=3, seeds=2)
+    assert (found["train"], found["n"], found["seeds"]) == (160, 40, 2)
+    assert found["psnr_min"] > 40 and found["low"] <= found["difference"] <= found["high"]
+    assert min(found["fast"], found["exact"]) > 0.2  # of ten classes: it learns
+    with pytest.raises(InputError, match="an interval needs at least 2"):
+        decoder.main(["--seeds", "1"])
+    with pytest.raises(InputError, match=r"no train_labels.csv"):
+        decoder.main(["--data", str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -71,7 +74,9 @@ def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.Cap
     words = ["--size", "24", "--threads", "1", "--rounds", "2", "--only", "raw"]
     main(["loader", "--data", str(folder), *words, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["contender"] for row in rows] == [STOCK, "ffcv raw 512", "fastflower pre-scaled raw"]
+    assert [row["contender"] for row in rows[:-1]] == [STOCK, "ffcv raw 512", "fastflower pre-scaled raw"]
+    start = rows.pop()
+    assert 0 < start["torch_s"] < start["warm_s"] < start["cold_s"] < 60
     assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and all(row["images_per_s"] > 0 for row in rows)
     assert all(row["size"] == 24 and row["threads"] == 1 and row["first_batch_s"] > 0 for row in rows)
     assert "fastflower pre-scaled raw" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastflower import runs
-from fastflower.bench.contenders import photographs
+from fastflower.bench.pictures import photographs
 from fastflower.bench.predict import CLASSES, prepared
 from fastflower.errors import InputError
 from fastflower.evaluation import bare

@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from fastflower import runs
-from fastflower.bench.contenders import CONTENDERS, STOCK, Epoch, Pictures, photographs, taking_part
+from fastflower.bench.contenders import CONTENDERS, STOCK, taking_part
+from fastflower.bench.pictures import Epoch, Pictures, photographs
+from fastflower.bench.startup import process_start, starts
 from fastflower.errors import InputError
 
 
@@ -58,6 +60,18 @@ def main(argv: list[str]) -> int | None:
                 for row in found:
                     row |= _fresh(row["contender"], args, pictures, size, threads)
                 show(found)
+        beton = pictures.beton("original", 0).path
+        start = {
+            "contender": "fastflower, start of both loaders",
+            "size": args.size[0],
+            **starts(beton, args.size[0]),
+        }
+        print(
+            f"\nfirst training and first evaluation batch, size {start['size']}, from process start: "
+            f"{start['warm_s']:.1f} s warm (importing torch takes {start['torch_s']:.1f} s of it), "
+            f"{start['cold_s']:.1f} s cold"
+        )
+        rows.append(start)
     if args.json:
         runs.write_json(args.json, rows)
     return None
@@ -109,7 +123,7 @@ def probe(name: str, pictures: Pictures, size: int, threads: int) -> dict[str, f
     """Seconds from process start to the first batch, and peak memory after one epoch."""
     batches = iter(CONTENDERS[name](pictures, size, threads)())
     next(batches)
-    first = time.time() - _process_start()
+    first = time.time() - process_start()
     for _ in batches:
         pass
     processes = ["self", *(str(child.pid) for child in multiprocessing.active_children())]
@@ -161,14 +175,3 @@ def _peak(process: str) -> float:
     """The most memory, in MB, that a process has held."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def _process_start() -> float:
-    """Unix time at which this process began, from /proc."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    boot = next(
-        int(line.split()[1])
-        for line in Path("/proc/stat").read_text().splitlines()
-        if line.startswith("btime")
-    )
-    return boot + ticks / os.sysconf("SC_CLK_TCK")

@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from fastflower import checkpoint, recipe, runs
-from fastflower.bench.contenders import photographs
+from fastflower.bench.pictures import photographs
 from fastflower.errors import InputError
 from fastflower.evaluation import bare, bundle
 from fastflower.model import backbones

@@ -1,0 +1,78 @@
+"""Start-up: seconds from process start to the first training and the first evaluation batch, in fresh processes.
+
+Warm: what the process reads has been read before. Cold: Python compiles every module again, and the files that
+the process maps were dropped from memory before, as far as no other process holds them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def starts(beton: Path, size: int, turns: int = 3) -> dict[str, float]:
+    """Medians of `turns` warm starts, and of as many cold ones; torch_s is what importing torch took of the warm."""
+    _start(beton, size)
+    warm = sorted((_start(beton, size) for _ in range(turns)), key=lambda found: found["both_s"])[turns // 2]
+    cold = []
+    for _ in range(turns):
+        with tempfile.TemporaryDirectory(prefix="fastflower-cold-") as nothing_compiled:
+            for file in [*warm["mapped"], str(beton)]:
+                _drop(Path(file))
+            cold.append(_start(beton, size, PYTHONPYCACHEPREFIX=nothing_compiled)["both_s"])
+    return {"warm_s": warm["both_s"], "torch_s": warm["torch_s"], "cold_s": sorted(cold)[turns // 2]}
+
+
+def process_start() -> float:
+    """Unix time at which this process began, from /proc."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _start(beton: Path, size: int, **environment: str) -> dict:
+    command = [sys.executable, "-m", "fastflower.bench.startup", str(beton), str(size)]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=True
+    )
+    found: dict = json.loads(done.stdout)
+    return found
+
+
+def _drop(file: Path) -> None:
+    if file.is_file():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _first_batches(path: Path, size: int) -> dict[str, object]:
+    before = time.perf_counter()
+    import torch  # noqa: F401
+
+    after = time.perf_counter()
+    import numpy as np
+
+    from fastflower.data.betons import open_beton
+    from fastflower.data.decode import Crop
+    from fastflower.data.loaders import EvalLoader, TrainLoader
+
+    beton = open_beton(path)
+    train = TrainLoader(
+        beton, lambda epoch: np.arange(beton.rows), 0, lambda epoch: min(64, beton.rows), lambda epoch: (size, size),
+        Crop(),
+    )  # fmt: skip
+    evaluation = EvalLoader(beton, 64, lambda: (size, size), 1.14, "bicubic")
+    for loader in (train, evaluation):
+        next(iter(loader))
+    seconds = time.time() - process_start()
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    return {"both_s": round(seconds, 2), "torch_s": round(after - before, 2), "mapped": sorted(mapped)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_first_batches(Path(sys.argv[1]), int(sys.argv[2]))))
