@@ -33,7 +33,7 @@ from fastflower.callbacks.record import Facts, member_meta
 from fastflower.callbacks.samples import COLUMNS, save_samples
 from fastflower.callbacks.saving import Saving, Stateful, Stop, parse_interval
 from fastflower.callbacks.scoring import CLEAN, CORRUPTED, Scoring
-from fastflower.data.augment import augment
+from fastflower.data.augment import augment, augment_pairs
 from fastflower.data.decode import Crop
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
@@ -219,7 +219,7 @@ def training(
         spin_dataloaders=False,  # spinning abandons an iterator for every past epoch
         max_duration=f"{d.epochs}ep",
         algorithms=[
-            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec)),
+            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec), fold.train.images == 2),
             Stages(recipe.seed, d, data.train.steps),
             Mix(recipe, len(counts), teacher.probabilities(recipe, fold, len(counts))),
             schedule,
@@ -256,7 +256,7 @@ def lr_sweep(recipe: Recipe, d: Derived, fold: FoldSet, machine: Machine) -> tup
         spin_dataloaders=False,
         max_duration=f"{recipe.lrfind.steps}ba",
         algorithms=[
-            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec)),
+            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec), fold.train.images == 2),
             Stages(recipe.seed, d, data.train.steps),
             Mix(recipe, len(counts), teacher.probabilities(recipe, fold, len(counts))),
             sweep,
@@ -376,7 +376,8 @@ def _averages(
             loader.cursor = lambda: (state.timestamp.epoch.value - 1, 0)
             for batch in itertools.islice(loader, SWA_BATCHES):
                 batch = state.device.batch_to_device(batch)
-                yield augment(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, paint)
+                change = augment_pairs if data.train.beton.images == 2 else augment
+                yield change(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, paint)
 
         first = min(d.epochs, math.floor(recipe.swa.start * d.epochs) + 1)
         averages["swa"] = Swa(network, first, classifier.shadows, batches)

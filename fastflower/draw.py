@@ -1,4 +1,4 @@
-"""python -m fastflower.draw eyes [rows=20000] [held_out=1000] [seed=0] [home=data/eyes]: draw a contest.
+"""python -m fastflower.draw eyes|pairs [rows=...] [held_out=...] [seed=0] [home=data/<kind>]: make a contest.
 
 The same words draw the same pixels. Nothing is downloaded, and nothing that is there is replaced.
 """
@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from fastflower import errors
-from fastflower.data import eyes
+from fastflower.data import eyes, pairs
 from fastflower.errors import InputError
 
-KINDS = {"eyes": eyes.write}
+KINDS = {"eyes": eyes.write, "pairs": pairs.write}
 
 
 def main(argv: list[str]) -> int:

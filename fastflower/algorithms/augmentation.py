@@ -6,19 +6,21 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from fastflower.data.augment import augment
+from fastflower.data.augment import augment, augment_pairs
 from fastflower.recipe import Aug
 
 
 class DeviceAugment(Algorithm):
     """AFTER_DATALOADER: bring the batch to the device and augment its images, each by its own key.
 
-    "image" becomes float32 (B, 3, H, W) in 0..255, channels last. `fill` (3,) is what erasing paints.
+    "image" becomes float32 (B, 3, H, W) in 0..255, channels last. `fill` (3,) is what erasing paints. With `pairs`
+    the two halves of each image are augmented as the images they are.
     """
 
-    def __init__(self, aug: Aug, erase_p: float, fill: tuple[float, ...]) -> None:
+    def __init__(self, aug: Aug, erase_p: float, fill: tuple[float, ...], pairs: bool = False) -> None:
         self.aug = aug
         self.erase_p = erase_p
+        self.pairs = pairs
         self.fill = torch.tensor(fill, dtype=torch.float32)
 
     def match(self, event: Event, state: State) -> bool:
@@ -28,5 +30,6 @@ class DeviceAugment(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         batch = state.device.batch_to_device(state.batch)
         self.fill = self.fill.to(batch["image"].device)
-        images = augment(batch["image"], batch["key"], self.aug, self.erase_p, self.fill)
+        change = augment_pairs if self.pairs else augment
+        images = change(batch["image"], batch["key"], self.aug, self.erase_p, self.fill)
         state.batch = {**batch, "image": images}

@@ -78,6 +78,16 @@ def augment(images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Sequen
     return out
 
 
+def augment_pairs(
+    images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Sequence[float] | Tensor
+) -> Tensor:
+    """`augment` of two images that lie side by side (B, H, 2W, 3), each by a key of its own; (B, 3, H, 2W)."""
+    batch, both = len(images), images.shape[2]
+    halves = images.unflatten(2, (2, both // 2)).transpose(1, 2).flatten(0, 1)  # (2B, H, W, 3)
+    own = torch.stack([keys, seeding.mix_tensor(keys)], 1).flatten()
+    return torch.cat(augment(halves, own, aug, erase_p, fill).unflatten(0, (batch, 2)).unbind(1), 3)
+
+
 def _augment(images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Tensor) -> Tensor:
     x = _turn(images, keys, aug)
     x = _jitter(x, keys, aug)

@@ -29,7 +29,7 @@ Size = tuple[int, int]
 
 
 class TrainLoader:
-    """Training batches: image uint8 (B, h, w, 3), label, row and key int64 (B,).
+    """Training batches: image uint8 (B, h, w, 3), of pairs (B, h, 2w, 3), label, row and key int64 (B,).
 
     Epoch e draws `order(e)`, rows (N,) with repeats, cut to a multiple of the global batch; step t takes the
     t-th global batch of it, rank r every world-th image from r on. So batches are the same for any number of
@@ -90,8 +90,11 @@ class TrainLoader:
             positions = np.arange(first + self.rank, first + step, self.world)
             rows = order[positions]
             keys = seeding.row_keys(self.seed, epoch, positions, rows)
-            image = self._memory.images(per_rank, height, width)
-            decode_train(self.beton, rows, keys, image.numpy(), self.crop, self.threads)
+            decoded = []
+            for beton, own in sides(self.beton, keys):
+                decoded.append(self._memory.images(per_rank, height, width))
+                decode_train(beton, rows, own, decoded[-1].numpy(), self.crop, self.threads)
+            image = beside(decoded)
             yield {
                 "image": image,
                 "label": torch.from_numpy(self.beton.labels[rows]),
@@ -139,16 +142,30 @@ class EvalLoader:
             places = (step * self.batch_size + np.arange(self.batch_size)) * self.world + self.rank
             valid = places < self.beton.rows
             rows = np.where(valid, places, 0)
-            image = self._memory.images(self.batch_size, *size)
-            image[torch.from_numpy(~valid)] = 0
-            pixels = image.numpy()[: valid.sum()]
-            decode_eval(self.beton, rows[valid], pixels, self.factor, self.interpolation, self.threads)
+            decoded = []
+            for beton, _ in sides(self.beton):
+                decoded.append(self._memory.images(self.batch_size, *size))
+                decoded[-1][torch.from_numpy(~valid)] = 0
+                pixels = decoded[-1].numpy()[: valid.sum()]
+                decode_eval(beton, rows[valid], pixels, self.factor, self.interpolation, self.threads)
+            image = beside(decoded)
             yield {
                 "image": image,
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
                 "valid": torch.from_numpy(valid),
             }
+
+
+def sides(beton: Beton, keys: np.ndarray | None = None) -> list[tuple[Beton, np.ndarray]]:
+    """The images of a beton's rows, first and of pairs the second, with keys of their own (uint64, of each row)."""
+    keys = np.empty(0, np.uint64) if keys is None else keys
+    return [(beton, keys), (beton.second, seeding.mix(keys))] if beton.images == 2 else [(beton, keys)]
+
+
+def beside(images: list[torch.Tensor]) -> torch.Tensor:
+    """The two images of pairs side by side: uint8 (B, h, 2w, 3). One alone is left as it is."""
+    return images[0] if len(images) == 1 else torch.cat(images, 2)
 
 
 class _Memory:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastflower import runs
 from fastflower.errors import CorruptionError, InputError
+from fastflower.model import compare  # noqa: F401  (registers its networks with timm)
 
 Size = tuple[int, int]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

@@ -1,0 +1,127 @@
+"""Pairs: drawn ones, their batches, the networks that compare them, and their recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers.cbam import CbamModule
+
+from fastflower import convert, derived, draw, seeding, train
+from fastflower import recipe as recipes
+from fastflower.data.augment import augment, augment_pairs
+from fastflower.data.decode import Crop, decode_eval, decode_train
+from fastflower.data.loaders import EvalLoader, TrainLoader
+from fastflower.data.sets import open_fold
+from fastflower.errors import InputError
+from fastflower.model.backbones import build_backbone, profile
+from fastflower.model.compare import FEATURES, FUSIONS, CompareNet
+from fastflower.runs import Run, read_events
+
+SMALL = ["exp.name=pairs", "data.workers=1", "sched.cosine_epochs=1", "train.batch_per_gpu=16"]
+
+
+@pytest.fixture
+def recipe(repo: Path) -> recipes.Recipe:
+    """pairs_small.yaml with a few pairs, converted."""
+    draw.main(["pairs", "rows=64", "held_out=24"])
+    words = [str(repo / "recipes/pairs_small.yaml"), *SMALL]
+    convert.main(words)
+    return recipes.parse_command(words)
+
+
+def test_drawn_pairs_agree_in_half_and_share_no_image_between_parts():
+    draw.main(["pairs", "rows=300", "held_out=100", "seed=3", "home=one"])
+    draw.main(["pairs", "rows=300", "held_out=100", "seed=3", "home=other"])
+    seen = {}
+    for part, rows in (("train", 300), ("val", 100), ("test", 100)):
+        made, again = np.load(f"one/{part}.npz"), np.load(f"other/{part}.npz")
+        assert made["xa"].shape == made["xb"].shape == (rows, 32, 32) and made["xa"].dtype == np.uint8
+        assert made["y"].sum() == rows / 2
+        assert all(np.array_equal(made[name], again[name]) for name in ("xa", "xb", "y"))
+        assert not (made["xa"] == made["xb"]).all((1, 2)).any()
+        seen[part] = {image.tobytes() for name in ("xa", "xb") for image in made[name]}
+    assert not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+    with pytest.raises(InputError, match="not empty"):
+        draw.main(["pairs", "home=one"])
+
+
+def test_batches_hold_both_images_side_by_side(recipe):
+    fold = open_fold(recipe, 0)
+    assert (fold.train.rows, fold.val.rows, fold.train.images) == (64, 24, 2)
+    rows, out = np.arange(8), np.empty((8, 16, 16, 3), np.uint8)
+    (batch, *_) = EvalLoader(fold.val, 8, lambda: (16, 16), 1.0, "bilinear", threads=1)
+    for beton, half in zip((fold.val, fold.val.second), batch["image"].chunk(2, 2), strict=True):
+        decode_eval(beton, rows, out, 1.0, "bilinear", 1)
+        assert np.array_equal(half.numpy(), out)
+    crop = Crop((0.5, 1.0), (1, 1), 0.5)
+    (batch, *_) = TrainLoader(
+        fold.train, lambda epoch: np.arange(64), 1, lambda epoch: 8, lambda epoch: (16, 16), crop, threads=1
+    )
+    keys = batch["key"].numpy().view(np.uint64)
+    halves = zip(
+        (fold.train, fold.train.second), (keys, seeding.mix(keys)), batch["image"].chunk(2, 2), strict=True
+    )
+    for beton, own, half in halves:
+        decode_train(beton, rows, own, out, crop, 1)
+        assert np.array_equal(half.numpy(), out)
+
+
+def test_the_halves_are_augmented_as_the_images_they_are():
+    images = torch.randint(0, 256, (5, 12, 20, 3), dtype=torch.uint8)
+    keys, aug = torch.arange(5) * 977, recipes.load(None, ["aug.photometric_p=0.5"]).aug
+    got = augment_pairs(images, keys, aug, 0.3, (1.0, 2.0, 3.0))
+    first = augment(images[:, :, :10].contiguous(), keys, aug, 0.3, (1.0, 2.0, 3.0))
+    second = augment(images[:, :, 10:].contiguous(), seeding.mix_tensor(keys), aug, 0.3, (1.0, 2.0, 3.0))
+    assert torch.equal(got, torch.cat([first, second], 3))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_fusions_are_their_formulas(fusion):
+    network = CompareNet([1, 1, 1], fusion, cbam=False, width=0.25).eval()
+    pairs = torch.randn(3, 3, 16, 32)
+    with torch.no_grad():
+        got = network(pairs)
+        a, b = network.embed(pairs[..., :16]), network.embed(pairs[..., 16:])
+    want = {
+        "concat": torch.cat([a, b], 1), "difference": a - b, "distance": (a - b).abs(), "product": a * b,
+        "square": (a - b) ** 2, "adaptive": torch.cat([a, b, a - b, (a - b).abs(), a * b, (a - b) ** 2], 1),
+    }[fusion]  # fmt: skip
+    torch.testing.assert_close(got, want)
+    if network.shares is not None:
+        network.shares.data = torch.tensor([5.0, 0, 0, 0, 0, 0])
+        with torch.no_grad():
+            terms = network(pairs).unflatten(1, (6, FEATURES))
+        assert (terms[:, 0] / a).mean() == pytest.approx(6 * torch.softmax(network.shares, 0)[0].item())
+
+
+def test_recipes_name_layers_fusion_attention_and_width():
+    sizes = {}
+    for variant in ("222", "333", "222_cbam", "222_w75", "222_w112", "222_w125"):
+        name = variant.replace("222", "compare_resnet222_concat").replace("333", "compare_resnet333_concat")
+        network, _ = build_backbone(name, [(28, 28)])
+        assert profile(name, [(28, 28)]).features == 2 * FEATURES
+        assert sum(isinstance(module, CbamModule) for module in network.modules()) == 3 * ("cbam" in name)
+        sizes[variant] = sum(p.numel() for p in network.parameters())
+    assert sizes["222_w75"] < sizes["222"] < sizes["222_w112"] < sizes["222_w125"]
+    assert sizes["222"] < sizes["222_cbam"] < sizes["333"]
+    assert timm.is_model("compare_resnet333_adaptive_cbam_w112")
+
+
+def test_the_recipe_is_the_seeds(repo):
+    r = recipes.load(repo / "recipes/pairs.yaml")
+    assert (r.opt.lr, r.opt.weight_decay, r.opt.name, r.train.batch_per_gpu) == (1e-3, 5e-4, "adamw", 64)
+    assert (r.sched.name, r.sched.monitor, r.sched.factor, r.sched.patience) == ("plateau", "score", 0.5, 3)
+    assert (r.loss.name, r.loss.focal_gamma, r.reg.ls_eps, r.es.patience) == ("focal", 2.0, 0.0, 5)
+    assert derived.derive(r, 1).epochs == 100 and r.aug.hflip_p == 0 and not r.tta.hflip
+
+
+def test_the_recipe_trains(recipe, repo):
+    assert train.main([str(repo / "recipes/pairs_small.yaml"), *SMALL]) == 0
+    run = Run("pairs", recipe.model.backbone, 0, 42)
+    (row,) = [row for row in read_events(run.events) if row["event"] == "epoch"]
+    assert 0 <= row["clean_raw"] <= 1 and 0 <= row["f1_raw"] <= 1
+    assert len(run.files("best_clean")) == 1
