@@ -20,10 +20,21 @@ import pytest
 from PIL import Image
 
 from fastflower import convert, recipe
-from fastflower.data import conversion, corruptions, folds, pixels, sets, sources, spool
+from fastflower.data import (
+    assembly,
+    conversion,
+    corruptions,
+    folds,
+    pixels,
+    sets,
+    sources,
+    spool,
+    stores,
+    workers,
+)
 from fastflower.data.betons import open_beton
-from fastflower.data.decode import decode_eval
-from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.data.decode import decode_eval, decode_file
+from fastflower.errors import EnvironmentFault, InputError
 
 WORDS = ["data.img_size=32", "tta.scales=[32]", "data.n_splits=3", "data.workers=1"]  # stored side 36
 SIDE = 36
@@ -104,7 +115,7 @@ def test_rows_are_the_pictures(photographs: dict[str, bytes], store: str) -> Non
         beton = open_beton(path)
         combos = beton.manifest["combos"] or [None]
         for row, index in enumerate(beton.index):
-            want = np.asarray(pixels.stored(pixels.decode(photographs[names[index]])[0], SIDE))
+            want = np.asarray(pixels.stored(pixels.decode(photographs[names[index]]), SIDE))
             combo = combos[row * len(combos) // beton.rows]
             if combo:
                 want = corruptions.corrupt(want, *combo, corruptions.image_key(names[index]))
@@ -130,13 +141,13 @@ def test_each_file_is_read_once_and_encoded_once(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    for module, name in ((sources, "read_bytes"), (spool, "decode"), (spool, "encode_jpeg")):
+    for module, name in ((sources, "read_bytes"), (spool, "decode_file"), (spool, "encode_jpeg")):
         real: Callable[..., object] = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
     run("data.store=jpeg", "data.n_splits=5", "robust.enabled=false")
     assert {name: seen.count(name) for name in set(seen)} == {
         "read_bytes": 18,
-        "decode": 18,
+        "decode_file": 18,
         "encode_jpeg": 17,
     }
     assert not list(Path("data/betons").glob("*val_corrupt*"))
@@ -224,11 +235,12 @@ def rotten(data: bytes) -> bytes:
         changed = data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
         try:
             pixels.decode(changed)
-            spool._refuse_flawed(changed)
-        except CorruptionError:
-            return changed
         except InputError:
             continue
+        try:
+            decode_file(changed, 48, 60, (48, 60))
+        except InputError:
+            return changed
     pytest.fail("no change of one byte makes libjpeg warn")
 
 
@@ -244,7 +256,7 @@ def test_all_bad_images_are_named_at_once(photographs: dict[str, bytes]) -> None
     assert said.endswith("; replace them, or use data.on_bad=skip")
     assert "\n" not in said
     assert not snapshot()
-    assert not Path("data/betons/.spool").exists()
+    assert not Path("data/.betons.new").exists()
 
 
 def test_bad_images_can_be_skipped(photographs: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,7 +319,7 @@ def test_odd_pictures_are_stored_upright_and_undistorted(photographs: dict[str, 
             sizes[table.filenames[index]] = (int(beton.heights[row]), int(beton.widths[row]))
             name = table.filenames[index]
             if name in odd:
-                want = pixels.stored(pixels.decode(odd[name])[0], SIDE)
+                want = pixels.stored(pixels.decode(odd[name]), SIDE)
                 assert np.array_equal(
                     pixels_of(Path(f"data/betons/fold{fold}_val.beton"), row), np.asarray(want)
                 )
@@ -360,7 +372,7 @@ def test_open_fold_refuses_what_does_not_belong_together(photographs: dict[str, 
 def test_two_conversions_at_once(photographs: dict[str, bytes]) -> None:
     run()
     before = snapshot()
-    with open("data/betons/.lock", "rb") as held:
+    with open("data/.convert.lock", "rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(EnvironmentFault, match=r"another convert \(process \d+\) is writing there"):
             run("data.img_size=48")
@@ -369,7 +381,7 @@ def test_two_conversions_at_once(photographs: dict[str, bytes]) -> None:
 
 def test_the_disk_is_asked_first(photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        conversion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+        stores.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
     )
     with pytest.raises(
         EnvironmentFault, match=r"needs about .* MB, 0.0 MB are free; free the disk, move data.home, or"
@@ -386,7 +398,7 @@ def test_the_store_follows_memory(
     memory: int,
     store: str,
 ) -> None:
-    monkeypatch.setattr(conversion, "_memory", lambda: memory)
+    monkeypatch.setattr(stores, "memory", lambda: memory)
     run()
     assert re.search(
         rf"store: {store}, short side 36; .* of raw pixels a fold .*fit", capsys.readouterr().out
@@ -431,7 +443,7 @@ def test_a_full_disk_stops_cleanly(photographs: dict[str, bytes], environment: d
     assert re.search(rb"fastflower: .*cannot write \(File too large\); free the disk", done.stderr)
     assert done.stderr.count(b"\n") == 1
     assert not list(Path("data/betons").glob("fold*"))
-    assert not list(Path("data/betons").rglob("*spool*"))
+    assert not list(Path("data").rglob("*spool*"))
 
 
 def test_a_killed_worker_ends_the_conversion(
@@ -440,7 +452,7 @@ def test_a_killed_worker_ends_the_conversion(
     parent = os.getpid()
     monkeypatch.setattr(spool, "CHUNK", 4)
     monkeypatch.setattr(
-        spool, "decode", lambda data: os.kill(os.getpid(), signal.SIGKILL if os.getpid() != parent else 0)
+        spool, "inspect", lambda data: os.kill(os.getpid(), signal.SIGKILL if os.getpid() != parent else 0)
     )
     with pytest.raises(
         EnvironmentFault, match=r"a worker process was killed, most likely for memory; lower data.workers"
@@ -451,38 +463,110 @@ def test_a_killed_worker_ends_the_conversion(
 
 def test_a_silent_worker_is_given_up(photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "CHUNK", 4)
-    monkeypatch.setattr(spool, "PATIENCE", 0.3)
-    monkeypatch.setattr(spool, "decode", lambda data: time.sleep(600))
-    with pytest.raises(EnvironmentFault, match=r"no image finished within 0 s; check the disk"):
+    monkeypatch.setattr(workers, "PATIENCE", 0.3)
+    monkeypatch.setattr(spool, "inspect", lambda data: time.sleep(600))
+    with pytest.raises(EnvironmentFault, match=r"nothing finished within 0 s; check the disks"):
         run("data.workers=2")
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing but `finally` runs, and what those do, a next run must do as well."""
+STEPS = ("replace", "rename", "link", "unlink")  # what changes names on the disk
 
 
-@pytest.mark.parametrize("step", [0, 1, 4, 8])
-def test_a_kill_between_any_two_betons_leaves_whole_files(
-    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    run("data.home=want")
-    real, calls = conversion.BetonWriter.commit, []
+def killed_at(step: int, *words: str, steps: tuple[str, ...] = STEPS) -> bool:
+    """Convert in a child that dies like a killed process just before its `step`-th change; whether it came so far."""
+    child = os.fork()
+    if not child:
+        count = iter(range(step + 1, -1, -1))
 
-    def commit(writer: conversion.BetonWriter, manifest: dict[str, object]) -> None:
-        calls.append(writer.path)
-        if len(calls) > step:
-            raise Killed
-        real(writer, manifest)
+        def counted(real: Callable[..., object]) -> Callable[..., object]:
+            return lambda *a, **k: real(*a, **k) if next(count) else os._exit(9)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(conversion.BetonWriter, "commit", commit)
-        with pytest.raises(Killed):
-            run()
-    assert len(list(Path("data/betons").glob("fold*.beton"))) == step
-    for path in Path("data/betons").glob("fold*.beton"):
-        open_beton(path).verify()
-    run()
+        try:
+            for name in steps:
+                setattr(os, name, counted(getattr(os, name)))
+            assembly._exchange = counted(assembly._exchange)  # type: ignore[assignment]
+            with open(os.devnull, "w") as sys.stdout:
+                run(*words)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+SMALLER = ["data.group=none", "data.img_size=16", "tta.scales=[16]", "data.n_splits=2", "robust.kinds=[blur]"]
+
+
+def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new_one(photographs: dict[str, bytes]) -> None:
+    label([(name, k % 2) for k, name in enumerate(list(photographs)[:8])])
+    run(*SMALLER)
+    old, kept = snapshot(), recipe.load(None, [*WORDS, *SMALLER])
+    run(*SMALLER, "robust.level=medium", "data.home=want")
+    changed, step, seen = ["robust.level=medium"], 0, set()
+    while killed_at(step, *SMALLER, *changed):
+        now = snapshot()
+        seen.add(now == old)
+        if now == old:
+            for fold in (0, 1):
+                opened = sets.open_fold(kept, fold)
+                assert opened.val_corrupt is not None
+                for beton in (opened.train, opened.val, opened.val_corrupt):
+                    beton.verify()
+        else:
+            assert now == snapshot("want")
+            break
+        step += 1
+    assert step > 15 and seen == {True, False}
+    run(*SMALLER, *changed)
     assert snapshot() == snapshot("want")
+    assert not list(Path("data").glob(".betons.*"))
+
+
+def test_a_kill_at_any_moment_of_the_first_conversion_is_made_good(photographs: dict[str, bytes]) -> None:
+    label([(name, k % 2) for k, name in enumerate(list(photographs)[:8])])
+    words = [*SMALLER, "data.split=ratio", "robust.enabled=false"]
+    run(*words, "data.home=want")
+    step = 0
+    while killed_at(step, *words):
+        assert not list(Path("data/betons").glob("*")) or snapshot() == snapshot("want")
+        if step % 4 == 0:
+            run(*words)
+            assert snapshot() == snapshot("want")
+        shutil.rmtree("data/betons", ignore_errors=True)
+        for path in {*Path("data").glob("*.csv")} - {Path("data/train_labels.csv")}:
+            path.unlink()
+        step += 1
+    assert step > 12
+
+
+def test_where_folders_cannot_be_exchanged_the_old_set_comes_back(
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(*SMALLER)
+    old = snapshot()
+    monkeypatch.setattr(assembly, "_exchange", lambda one, other: False)
+    step = 0
+    while killed_at(step, *SMALLER, "robust.level=medium", steps=("rename",)):
+        if not Path("data/betons").exists():
+            run(*SMALLER)  # the next conversion puts the old set back and finds it up to date
+            assert snapshot() == old
+            break
+        step += 1
+    else:
+        pytest.fail("was never killed between the two renames")
+    run(*SMALLER, "robust.level=medium")
+    assert snapshot() != old
+
+
+def test_betons_may_be_a_link_to_another_disk(photographs: dict[str, bytes]) -> None:
+    Path("fast").mkdir()
+    Path("data/betons").symlink_to("../fast/flowers")
+    for level in ("low", "medium"):
+        run(*SMALLER, f"robust.level={level}")
+        assert Path("data/betons").is_symlink()
+        assert Path("fast/flowers/fold0_train.beton").is_file()
+    assert [path.name for path in Path("fast").iterdir()] == ["flowers"]
 
 
 def test_sigkill_while_encoding_leaves_nothing_behind(
@@ -493,19 +577,19 @@ def test_sigkill_while_encoding_leaves_nothing_behind(
     label([(p.name, k % 3) for k, p in enumerate(sorted(Path("data/train").iterdir()))])
     with subprocess.Popen(command("data.workers=2"), env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not list(Path("data/betons").glob(".spool/spool-*")) and time.monotonic() < deadline:
+        while not list(Path("data").glob(".betons.new/.spool/spool-*")) and time.monotonic() < deadline:
             time.sleep(0.005)
-        workers = [int(p.name.split("-")[1]) for p in Path("data/betons/.spool").iterdir()]
+        pids = [int(p.name.split("-")[1]) for p in Path("data/.betons.new/.spool").iterdir()]
         process.kill()
-    assert workers
+    assert pids
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not list(Path("data/betons").glob("fold*"))
     label([(name, [164, 9, 10][k % 3]) for k, name in enumerate(photographs)])
     run()
-    assert not Path("data/betons/.spool").exists()
+    assert not Path("data/.betons.new").exists()
 
 
 def test_progress_says_speed_and_time_left(

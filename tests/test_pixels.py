@@ -52,10 +52,9 @@ def test_orientation_is_applied_once(turn: int) -> None:
     }[turn]
     exif = Image.Exif()
     exif[pixels.ORIENTATION] = turn
-    image, plain = pixels.decode(encoded(Image.fromarray(np.ascontiguousarray(lying)), "PNG", exif=exif))
+    image = pixels.decode(encoded(Image.fromarray(np.ascontiguousarray(lying)), "PNG", exif=exif))
     assert np.array_equal(np.asarray(image), upright)
-    assert not plain
-    assert pixels.decode(encoded(picture(), exif=exif))[1] is (turn == 1)
+    assert (pixels.inspect(encoded(picture(), exif=exif)).turn is None) is (turn == 1)
 
 
 @pytest.mark.parametrize("block", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0"])
@@ -93,11 +92,11 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 def test_only_grey_and_rgb_jpegs_keep_their_bytes() -> None:
-    assert pixels.decode(encoded(picture()))[1]
-    assert pixels.decode(encoded(picture().convert("L")))[1]
-    assert pixels.decode(encoded(picture(), progressive=True))[1]
-    assert not pixels.decode(encoded(picture().convert("CMYK")))[1]
-    assert not pixels.decode(encoded(picture(), "PNG"))[1]
+    assert pixels.inspect(encoded(picture())).jpeg
+    assert pixels.inspect(encoded(picture().convert("L"))).jpeg
+    assert pixels.inspect(encoded(picture(), progressive=True)).jpeg
+    assert not pixels.inspect(encoded(picture().convert("CMYK"))).jpeg
+    assert not pixels.inspect(encoded(picture(), "PNG")).jpeg
 
 
 def test_every_cut_is_detected() -> None:
@@ -210,6 +209,6 @@ def test_the_predictor_reads_the_same_pixels(repo: Path) -> None:
     for data in odd:
         Path("odd").write_bytes(data)
         theirs = pictures.read(b"odd")
-        ours = pixels.decode(data)[0]
+        ours = pixels.decode(data)
         assert np.array_equal(np.asarray(theirs), np.asarray(ours))
         assert np.array_equal(np.asarray(pictures.stored(theirs, 50)), np.asarray(pixels.stored(ours, 50)))

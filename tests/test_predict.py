@@ -161,7 +161,7 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
     files = odd_pictures(folder)
     with BetonWriter(tmp_path / "val.beton", len(files)) as writer:
         for row, file in enumerate(files):
-            image, _ = pixels.decode(file.read_bytes())
+            image = pixels.decode(file.read_bytes())
             writer.raw(np.array(pixels.stored(image, 146)), 0, row)
         writer.commit({})
     beton = open_beton(tmp_path / "val.beton")

@@ -1,4 +1,4 @@
-"""Measurements on this machine: `python -m fastflower.bench loader|decoder|predict|fuzz [--help]`."""
+"""Measurements on this machine: `python -m fastflower.bench loader|decoder|convert|predict|fuzz [--help]`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 
 from fastflower import errors
 
-BENCHES = ("loader", "decoder", "predict", "fuzz")
+BENCHES = ("loader", "decoder", "convert", "predict", "fuzz")
 
 
 def main(argv: list[str]) -> int | None:

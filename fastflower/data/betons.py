@@ -55,12 +55,13 @@ def manifest_path(path: Path) -> Path:
 
 
 class Picture(NamedTuple):
-    """An encoded image: JPEG or RAW, its bytes, height and width."""
+    """An encoded image: JPEG or RAW, its bytes, height, width, and the CRC-32 of the bytes where it is known."""
 
     mode: int
     data: bytes | memoryview
     height: int
     width: int
+    crc: int | None = None
 
 
 def metadata_type(images: int) -> np.dtype:
@@ -165,7 +166,7 @@ class BetonWriter:
 
     def _append(self, row: int, picture: Picture) -> int:
         """Write an image's bytes; returns where they begin."""
-        _, data, height, width = picture
+        _, data, height, width, crc = picture
         size = len(data)
         if not (0 < height < 1 << 16 and 0 < width < 1 << 16) or not 0 < size <= LARGEST_PAGE:
             raise InputError(
@@ -183,7 +184,7 @@ class BetonWriter:
             self.discard()
             raise self._refusal(error) from None
         self._allocation[len(self._crc)] = (row, start, size)
-        self._crc.append(zlib.crc32(data))
+        self._crc.append(zlib.crc32(data) if crc is None else crc)
         self._offset = start + size
         return start
 
@@ -270,9 +271,13 @@ class Beton:
             gap, data = self.data[before[part] : starts[part]], self.data[starts[part] : ends[part]]
             return zlib.crc32(data.data) != self.manifest["crc"][part] or bool(gap.any())
 
+        def first_damaged(span: range) -> int | None:
+            return next((part for part in span if damaged(part)), None)
+
+        spans = [range(at, min(at + 256, len(starts))) for at in range(0, len(starts), 256)]
         with ThreadPoolExecutor(threads) as pool:
-            for part, bad in enumerate(pool.map(damaged, range(len(starts)), chunksize=64)):
-                if bad:
+            for part in pool.map(first_damaged, spans):
+                if part is not None:
                     row = part // self.images
                     raise self.damage(row, "its bytes have changed since convert wrote them")
         if ends[-1] != self._allocation_start:

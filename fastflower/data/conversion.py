@@ -1,7 +1,7 @@
 """Conversion: from labels and photographs to folds and one set of betons for each fold.
 
-Every image is read, decoded and encoded once, into a spool; the betons of all folds are assembled from it.
-Betons are put in place one by one, whole or not at all; their manifests tell a training whether they belong together.
+Every image is read, decoded and encoded once, into a spool; the betons of all folds are assembled from it, beside
+the set in place, and exchanged for it when all of them are finished.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastflower.data import decode, duplicates, sets, spool
-from fastflower.data.betons import BetonWriter, manifest_path
+from fastflower.data import assembly, decode, duplicates, sets, spool
+from fastflower.data.betons import BetonWriter
 from fastflower.data.folds import (
     Folds,
     candidates,
@@ -32,14 +32,10 @@ from fastflower.data.folds import (
 )
 from fastflower.data.labels import SHOWN, LabelTable, class_stats, write_classes
 from fastflower.data.sources import Source, open_unlabelled
+from fastflower.data.stores import choose_store
 from fastflower.data.tables import shown, write_csv
-from fastflower.derived import fold_count
 from fastflower.errors import EnvironmentFault, InputError
 from fastflower.recipe import Recipe
-
-SAMPLE = 200  # files whose headers are read to estimate sizes
-JPEG_BYTES = 0.5  # a pixel at quality 95 without chroma subsampling, measured on photographs
-MARGIN = 1.1  # on the estimate, when the disk is asked for room
 
 
 @dataclass(frozen=True)
@@ -55,14 +51,15 @@ class Converted:
 
 
 def convert(recipe: Recipe, table: LabelTable) -> Converted:
-    """Make what is missing of classes.csv, folds.csv and the betons of every fold; prints what it does.
+    """Make classes.csv, folds.csv and the betons of every fold, as far as they are missing; prints what it does.
 
-    InputError for unreadable images (all of them) and for labels that no longer match folds.csv; EnvironmentFault
-    for a full disk, a killed worker, or another conversion to the same place.
+    Nothing is in place before all of it is. InputError for unreadable images (all of them) and for labels that no
+    longer match folds.csv; EnvironmentFault for a full disk, a killed worker, or another conversion to the same place.
     """
     start, home = time.monotonic(), Path(recipe.data.home)
     unlabelled = _look_unlabelled(recipe) if recipe.data.unlabelled else None
-    with _locked(home):
+
+    with _locked(home), assembly.new_set(home) as aside:
         folds = None
         if (home / "folds.csv").exists():
             folds, table = load_folds(home, table, recipe)
@@ -70,25 +67,30 @@ def convert(recipe: Recipe, table: LabelTable) -> Converted:
                 made = sets.settings(recipe, store)
                 wanted = _manifests(made, table, folds)
                 wanted += [unlabelled.manifest(made)] if unlabelled else []
-                if all(sets.is_current(home, one) for one in wanted):
+                if all(sets.is_current(home / "betons", one) for one in wanted):
                     return Converted(table, folds, made, _bytes(home), time.monotonic() - start, True)
-        made = sets.settings(recipe, _choose_store(recipe, table, home))
+        made = sets.settings(recipe, choose_store(recipe, table, home))
         validating = folds.fold >= 0 if folds else candidates(table, recipe)
         hashing = folds is None and _hashing(recipe, table, made["stored_side"])
-        with _encoded(recipe, table.source, table.filenames, validating, made, home, hashing) as images:
+        with _encoded(recipe, table.source, table.filenames, validating, made, aside, hashing) as images:
             table, good = _without_bad(recipe, table, images, folds, home)
+            pairs = None
             if folds is None:
-                folds = _new_folds(recipe, table, images, good, home)
+                folds, pairs = _new_folds(recipe, table, images, good)
             elif folds.sha256 != images.sha256:
                 _refuse_changed(folds, images, home)
-            write_classes(home / "classes.csv", table)
-            write_csv(home / "class_stats.csv", class_stats(table))
             for fold in folds.numbers:
                 check_leaks(folds, fold)
-            _write_betons(home, made, table, folds, images, good)
-        if unlabelled and not sets.is_current(home, unlabelled.manifest(made)):
-            _convert_unlabelled(recipe, unlabelled, made, home)
-        _drop_others(home, recipe, made, folds)
+            wanted = [one for one in _manifests(made, table, folds) if not assembly.keep(home, aside, one)]
+            assembly.write_betons(aside, wanted, folds, images, good, decode.cores(recipe.data.workers))
+        if unlabelled and not assembly.keep(home, aside, unlabelled.manifest(made)):
+            _convert_unlabelled(recipe, unlabelled, made, home, aside)
+        write_classes(home / "classes.csv", table)
+        write_csv(home / "class_stats.csv", class_stats(table))
+        if pairs is not None:
+            write_csv(home / "duplicates.csv", pairs, PAIRS)
+            save_folds(home / "folds.csv", folds)
+        assembly.put_in_place(home, aside)
         return Converted(table, folds, made, _bytes(home), time.monotonic() - start, False)
 
 
@@ -113,10 +115,12 @@ def _look_unlabelled(recipe: Recipe) -> Unlabelled:
     return Unlabelled(source, names, np.array([size for _, size, _ in looks], np.int64))
 
 
-def _convert_unlabelled(recipe: Recipe, found: Unlabelled, made: dict[str, Any], home: Path) -> None:
+def _convert_unlabelled(
+    recipe: Recipe, found: Unlabelled, made: dict[str, Any], home: Path, aside: Path
+) -> None:
     """One beton of images without labels (-1), whose order unlabelled.csv says."""
     n = len(found.names)
-    with _encoded(recipe, found.source, found.names, np.zeros(n, bool), made, home, False) as images:
+    with _encoded(recipe, found.source, found.names, np.zeros(n, bool), made, aside, False) as images:
         good = [row for row in range(n) if not images.problems[row]]
         bad = [(found.names[row], "", images.problems[row]) for row in range(n) if images.problems[row]]
         if bad and not (recipe.data.on_bad == "skip" and good):
@@ -124,7 +128,9 @@ def _convert_unlabelled(recipe: Recipe, found: Unlabelled, made: dict[str, Any],
         if bad:
             write_skipped(home / "unlabelled_skipped.csv", bad)
             print(f"skipped {len(bad)} unreadable images; {home / 'unlabelled_skipped.csv'} has the list")
-        with BetonWriter(sets.beton_path(home, -1, sets.UNLABELLED), len(good), found.source.count) as writer:
+        with BetonWriter(
+            aside / sets.beton_name(-1, sets.UNLABELLED), len(good), found.source.count
+        ) as writer:
             for position, row in enumerate(good):
                 writer.append(-1, position, *images.read(row, spool.TRAIN))
             rows = [{"filename": found.names[row], "sha256": images.sha256[row]} for row in good]
@@ -143,10 +149,9 @@ def _manifests(made: dict[str, Any], table: LabelTable, folds: Folds) -> list[di
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
     """One conversion at a time; the kernel drops the lock of a killed one."""
-    folder = home / "betons"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        home.mkdir(parents=True, exist_ok=True)
+        handle = os.open(home / ".convert.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise EnvironmentFault(
             f"data.home = {home}: cannot write there ({error.strerror}); choose another"
@@ -157,7 +162,7 @@ def _locked(home: Path) -> Iterator[None]:
         except BlockingIOError:
             owner = os.pread(handle, 64, 0).decode("ascii", "replace").strip() or "?"
             raise EnvironmentFault(
-                f"{folder}: another convert (process {owner}) is writing there; wait for it or choose another data.home"
+                f"{home}: another convert (process {owner}) is writing there; wait for it or choose another data.home"
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
@@ -179,12 +184,11 @@ def _encoded(
     names: list[str],
     validating: np.ndarray,
     made: dict[str, Any],
-    home: Path,
+    aside: Path,
     hashing: bool,
 ) -> Iterator[spool.Spool]:
-    """The pass over the images; its spool is gone afterwards, and what a killed run left before."""
-    folder = home / "betons" / ".spool"
-    shutil.rmtree(folder, ignore_errors=True)
+    """The pass over the images; its spool lies in `aside` and is gone afterwards."""
+    folder = aside / ".spool"
     folder.mkdir()
     workers = decode.cores(recipe.data.workers)
     encoding = spool.Encoding(
@@ -227,74 +231,6 @@ def _hashing(recipe: Recipe, table: LabelTable, side: int) -> bool:
     return on
 
 
-def _choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
-    """raw or jpeg by memory and disk; refuses what the disk cannot hold. Sizes are estimates from a few headers."""
-    side, memory, free = sets.stored_side(recipe), _memory(), shutil.disk_usage(home).free
-    kinds = len(sets.settings(recipe, "")["combos"])
-    one_raw, one_jpeg, kept = _mean_bytes(table, side)
-    n, count, held_out = len(table), fold_count(recipe), int(candidates(table, recipe).sum())
-    in_use = one_raw * (n + held_out / count * kinds)
-    corrupt = held_out * kinds
-    # the spool holds each image once, the betons each image once a fold
-    disk = {
-        "raw": one_raw * (n * (count + 1) + 2 * corrupt),
-        "jpeg": one_jpeg * (n * (count + 1) + 2 * corrupt) + (0 if kept else 2 * one_raw) * held_out,
-    }
-    store = recipe.data.store
-    why = "as data.store says"
-    if table.source.numbers:  # they stay what they are
-        if store == "jpeg":
-            raise InputError(
-                f"data.store = jpeg: {recipe.data.root} holds numbers, not JPEGs; use auto or raw"
-            )
-        store, why = "raw", "as the images are numbers"
-    if store == "auto":
-        share = recipe.data.raw_share
-        fits = in_use <= share * memory and disk["raw"] <= share * free
-        store = "raw" if fits else "jpeg"
-        why = (
-            f"{_size(in_use)} of raw pixels a fold {'fit' if fits else 'and the files of all folds do not fit'} "
-            f"in {share:.0%} of memory ({_size(memory)}) and free disk ({_size(free)})"
-        )
-    print(f"store: {store}, short side {side}; {why}; about {_size(disk[store])} on disk while converting")
-    if disk[store] * MARGIN > free:
-        raise EnvironmentFault(
-            f"{home}: converting needs about {_size(disk[store] * MARGIN)}, {_size(free)} are free; "
-            "free the disk, move data.home, or "
-            + ("use data.store=jpeg" if store == "raw" else "lower data.n_splits")
-        )
-    return store
-
-
-def _mean_bytes(table: LabelTable, side: int) -> tuple[float, float, bool]:
-    """Estimated bytes of a raw and of a JPEG row, and whether most files keep their own bytes."""
-    raw, jpeg, kept = [], [], []
-    for row in range(0, len(table), max(1, len(table) // SAMPLE)):
-        size = table.source.size(table.filenames[row])
-        if size is None:
-            continue
-        height, width = size
-        scale = min(1.0, side / min(width, height))
-        pixels = width * height * scale * scale
-        raw.append(3 * pixels * table.source.count)
-        kept.append(scale == 1.0)
-        jpeg.append(float(table.sizes[row]) if kept[-1] else JPEG_BYTES * pixels)
-    if not raw:
-        return 3.0 * side * side, JPEG_BYTES * side * side, False
-    return float(np.mean(raw)), float(np.mean(jpeg)), float(np.mean(kept)) > 0.5
-
-
-def _memory() -> int:
-    """Bytes of memory: the machine's, or the container's share of it."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return min(limits)
-
-
 def _without_bad(
     recipe: Recipe, table: LabelTable, images: spool.Spool, folds: Folds | None, home: Path
 ) -> tuple[LabelTable, np.ndarray]:
@@ -325,8 +261,10 @@ def _refuse(rows: list[tuple[str, str, str]], of: int, home: Path, remedy: str) 
     raise InputError(f"{len(rows)} of {of} images cannot be used: {named}{more}; {remedy}")
 
 
-def _new_folds(recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.ndarray, home: Path) -> Folds:
-    """Group, split, say what was found, and save; folds.csv last, as it is what makes the rest final."""
+def _new_folds(
+    recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.ndarray
+) -> tuple[Folds, list[dict[str, str]]]:
+    """Group, split, and say what was found: the folds, and the pairs of duplicates.csv."""
     content = [images.sha256[row] for row in good]
     hashes, hashed = images.hashes[good], images.hashed[good]
     largest = max(2, len(table) // recipe.data.n_splits)
@@ -334,12 +272,12 @@ def _new_folds(recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.
     fold = make_folds(table, groups, recipe)
     folds = Folds(table.filenames, table.category_ids, table.class_idx, fold, groups, content)
     pairs = _pairs(folds, hashes, hashed)
-    write_csv(home / "duplicates.csv", pairs, PAIRS)
     same = [pair for pair in pairs if pair["identical"] == "yes"]
     conflicts = [pair for pair in same if pair["category_id"] != pair["other_category_id"]]
     if pairs:
         print(
-            f"{len(pairs)} images are copies or near-copies of another and share its fold: {home / 'duplicates.csv'}"
+            f"{len(pairs)} images are copies or near-copies of another and share its fold: "
+            f"{Path(recipe.data.home) / 'duplicates.csv'}"
         )
     if conflicts:
         one, other = shown(conflicts[0]["filename"]), shown(conflicts[0]["other"])
@@ -348,8 +286,7 @@ def _new_folds(recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.
         )
     for line in rare_classes(folds, table):
         print(f"warning: {line}")
-    save_folds(home / "folds.csv", folds)
-    return folds
+    return folds, pairs
 
 
 PAIRS = ("group_id", "filename", "category_id", "other", "other_category_id", "distance", "identical")
@@ -378,47 +315,5 @@ def _refuse_changed(folds: Folds, images: spool.Spool, home: Path) -> None:
     )
 
 
-def _write_betons(
-    home: Path, made: dict[str, Any], table: LabelTable, folds: Folds, images: spool.Spool, good: np.ndarray
-) -> None:
-    """Assemble the betons that are not there yet, one after the other."""
-    corrupted = len(made["combos"]) * int((folds.fold >= 0).sum())
-    progress = spool.Progress("rows", len(folds.numbers) * len(folds) + corrupted)
-    done = 0
-    for wanted in _manifests(made, table, folds):
-        split, fold = wanted["split"], wanted["fold"]
-        rows = folds.train_rows(fold) if split == "train" else folds.val_rows(fold)
-        columns = {
-            "train": [spool.TRAIN],
-            "val": [spool.VAL],
-            "val_corrupt": [spool.CORRUPT + position for position in range(len(made["combos"]))],
-        }[split]
-        if not sets.is_current(home, wanted):
-            path, count = sets.beton_path(home, fold, split), table.source.count
-            with BetonWriter(path, len(rows) * len(columns), count) as writer:
-                for column in columns:
-                    for row in rows.tolist():
-                        writer.append(int(folds.class_idx[row]), row, *images.read(int(good[row]), column))
-                    progress(done + len(rows))
-                writer.commit(wanted)
-        done += len(rows) * len(columns)
-        progress(done)
-
-
-def _drop_others(home: Path, recipe: Recipe, made: dict[str, Any], folds: Folds) -> None:
-    """Remove betons of folds and splits that the set no longer has."""
-    keep = {sets.beton_path(home, fold, split) for fold in folds.numbers for split in sets.splits(made)}
-    if recipe.data.unlabelled:
-        keep.add(sets.beton_path(home, -1, sets.UNLABELLED))
-    for path in (home / "betons").glob("*.beton"):
-        if path not in keep:
-            manifest_path(path).unlink(missing_ok=True)
-            path.unlink()
-
-
 def _bytes(home: Path) -> int:
     return sum(path.stat().st_size for path in (home / "betons").glob("*.beton"))
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

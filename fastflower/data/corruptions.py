@@ -20,10 +20,12 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
+import cv2
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 from scipy.special import ndtri
 
+from fastflower.data.decode import decode_file
 from fastflower.errors import InputError
 
 LEVELS = {"low": ("low",), "medium": ("medium",), "low_medium": ("low", "medium")}  # of robust.level
@@ -53,8 +55,8 @@ def image_key(filename: str) -> int:
 def corrupt(pixels: np.ndarray, kind: str, level: str, key: int) -> np.ndarray:
     """A disturbed copy of uint8 (H, W, 3), of the same shape."""
     if kind == "jpeg":
-        with Image.open(io.BytesIO(jpeg_bytes(pixels, level))) as image:
-            return np.array(image)
+        height, width = pixels.shape[:2]
+        return decode_file(jpeg_bytes(pixels, level), height, width, (height, width))
     words = [key & 0xFFFFFFFF, key >> 32, list(STRENGTHS).index(kind), ("low", "medium").index(level)]
     return _KINDS[kind](pixels, STRENGTHS[kind][level], np.random.default_rng(words))
 
@@ -80,14 +82,15 @@ def _normals(deviation: float) -> np.ndarray:
 
 
 def _blur(pixels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    radius = share * min(pixels.shape[:2])
-    return np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+    """OpenCV's integer Gaussian: the same on every machine, and a sixth of the time of Pillow's three boxes."""
+    deviation = share * min(pixels.shape[:2])
+    return np.asarray(cv2.GaussianBlur(pixels, (0, 0), deviation, borderType=cv2.BORDER_REPLICATE))
 
 
 def _brightness(pixels: np.ndarray, change: float, rng: np.random.Generator) -> np.ndarray:
     factor = 1 + change if rng.random() < 0.5 else 1 - change
     table = np.clip(np.arange(256) * factor + 0.5, 0, 255).astype(np.uint8)
-    return np.array(Image.fromarray(pixels).point([float(value) for value in table] * 3))
+    return np.asarray(cv2.LUT(pixels, table))
 
 
 def _occlusion(pixels: np.ndarray, area: float, rng: np.random.Generator) -> np.ndarray:

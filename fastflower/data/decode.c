@@ -515,8 +515,14 @@ typedef struct {
     atomic_flag writing;
 } Job;
 
-/* The largest centred box of the target's aspect, less the margin of `factor`. */
+/* The largest centred box of the target's aspect, less the margin of `factor`; factor 0: the whole image. */
 API void ff_eval_box(int height, int width, int h, int w, double factor, float *box) {
+    if (factor == 0) {
+        box[0] = box[1] = 0;
+        box[2] = (float)width;
+        box[3] = (float)height;
+        return;
+    }
     double a = (double)width / w, b = (double)height / h, scale = (a < b ? a : b) / factor;
     double left = (width - w * scale) / 2, top = (height - h * scale) / 2;
     box[0] = (float)fmax(left, 0);

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastflower.data.betons import Beton
+from fastflower.data.betons import JPEG, ROW, Beton
 from fastflower.errors import EnvironmentFault, InputError
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -94,6 +94,23 @@ def decode_eval(
         *out.shape[1:3], factor, interpolation == "bicubic", cores(threads), ctypes.byref(fault),
     )  # fmt: skip
     _raise(beton, rows, fault)
+
+
+def decode_file(data: bytes, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
+    """A whole JPEG file of (height, width) brought to size (h, w), bicubic as Pillow's: uint8 (h, w, 3).
+
+    Raises InputError for all that libjpeg warns of, where Pillow keeps silent and most pictures show garbage.
+    """
+    table, out = np.array([(0, len(data), height, width, JPEG, 0)], ROW), np.empty((1, *size, 3), np.uint8)
+    fault, rows = _Fault(), np.zeros(1, np.int64)
+    library().ff_eval(
+        *_pointers(np.frombuffer(data, np.uint8), table, rows), 1, out.ctypes.data, *size, 0.0, True, 1,
+        ctypes.byref(fault),
+    )  # fmt: skip
+    if fault.position >= 0:
+        raise InputError(f"cannot be decoded ({fault.text.decode('utf-8', 'replace')})")
+    pixels: np.ndarray = out[0]
+    return pixels
 
 
 def eval_box(

@@ -81,7 +81,7 @@ def distance(a: int, b: int) -> int:
     return (int(a) ^ int(b)).bit_count()
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _close(x, y, threshold):  # type: ignore[no-untyped-def]
     z = x ^ y
     bits = 0
@@ -91,7 +91,7 @@ def _close(x, y, threshold):  # type: ignore[no-untyped-def]
     return bits <= threshold
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _pairs(hashes, starts, threshold):  # type: ignore[no-untyped-def]
     """Positions of the close pairs inside each run hashes[starts[k]:starts[k + 1]]: int64 (M, 2).
 

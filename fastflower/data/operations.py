@@ -100,10 +100,15 @@ class EvalDecoder(_Decoder):
         self._settings.factor, self._settings.cubic = factor, int(interpolation == "bicubic")
 
 
-def write_stock(path: Path, rows: Sequence[tuple[Any, int]], mode: str) -> None:
-    """(image, label) rows by FFCV's writer as "jpg" or "raw", at most 512 pixels a side, quality 90."""
-    image = RGBImageField(write_mode=mode, max_resolution=512, jpeg_quality=90)
-    DatasetWriter(str(path), {"image": image, "label": IntField()}, num_workers=1).from_indexed_dataset(rows)
+def write_stock(
+    path: Path, rows: Sequence[tuple[Any, int]], mode: str, workers: int = 1, longest: int = 512
+) -> None:
+    """(image, label) rows by FFCV's writer as "jpg" or "raw", at most `longest` pixels a side, quality 90."""
+    fields = {
+        "image": RGBImageField(write_mode=mode, max_resolution=longest, jpeg_quality=90),
+        "label": IntField(),
+    }
+    DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(rows)
 
 
 def stock_loader(path: Path, size: tuple[int, int], crop: Crop, batch: int, threads: int) -> Loader:

@@ -11,6 +11,9 @@ import os
 import stat
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,25 +63,26 @@ def read_bytes(path: Path | str) -> bytes:
             raise InputError(f"cannot be read: {error.strerror}") from None
 
 
-def decode(data: bytes) -> tuple[Image.Image, bool]:
-    """The first frame as an upright RGB picture, and whether a JPEG decoder gives the same from the bytes as they are.
+@dataclass(frozen=True)
+class Header:
+    """What an image file says before it is decoded: the image, not yet read, and how it must be turned."""
 
-    Alpha lies over white; 16 bits become 8 by / 257; a broken orientation note is ignored. InputError otherwise.
-    """
-    if not data:
-        raise InputError("is empty")
-    if data.count(b"\xff\xda") > MOST_SCANS and data[:2] == b"\xff\xd8":
-        raise InputError(f"is a JPEG of more than {MOST_SCANS} scans")
+    image: Image.Image
+    turn: Image.Transpose | None
+
+    @property
+    def jpeg(self) -> bool:
+        """Whether it is a JPEG of colours or greys, which betons can hold as it is."""
+        return self.image.format in ("JPEG", "MPO") and self.image.mode in ("RGB", "L")
+
+
+@contextmanager
+def _explained(data: bytes) -> Iterator[None]:
+    """Pillow's many exceptions as one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken EXIF and large files; what matters raises here
         try:
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > MOST_PIXELS:
-                raise InputError(
-                    f"has {width} x {height} pixels, more than {MOST_PIXELS // 1_000_000} million"
-                )
-            image.load()
+            yield
         except UnidentifiedImageError:
             raise InputError(f"is no image of {', '.join(FORMATS)}{_stranger(data)}") from None
         except Image.DecompressionBombError:
@@ -87,20 +91,50 @@ def decode(data: bytes) -> tuple[Image.Image, bool]:
             raise InputError(
                 f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"
             ) from None
-        turn = TURNS.get(_orientation(image))
-        plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and turn is None
-        image = _rgb(image)
-    return (image if turn is None else image.transpose(turn)), plain
+
+
+def inspect(data: bytes) -> Header:
+    """Look at an image file without decoding it; InputError when it cannot be an image or asks for too much."""
+    if not data:
+        raise InputError("is empty")
+    if data.count(b"\xff\xda") > MOST_SCANS and data[:2] == b"\xff\xd8":
+        raise InputError(f"is a JPEG of more than {MOST_SCANS} scans")
+    with _explained(data):
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise InputError(f"has {width} x {height} pixels, more than {MOST_PIXELS // 1_000_000} million")
+        if image.format not in ("JPEG", "MPO"):
+            image.load()  # others may keep their orientation behind the pixels
+        return Header(image, TURNS.get(_orientation(image)))
+
+
+def decode(data: bytes) -> Image.Image:
+    """The first frame as an upright RGB picture.
+
+    Alpha lies over white; 16 bits become 8 by / 257; a broken orientation note is ignored. InputError otherwise.
+    """
+    header = inspect(data)
+    with _explained(data):
+        header.image.load()
+        image = _rgb(header.image)
+    return image if header.turn is None else image.transpose(header.turn)
 
 
 def read_rgb(source: bytes | Path | str) -> np.ndarray:
     """Pixels of an image file or of its bytes: uint8 (H, W, 3), upright. InputError names the file."""
     data = source if isinstance(source, bytes) else None
     try:
-        return np.array(decode(read_bytes(source) if data is None else data)[0])  # type: ignore[arg-type]
+        return np.array(decode(read_bytes(source) if data is None else data))  # type: ignore[arg-type]
     except InputError as error:
         name = "image" if data is not None else shown(str(source))
         raise InputError(f"{name} {error}; replace it") from None
+
+
+def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) with the short side brought down to `side`; smaller images stay as they are."""
+    short = min(width, height)
+    return (height, width) if short <= side else (round(height * side / short), round(width * side / short))
 
 
 def stored(image: Image.Image, side: int) -> Image.Image:
@@ -108,13 +142,9 @@ def stored(image: Image.Image, side: int) -> Image.Image:
 
     Beyond 4 x `side` the long one is cut, evenly so that the centre stays where it was.
     """
-    width, height = image.size
-    short = min(width, height)
-    if short > side:
-        image = image.resize(
-            (round(width * side / short), round(height * side / short)), Image.Resampling.BICUBIC
-        )
-    width, height = image.size
+    height, width = stored_size(image.height, image.width, side)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (max(0, -(-(length - LONGEST * side) // 2)) for length in (width, height))
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
@@ -127,6 +157,8 @@ def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return 1
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a broken block raises many kinds; the picture is taken as it lies

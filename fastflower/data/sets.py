@@ -24,7 +24,7 @@ from fastflower.recipe import Recipe
 from fastflower.runs import digest
 
 UNLABELLED = "unlabelled"
-FORMAT = 1  # of what is stored; raised when the same recipe would store other pixels
+FORMAT = 2  # of what is stored; raised when the same recipe would store other pixels
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,12 @@ def unlabelled_manifest(made: dict[str, Any], names: list[str], sizes: np.ndarra
     }
 
 
+def beton_name(fold: int, split: str) -> str:
+    return f"{split}.beton" if split == UNLABELLED else f"fold{fold}_{split}.beton"
+
+
 def beton_path(home: Path, fold: int, split: str) -> Path:
-    name = split if split == UNLABELLED else f"fold{fold}_{split}"
-    return home / "betons" / f"{name}.beton"
+    return home / "betons" / beton_name(fold, split)
 
 
 def splits(made: dict[str, Any]) -> tuple[str, ...]:
@@ -93,9 +96,9 @@ def splits(made: dict[str, Any]) -> tuple[str, ...]:
     return ("train", "val", "val_corrupt") if made["combos"] else ("train", "val")
 
 
-def is_current(home: Path, wanted: dict[str, Any]) -> bool:
+def is_current(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether the beton that a manifest describes is there, whole, and says the same of itself."""
-    path = beton_path(home, wanted.get("fold", -1), wanted["split"])
+    path = folder / beton_name(wanted.get("fold", -1), wanted["split"])
     try:
         found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
         return path.stat().st_size == found["size"] and not _differences(found, wanted)

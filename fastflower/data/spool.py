@@ -6,44 +6,43 @@ and nothing large crosses a pipe. What is stored depends on the image alone, nev
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import hashlib
-import io
-import itertools
 import os
-import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from fastflower.data.betons import JPEG, RAW, ROW, Beton, Picture
+from fastflower.data import workers
+from fastflower.data.betons import JPEG, RAW, Picture
 from fastflower.data.corruptions import corrupt, image_key, jpeg_bytes
-from fastflower.data.decode import decode_eval
+from fastflower.data.decode import decode_file
 from fastflower.data.duplicates import phash
-from fastflower.data.pixels import decode, encode_jpeg, stored
+from fastflower.data.pixels import LONGEST, decode, encode_jpeg, inspect, stored, stored_size
 from fastflower.data.sources import Source
-from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.errors import EnvironmentFault, InputError
 from fastflower.runs import digest
 
 CHUNK = 16  # images a task: small enough for an even end, large enough to hide the pipe
-PATIENCE = 300.0  # seconds after which a task that says nothing is given up
 BLOB = np.dtype(
-    [("file", "u4"), ("mode", "u1"), ("height", "u2"), ("width", "u2"), ("offset", "u8"), ("size", "u4")]
+    [
+        ("file", "u4"),
+        ("mode", "u1"),
+        ("height", "u2"),
+        ("width", "u2"),
+        ("offset", "u8"),
+        ("size", "u4"),
+        ("crc", "u4"),
+    ]
 )
 TRAIN, VAL, CORRUPT = 0, 1, 2  # columns of Spool.blobs; corruptions from the third on
-Task = tuple[list[str], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Spool:
             raise EnvironmentFault(
                 f"{self.folder}: a spool file is shorter than what was written; run convert again"
             )
-        return Picture(int(blob["mode"]), data, int(blob["height"]), int(blob["width"]))
+        return Picture(int(blob["mode"]), data, int(blob["height"]), int(blob["width"]), int(blob["crc"]))
 
     def close(self) -> None:
         for handle in self._open.values():
@@ -106,7 +105,7 @@ def run(
     encoding: Encoding,
     filenames: list[str],
     validating: np.ndarray,
-    workers: int,
+    count: int,
     tell: Callable[[int], None],
 ) -> Spool:
     """Encode every file; `validating` (bool (N,)) says which may validate and so get corrupted copies.
@@ -128,67 +127,15 @@ def run(
     tasks = ((filenames[at : at + CHUNK], validating[at : at + CHUNK].tolist()) for at in range(0, n, CHUNK))
     at = 0
     encoding.source.load()
-    for part in _in_order(encoding, tasks, min(workers, -(-n // CHUNK))):
+    work = functools.partial(_encode_files, encoding)
+    for part in workers.run(work, tasks, min(count, -(-n // CHUNK)), tell):
         size = len(part.sha256)
         span = slice(at, at + size)
         spool.blobs[span], spool.sha256[span], spool.problems[span] = part.blobs, part.sha256, part.problems
         spool.hashed[span] = [one is not None for one in part.hashes]
         spool.hashes[span] = [one or 0 for one in part.hashes]
         at += size
-        tell(at)
     return spool
-
-
-def _in_order(encoding: Encoding, tasks: Iterator[Task], workers: int) -> Iterator[_Part]:
-    """Results in the order of the tasks, with a bounded number under way."""
-    if workers <= 1:
-        yield from (_encode_files(encoding, *task) for task in tasks)
-        return
-    # fork: this process has one thread and its pages are shared; a spawned worker would import for seconds
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (os.getpid(), encoding))
-    try:
-        yield from _windowed(pool, tasks, 2 * workers + 2)
-    except BrokenProcessPool:
-        raise EnvironmentFault(
-            "a worker process was killed, most likely for memory; lower data.workers or free memory, then run again"
-        ) from None
-    except FutureTimeout:
-        _kill(pool)
-        raise EnvironmentFault(
-            f"no image finished within {PATIENCE:.0f} s; check the disk that holds data.root, then run again"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _windowed(pool: Executor, tasks: Iterator[Task], window: int) -> Iterator[_Part]:
-    waiting = deque(pool.submit(_work, *task) for task in itertools.islice(tasks, window))
-    while waiting:
-        yield waiting.popleft().result(PATIENCE)
-        waiting.extend(pool.submit(_work, *task) for task in itertools.islice(tasks, 1))
-
-
-_inherited: Encoding  # of a worker: handed over by fork, as arrays of images are too large for a pipe
-
-
-def _start_worker(parent: int, encoding: Encoding) -> None:
-    """Workers leave Ctrl-C to the parent and die with it, however it dies."""
-    global _inherited
-    _inherited = encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _kill(pool: ProcessPoolExecutor) -> None:
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-
-
-def _work(filenames: list[str], validating: list[bool]) -> _Part:
-    return _encode_files(_inherited, filenames, validating)
 
 
 def _encode_files(encoding: Encoding, filenames: list[str], validating: list[bool]) -> _Part:
@@ -203,6 +150,7 @@ def _encode_files(encoding: Encoding, filenames: list[str], validating: list[boo
                 ]
                 # of a pair's two images in either order
                 part.sha256.append(content[0] if count == 1 else digest(*sorted(content)))
+                workers.beat()
     except OSError as error:
         raise EnvironmentFault(
             f"{path}: cannot write ({error.strerror}); free the disk or move data.home"
@@ -216,24 +164,18 @@ def _encode_image(
     """Everything about one image; returns its hash, taken of the very bytes that are decoded and stored."""
     try:
         data = encoding.source.read(name, place)
-        if isinstance(data, np.ndarray):
-            image, plain, content = Image.fromarray(data).convert("RGB"), False, pixels_hash(data)
-        else:
-            image, plain = decode(data)
-            if data.startswith(b"\xff\xd8"):
-                _refuse_flawed(data)
-            content = hashlib.sha256(data).hexdigest()
+        small, content, kept = _numbers(data) if isinstance(data, np.ndarray) else _file(data, encoding.side)
     except InputError as error:
         part.problems[row] = str(error)
         return ""
-    small = stored(image, encoding.side)
+    small = stored(small, encoding.side)
     pixels = np.asarray(small)
     if encoding.hashing:
         part.hashes[row] = phash(small)
     blobs = part.blobs[row, place]
     if encoding.raw:
         blobs[TRAIN] = blobs[VAL] = _write(file, RAW, pixels)
-    elif plain and small is image and isinstance(data, bytes):
+    elif kept and isinstance(data, bytes):
         blobs[TRAIN] = blobs[VAL] = _write(file, JPEG, pixels, data)
     else:
         blobs[TRAIN] = _write(file, JPEG, pixels, encode_jpeg(pixels, encoding.quality))
@@ -250,34 +192,34 @@ def _encode_image(
     return content
 
 
-def pixels_hash(pixels: np.ndarray) -> str:
-    """The content of an image that is no file: of its shape and its numbers."""
-    found = hashlib.sha256(str(pixels.shape).encode())
-    found.update(np.ascontiguousarray(pixels).data)
-    return found.hexdigest()
+def _file(data: bytes, side: int) -> tuple[Image.Image, str, bool]:
+    """A file's picture, not larger than it is stored if that is cheap; its hash; whether its bytes can be kept.
 
-
-def _refuse_flawed(data: bytes) -> None:
-    """Raise what libjpeg warns of: Pillow keeps silent, and most such pictures show garbage.
-
-    The training's own decoder looks, so a beton never holds a JPEG that it would refuse.
+    JPEGs go through the training's own decoder, so a beton never holds one that it would refuse.
     """
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        (width, height), mode = image.size, image.mode
-    if mode not in ("RGB", "L"):
-        return
-    table = np.array([(0, len(data), height, width, JPEG, 0)], ROW)
-    one = SimpleNamespace(rows=1, data=np.frombuffer(data, np.uint8), table=table)
-    one.damage = lambda row, what: CorruptionError(what)
-    out = np.empty((1, max(1, height // 8), max(1, width // 8), 3), np.uint8)
-    decode_eval(cast(Beton, one), np.zeros(1, np.int64), out, 1.0, "bilinear", 1)
+    header, content = inspect(data), hashlib.sha256(data).hexdigest()
+    if not header.jpeg:
+        return decode(data), content, False
+    size = (header.image.height, header.image.width)
+    if header.turn is not None:
+        return Image.fromarray(decode_file(data, *size, size)).transpose(header.turn), content, False
+    wanted = stored_size(*size, side)
+    kept = wanted == size and max(size) <= LONGEST * side
+    return Image.fromarray(decode_file(data, *size, wanted)), content, kept
+
+
+def _numbers(pixels: np.ndarray) -> tuple[Image.Image, str, bool]:
+    """The picture of an array; its hash, of shape and numbers."""
+    content = hashlib.sha256(str(pixels.shape).encode())
+    content.update(np.ascontiguousarray(pixels).data)
+    return Image.fromarray(pixels).convert("RGB"), content.hexdigest(), False
 
 
 def _write(file: IO[bytes], mode: int, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:
     """Append the file `data`, or the pixels themselves; returns the BLOB record."""
-    offset = file.tell()
-    size = file.write(np.ascontiguousarray(pixels).data if data is None else data)
-    return os.getpid(), mode, pixels.shape[0], pixels.shape[1], offset, size
+    offset, content = file.tell(), np.ascontiguousarray(pixels).data if data is None else data
+    size, crc = file.write(content), zlib.crc32(content)
+    return os.getpid(), mode, pixels.shape[0], pixels.shape[1], offset, size, crc
 
 
 def _spool_path(folder: Path, file: int) -> Path:

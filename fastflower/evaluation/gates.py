@@ -126,7 +126,7 @@ def written(place: Path, bundle: dict[str, Any], photographs: Photographs) -> di
         path = place / f"photographs_{side}.beton"
         with BetonWriter(path, len(photographs)) as writer:
             for row, file in enumerate(photographs.files):
-                image, _ = pixels.decode(pixels.read_bytes(file))
+                image = pixels.decode(pixels.read_bytes(file))
                 writer.raw(np.array(pixels.stored(image, side)), int(photographs.class_idx[row]), row)
             writer.commit({})
         betons[side] = open_beton(path)

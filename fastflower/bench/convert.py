@@ -1,0 +1,210 @@
+"""`bench convert`: photographs to betons, ours against FFCV's own DatasetWriter, with the same workers in one run.
+
+Ours is the whole of `convert`: decoding and checking every image, hashing, near-duplicates, folds, every beton of
+every fold with its corrupted copies, read back from the disk. The stock writer writes every image once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from fastflower import recipe, runs
+from fastflower.bench.contenders import photographs
+from fastflower.data import conversion
+from fastflower.data.betons import BetonWriter
+from fastflower.data.labels import read_labels
+from fastflower.errors import InputError
+
+STOCK = "ffcv DatasetWriter, jpeg q90, once"
+ROWS = (1_000, 20_000)
+
+
+def main(argv: list[str]) -> int | None:
+    parser = argparse.ArgumentParser("python -m fastflower.bench convert", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("data/train"), help="folder of JPEG photographs")
+    parser.add_argument("--images", type=int, default=0, help="use the first so many; 0: all")
+    parser.add_argument("--size", type=int, default=128, help="the recipe's largest image size")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--memory", action="store_true", help=f"peak memory at {ROWS[0]} and {ROWS[1]} rows too"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)  # a conversion in a process of its own
+    args = parser.parse_args(argv)
+    if args.probe:
+        print(json.dumps(probe(Path(args.probe[0]), Path(args.probe[1]), args.workers)), flush=True)
+        return None
+    if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
+        raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
+    with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
+        rows = measure(files, Path(work), args.size, args.workers, args.rounds)
+        show(rows, len(files), args.workers)
+        if args.memory:
+            rows += (memory := [_fresh(files, Path(work), count, args.workers) for count in ROWS])
+            for row in memory:
+                print(f"{row['rows']} rows: peak {row['peak_mb']:.0f} MB, {row['seconds']:.1f} s")
+    if args.json:
+        runs.write_json(args.json, rows)
+    return None
+
+
+def measure(
+    files: tuple[Path, ...], work: Path, size: int, workers: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Seconds of each contender, by round; every round writes all of them anew."""
+    turns: dict[str, Callable[[Path], None]] = {
+        STOCK: lambda to: stock(files, to / "stock.beton", workers, 512),
+        "fastflower, five folds and corrupted sets, raw": lambda to: ours(files, to, size, workers, "raw"),
+        "fastflower, five folds and corrupted sets, jpeg": lambda to: ours(files, to, size, workers, "jpeg"),
+        "ffcv DatasetWriter, jpeg q90, whole images": lambda to: stock(
+            files, to / "stock.beton", workers, 1 << 15
+        ),
+        "fastflower, one split, bytes as they are": lambda to: passed_through(files, to / "passed.beton"),
+    }
+    stock(files[:8], work / "warm.beton", workers, 512)  # imports are not its time
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(rounds):
+        for name, turn in turns.items():
+            place = work / f"{number}-{len(times[name])}"
+            place.mkdir()
+            os.sync()  # what others wrote is not our time
+            start = time.perf_counter()
+            turn(place)
+            times[name].append(time.perf_counter() - start)
+            subprocess.run(["rm", "-rf", str(place)], check=True)
+    return [
+        {
+            "contender": name,
+            "seconds": round(float(np.median(taken)), 3),
+            "rounds": [round(t, 3) for t in taken],
+        }
+        for name, taken in times.items()
+    ]
+
+
+def stock(files: tuple[Path, ...], path: Path, workers: int, longest: int) -> None:
+    """FFCV's writer on images as torchvision's folders give them."""
+    from fastflower.data.operations import write_stock
+
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        write_stock(path, cast(Any, _Opened(files)), "jpg", workers, longest)
+
+
+class _Opened:
+    """(image, label) by row."""
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> tuple[Image.Image, int]:
+        return Image.open(self.files[row]).convert("RGB"), 0
+
+
+def ours(files: tuple[Path, ...], place: Path, size: int, workers: int, store: str) -> None:
+    """The command's own work, quietly."""
+    labels = place / "labels.csv"
+    labels.write_text(
+        "filename,category_id\n" + "".join(f"{file.name},{row % 17}\n" for row, file in enumerate(files))
+    )
+    words = [
+        f"data.root={files[0].parent}", f"data.csv={labels}", f"data.home={place}", f"data.img_size={size}",
+        f"tta.scales=[{size}]", f"data.workers={workers}", f"data.store={store}",
+    ]  # fmt: skip
+    settings = recipe.load(None, words)
+    with contextlib.redirect_stdout(io.StringIO()):
+        conversion.convert(settings, read_labels(settings))
+
+
+def passed_through(files: tuple[Path, ...], path: Path) -> None:
+    """The writing of one split alone: bytes that need no encoding, checksummed and read back."""
+    with BetonWriter(path, len(files)) as writer:
+        for row, file in enumerate(files):
+            data = file.read_bytes()
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+            writer.jpeg(data, height, width, 0, row)
+        writer.commit({})
+
+
+def show(rows: list[dict[str, Any]], images: int, workers: int) -> None:
+    """Print seconds, images/s and the ratio to the stock writer of the same kind."""
+    print(f"{images} photographs, {workers} workers; median seconds, and the stock writer's over them")
+    for row in rows:
+        whole = "whole" in row["contender"] or "as they are" in row["contender"]
+        base = next(r for r in rows if "ffcv" in r["contender"] and ("whole" in r["contender"]) == whole)
+        row["ratio_to_stock_ffcv"] = round(base["seconds"] / row["seconds"], 3)
+        speed = images / row["seconds"]
+        print(f"{row['contender']:52}{row['seconds']:8.2f} s{speed:8.0f}/s{row['ratio_to_stock_ffcv']:8.2f}")
+
+
+def probe(root: Path, place: Path, workers: int) -> dict[str, float]:
+    """Convert a folder and say how much memory this process and its workers held at most."""
+    files = photographs(root, 0)
+    start = time.perf_counter()
+    peak, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            peak[0] = max(peak[0], _held())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ours(files, place, 32, workers, "raw")
+    ended.set()
+    watcher.join()
+    return {"rows": len(files), "peak_mb": round(peak[0]), "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _held() -> float:
+    """MB of this process and of its children, shared pages counted once."""
+    pids = ["self", *(str(child.pid) for child in multiprocessing.active_children())]
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total / 1024
+
+
+def _fresh(files: tuple[Path, ...], work: Path, count: int, workers: int) -> dict[str, Any]:
+    """A conversion of `count` small images under as many names, in a process of its own."""
+    root = work / f"rows{count}"
+    root.mkdir()
+    for row in range(count):
+        name = root / f"{row:06d}.jpg"
+        source = files[row % len(files)]
+        if row < len(files):
+            with Image.open(source) as image:
+                image.convert("RGB").resize((64, 48)).save(name, "JPEG", quality=90)
+        else:
+            os.link(root / f"{row % len(files):06d}.jpg", name)
+    place = work / f"made{count}"
+    place.mkdir()
+    command = [sys.executable, "-m", "fastflower.bench", "convert", "--workers", str(workers)]
+    done = subprocess.run(
+        [*command, "--probe", str(root), str(place)], capture_output=True, text=True, timeout=1200
+    )
+    if done.returncode:
+        raise InputError(f"{count} rows: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
