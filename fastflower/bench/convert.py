@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from fastflower import recipe, runs
-from fastflower.bench.contenders import photographs
+from fastflower.bench.pictures import photographs
 from fastflower.data import conversion
 from fastflower.data.betons import BetonWriter
 from fastflower.data.labels import read_labels
