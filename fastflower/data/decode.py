@@ -64,8 +64,16 @@ def decode_train(
 ) -> None:
     """Decode, crop, flip and resize rows (B,) by their keys uint64 (B,) into out uint8 (B, h, w, 3).
 
-    The pixels depend on the row, its key, the crop and the size, on nothing else.
-    Raises CorruptionError naming the beton and the row that cannot be decoded.
+    The pixels depend on the row, its key, the crop and the size, on nothing else. A JPEG is decoded at the DCT
+    scale (1, 1/2, 1/4, 1/8) that still covers the target, and resized with an antialiased triangle filter.
+    PSNR on photographs of about 500 x 650 (109 of flowers17), median and lowest:
+
+        to                                              224               320
+        full decode, Pillow's antialiased bilinear      45 dB, 37 dB      51 dB, 45 dB
+        full decode, area averaging                     41 dB, 32 dB      47 dB, 39 dB
+        (these two exact ways to each other             45 dB, 37 dB      48 dB, 39 dB)
+
+    `bench decoder` compares accuracies. Raises CorruptionError naming the beton and the row that cannot be decoded.
     """
     rows = _rows(beton, rows, out)
     keys = np.ascontiguousarray(keys).view(np.uint64)
