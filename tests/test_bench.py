@@ -49,7 +49,7 @@ def test_limits_decode_every_picture(folder: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_words_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="bench: got speed, choose from loader, decoder, predict, fuzz"):
+    with pytest.raises(InputError, match="bench: got speed, choose from loader, decoder"):
         main(["speed"])
     with pytest.raises(InputError, match="bench: got nothing"):
         main([])
