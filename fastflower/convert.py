@@ -1,14 +1,14 @@
 """python -m fastflower.convert [recipe.yaml] [key=value ...]: labels and photographs become folds and betons.
 
-Writes classes.csv, class_stats.csv, folds.csv, duplicates.csv and betons/ below data.home. What is there already
-and still fits is kept: folds.csv is made once, and a second run has nothing to do.
+Writes classes.csv, class_stats.csv and .png, folds.csv, duplicates.csv and betons/ below data.home. What is there
+already and still fits is kept: folds.csv is made once, and a second run has nothing to do.
 """
 
 from __future__ import annotations
 
 from fastflower import derived, errors
 from fastflower.data.conversion import Converted, convert
-from fastflower.data.labels import check_num_classes, describe, read_labels
+from fastflower.data.labels import check_num_classes, describe, read_labels, remarks
 from fastflower.recipe import parse_command
 
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     recipe = parse_command(argv)
     derived.check(recipe)
     table = read_labels(recipe)
-    for notice in (*table.notices, *check_num_classes(recipe, table)):
+    for notice in (*table.notices, *check_num_classes(recipe, table), *remarks(table)):
         print(f"note: {notice}")
     print(describe(table))
     print(closing(recipe.data.home, convert(recipe, table)))

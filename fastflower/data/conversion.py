@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from fastflower import runs
 from fastflower.data import assembly, decode, duplicates, sets, spool
 from fastflower.data.betons import BetonWriter
+from fastflower.data.distribution import distribution
 from fastflower.data.folds import (
     Folds,
     candidates,
@@ -87,6 +89,7 @@ def convert(recipe: Recipe, table: LabelTable) -> Converted:
             _convert_unlabelled(recipe, unlabelled, made, home, aside)
         write_classes(home / "classes.csv", table)
         write_csv(home / "class_stats.csv", class_stats(table))
+        runs.write_atomic(home / "class_stats.png", distribution(table))
         if pairs is not None:
             write_csv(home / "duplicates.csv", pairs, PAIRS)
             save_folds(home / "folds.csv", folds)

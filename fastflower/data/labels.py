@@ -138,6 +138,26 @@ def check_num_classes(recipe: Recipe, table: LabelTable) -> list[str]:
     return [f"data.num_classes = {wanted}: classes {found}..{int(wanted) - 1} have no images"]
 
 
+def remarks(table: LabelTable) -> list[str]:
+    """Lines on what is odd and not wrong: image files without a label, classes of one name."""
+    lines = []
+    if isinstance(table.source, Files) and table.source.root.is_dir():
+        extra = sorted(set(sources.image_files(table.source.root)) - set(table.filenames))
+        if extra:
+            lines.append(f"{len(extra)} images below data.root have no label, such as {shown(extra[0])}")
+    for column, names in table.names.items():
+        by_name: dict[str, list[str]] = {}
+        for category_id in sorted(names.keys() & set(table.classes.ids)):
+            by_name.setdefault(names[category_id], []).append(category_id)
+        shared = [(name, ids) for name, ids in by_name.items() if name and len(ids) > 1]
+        if shared and len(by_name) > 2:  # a column of few values names no classes
+            name, ids = shared[0]
+            lines.append(
+                f"{column}: {len(shared)} names stand for several classes, such as '{shown(name)}' for {', '.join(ids)}"
+            )
+    return lines
+
+
 def order_ids(ids: set[str]) -> tuple[str, ...]:
     """Numbers by value, then text: 9, 10, 007 beside 7, rose."""
 

@@ -1,0 +1,51 @@
+"""The classes by size, drawn: how long the tail is at a glance."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastflower.data.labels import HEAD, TAIL, LabelTable, class_stats
+
+COLOURS = {"head": "#2a6f97", "middle": "#61a5c2", "tail": "#e07a5f"}
+NAMED = 40  # more classes than this have no room for their ids
+
+
+def distribution(table: LabelTable) -> bytes:
+    """A PNG of images a class, largest first, on a log scale when the largest is ten times the smallest."""
+    rows = class_stats(table)
+    order = np.argsort(-table.counts, kind="stable")
+    counts = table.counts[order]
+    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.bar(np.arange(len(counts)), counts, 0.85, color=[COLOURS[rows[k]["part"]] for k in order])
+    if counts[0] > 10 * max(counts[-1], 1):
+        axes.set_yscale("log")
+    for part in COLOURS:
+        classes = sum(row["part"] == part for row in rows)
+        bounds = {"head": f"over {HEAD}", "middle": f"{TAIL} to {HEAD}", "tail": f"under {TAIL}"}[part]
+        axes.bar(0, 0, color=COLOURS[part], label=f"{part}, {bounds} images: {classes} classes")
+    axes.legend(frameon=False)
+    few = len(counts) <= NAMED
+    axes.set_xticks(np.arange(len(counts)) if few else [])
+    if few:
+        axes.set_xticklabels(_ids(table, order), fontsize=8, rotation=90 if len(counts) > 20 else 0)
+    axes.set_xlabel("category_id" if few else "classes, largest first")
+    axes.set_ylabel("images")
+    axes.set_xlim(-0.7, len(counts) - 0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    imbalance = counts[0] / max(counts[-1], 1)
+    axes.set_title(f"{len(table)} images of {len(counts)} classes, imbalance {imbalance:.1f}", loc="left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _ids(table: LabelTable, order: np.ndarray) -> list[str]:
+    """Ids short enough for an axis; text that its font may lack is left to class_stats.csv."""
+    ids = (table.classes.ids[k] for k in order)
+    return [text[:10] if text.isascii() and "$" not in text else "?" for text in ids]
