@@ -1,13 +1,16 @@
 # The whole project from two commands: `make demo` shows the job, `make test` checks it.
 PY := .venv/bin/python
 
-.PHONY: demo test setup lint format doctor lock clean help
+.PHONY: demo test torture setup lint format doctor lock clean help
 
 demo: setup  ## draw flowers, train on two ranks, evaluate, export, predict, report
 	$(PY) -m fastflower.demo
 
 test: setup  ## the whole suite; pick with ARGS="-k recipe" or ARGS="-m 'not slow'"
 	$(PY) -m pytest $(ARGS)
+
+torture: setup  ## kill trainings wherever they could be cut, compare their ends to the bit; ARGS="--points 20 --random 5"
+	$(PY) tests/torture.py $(ARGS)
 
 setup: .venv/installed  ## system packages and .venv from the hashed lock
 

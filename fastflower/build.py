@@ -176,7 +176,7 @@ class Training:
 
     def close(self) -> None:
         """Stop threads and close files, however the run ended."""
-        self.trainer.close()
+        self.trainer.engine.close()  # Trainer.close also waits for the other ranks, and one may be gone
         self.data.close()
 
 
@@ -210,6 +210,7 @@ def training(
         "schedule": schedule,
         "scoring": scoring,
         "recorder": recorder,
+        "machine": machine,
     }
     meta = functools.partial(member_meta, recipe, run, spec, d, fold, counts)
     saving = Saving(run, networks, scoring, parts, meta, same, parse_interval(recipe.train.save_every), stop)

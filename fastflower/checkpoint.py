@@ -12,6 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,16 @@ class Checkpoint:
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], **more: Any) -> None:
     """Write a checkpoint aside, check what the disk holds, and put it in place in one rename.
 
-    `more` is a tree of dicts, lists, tensors, numbers and text (optimizer state, counters).
+    `more` is a tree of dicts, lists, tensors, numbers and text (optimizer state, counters). Nothing may change
+    meanwhile: see `snapshot`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = runs.aside_of(path)
     content = {
         "fastflower": FORMAT,
         "meta": json.dumps(meta, ensure_ascii=False),
-        "tensors": {name: _own(tensor) for name, tensor in tensors.items()},
-        "more": more,
+        "tensors": _alone(tensors),
+        "more": _alone(more),
     }
     try:
         torch.save(content, aside)
@@ -87,9 +89,29 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(content["tensors"], json.loads(content["meta"]), content["more"])
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A CPU copy that shares no storage, so that a view does not save its whole base."""
-    return tensor.detach().to("cpu", copy=True)
+def snapshot(tree: Any) -> Any:
+    """A tree of dicts, lists and tensors with every tensor copied to the CPU; the rest as it is."""
+    return _each(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def _alone(tree: Any) -> Any:
+    """The tree with tensors on the CPU, copied where they are views, which would save their whole base."""
+
+    def own(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+    return _each(tree, own)
+
+
+def _each(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _each(value, change) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_each(value, change) for value in tree)
+    return tree
 
 
 def _seal(path: Path) -> None:

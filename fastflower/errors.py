@@ -25,6 +25,12 @@ class EnvironmentFault(InputError):
     exit_code = 4
 
 
+class Diverged(InputError):
+    """The run computes nothing but NaN; every rank finds out in the same step."""
+
+    exit_code = 1
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's `main(argv)` as a process: one line on stderr and an exit code instead of a traceback.
 

@@ -159,6 +159,7 @@ def append_event(path: Path, row: dict[str, Any]) -> None:
     line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
     with open(path, "ab", buffering=0) as file:
         file.write(line.encode("utf-8"))
+        os.fsync(file.fileno())
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from composer.utils import dist  # noqa: E402
 from fastflower import build, checkpoint, derived, errors  # noqa: E402
 from fastflower.callbacks import ranks, record  # noqa: E402
 from fastflower.callbacks.progress import Console  # noqa: E402
-from fastflower.callbacks.saving import PREEMPTED, Stop, parse_interval, restore  # noqa: E402
+from fastflower.callbacks.saving import PREEMPTED, Stop, adopt, parse_interval, restore  # noqa: E402
 from fastflower.identity import identity  # noqa: E402
 from fastflower.recipe import Recipe, parse_command  # noqa: E402
 from fastflower.runs import Run  # noqa: E402
@@ -53,9 +53,9 @@ def train(argv: list[str]) -> int:
         for fold in derived.fold_numbers(recipe):
             with ranks.claim(recipe, fold) as run, ranks.console(run) as console:
                 train_fold(recipe, run, machine, stop, console, advice)
+        machine.close()  # not after an error: it may wait for a rank that is stuck
     finally:
         stop.restore()
-        machine.close()
     return 0
 
 
@@ -67,16 +67,19 @@ def train_fold(
     same = identity(recipe, derived.derive(recipe, machine.world), fold.train.manifest)
     ranks.check_alike(same)
     last = ranks.on_rank_zero(lambda: record.find_last(run, same, console.say))
-    if last is not None and last.finished:
-        console.say(last.finished)
+    if last is not None and last.done:
+        console.say(last.done)
         return
     build.verify(fold)
     training = build.training(recipe, run, fold, machine, stop, console, same)
     try:
         if last is not None:
             restore(checkpoint.load(last.path), training.trainer.state, training.network, training.parts)
-        announce(recipe, training, machine, advice)
-        fit(training)
+        if last is not None and last.finished:  # cut between its last step and its summary
+            ranks.on_rank_zero(lambda: adopt(run, "last", last.path))
+        else:
+            announce(recipe, training, machine, advice)
+            fit(training)
         finish(training, machine, advice)
     finally:
         training.close()
@@ -122,10 +125,14 @@ def fit(training: build.Training) -> None:
         ranks.leave(errors.EnvironmentFault(f"{text}; {advice}"))
     except errors.InputError as error:
         ranks.leave(error)
-    except RuntimeError as error:
-        if dist.get_world_size() == 1 or "onnection" not in str(error):
+    except Exception as error:
+        if dist.get_world_size() == 1:
             raise
-        ranks.leave(errors.EnvironmentFault("another rank has ended; its own message says why"))
+        if isinstance(error, torch.distributed.DistError) or "onnection" in str(
+            error
+        ):  # gloo's is a RuntimeError
+            ranks.leave(errors.EnvironmentFault("another rank has ended; its own message says why"))
+        ranks.leave_with_trace()
 
 
 def finish(training: build.Training, machine: ranks.Machine, advice: list[str]) -> None:

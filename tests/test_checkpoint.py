@@ -28,6 +28,15 @@ def test_round_trip(saved):
     assert torch.load(saved, weights_only=True)["tensors"]["w"].shape == (2, 8)
 
 
+def test_a_snapshot_stays_while_training_goes_on():
+    weight, moments = torch.zeros(3), {0: {"step": torch.tensor(1.0), "lr": 0.1}}
+    copy = checkpoint.snapshot({"w": weight, "optimizer": (moments, ["name"])})
+    weight += 1
+    moments[0]["step"] += 1
+    assert copy["w"].tolist() == [0, 0, 0] and copy["optimizer"][0][0]["step"] == 1
+    assert copy["optimizer"][0][0]["lr"] == 0.1 and copy["optimizer"][1] == ["name"]
+
+
 def test_every_flipped_byte_is_found(saved):
     data = saved.read_bytes()
     for position in range(len(data)):

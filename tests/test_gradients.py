@@ -10,7 +10,8 @@ import torch
 from composer.core import Event, Precision
 from torch import nn
 
-from fastflower.algorithms.gradients import Diverged, GradientGuard, clip
+from fastflower.algorithms.gradients import GradientGuard, clip
+from fastflower.errors import Diverged
 
 
 def state_of(
@@ -57,6 +58,22 @@ def test_a_step_that_is_not_finite_changes_nothing():
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():
             assert torch.equal(tensor, before[name]), name
+
+
+def test_frozen_parts_do_not_shrink_the_others_and_gather_no_moments():
+    network = with_gradients(2.0)
+    groups = [
+        {"params": list(network[0].parameters()), "lr": 0.0},
+        {"params": list(network[1].parameters()), "lr": 0.1},
+    ]
+    state = state_of(network)
+    state.optimizers = [torch.optim.AdamW(groups)]
+    guard = GradientGuard(network, 1.0, limit=3)
+    network[0].weight.grad[0, 0] = 1e6
+    guard.apply(Event.AFTER_TRAIN_BATCH, state, None)
+    assert guard.norm == pytest.approx(math.sqrt(4.0 * sum(p.numel() for p in network[1].parameters())))
+    state.optimizers[0].step()
+    assert set(state.optimizers[0].state) == set(network[1].parameters())
 
 
 def test_a_good_step_ends_the_row():

@@ -16,7 +16,7 @@ import tiny
 import torch
 
 from fastflower import checkpoint, errors
-from fastflower.callbacks import saving
+from fastflower.callbacks import ranks, saving
 from fastflower.callbacks.saving import Saving, previous_last
 
 
@@ -35,6 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
         return {
             "last": found,
             "epochs": tiny.epochs(),
+            "end": tiny.end(),
             "files": sorted(p.name for p in tiny.run_of().model_dir.glob("*.pth")),
         }
     finally:
@@ -65,6 +66,7 @@ def same_as(whole: dict) -> None:
     assert tiny.different(whole["last"].more, found.more) == []
     assert tiny.different(whole["last"].meta, found.meta) == []
     assert tiny.epochs() == whole["epochs"]
+    assert tiny.different(whole["end"], tiny.end()) == []
     assert sorted(p.name for p in tiny.run_of().model_dir.glob("*.pth")) == whole["files"]
 
 
@@ -77,6 +79,7 @@ def same_as(whole: dict) -> None:
         ("eval_batch_end", 4),
         ("eval_after_all", 8),
         ("epoch_checkpoint", 8),
+        ("fit_end", 12),
     ],
 )
 def test_a_cut_run_ends_in_the_same_bits(project, whole, monkeypatch, event, step):
@@ -212,6 +215,26 @@ def test_a_kill_inside_a_saving_loses_no_generation(project, whole, monkeypatch,
             tiny.fit("train.save_every=2ba")
     assert tiny.fit("train.save_every=2ba") == 0
     same_as(whole)
+
+
+def test_a_rank_does_not_outlive_its_launcher():
+    """SIGKILL of a parent reaches the child as SIGTERM, for which it would save."""
+    ours, theirs = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        if not os.fork():
+            signal.signal(signal.SIGTERM, lambda *_: (os.write(theirs, b"told"), os._exit(0)))
+            ranks._outlive_no_launcher()
+            os.write(theirs, b"up ")
+        os.close(ours)
+        while True:
+            time.sleep(60)
+    os.close(theirs)
+    assert os.read(ours, 3) == b"up "
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert os.read(ours, 4) == b"told"
+    os.close(ours)
 
 
 STILL = ("model.drop_rate=0", "model.drop_path=0", "train.save_every=1ba")

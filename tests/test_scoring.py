@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from torch import nn
 
-from fastflower.callbacks.scoring import by_kind, checksum, in_row_order
+from fastflower.callbacks.scoring import Scoreboard, Scoring, by_kind, checksum, in_row_order
 from fastflower.callbacks.selection import Candidate, Selection, prefer
-from fastflower.recipe import Es, Select
+from fastflower.derived import derive
+from fastflower.errors import Diverged
+from fastflower.recipe import Es, Select, load
 
 
 def one(clean: float, corrupted: float | None = None, macro: float = 0.5, finite: bool = True) -> Candidate:
@@ -150,6 +155,23 @@ def test_kinds_are_means_over_their_levels():
     hits = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
     assert by_kind(hits, combos) == {"blur": 0.5, "jpeg": 0.5}
     assert by_kind(np.array([1, 1, 1, 0, 0, 0], dtype=bool), combos) == {"blur": 0.75, "jpeg": 0.0}
+
+
+def test_a_run_in_which_nothing_is_finite_ends_with_advice():
+    recipe = load(None, [])
+    scoring = Scoring(recipe, derive(recipe, 1), list, {}, [])
+    row = dict.fromkeys(("top1", "top5", "macro_recall", "macro_f1", "ece"), 0.25)
+    state = SimpleNamespace(timestamp=SimpleNamespace(epoch=SimpleNamespace(value=3)))
+    scoring.latest = Scoreboard(
+        3, {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": 1.0}}, {"raw": 0, "ema": 0.5}
+    )
+    scoring.eval_after_all(state, None)
+    assert scoring.latest.verdict.chosen == "ema"
+    scoring.latest = Scoreboard(3, {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": math.inf}})
+    with pytest.raises(
+        Diverged, match=r"no weights give finite scores after epoch 3; lower opt.lr_ref or opt.lr"
+    ):
+        scoring.eval_after_all(state, None)
 
 
 def test_the_checksum_sees_a_single_bit():

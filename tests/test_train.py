@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastflower import checkpoint, errors, runs
 from fastflower import recipe as recipes
-from fastflower.algorithms.gradients import Diverged, GradientGuard
+from fastflower.algorithms.gradients import GradientGuard
 from fastflower.callbacks import ranks
 from fastflower.callbacks.progress import COLUMNS, clock, epoch_line, headline, step_line, time_left
 from fastflower.data.loaders import EvalLoader
@@ -201,7 +201,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
 
 def test_a_run_of_nan_stops_with_advice(monkeypatch):
     poison(monkeypatch, set(range(100)))
-    with pytest.raises(Diverged, match=r"3 steps in a row, up to step 3 .* lower opt.lr_ref or opt.lr"):
+    with pytest.raises(
+        errors.Diverged, match=r"3 steps in a row, up to step 3 .* lower opt.lr_ref or opt.lr"
+    ):
         tiny.fit("train.max_nonfinite=3", *ONE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -82,7 +83,10 @@ def last(exp: str = "tiny", fold: int = 0) -> checkpoint.Checkpoint:
     return checkpoint.load(run_of(exp, fold).files("last")[-1])
 
 
-TIMES = ("time", "seconds", "total_seconds", "eval_seconds", "images_per_s", "wait_share", "wait")
+TIMES = (
+    *("time", "seconds", "total_seconds", "eval_seconds", "saving_seconds", "images_per_s"),
+    *("wait_share", "wait"),
+)
 
 
 def epochs(exp: str = "tiny") -> list[dict[str, Any]]:
@@ -91,18 +95,16 @@ def epochs(exp: str = "tiny") -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows if row["event"] == "epoch"]
 
 
+def end(exp: str = "tiny") -> dict[str, Any]:
+    """How a run ended, as meta/ has it."""
+    return json.loads(run_of(exp).end.read_text())
+
+
 def different(one: Any, other: Any, path: str = "") -> list[str]:
     """The places in which two trees of tensors and values differ, to the bit; times are not compared."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = {*one, *other} - {
-            *TIMES,
-            "total_wct",
-            "iteration_wct",
-            "epoch_wct",
-            "batch_wct",
-            "exp",
-            "recipe",
-        }
+        clock = {*TIMES, "total_wct", "iteration_wct", "epoch_wct", "batch_wct", "exp", "recipe"}
+        keys = {key for key in {*one, *other} if key not in clock or isinstance(one.get(key), dict)}
         return [
             d
             for key in sorted(keys, key=str)

@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from fastflower.algorithms.averaging import batch_norms
-from fastflower.errors import InputError
+from fastflower.errors import Diverged
 
 
 @torch.no_grad()
@@ -26,18 +26,20 @@ def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
     return float(norm)
 
 
-class Diverged(InputError):
-    """The run computes nothing but NaN; every rank finds out in the same step."""
-
-    exit_code = 1
+def _drop_frozen(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if group["lr"] == 0:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class GradientGuard(Algorithm):
     """BATCH_START: remember BatchNorm's statistics. AFTER_TRAIN_BATCH: clip, or skip a non-finite step.
 
     Gradients are those after the ranks' reduction, so that all ranks decide alike. A skipped step leaves
-    weights, optimizer, averages and running statistics as they were. With fp16 the scaler's own overflows are
-    skipped but not counted while its scale can still fall.
+    weights, optimizer, averages and running statistics as they were. Frozen parts (lr 0) lose their gradients
+    first: they neither shrink the others' share of the norm nor fill moments before they train. With fp16 the
+    scaler's own overflows are skipped but not counted while its scale can still fall.
     Raises Diverged after `limit` counted steps in a row.
     """
 
@@ -62,6 +64,7 @@ class GradientGuard(Algorithm):
         if event == Event.BATCH_START:
             self._remember()
             return
+        _drop_frozen(state.optimizers[0])
         self.norm = clip(self.network.parameters(), self.clip_grad)
         self.skipped = not math.isfinite(self.norm)
         if not self.skipped:

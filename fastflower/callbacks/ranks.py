@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import json
 import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from fastflower.runs import Run, digest
 
 TIMEOUT = 600.0  # seconds that a rank waits for another: rank 0 may be reading betons' checksums
 PATIENCE = 60.0  # seconds that another rank waits for rank 0 to say why all are leaving
+PR_SET_PDEATHSIG = 1
 T = TypeVar("T")
 
 
@@ -50,6 +54,12 @@ class Machine:
             return "off"
         return f"best effort: {', '.join(sorted(set(self.loose)))}" if self.loose else "full"
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"loose": sorted(set(self.loose))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loose.extend(state["loose"])
+
     def close(self) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -57,6 +67,8 @@ class Machine:
 
 def prepare(recipe: Recipe) -> Machine:
     """Join the process group and set the switches that are the process's own: threads, determinism, cuDNN.
+
+    A rank whose launcher is gone is told to save and leave: it would hold the run's lock, a GPU and a port.
 
     Raises EnvironmentFault when there are fewer GPUs than ranks on a machine that has GPUs.
     """
@@ -71,11 +83,18 @@ def prepare(recipe: Recipe) -> Machine:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if world > 1:
+        _outlive_no_launcher()
         dist.initialize_dist("gpu" if gpus else "cpu", timeout=TIMEOUT)
     precision = "fp32"
     if gpus and recipe.train.amp:
         precision = "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
     return Machine("gpu" if gpus else "cpu", world, rank, precision, _switches(recipe))
+
+
+def _outlive_no_launcher() -> None:
+    """Have the kernel send SIGTERM when the parent ends, be it by SIGKILL; only Linux can."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _switches(recipe: Recipe) -> list[str]:
@@ -130,6 +149,14 @@ def leave(error: InputError) -> NoReturn:
         raise error
     print(f"fastflower: rank {rank}: {error}", file=sys.stderr, flush=True)
     raise Alone(error.exit_code)
+
+
+def leave_with_trace() -> NoReturn:
+    """End this rank on an error that nobody foresaw, shown before the other ranks complain about its absence."""
+    print(f"fastflower: rank {dist.get_global_rank()}:", file=sys.stderr)
+    traceback.print_exc()
+    sys.stderr.flush()
+    raise Alone(1)
 
 
 def check_alike(same: dict[str, Any]) -> None:

@@ -127,6 +127,7 @@ def git_state() -> dict[str, Any] | None:
 def write_meta(recipe: Recipe, facts: Facts, advice: list[str], determinism: str) -> None:
     """Freeze recipe, folds, classes, versions and derived numbers in meta/."""
     folder = facts.run.meta_dir
+    facts.run.end.unlink(missing_ok=True)  # of a training whose checkpoints were removed or damaged
     runs.write_atomic(folder / "recipe.yaml", recipes.to_yaml(recipe))
     for name in ("folds.csv", "classes.csv"):
         runs.write_atomic(folder / name, (Path(recipe.data.home) / name).read_bytes())
@@ -291,10 +292,11 @@ def notes(recipe: Recipe, facts: Facts, advice: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Last:
-    """The checkpoint to go on from; `finished` is a line to say when there is nothing left to do."""
+    """The checkpoint to go on from; `finished` says why no step is left, and `done` that nothing at all is."""
 
     path: Path
     finished: str
+    done: str
 
 
 def find_last(run: Run, same: dict[str, Any], say: Callable[[str], None]) -> Last | None:
@@ -315,10 +317,10 @@ def find_last(run: Run, same: dict[str, Any], say: Callable[[str], None]) -> Las
         f"fold {run.fold}, seed {run.seed} of {run.exp} is finished ({reason}): best epoch {best['epoch']} with "
         f"{best['score']:.4f}; nothing to do"
     )
-    return Last(path, line if reason else "")
+    return Last(path, reason, line if reason and run.end.exists() else "")
 
 
 def write_end(facts: Facts, advice: list[str], row: dict[str, Any], same: dict[str, Any]) -> None:
     """Put the end, early or not, beside what the run started with; `same` is its identity."""
-    runs.write_json(facts.run.end, {**row, "identity": same})
     write_derived(facts, advice, row["determinism"])
+    runs.write_json(facts.run.end, {**row, "identity": same})  # the very last: now nothing is left to do

@@ -1,7 +1,8 @@
 """Checkpoints: best_clean, best_combo, ema_best (and swa) for handing in, `last` for going on.
 
 Every file is written aside, checked and renamed, and the one it supersedes is removed after that. Of `last` the
-generation before is kept. All are plain tensors, numbers and text.
+generation before is kept. All are plain tensors, numbers and text, copied to the host at the step they belong to
+and written by a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from fastflower import checkpoint
 from fastflower.callbacks.scoring import Scoring
+from fastflower.callbacks.writer import Writer
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
 from fastflower.runs import Run, fsync_folder
@@ -94,17 +96,22 @@ def load_last(run: Run, say: Callable[[str], None]) -> tuple[Path, Checkpoint] |
 def place(run: Run, kind: str, epoch: int, score: float, write: Callable[[Path], None]) -> Path:
     """Write a checkpoint under its templated name, link the fixed name to it, and remove what it supersedes."""
     path = run.file(kind, epoch, max(score, 0.0))
-    old = [other for other in run.files(kind) if other != path]
     try:
         if kind == "last":
             _keep_previous(run)
         write(path)
-        _link(path, run.model_dir / FIXED[kind])
+        adopt(run, kind, path)
     except OSError as error:
         raise _refusal(path, error) from None
-    for other in old:
-        other.unlink(missing_ok=True)
     return path
+
+
+def adopt(run: Run, kind: str, path: Path) -> None:
+    """Link the fixed name of a kind to a checkpoint, and remove those that it supersedes."""
+    _link(path, run.model_dir / FIXED[kind])
+    for other in run.files(kind):
+        if other != path:
+            other.unlink(missing_ok=True)
 
 
 def _keep_previous(run: Run) -> None:
@@ -170,9 +177,9 @@ class Stop:
 class Saving(Callback):
     """EVAL_AFTER_ALL: the best checkpoints. BATCH_CHECKPOINT, EPOCH_CHECKPOINT: `last`, every train.save_every.
 
-    BATCH_END, EVAL_BATCH_END: when a signal asked, save `last` and leave with exit code 75.
+    BATCH_END, EVAL_BATCH_END: when a signal asked, save `last` and leave with exit code 75. FIT_END: wait.
     `parts` are whatever else has state, by name; `meta(epoch)` describes a member.
-    Only rank 0 writes. `seconds` is the time spent on it.
+    Only rank 0 writes, behind the training; `seconds` is how long training stood still for it.
     """
 
     def __init__(
@@ -194,6 +201,7 @@ class Saving(Callback):
         self.identity = identity
         self.every = every
         self.stop = stop
+        self.writer = Writer()
         self.seconds = 0.0
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
@@ -202,10 +210,15 @@ class Saving(Callback):
         if dist.get_global_rank():
             return
         start = time.perf_counter()
-        for kind, weights in board.verdict.new.items():
+        self.writer.settle()
+        new = board.verdict.new
+        copies = {
+            weights: checkpoint.snapshot(self.networks[weights].state_dict()) for weights in {*new.values()}
+        }
+        for kind, weights in new.items():
             meta = {**self.meta(board.epoch), "kind": kind, "weights": weights, "scores": board.flat()}
-            write = functools.partial(checkpoint.save, tensors=self.networks[weights].state_dict(), meta=meta)
-            place(self.run, kind, board.epoch, self.scoring.selection.bests[kind].score, write)
+            write = functools.partial(checkpoint.save, tensors=copies[weights], meta=meta)
+            self._behind(kind, board.epoch, self.scoring.selection.bests[kind].score, write)
         self.seconds += time.perf_counter() - start
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -229,12 +242,19 @@ class Saving(Callback):
             reason = self.scoring.selection.stopped or f"all {epoch} epochs are done"
             self.save_last(state, state.timestamp, reason if finished else "")
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.writer.settle()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.writer.close()
+
     def save_last(self, state: State, timestamp: Timestamp | None, finished: str = "") -> None:
         """Write the whole training state as it is at `timestamp`; `finished` is the reason, when it is."""
         assert timestamp is not None
         if dist.get_global_rank():
             return
         start = time.perf_counter()
+        self.writer.settle("last")
         epoch = timestamp.epoch.value
         best = self.scoring.selection.best
         meta = {**self.meta(epoch), "kind": "last", "weights": "raw", "scores": self.scoring.flat}
@@ -249,14 +269,17 @@ class Saving(Callback):
             "scaler": state.scaler.state_dict() if state.scaler is not None else {},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
-        write = functools.partial(
-            checkpoint.save, tensors=self.networks["raw"].state_dict(), meta=meta, **more
-        )
-        place(self.run, "last", epoch, self.scoring.score, write)
+        tensors, more = checkpoint.snapshot((self.networks["raw"].state_dict(), more))
+        write = functools.partial(checkpoint.save, tensors=tensors, meta=meta, **more)
+        self._behind("last", epoch, self.scoring.score, write)
         self.seconds += time.perf_counter() - start
+
+    def _behind(self, kind: str, epoch: int, score: float, write: Callable[[Path], None]) -> None:
+        self.writer.add(kind, functools.partial(place, self.run, kind, epoch, score, write))
 
     def _leave(self, state: State, timestamp: Timestamp | None) -> None:
         self.save_last(state, timestamp)
+        self.writer.settle()
         if dist.get_global_rank() == 0:
             print(
                 "fastflower: stopped by a signal; the state is saved, the same command goes on",

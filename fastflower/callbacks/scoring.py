@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from fastflower import scores
 from fastflower.callbacks.selection import Candidate, Selection, Verdict
 from fastflower.derived import Derived
-from fastflower.errors import CorruptionError
+from fastflower.errors import CorruptionError, Diverged
 from fastflower.recipe import Recipe
 
 CLEAN, CORRUPTED = "clean", "corrupted"
@@ -71,7 +71,8 @@ def by_kind(hits: np.ndarray, combos: list[list[str]]) -> dict[str, float]:
 class Scoring(Callback):
     """EVAL_BEFORE_ALL: equal buffers on all ranks. EVAL_AFTER_FORWARD: collect. EVAL_END: gather and score.
 
-    EVAL_AFTER_ALL: S, the best so far, early stopping. `latest` is the last epoch's Scoreboard.
+    EVAL_AFTER_ALL: S, the best so far, early stopping. `latest` is the last epoch's Scoreboard. Raises Diverged
+    when no weights give finite scores: what has become NaN trains no further.
     """
 
     def __init__(
@@ -149,6 +150,8 @@ class Scoring(Callback):
             )
             for name, row in board.clean.items()
         }
+        if not any(candidate.finite for candidate in candidates.values()):
+            _give_up(epoch)
         board.verdict = self.selection.update(epoch, stage, candidates)
         self.epoch, self.flat = epoch, board.flat()
         self.score = board.verdict.s.get(board.verdict.chosen, 0.0)
@@ -168,6 +171,15 @@ class Scoring(Callback):
 
 
 STATE = ("epoch", "flat", "best_flat", "score", "val_loss")
+
+
+def _give_up(epoch: int) -> NoReturn:
+    if dist.get_global_rank():
+        raise SystemExit(Diverged.exit_code)  # rank 0 says why
+    raise Diverged(
+        f"no weights give finite scores after epoch {epoch}; lower opt.lr_ref or opt.lr (a quarter, say), and start "
+        "again under another exp.name"
+    )
 
 
 @torch.no_grad()
