@@ -201,7 +201,9 @@ class Reg:
     ls_eps: float = key(0.05, "label smoothing", ge=0, lt=1)
     mixup: float = key(0.2, "MixUp's Beta parameter; 0: off", ge=0)
     cutmix: float = key(0.8, "CutMix's Beta parameter; 0: off", ge=0)
-    mix_prob: float = key(0.4, "probability that a batch is mixed at all", ge=0, le=1)
+    mix_prob: float = key(
+        0.4, "probability that a batch is mixed at all; aug.strength leaves it alone", ge=0, le=1
+    )
     mix_switch_prob: float = key(0.5, "of the mixed batches, the share that is CutMix", ge=0, le=1)
     mix_final_epoch: int | Auto = key("auto", "epoch from which mix_prob_final holds; auto: a third stage's")
     mix_prob_final: float = key(0.0, "mix_prob at the end", ge=0, le=1)

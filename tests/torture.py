@@ -447,18 +447,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--part", default="1/1", help="of all cases, every N-th from the K-th on")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer put its own there
     start, done = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="fastflower-torture-") as home:
+    with tempfile.TemporaryDirectory(prefix="fastflower-torture-", ignore_cleanup_errors=True) as home:
         torture = Torture(Path(home))
         todo = cases(torture, options)
         print(f"{len(todo)} cases", flush=True)
-        for number, case in enumerate(todo, 1):
-            outcome = torture.run(case)
-            done.append((case, outcome))
-            if outcome.wrong:
-                print(f"DIFFERENT {case}", *outcome.wrong[:8], sep="\n    ", flush=True)
-            if number % 20 == 0:
-                print(f"{number} of {len(todo)}, {time.monotonic() - start:.0f} s", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # the table of what was done until then
+            for number, case in enumerate(todo, 1):
+                outcome = torture.run(case)
+                done.append((case, outcome))
+                if outcome.wrong:
+                    print(f"DIFFERENT {case}", *outcome.wrong[:8], sep="\n    ", flush=True)
+                if number % 10 == 0:
+                    print(f"{number} of {len(todo)}, {time.monotonic() - start:.0f} s", flush=True)
     print(*table(done), sep="\n")
     slowest, signalled = (
         max((getattr(outcome, name) for _, outcome in done), default=0.0)
@@ -468,7 +470,7 @@ def main(argv: list[str]) -> int:
         f"{time.monotonic() - start:.0f} s; all ranks were gone at most {slowest:.1f} s after the first, and "
         f"{signalled:.1f} s after SIGTERM"
     )
-    return int(any(outcome.wrong for _, outcome in done))
+    return int(len(done) < len(todo) or any(outcome.wrong for _, outcome in done))
 
 
 if __name__ == "__main__":
