@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import functools
 import glob
 import hashlib
 import itertools
@@ -20,7 +19,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,6 +42,10 @@ except ModuleNotFoundError as missing:
 
 FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
+TOGETHER, PIXELS = (
+    8,
+    300_000,
+)  # pictures that a CPU thread takes at once: at most, and pixels of their largest views
 
 
 class Problem(Exception):
@@ -159,52 +162,66 @@ def predicted(
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Rows and their logits in order; pictures that cannot be read are left out and marked in the table.
 
-    For a GPU the threads decode two batches ahead of it. On a CPU each thread takes a picture from file to logits:
-    a picture's views fit in a core's cache, and threads that do not wait for each other are the faster ones.
+    For a GPU the threads decode two batches ahead of it. On a CPU each thread takes a few pictures from file to
+    logits: together they pay once for laying out the weights, and threads that do not wait for each other are the
+    faster ones.
     """
     import torch
 
     crops, parent = members.bundle["crops"], os.getppid()
     on_cpu = members.device.type == "cpu"
 
-    def work(row: int) -> Any:
-        table.reading[row] = time.monotonic()
-        try:
-            arrays = pictures.prepare(os.path.join(folder, table.names[row]), crops)
-        finally:
-            table.reading[row] = 0
-        return members.logits([arrays])[0] if on_cpu else arrays
-
-    def gather(some: list[tuple[int, Callable[[], Any]]]) -> tuple[list[int], np.ndarray]:
-        rows, results = [], []
-        for row, result in some:
+    def work(rows: list[int]) -> list[tuple[int, Any]]:
+        """Rows that could be read, with their logits on a CPU, else with their views."""
+        found = []
+        for row in rows:
+            table.reading[row] = time.monotonic()
             try:
-                results.append(result())
-                rows.append(row)
+                found.append((row, pictures.prepare(os.path.join(folder, table.names[row]), crops)))
             except (
                 Exception
             ) as error:  # whatever a hostile file makes Pillow raise costs one row, not the run
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                table.fail(row, reason)
-                say(f"{os.fsdecode(table.names[row])!r}: {reason}; its row is the class prior", sys.stderr)
-        if rows and not on_cpu:
-            return rows, members.logits(results)
-        return rows, np.array(results)
+                refuse(row, error)
+            finally:
+                table.reading[row] = 0
+        if not found or not on_cpu:
+            return found
+        try:
+            return list(zip([row for row, _ in found], members.logits([views for _, views in found])))
+        except Exception as error:
+            for row, _ in found:
+                refuse(row, error)
+            return []
+
+    def refuse(row: int, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        table.fail(row, reason)
+        say(f"{os.fsdecode(table.names[row])!r}: {reason}; its row is the class prior", sys.stderr)
+
+    def gather(some: list[list[tuple[int, Any]]]) -> tuple[list[int], np.ndarray]:
+        found = [pair for part in some for pair in part]
+        rows, results = [row for row, _ in found], [result for _, result in found]
+        return rows, members.logits(results) if rows and not on_cpu else np.array(results)
 
     rows = table.waiting()
     few = max(1, np.count_nonzero(table.alone[rows]))
     for row in rows[:few]:  # the first row soon, and with all cores
-        yield gather([(row, functools.partial(work, row))])
+        yield gather([work([row])])
+    together = 1
+    if on_cpu:  # the same whatever the number of threads, so that the last digits are too
+        fitting = PIXELS // max(crop["height"] * crop["width"] for crop in crops)
+        together = max(1, min(TOGETHER, fitting, len(rows) // 16))
+    parts = [rows[start : start + together] for start in range(few, len(rows), together)]
     size = threads if on_cpu else batch
-    waiting, coming = iter(rows[few:]), deque()
+    waiting, coming = iter(parts), deque()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             while True:
-                for row in itertools.islice(waiting, 3 * size - len(coming)):
-                    coming.append((row, pool.submit(work, row).result))
+                for part in itertools.islice(waiting, 3 * size - len(coming)):
+                    coming.append(pool.submit(work, part))
                 if not coming or os.getppid() != parent:  # nobody is left to read the table to
                     return
-                yield gather([coming.popleft() for _ in range(min(size, len(coming)))])
+                yield gather([coming.popleft().result() for _ in range(min(size, len(coming)))])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
