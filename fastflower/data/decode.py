@@ -73,7 +73,9 @@ def decode_train(
         full decode, area averaging                     41 dB, 32 dB      47 dB, 39 dB
         (these two exact ways to each other             45 dB, 37 dB      48 dB, 39 dB)
 
-    `bench decoder` compares accuracies. Raises CorruptionError naming the beton and the row that cannot be decoded.
+    Small networks trained through this and through the exact bilinear way (`bench decoder`, 6 seeds each) differ in
+    top-1 by +0.0005 [-0.0029, +0.0039] on digits (n = 360) and +0.0008 [-0.017, +0.018] on flowers17 (n = 218).
+    Raises CorruptionError naming the beton and the row that cannot be decoded.
     """
     rows = _rows(beton, rows, out)
     keys = np.ascontiguousarray(keys).view(np.uint64)
