@@ -80,3 +80,18 @@ def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and all(row["images_per_s"] > 0 for row in rows)
     assert all(row["size"] == 24 and row["threads"] == 1 and row["first_batch_s"] > 0 for row in rows)
     assert "fastflower pre-scaled raw" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_convert_is_compared_with_the_stock_writer(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--size", "24", "--workers", "1", "--rounds", "1", "--json", str(tmp_path / "rows.json")]
+    for k in range(9, 40):  # enough for five folds
+        coarse = np.random.default_rng(k).integers(0, 256, (5, 6, 3), np.uint8)
+        Image.fromarray(coarse).resize((60, 50)).save(folder / f"{k}.jpg")
+    main(["convert", "--data", str(folder), *words])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 5 and all(row["seconds"] > 0 and row["ratio_to_stock_ffcv"] > 0 for row in rows)
+    assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and "fastflower, one split" in capsys.readouterr().out

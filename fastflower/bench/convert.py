@@ -122,9 +122,9 @@ class _Opened:
 
 def ours(files: tuple[Path, ...], place: Path, size: int, workers: int, store: str) -> None:
     """The command's own work, quietly."""
-    labels = place / "labels.csv"
+    labels, classes = place / "labels.csv", max(2, min(17, len(files) // 10))
     labels.write_text(
-        "filename,category_id\n" + "".join(f"{file.name},{row % 17}\n" for row, file in enumerate(files))
+        "filename,category_id\n" + "".join(f"{file.name},{row % classes}\n" for row, file in enumerate(files))
     )
     words = [
         f"data.root={files[0].parent}", f"data.csv={labels}", f"data.home={place}", f"data.img_size={size}",
