@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
     for name, number in (("SIGTERM", 143), ("SIGHUP", 129)):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_, number=number: sys.exit(number))
-    table = Table(ordered(names, sample), bundle["class_ids"], bundle["prior"], header)
+    files, shown = ordered(names, sample)
+    table = Table(files, bundle["class_ids"], bundle["prior"], header, shown)
     code = 0
     if names or not os.path.exists(options.csv):  # never an empty table over a good one
         code = 0 if table.open(options.csv) else 4

@@ -21,15 +21,21 @@ REASON, ABOUT = 160, 1 << 16  # bytes of a row's reason, and of what is said of 
 class Table:
     """Rows of names and predictions; those not yet known, and unreadable pictures, hold the class prior.
 
-    `names` are bytes, written as they are; `path` is where the table lies once `open` has found a place. What is
-    known lies in memory that a forked process shares; `reading` is when a row's picture began to be read (0: it is
-    not), `alone` marks pictures that may crash the process.
+    `names` are files, as bytes; `shown` is what the table calls them, byte for byte, by default the same; `path` is
+    where the table lies once `open` has found a place. What is known lies in memory that a forked process shares;
+    `reading` is when a row's picture began to be read (0: it is not), `alone` marks pictures that may crash it.
     """
 
     def __init__(
-        self, names: list[bytes], class_ids: list[str], prior: list[float], header: list[str]
+        self,
+        names: list[bytes],
+        class_ids: list[str],
+        prior: list[float],
+        header: list[str],
+        shown: list[bytes] | None = None,
     ) -> None:
         self.names, self.class_ids, self.header = names, class_ids, header
+        self.shown = shown or names
         count = len(names)
         self.best, self.confidence = shared(count, "i8"), shared(count, "f8")
         self.best[:], self.confidence[:] = int(np.argmax(prior)), float(np.max(prior))
@@ -100,7 +106,7 @@ class Table:
         fields = [quoted(field.encode("utf-8", "surrogateescape")) for field in self.header]
         lines = [b",".join(fields)]
         width = len(self.header)
-        for name, best, confidence in zip(self.names, self.best, self.confidence):
+        for name, best, confidence in zip(self.shown, self.best, self.confidence):
             number = b"%.6f" % min(max(confidence, 1e-6), 1.0)
             lines.append(b",".join((quoted(name), quoted(self.class_ids[best].encode()), number)[:width]))
         return b"\n".join(lines) + b"\n"
@@ -178,6 +184,16 @@ def columns(kind: str, sample: tuple[list[str], list[bytes]] | None) -> list[str
     return list(COLUMNS[:2] if kind == "two" else COLUMNS)
 
 
-def ordered(names: list[bytes], sample: tuple[list[str], list[bytes]] | None) -> list[bytes]:
-    """The organiser's order when the sample lists exactly these files."""
-    return sample[1] if sample and sorted(sample[1]) == names else names
+def ordered(
+    names: list[bytes], sample: tuple[list[str], list[bytes]] | None
+) -> tuple[list[bytes], list[bytes]]:
+    """Files in the table's order, and what it calls them.
+
+    Both are the organiser's when the sample lists exactly these files, with their endings or without (ids).
+    """
+    if sample and sorted(sample[1]) == names:
+        return sample[1], sample[1]
+    files = {os.path.splitext(name)[0]: name for name in names}
+    if sample and len(files) == len(names) and sorted(sample[1]) == sorted(files):
+        return [files[shown] for shown in sample[1]], sample[1]
+    return names, names

@@ -130,6 +130,7 @@ def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
     advice: list[str] = []
     derive(recipe, recipe.train.world_size)
     _check_test_folder(recipe)
+    check_flips(recipe)
     _check_schedule(recipe)
     _check_balance(recipe, advice)
     _check_ranges(recipe)
@@ -143,6 +144,22 @@ def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
             f"data.num_classes = {recipe.data.num_classes}: the label file has {num_classes} classes; use auto or more"
         )
     return advice
+
+
+def check_flips(recipe: Recipe) -> None:
+    """Where mirrored images are of other classes, neither training nor a view may flip."""
+    flips = {
+        "aug.hflip_p": recipe.aug.hflip_p,
+        "aug.vflip_p": recipe.aug.vflip_p,
+        "tta.hflip": recipe.tta.hflip,
+    }
+    on = [name for name, value in flips.items() if value]
+    if on and not (recipe.data.flips_keep_class or recipe.checks.allow_flips):
+        remedy = " ".join(f"{name}={'false' if name == 'tta.hflip' else 0}" for name in on)
+        raise InputError(
+            f"{on[0]} = {str(flips[on[0]]).lower()}: flips change the class of these images "
+            f"(data.flips_keep_class=false); set {remedy}, or force them by checks.allow_flips=true"
+        )
 
 
 def _check_test_folder(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastflower import checkpoint, errors, recipe, runs
+from fastflower import checkpoint, derived, errors, recipe, runs
 from fastflower.data.folds import read_folds
 from fastflower.data.labels import read_csv, write_csv
 from fastflower.errors import InputError
@@ -21,6 +21,7 @@ REFUSED = 1
 
 def main(argv: list[str]) -> int:
     settings = recipe.parse_command(argv)
+    derived.check_flips(settings)
     paths = members_of(settings)
     home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
     folds, classes = (

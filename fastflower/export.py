@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastflower import errors, runs
+from fastflower import derived, errors, runs
 from fastflower.errors import InputError
 from fastflower.evaluation import bundle, choice, gates
 from fastflower.recipe import parse_command
@@ -22,6 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top", default="", help="folder of the archive that holds both (none)")
     options = parser.parse_intermixed_args(argv)
     recipe = parse_command(options.recipe)
+    derived.check_flips(recipe)
     chosen = choice.choose(recipe, options.members)
     members = bundle.load_members(chosen.paths, recipe.bundle.dtype)
     shares = chosen.shares

@@ -49,6 +49,9 @@ class Data:
     unlabelled: str = key("", "images without labels, a folder or file, for semi-supervised training")
     image_col: str = key("filename", "column with the file name")
     label_col: str = key("category_id", "column with the organiser's class id")
+    flips_keep_class: bool = key(
+        True, "a mirrored image is of its class; false, as for digits: flips are refused"
+    )
     num_classes: int | Auto = key("auto", "number of classes; auto: the unique ids of the label file")
     home: str = key("data", "where convert writes classes.csv, folds.csv and betons/")
     test: str = key("test_dataset", "folder of the images to be predicted; never read in training")
@@ -316,6 +319,9 @@ class Log:
 @dataclass
 class Checks:
     allow_double_correction: bool = key(False, "let a balancing sampler and balanced softmax run together")
+    allow_flips: bool = key(
+        False, "flip images although data.flips_keep_class says that it changes their class"
+    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightgbm
 import numpy as np
 import pytest
+import torch
 from made_up import BACKBONES, classes_csv, folds, member
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
@@ -64,6 +65,43 @@ def test_greedy_selection_leaves_out_what_does_not_help_or_fit() -> None:
     assert small.mb[chosen].sum() <= 70 and not {0, 1} <= set(chosen)
     slow = ensembles.Budget(np.ones(3), np.array([5.0, 50.0, 5.0]), max_mb=100, max_ms=20)
     assert ensembles.greedy_weights(stack, labels, slow)[1] == 0
+
+
+class EnsembleModel(torch.nn.Module):
+    """Seed 002's learned fusion: (batch, models, classes) -> (batch, classes), softmax over its weights."""
+
+    def __init__(self, models: int) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.randn(models))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.permute(0, 2, 1) * self.weights.softmax(-1)).sum(2)
+
+
+def test_the_learned_mixture_is_where_seed_002s_fusion_goes_by_gradient_descent() -> None:
+    stack, labels = made(n=400)
+    weights = ensembles.mixture_weights(stack, labels)
+    assert weights.sum() == pytest.approx(1) and (weights >= 0).all()
+    fusion = EnsembleModel(len(stack)).double()
+    x = torch.from_numpy(softmax(stack.astype(np.float64), axis=2)).permute(1, 0, 2)  # (N, M, C)
+    adam, y = torch.optim.Adam(fusion.parameters(), lr=0.05), torch.from_numpy(labels)
+    for _ in range(600):
+        adam.zero_grad()
+        loss = torch.nn.functional.nll_loss(fusion(x).log(), y)
+        loss.backward()
+        adam.step()
+    np.testing.assert_allclose(weights, fusion.weights.softmax(-1).detach().numpy(), atol=5e-3)
+    found = ensembles.mixed(weights)(stack)
+    assert log_loss(labels, np.exp(found)) <= loss.item() + 1e-6
+    np.testing.assert_allclose(np.exp(found).sum(1), 1)
+
+
+def test_the_learned_mixture_finds_the_one_run_that_knows() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 300)
+    stack = rng.normal(size=(3, 300, 4))
+    stack[1] += 3 * np.eye(4)[labels]
+    assert ensembles.mixture_weights(stack, labels)[1] > 0.95
 
 
 def test_nested_predictions_are_those_of_a_model_that_did_not_see_the_part() -> None:

@@ -24,6 +24,7 @@ COMMANDS = (
     "demo",
     "draw",
     "doctor",
+    "sample_data",
     "bench",
 )
 FLOORS = {

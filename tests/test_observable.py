@@ -453,6 +453,8 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "log.tensorboard": (trained, "true", ONE),
     "log.wandb": (trained, "true", ONE),
     "log.mlflow": (trained, "true", ONE),
+    "data.flips_keep_class": (plan, "false", ""),
+    "checks.allow_flips": (plan, "true", "data.flips_keep_class=false"),
     "checks.allow_double_correction": (plan, "true", "loss.name=bsce"),
 }  # fmt: skip
 

@@ -366,6 +366,10 @@ def test_columns_and_order_are_the_samples(run, code, monkeypatch):
     sample.write_text("\ufeffImage,Label\r\n002.jpg,1\r\n000.jpg,1\r\n001.jpg,1\r\n", encoding="utf-8")
     _, rows = run()
     assert rows[0] == ["Image", "Label"] and [row[0] for row in rows[1:]] == ["002.jpg", "000.jpg", "001.jpg"]
+    sample.write_text("ImageId,Label\n001,0\n000,0\n002,0\n")  # ids are file names without their ending
+    found = {row[0].removesuffix(".jpg"): row[1] for row in rows[1:]}
+    _, rows = run()
+    assert [row[0] for row in rows] == ["ImageId", "001", "000", "002"] and dict(rows[1:]) == found
     sample.write_text("filename,category_id,confidence\nother.jpg,1,1\n")
     _, rows = run()
     assert len(rows[0]) == 3 and [row[0] for row in rows[1:]] == ["000.jpg", "001.jpg", "002.jpg"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ def curve(*words: str) -> recipes.Recipe:
     return recipes.load(None, list(words))
 
 
-def seed_002(i: int, horizon: int, warmup: int, base: float) -> float:
+def seed_002(i: int, horizon: int, warmup: int, base: float, eta_min: float = 0.0) -> float:
     """Its CosineAnnealingWithWarmupLR, as written there."""
     if i < warmup:
         return base * (i + 1) / warmup
-    return base * (1 + math.cos(math.pi * (i - warmup) / (horizon - warmup))) / 2
+    return eta_min + (base - eta_min) * (1 + math.cos(math.pi * (i - warmup) / (horizon - warmup))) / 2
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,16 @@ def test_every_step_follows_seed_002s_class_counted_in_steps() -> None:
     got = [lr_factor(t // steps, t % steps, steps, recipe) for t in range(8 * steps)]
     assert got == pytest.approx([seed_002(t, 8 * steps, 2 * steps, 1.0) for t in range(8 * steps)], rel=1e-12)
     assert got[0] == 1 / 14 and got[13] == 1.0 and 0 < got[-1] < 2e-3
+
+
+def test_digits_warm_up_for_an_epoch_of_steps_as_seed_002_calls_it(repo: Path) -> None:
+    """Its T_max is in steps, its warm-up T_max // epochs; eta_min falls with the lr, as its grid asks."""
+    recipe = recipes.load(repo / "recipes/digits.yaml", ["sched.eta_min=0.01", "sched.cosine_epochs=10"])
+    steps, base = 525, float(recipe.opt.lr)
+    horizon = 10 * steps
+    got = [base * lr_factor(t // steps, t % steps, steps, recipe) for t in range(horizon)]
+    expected = [seed_002(t, horizon, horizon // 10, base, 0.01 * base) for t in range(horizon)]
+    assert got == pytest.approx(expected, rel=1e-12)
 
 
 def test_last_lr_ends_at_eta_min_and_stays() -> None:

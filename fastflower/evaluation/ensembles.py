@@ -62,7 +62,7 @@ def mean_logits(stack: np.ndarray, labels: np.ndarray) -> Predict:
 
 
 def mean_probabilities(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    return lambda stack: np.log(np.maximum(softmax(stack.astype(np.float64), axis=2).mean(0), 1e-30))
+    return mixed(np.full(len(stack), 1 / len(stack)))
 
 
 def best_single(stack: np.ndarray, labels: np.ndarray) -> Predict:
@@ -95,6 +95,34 @@ def learned_weights(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
         loss, np.zeros(runs + 1), jac=True, method="L-BFGS-B", bounds=[(-8, 8)] * runs + [(-4.6, 4.6)]
     )
     return softmax(found.x[:-1])
+
+
+def mixture_weights(stack: np.ndarray, labels: np.ndarray, rounds: int = 10_000) -> np.ndarray:
+    """Weights (M,) that minimise the NLL of the weighted mean of probabilities.
+
+    The optimum of seed 002's learned fusion, softmax-normalised weights on each model's probabilities, reached by
+    expectation-maximisation: the likelihood is concave in the weights and each round raises it.
+    """
+    rows = np.arange(len(labels))
+    p = np.stack([softmax(logits.astype(np.float64), axis=1)[rows, labels] for logits in stack])
+    p = np.maximum(p, 1e-30)  # (M, N)
+    w = np.full(len(p), 1 / len(p))
+    for _ in range(rounds):
+        share = w[:, None] * p
+        before, w = w, (share / share.sum(0)).mean(1)
+        if np.abs(w - before).max() < 1e-9:
+            break
+    return w
+
+
+def mixed(weights: np.ndarray) -> Predict:
+    """The weighted mean of probabilities."""
+
+    def predict(stack: np.ndarray) -> np.ndarray:
+        mean = np.tensordot(weights, softmax(stack.astype(np.float64), axis=2), axes=1)
+        return np.log(np.maximum(mean, 1e-30))
+
+    return predict
 
 
 def greedy_weights(
@@ -230,6 +258,7 @@ def methods(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, M
         if hand is not None:
             table["hand-set weights"] = lambda stack, labels: weighted(hand_weights(sets, hand))
         table["learned weights"] = lambda stack, labels: weighted(learned_weights(stack, labels))
+        table["learned mixture"] = lambda stack, labels: mixed(mixture_weights(stack, labels))
         if budget.any:
             table["greedy in budget"] = lambda stack, labels: weighted(greedy_weights(stack, labels, budget))
     table["logistic stacking"] = logistic
@@ -271,6 +300,7 @@ def compare(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, A
     fits: dict[str, Callable[[], np.ndarray]] = {
         "hand-set weights": lambda: hand_weights(sets, hand),
         "learned weights": lambda: learned_weights(stack, labels),
+        "learned mixture": lambda: mixture_weights(stack, labels),
         "greedy in budget": lambda: greedy_weights(stack, labels, budget),
     }
     weights = {
