@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import markdown  # TensorBoard needs it too
 import numpy as np
 import pytest
 import timm
@@ -24,6 +25,7 @@ from fastflower.errors import InputError
 from fastflower.evaluation import (
     comparison,
     curves,
+    draft,
     figures,
     gradcam,
     mistakes,
@@ -35,6 +37,8 @@ from fastflower.evaluation import (
     tables,
 )
 from fastflower.evaluation.oof import Logits
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
@@ -253,37 +257,66 @@ def test_the_page_needs_nothing_from_outside_and_is_small(shown: tuple[dict[str,
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(ids)
 
 
-def test_a_hundred_classes_fit_in_ten_megabytes() -> None:
-    """With as many photographs as a page ever shows, each of noise, which JPEG compresses worst."""
+def hundred() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """scores.json of 100 classes, 10 corruptions and 2 members, and events of 10 runs."""
     rng, classes, n = np.random.default_rng(0), 100, 1200
-    own = np.arange(n) % classes
-    logits = (1.5 * np.eye(classes)[own] + rng.normal(size=(n, classes))).astype(np.float32)
-    ids = [str(1000 + c) for c in range(classes)]
-    first = member(0, class_ids=ids)
-    data = replace(
-        first, logits=logits, single=logits, corrupt=np.stack([logits] * 10), class_idx=own, index=np.arange(n),
-        fold=np.zeros(n, np.int64), filename=np.array([f"{i}.jpg" for i in range(n)]),
-        combos=np.array([(kind, level) for kind in "abcde" for level in ("low", "medium")]),
-    )  # fmt: skip
+    own, ids = np.arange(n) % classes, [str(1000 + c) for c in range(classes)]
+    combos = np.array([(kind, level) for kind in "abcde" for level in ("low", "medium")])
+
+    def one(backbone: str, seed: int) -> Logits:
+        logits = (1.5 * np.eye(classes)[own] + rng.normal(size=(n, classes))).astype(np.float32)
+        return replace(
+            member(0, backbone, seed, class_ids=ids), logits=logits, single=logits, corrupt=np.stack([logits] * 10),
+            class_idx=own, index=np.arange(n), fold=np.zeros(n, np.int64), combos=combos,
+            filename=np.array([f"{i}.jpg" for i in range(n)]),
+        )  # fmt: skip
+
     table = [
         {"class_idx": str(c), "category_id": ids[c], "n": str(5 + 2 * c), "name": f"flower {c}"}
         for c in range(classes)
     ]
-    found = summary.summarise([data], np.zeros(n, np.int64), table, recipe.load(None, ["exp.name=made"]))
+    members = [one(backbone, seed) for backbone in BACKBONES for seed in (42,)]
+    found = summary.summarise(members, np.zeros(n, np.int64), table, recipe.load(None, ["exp.name=made"]))
     events = [
         {**event(e, 0), "backbone": backbone, "fold": f}
-        for backbone in BACKBONES
-        for f in range(5)
-        for e in (1, 9)
-    ]
-    shown = page.wanted(found, [])
+        for backbone in BACKBONES for f in range(5) for e in (1, 9)
+    ]  # fmt: skip
+    return found, events
+
+
+def test_a_hundred_classes_fit_in_ten_megabytes(tmp_path: Path, repo: Path) -> None:
+    """With as many photographs as a page ever shows, each of noise; and the draft in ten pages of A4."""
+    found, events = hundred()
+    rng, shown = np.random.default_rng(0), page.wanted(found, [])
     noise = pictures.data_uri(
         pictures.jpeg(rng.integers(0, 256, (pictures.SIDE, pictures.SIDE, 3), np.uint8))
     )
     photographs = {index: noise for indices in shown.values() for index in indices}
-    html = page.experiment(page.Experiment("made", found, events, pictures=photographs))
+    whole = page.Experiment("made", found, events, pictures=photographs)
+    html = page.experiment(whole)
     assert len(photographs) > 60 and len(html) < page.LARGEST
-    assert len(cells(html, "per-class")) == classes == len(cells(html, "robust"))
+    assert len(cells(html, "per-class")) == len(cells(html, "robust")) == 100
+
+    others = [replace(whole, name=f"other{i}", scores={**found, "exp": f"other{i}"}) for i in range(12)]
+    settings = recipe.load(repo / "recipes/flowers17.yaml")
+    text = draft.write(tmp_path / "made", replace(whole, recipe=settings), [whole, *others]).read_text()
+    assert "## 7. Ablations" in text
+    if CHROMIUM:
+        assert pages(text, tmp_path) <= 10
+
+
+def pages(text: str, folder: Path) -> int:
+    """The pages of A4 that Markdown takes in a common setting: 10 point, figures two thirds of a column wide."""
+    style = "body { font: 10pt/1.35 serif } table { font-size: 8pt } td, th { padding: 1px 6px } img { width: 9.5cm }"
+    body = markdown.markdown(text, extensions=["tables"])
+    source = folder / "made" / "report.html"
+    source.write_text(f"<!doctype html><meta charset=utf-8><style>{style}</style>{body}", encoding="utf-8")
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    pdf = folder / "draft.pdf"
+    subprocess.run(
+        [CHROMIUM, *words, f"--print-to-pdf={pdf}", f"file://{source}"], capture_output=True, timeout=120, check=True
+    )  # fmt: skip
+    return len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
 
 
 def test_every_logged_quantity_has_a_curve() -> None:
@@ -405,7 +438,6 @@ def test_gradcam_takes_maps_and_tokens(backbone: str) -> None:
     assert not network._forward_hooks and all(not m._forward_pre_hooks for m in network.modules())
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """<script>
 const problems = [];
 addEventListener("error", e => problems.push(String(e.message || e.target.src).slice(0, 200)), true);

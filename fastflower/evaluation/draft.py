@@ -1,4 +1,7 @@
-"""The draft of a technical report: Markdown with its figures as PNG, from the same files as the page."""
+"""The draft of a technical report: Markdown with its figures as PNG, from the same files as the page.
+
+At most ten pages of A4, as contests ask: long tables are cut, and say so or leave the rest to the page.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from fastflower.evaluation import comparison, curves, figures, page
 from fastflower.evaluation.figures import Chart
 
 CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the page has the rest
+MOST = {"members": 15, "changes": 25, "facts": 20, "others": 10}  # rows of a table, for ten pages in all
 
 
 def write(folder: Path, found: page.Experiment, experiments: list[page.Experiment]) -> Path:
@@ -38,6 +42,7 @@ def _content(
 ) -> dict[str, Any]:
     others = [other.scores for other in experiments if other.name != found.name]
     return {
+        "most": MOST,
         "found": found,
         "scores": found.scores,
         "classes": found.scores["classes"],

@@ -143,12 +143,13 @@ def bootstrap(
         right[:, place] = drawn[:, np.searchsorted(columns, c)]
     recall = (right / support).mean(1)
     f1 = (2 * right / (support + predicted[:, np.searchsorted(columns, present)])).mean(1)
-    rows = [np.flatnonzero(labels == c) for c in present]
+    order = np.argsort(labels, kind="stable")
+    first, size = np.repeat(np.cumsum(support) - support, support), np.repeat(support, support)
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     excess = hit - confidence
     ece = np.empty(draws)
     for draw in range(draws):
-        own = np.concatenate([part[rng.integers(0, len(part), len(part))] for part in rows])
+        own = order[first + (rng.random(len(labels)) * size).astype(np.int64)]
         ece[draw] = np.abs(np.bincount(index[own], excess[own], bins)).sum() / len(labels)
     found = {"macro_recall": recall, "macro_f1": f1, "ece": ece}
     return {
