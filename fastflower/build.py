@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from fastflower.algorithms.learning_rate import LearningRate
 from fastflower.algorithms.mixing import Mix
 from fastflower.algorithms.stages import Stages
 from fastflower.algorithms.sweep import Sweep
+from fastflower.algorithms.unlabelled import FixMatch
 from fastflower.callbacks.events import Recorder
 from fastflower.callbacks.progress import Console, Progress
 from fastflower.callbacks.ranks import TIMEOUT, Machine, on_rank_zero
@@ -38,6 +39,7 @@ from fastflower.data.decode import Crop
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
 from fastflower.data.sets import FoldSet, open_fold
+from fastflower.data.unlabelled import Unlabelled, left_out, unlabelled_rows, used_rows
 from fastflower.derived import Derived
 from fastflower.errors import EnvironmentFault, InputError
 from fastflower.evaluation import teacher
@@ -95,7 +97,7 @@ def verify(fold: FoldSet) -> None:
     """Read the betons against their checksums on rank 0; raises CorruptionError."""
 
     def work() -> None:
-        for beton in (fold.train, fold.val, fold.val_corrupt):
+        for beton in (fold.train, fold.val, fold.val_corrupt, fold.unlabelled):
             if beton is not None:
                 beton.verify()
 
@@ -106,11 +108,14 @@ def loaders(
     recipe: Recipe, d: Derived, clock: Clock, fold: FoldSet, interpolation: str, machine: Machine
 ) -> Loaders:
     """Batches of a fold from where `clock` stands. Raises InputError when an epoch holds no global batch."""
-    labels, number = fold.train.labels, fold.train.manifest["fold"]
+    number, passes, labelled = fold.train.manifest["fold"], recipe.sampler.passes, used_rows(recipe, fold)
+    labels = fold.train.labels[labelled]
 
     @functools.lru_cache(maxsize=2)  # length and content of an epoch are asked for many times
     def rows(epoch: int) -> np.ndarray:
-        return order(recipe.sampler, labels, recipe.seed, epoch, number, per_rank(epoch) * machine.world)
+        batch, turns = per_rank(epoch) * machine.world, range(epoch * passes, (epoch + 1) * passes)
+        drawn = [order(recipe.sampler, labels, recipe.seed, turn, number, batch) for turn in turns]
+        return labelled[np.concatenate(drawn)]
 
     def per_rank(epoch: int) -> int:
         return d.stage(epoch).batch_per_gpu * recipe.train.grad_accum
@@ -119,20 +124,40 @@ def loaders(
         stage = d.stage(epoch)
         return stage.height, stage.width
 
+    def steps(epoch: int) -> int:
+        return len(labelled) * passes // (per_rank(epoch) * machine.world)
+
     aug, threads = recipe.aug, recipe.data.workers
     crop = Crop(
         (aug.rrc_scale[0], aug.rrc_scale[1]),
         (aug.rrc_ratio[0], aug.rrc_ratio[1]),
         min(1.0, aug.hflip_p * aug.strength),
     )
+    beside = None
+    if recipe.semi.enabled:
+        weak = replace(crop, scale=(recipe.semi.weak_scale[0], recipe.semi.weak_scale[1]))
+        strong = crop if recipe.semi.method == "fixmatch" else None
+        beside = Unlabelled(
+            *unlabelled_rows(recipe, fold), recipe.seed, number, recipe.semi.mu, per_rank, steps, size, weak, strong,
+            machine.rank, machine.world, threads,
+        )  # fmt: skip
     train = TrainLoader(
-        fold.train, rows, recipe.seed, per_rank, size, crop, machine.rank, machine.world, threads
+        fold.train,
+        rows,
+        recipe.seed,
+        per_rank,
+        size,
+        crop,
+        machine.rank,
+        machine.world,
+        threads,
+        beside=beside,
     )
     train.cursor = lambda: clock.now
     for stage in d.stages:
         if train.steps(stage.first - 1) == 0:
             raise InputError(
-                f"fold {number} has {fold.train.rows} training images, fewer than the global batch of "
+                f"fold {number} has {len(labelled)} training images with labels, fewer than the global batch of "
                 f"{stage.batch_per_gpu * recipe.train.grad_accum * machine.world}; lower train.batch_per_gpu"
             )
     evaluation = {}
@@ -153,9 +178,9 @@ def loaders(
 
 
 def class_counts(recipe: Recipe, fold: FoldSet) -> np.ndarray:
-    """Images of each class in the fold's training part, int64 (C,); C may be more than the classes there are."""
+    """Images of each class whose labels are trained on, int64 (C,); C may be more than the classes there are."""
     classes = len(fold.classes) if recipe.data.num_classes == "auto" else int(recipe.data.num_classes)
-    return np.bincount(fold.train.labels, minlength=classes)
+    return np.bincount(fold.train.labels[used_rows(recipe, fold)], minlength=classes)
 
 
 @dataclass
@@ -192,6 +217,7 @@ def training(
     """Everything of one run; `same` is what a checkpoint must share to go on from it."""
     d, clock, counts = derived.derive(recipe, machine.world), Clock(), class_counts(recipe, fold)
     network, spec, notes = _network(recipe, len(counts), machine)
+    notes += left_out(recipe, fold)
     data = loaders(recipe, d, clock, fold, spec.interpolation, machine)
     groups = param_groups(network, d.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
@@ -203,7 +229,9 @@ def training(
     schedule = LearningRate(
         recipe, d, network, data.train.steps, lambda: float(getattr(scoring, recipe.sched.monitor))
     )
-    recorder = Recorder(run, d, guard, scoring, recipe.log.tensorboard)
+    labeller = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
+    semi = {"semi": FixMatch(recipe, len(counts), fill(spec), labeller)} if recipe.semi.enabled else {}
+    recorder = Recorder(run, d, guard, scoring, recipe.log.tensorboard, [part.row for part in semi.values()])
     parts: dict[str, Stateful] = {
         **averages,
         "guard": guard,
@@ -211,6 +239,7 @@ def training(
         "scoring": scoring,
         "recorder": recorder,
         "machine": machine,
+        **semi,
     }
     meta = functools.partial(member_meta, recipe, run, spec, d, fold, counts)
     saving = Saving(run, networks, scoring, parts, meta, same, parse_interval(recipe.train.save_every), stop)
@@ -223,6 +252,7 @@ def training(
             DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec), fold.train.images == 2),
             Stages(recipe.seed, d, data.train.steps),
             Mix(recipe, len(counts), teacher.probabilities(recipe, fold, len(counts))),
+            *semi.values(),
             schedule,
             guard,
             *averages.values(),
@@ -334,6 +364,7 @@ def _facts(
         counts=counts,
         classes=len(fold.classes),
         validation=fold.val.rows,
+        unlabelled=len(data.train.beside.rows) if isinstance(data.train.beside, Unlabelled) else 0,
         combos=data.combos,
         steps=[data.train.steps(stage.first - 1) for stage in d.stages],
         groups=plain,
@@ -345,7 +376,12 @@ def _facts(
 def picture(recipe: Recipe, training: Training) -> None:
     """Save the samples of epoch 0, through a loader of its own: the first images as one rank alone would see them."""
     train, spec, run = training.data.train, training.spec, training.run
-    loader = TrainLoader(train.beton, train.order, train.seed, lambda epoch: COLUMNS, train.size, train.crop)
+    beside = train.beside
+    if isinstance(beside, Unlabelled):
+        beside = replace(beside, batch=lambda epoch: COLUMNS, mu=1, rank=0, world=1)
+    loader = TrainLoader(
+        train.beton, train.order, train.seed, lambda epoch: COLUMNS, train.size, train.crop, beside=beside
+    )
     path = run.results_dir / f"samples_{run.stem}.png"
     save_samples(path, recipe, loader, len(training.facts.counts), spec.interpolation, fill(spec))
 

@@ -134,6 +134,7 @@ def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
     _check_schedule(recipe)
     _check_balance(recipe, advice)
     _check_ranges(recipe)
+    _check_semi(recipe, advice)
     _check_seed_advice(recipe, advice)
     if (
         num_classes is not None
@@ -162,9 +163,14 @@ def check_flips(recipe: Recipe) -> None:
         )
 
 
+def _nested(one: str, other: str) -> bool:
+    """Whether two paths are the same or one lies in the other."""
+    a, b = Path(one).resolve(), Path(other).resolve()
+    return a == b or a in b.parents or b in a.parents
+
+
 def _check_test_folder(recipe: Recipe) -> None:
-    root, test = Path(recipe.data.root).resolve(), Path(recipe.data.test).resolve()
-    if root == test or root in test.parents or test in root.parents:
+    if _nested(recipe.data.root, recipe.data.test):
         raise InputError(
             f"data.root = {recipe.data.root} and data.test = {recipe.data.test} lie in one another; "
             "the images to be predicted are never trained on, so keep them apart"
@@ -234,13 +240,21 @@ def _check_ranges(recipe: Recipe) -> None:
         raise InputError(f"robust.kinds = {recipe.robust.kinds}: choose from {', '.join(KINDS)}")
     if len(recipe.llrd.multipliers) < 2:
         raise InputError(f"llrd.multipliers = {recipe.llrd.multipliers}: at least two, front to head")
-    for name, length in (("rrc_scale", 2), ("rrc_ratio", 2), ("jitter", 4)):
-        if len(getattr(recipe.aug, name)) != length:
-            raise InputError(f"aug.{name} = {getattr(recipe.aug, name)}: must have {length} numbers")
-    for name in ("rrc_scale", "rrc_ratio"):
-        low, high = getattr(recipe.aug, name)
+    aug = recipe.aug
+    spans = {
+        "aug.rrc_scale": aug.rrc_scale,
+        "aug.rrc_ratio": aug.rrc_ratio,
+        "semi.weak_scale": recipe.semi.weak_scale,
+    }
+    for name, values, length in (
+        *((name, span, 2) for name, span in spans.items()),
+        ("aug.jitter", aug.jitter, 4),
+    ):
+        if len(values) != length:
+            raise InputError(f"{name} = {values}: must have {length} numbers")
+    for name, (low, high) in spans.items():
         if low > high:
-            raise InputError(f"aug.{name} = [{low:g}, {high:g}]: the first must not exceed the second")
+            raise InputError(f"{name} = [{low:g}, {high:g}]: the first must not exceed the second")
     if recipe.opt.lr_min_bound > recipe.opt.lr_max_bound:
         raise InputError("opt.lr_min_bound is above opt.lr_max_bound; swap them")
     if recipe.lrfind.low >= recipe.lrfind.high:
@@ -265,6 +279,34 @@ def _check_ranges(recipe: Recipe) -> None:
         raise InputError(f"data.fold = {fold}: must be all, or a number (or list) in 0..{count - 1}")
     if not recipe.tta.scales:
         raise InputError("tta.scales is empty; give at least one image size")
+
+
+def _check_semi(recipe: Recipe, advice: list[str]) -> None:
+    semi = recipe.semi
+    if not semi.enabled:
+        return
+    if bool(recipe.data.unlabelled) == (recipe.data.labels_per_class is not None):
+        raise InputError(
+            "semi.enabled=true learns from the images of data.unlabelled or from those that data.labels_per_class "
+            f"leaves; got {'both, give one' if recipe.data.unlabelled else 'neither, give one or set it to false'}"
+        )
+    nested = recipe.data.unlabelled and _nested(recipe.data.unlabelled, recipe.data.test)
+    if nested and not recipe.checks.allow_unlabelled_test:
+        raise InputError(
+            f"data.unlabelled = {recipe.data.unlabelled} and data.test = {recipe.data.test} lie in one another; keep "
+            "them apart, or set checks.allow_unlabelled_test=true where the contest's rules allow it"
+        )
+    if recipe.loss.name == "bce":
+        raise InputError(
+            "semi.enabled=true reads probabilities over the classes, and loss.name = bce trains none; use lsce or ce"
+        )
+    if semi.teacher == "ema" and not recipe.ema.enabled:
+        raise InputError("semi.teacher = ema needs ema.enabled=true; enable it or use semi.teacher=raw")
+    if semi.ramp_epochs >= recipe.sched.cosine_epochs:
+        advice.append(
+            f"semi.ramp_epochs = {semi.ramp_epochs}: the weight of unlabelled images never reaches semi.lambda_u in "
+            f"{recipe.sched.cosine_epochs} epochs"
+        )
 
 
 def _check_seed_advice(recipe: Recipe, advice: list[str]) -> None:

@@ -13,17 +13,21 @@ from fastflower.recipe import Recipe, fields_of
 FREE = (
     *("exp.", "tta.", "ensembling.", "ts.", "bundle.", "log.", "checks.", "accept.", "lrfind.", "eval.batch"),
     *("data.root", "data.csv", "data.image_col", "data.label_col", "data.home", "data.test", "data.fold"),
-    *("data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers"),
+    *("data.unlabelled", "data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers"),
     *("train.batch_per_gpu", "train.world_size", "train.grad_accum", "train.stage_batch"),
     *("train.save_every", "train.max_nonfinite", "train.compile"),
 )
 
 
-def identity(recipe: Recipe, derived: Derived, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it; `manifest` is the training beton's."""
+def identity(
+    recipe: Recipe, derived: Derived, manifest: Mapping[str, Any], unlabelled: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it; the manifests are those of the betons."""
     keys = {name: value for name, value, _ in fields_of(recipe) if not name.startswith(FREE)}
     batches = [stage.batch_per_gpu * derived.world_size * recipe.train.grad_accum for stage in derived.stages]
     data = {name: manifest[name] for name in ("classes_hash", "folds_hash", "labels_hash", "stored_side")}
+    if unlabelled is not None:
+        data["unlabelled_hash"] = unlabelled["inputs_hash"]
     return {"recipe": keys, "data": data, "global batch": {"by stage": batches}}
 
 

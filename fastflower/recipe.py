@@ -62,6 +62,9 @@ class Data:
     fold_col: str = key("fold", "column of given folds: numbers, -1 to train always, or train and val")
     fold_csv: str = key("", "file with that column and data.image_col; empty: data.csv")
     fold: Any = key(0, "validation fold: a number, a list of numbers, or all")
+    labels_per_class: int | None = key(
+        None, "training images of each class whose labels are used; null: all. The rest is unlabelled", ge=1
+    )
     group: Literal["auto", "none", "phash"] = key(
         "auto", "near-duplicate groups by perceptual hash; auto: when hashing takes under a minute"
     )
@@ -108,6 +111,7 @@ class Sampler:
     rf_alpha: float = key(0.5, "repeat factor: exponent", ge=0, le=1)
     rf_t: float | int | Literal["median"] = key("median", "repeat factor: threshold class size")
     undersample_frac: float = key(0.0, "share of the largest classes' images left out", ge=0, le=0.2)
+    passes: int = key(1, "times that an epoch goes through the training images", ge=1)
 
 
 @dataclass
@@ -211,6 +215,23 @@ class Reg:
     mix_final_epoch: int | Auto = key("auto", "epoch from which mix_prob_final holds; auto: a third stage's")
     mix_prob_final: float = key(0.0, "mix_prob at the end", ge=0, le=1)
     erase_p: float = key(0.1, "RandomErasing", ge=0, le=1)
+
+
+@dataclass
+class Semi:
+    enabled: bool = key(False, "learn from unlabelled images too")
+    method: Literal["fixmatch", "pseudo"] = key(
+        "fixmatch", "what learns a weak view's label: the strong view, or (pseudo) the weak view itself"
+    )
+    threshold: float = key(0.95, "confidence from which a weak view's prediction is a label", ge=0, le=1)
+    mu: int = key(7, "unlabelled images beside each labelled one", ge=1)
+    lambda_u: float = key(1.0, "weight of the loss on unlabelled images", ge=0)
+    ramp_epochs: int = key(0, "epochs over which lambda_u rises from 0", ge=0)
+    teacher: Literal["raw", "ema"] = key("raw", "the weights that label the weak views")
+    weak_scale: list[float] = key([0.8, 1.0], "area of a weak view's crop; it is flipped too", gt=0, le=1)
+    randaugment_n: int = key(2, "strong view: RandAugment's operations, on top of aug", ge=0, le=8)
+    randaugment_m: int = key(10, "strong view: RandAugment's magnitude of 30", ge=0, le=30)
+    erase_p: float = key(1.0, "strong view: RandomErasing", ge=0, le=1)
 
 
 @dataclass
@@ -322,6 +343,7 @@ class Checks:
     allow_flips: bool = key(
         False, "flip images although data.flips_keep_class says that it changes their class"
     )
+    allow_unlabelled_test: bool = key(False, "let data.unlabelled be the images to be predicted")
 
 
 @dataclass
@@ -342,6 +364,7 @@ class Recipe:
     lrfind: LrFind = field(default_factory=LrFind)
     llrd: Llrd = field(default_factory=Llrd)
     reg: Reg = field(default_factory=Reg)
+    semi: Semi = field(default_factory=Semi)
     ema: Ema = field(default_factory=Ema)
     swa: Swa = field(default_factory=Swa)
     robust: Robust = field(default_factory=Robust)

@@ -64,7 +64,8 @@ def train_fold(
 ) -> None:
     """One run: open the data, go on from the last checkpoint if there is one, fit, summarise."""
     fold = build.open_data(recipe, run.fold)
-    same = identity(recipe, derived.derive(recipe, machine.world), fold.train.manifest)
+    more = fold.unlabelled.manifest if fold.unlabelled else None
+    same = identity(recipe, derived.derive(recipe, machine.world), fold.train.manifest, more)
     ranks.check_alike(same)
     last = ranks.on_rank_zero(lambda: record.find_last(run, same, console.say))
     if last is not None and last.done:

@@ -28,6 +28,7 @@ from PIL import Image
 from fastflower import build, checkpoint, derived, ensemble, evaluate, export, runs, seeding, train
 from fastflower import recipe as recipes
 from fastflower.algorithms.mixing import Mix
+from fastflower.algorithms.unlabelled import FixMatch
 from fastflower.callbacks import ranks
 from fastflower.callbacks.saving import parse_interval
 from fastflower.callbacks.selection import Candidate, Selection
@@ -128,11 +129,31 @@ def batches(recipe: Recipe) -> Any:
                 batch={**batch, "image": images}, timestamp=Timestamp(epoch=epoch, batch_in_epoch=step)
             )
             mix.apply(Event.BATCH_START, state, None)
-            seen.append((sha(state.batch["image"]), sha(state.batch["target"])))
+            views = [sha(batch[name]) for name in ("weak", "strong") if name in batch]
+            seen.append((sha(state.batch["image"]), sha(state.batch["target"]), *views))
     evaluation = {name: [sha(b["image"]) for b in loader] for name, loader in data.evaluation.items()}
     found = seen, evaluation, data.train.threads, data.combos
     data.close()
     return found
+
+
+def unlabelled(recipe: Recipe) -> Any:
+    """What unlabelled images add to the loss of a fixed network, and to what it is shown."""
+    found, pictures = (
+        FixMatch(recipe, 3, (0.0, 0.0, 0.0)),
+        torch.arange(2 * 3 * 8 * 8 * 3).view(2, 3, 8, 8, 3),
+    )
+    pictures, keys = (pictures % 251).to(torch.uint8), torch.arange(6).view(2, 3)
+    batch = {"image": torch.ones(2, 3, 8, 8), "label": torch.zeros(2), "truth": keys, "weak": pictures}
+    state = types.SimpleNamespace(
+        batch={**batch, "strong": pictures, "strong_key": keys}, loss=torch.zeros(()), dataloader_len=4,
+        timestamp=Timestamp(epoch=0, batch_in_epoch=1),
+    )  # fmt: skip
+    found.apply(Event.BEFORE_FORWARD, state, None)
+    state.outputs = state.batch["image"].mean((2, 3)) * torch.tensor([0.05, 0.06, 0.07])
+    for event in (Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):
+        found.apply(event, state, None)
+    return sha(state.batch["image"]), float(state.loss), found.row()
 
 
 def drawn(recipe: Recipe) -> Any:
@@ -228,7 +249,9 @@ def arguments(recipe: Recipe) -> Any:
         pass
 
     def trainer(**given: Any) -> None:
-        raise Seen(given["compile_config"], given["precision"], given["max_duration"])
+        learners = [part.teacher for part in given["algorithms"] if isinstance(part, FixMatch)]
+        taught = [teacher is None for teacher in learners]
+        raise Seen(given["compile_config"], given["precision"], given["max_duration"], taught)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen) as seen:
         patch.setattr(build, "Trainer", trainer)
@@ -303,6 +326,7 @@ MANY = "sched.cosine_epochs=12 data.size_epochs=[4,12]"
 MIXED = "reg.mix_prob=1 reg.mixup=0.5 reg.cutmix=0.5"
 SMALL = "data.home=new data.store=jpeg data.img_size=[16] data.size_epochs=auto tta.scales=[16]"
 GIVEN = "data.home=new data.split=given data.n_splits=2"
+SEMI = "semi.enabled=true semi.mu=3 semi.threshold=0 data.labels_per_class=3"
 CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "seed": (batches, "7", ""),
     "exp.name": (plan, "other", ""),
@@ -325,6 +349,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "data.fold": (plan, "[1,2]", ""),
     "data.group": (converted, "phash", "data.home=new data.root=twins"),
     "data.group_threshold": (converted, "8", "data.home=new data.root=twins data.group=phash"),
+    "data.labels_per_class": (batches, "3", ""),
     "data.img_size": (batches, "[16,48]", ""),
     "data.size_epochs": (batches, "[2,3]", ""),
     "data.store": (converted, "jpeg", "data.home=new data.store=raw"),
@@ -355,6 +380,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "sampler.rf_alpha": (drawn, "0.1", "sampler.type=repeat_factor sampler.rf_t=100"),
     "sampler.rf_t": (drawn, "200", "sampler.type=repeat_factor"),
     "sampler.undersample_frac": (drawn, "0.2", ""),
+    "sampler.passes": (batches, "2", ""),
     "model.backbone": (network, "resnet10t", ""),
     "model.pretrained": (network, "true", ""),
     "model.head": (network, "arcface", ""),
@@ -414,6 +440,17 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "reg.mix_final_epoch": (batches, "2", MIXED),
     "reg.mix_prob_final": (batches, "0", f"{MIXED} reg.mix_final_epoch=2 reg.mix_prob_final=1"),
     "reg.erase_p": (batches, "1", ""),
+    "semi.enabled": (batches, "true", "semi.mu=1 data.labels_per_class=3"),
+    "semi.method": (unlabelled, "pseudo", SEMI),
+    "semi.threshold": (unlabelled, "1", SEMI),
+    "semi.mu": (batches, "2", SEMI),
+    "semi.lambda_u": (unlabelled, "0.5", SEMI),
+    "semi.ramp_epochs": (unlabelled, "2", SEMI),
+    "semi.teacher": (arguments, "ema", SEMI),
+    "semi.weak_scale": (batches, "[0.2,0.3]", SEMI),
+    "semi.randaugment_n": (unlabelled, "0", SEMI),
+    "semi.randaugment_m": (unlabelled, "25", SEMI),
+    "semi.erase_p": (unlabelled, "0", SEMI),
     "ema.enabled": (trained, "false", ONE),
     "ema.decay": (trained, "0.05", ONE),
     "ema.warmup": (trained, "false", ONE),
@@ -455,6 +492,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "log.mlflow": (trained, "true", ONE),
     "data.flips_keep_class": (plan, "false", ""),
     "checks.allow_flips": (plan, "true", "data.flips_keep_class=false"),
+    "checks.allow_unlabelled_test": (plan, "true", "semi.enabled=true data.unlabelled=a/b data.test=a"),
     "checks.allow_double_correction": (plan, "true", "loss.name=bsce"),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,14 +65,23 @@ class Meter:
 class Recorder(Callback):
     """BEFORE_DATALOADER, AFTER_DATALOADER, BATCH_END: measure. EVAL_AFTER_ALL: write the epoch's row, kept in `row`.
 
-    EPOCH_START: forget the epoch before.
+    EPOCH_START: forget the epoch before. `more` are functions that give further entries of a row.
     """
 
-    def __init__(self, run: Run, derived: Derived, guard: Guard, scoring: Scoring, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        run: Run,
+        derived: Derived,
+        guard: Guard,
+        scoring: Scoring,
+        tensorboard: bool,
+        more: Sequence[Callable[[], dict[str, Any]]] = (),
+    ) -> None:
         self.run = run
         self.derived = derived
         self.guard = guard
         self.scoring = scoring
+        self.more = more
         self.tensorboard = tensorboard and dist.get_global_rank() == 0
         self.meter = Meter()
         self.row: dict[str, Any] = {}
@@ -144,6 +154,7 @@ class Recorder(Callback):
             "new_best": sorted(board.verdict.new),
             "patience_left": board.verdict.patience_left,
             "macro_alarm": board.verdict.alarm,
+            **{name: value for part in self.more for name, value in part().items()},
             "grad_norm": meter.mean("norm"),
             "nonfinite": int(meter.sums["skipped"]),
             "images_per_s": meter.sums["images"] / seconds if seconds else math.nan,

@@ -54,6 +54,7 @@ class Facts:
     counts: np.ndarray  # (C,) images of each class in the fold's training part
     classes: int
     validation: int
+    unlabelled: int  # images that are learned from without a label
     combos: list[list[str]]
     steps: list[int]  # of an epoch, by stage
     groups: list[dict[str, Any]]
@@ -147,6 +148,7 @@ def write_derived(facts: Facts, advice: list[str], determinism: str) -> None:
         "groups": facts.groups,
         "class_counts": facts.counts.tolist(),
         "validation": facts.validation,
+        "unlabelled": facts.unlabelled,
         "combos": facts.combos,
         "determinism": determinism,
         "notes": [*facts.notes, *advice],
@@ -175,12 +177,13 @@ def header(recipe: Recipe, facts: Facts) -> list[str]:
             "loss",
             f"{recipe.loss.name}, {smoothing}MixUp/CutMix {recipe.reg.mix_prob:g}, erasing {recipe.reg.erase_p:g}",
         ),
+        *([("unlabelled", _semi(recipe, facts))] if facts.unlabelled else []),
         ("averages", _averages(recipe)),
         ("best by", _best_by(recipe)),
         ("folders", f"{run.model_dir}, {run.results_dir}"),
     ]
     title = f"fastflower {__version__}   {run.exp}   fold {run.fold}   seed {run.seed}"
-    return [title, *(f"  {name:<9} {text}" for name, text in rows)]
+    return [title, *(f"  {name:<10} {text}" for name, text in rows)]
 
 
 def _data(facts: Facts) -> str:
@@ -188,6 +191,15 @@ def _data(facts: Facts) -> str:
     corrupted = f" (+ {len(facts.combos)} corrupted copies)" if facts.combos else ""
     training = f"{facts.counts.sum()} training images ({present.max()} to {present.min()} a class)"
     return f"{facts.classes} classes, {training}, {facts.validation} validation{corrupted}"
+
+
+def _semi(recipe: Recipe, facts: Facts) -> str:
+    semi = recipe.semi
+    ramp = f", rising over {semi.ramp_epochs} epochs" if semi.ramp_epochs else ""
+    return (
+        f"{facts.unlabelled} images, {semi.mu} beside each labelled one, {semi.method} from {semi.threshold:g} "
+        f"by {semi.teacher} weights, weight {semi.lambda_u:g}{ramp}"
+    )
 
 
 def _schedule(recipe: Recipe) -> str:

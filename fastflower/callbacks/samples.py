@@ -12,6 +12,7 @@ from fastflower.data.augment import augment
 from fastflower.data.decode import decode_eval
 from fastflower.data.loaders import TrainLoader
 from fastflower.data.mixing import Kind, mix
+from fastflower.data.unlabelled import strong_augmentation
 from fastflower.recipe import Recipe
 
 COLUMNS = 8
@@ -22,7 +23,7 @@ BAND = 16  # pixels for a row's title
 def sample_rows(
     recipe: Recipe, loader: TrainLoader, num_classes: int, interpolation: str, fill: tuple[float, ...]
 ) -> dict[str, np.ndarray]:
-    """Title -> uint8 (n, h, w, 3) of the first rows of epoch 0: stored, augmented, MixUp, CutMix."""
+    """Title -> uint8 (n, h, w, 3) of the first rows of epoch 0: stored, augmented, MixUp, CutMix, unlabelled views."""
     batch = next(iter(loader))
     keys, labels = batch["key"], batch["label"]
     crop, height, width, _ = batch["image"].shape
@@ -36,6 +37,11 @@ def sample_rows(
     for kind, alpha in alphas.items():
         if alpha and recipe.reg.mix_prob:
             rows[kind] = pixels(mix(images, labels, keys, num_classes, kind, alpha)[0])
+    if "weak" in batch:
+        rows["unlabelled, weak view"] = batch["weak"].flatten(0, 1).numpy()
+    if "strong" in batch:
+        images, keys = batch["strong"].flatten(0, 1), batch["strong_key"].flatten()
+        rows["the same, strong view"] = pixels(augment(images, keys, *strong_augmentation(recipe), fill))
     return rows
 
 

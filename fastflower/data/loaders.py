@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import mmap
 import queue
@@ -26,6 +27,7 @@ from fastflower.data.decode import Crop, cores, decode_eval, decode_train
 
 Batch = dict[str, torch.Tensor]
 Size = tuple[int, int]
+Beside = Callable[[int, int], Iterator[Batch]]
 
 
 class TrainLoader:
@@ -35,6 +37,7 @@ class TrainLoader:
     t-th global batch of it, rank r every world-th image from r on. So batches are the same for any number of
     threads and ranks (at the same global batch) and after a resume at any step. `cursor()` says where the next
     iteration starts: (epoch, step). An exception of the thread is raised by the next() whose batch it hit.
+    `beside(epoch, step)` gives what else each batch from there on holds.
     """
 
     def __init__(
@@ -49,8 +52,9 @@ class TrainLoader:
         world: int = 1,
         threads: int = 0,
         ahead: int = 2,
+        beside: Beside | None = None,
     ) -> None:
-        self.beton, self.order, self.seed = beton, order, seed
+        self.beton, self.order, self.seed, self.beside = beton, order, seed, beside
         self.batch, self.size, self.crop = batch, size, crop
         self.rank, self.world, self.threads, self.ahead = rank, world, cores(threads, world), ahead
         self.cursor: Callable[[], tuple[int, int]] = lambda: (0, 0)
@@ -71,7 +75,7 @@ class TrainLoader:
         return self.steps(self.cursor()[0])
 
     def __iter__(self) -> Iterator[Batch]:
-        return _run(self, self._batches(*self.cursor()))
+        return _run(self, self.batches(*self.cursor()))
 
     def close(self) -> None:
         """Stop and join the threads of iterations that were left early."""
@@ -82,10 +86,12 @@ class TrainLoader:
             self._drawn = (epoch, np.asarray(self.order(epoch), np.int64))
         return self._drawn[1]
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch from step `start` on, made by whoever asks for the next."""
         order, per_rank = self._order(epoch), self.batch(epoch)
         height, width = self.size(epoch)
         step = per_rank * self.world
+        more = self.beside(epoch, start) if self.beside else itertools.repeat({})
         for first in range(start * step, len(order) // step * step, step):
             positions = np.arange(first + self.rank, first + step, self.world)
             rows = order[positions]
@@ -100,6 +106,7 @@ class TrainLoader:
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
                 "key": torch.from_numpy(keys.view(np.int64)),
+                **next(more),
             }
 
 

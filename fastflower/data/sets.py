@@ -29,13 +29,16 @@ FORMAT = 2  # of what is stored; raised when the same recipe would store other p
 
 @dataclass(frozen=True)
 class FoldSet:
-    """One fold, open and checked: `val_corrupt` is None when the recipe scores no corruptions."""
+    """One fold, open and checked: `val_corrupt` is None when the recipe scores no corruptions, `unlabelled` when it
+    does not learn from data.unlabelled.
+    """
 
     folds: Folds
     classes: ClassMap
     train: Beton
     val: Beton
     val_corrupt: Beton | None
+    unlabelled: Beton | None = None
 
 
 def stored_side(recipe: Recipe) -> int:
@@ -131,7 +134,8 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
         )
         _check_rows(beton, folds, split, fold)
     _check_settings(opened["train"], made)
-    return FoldSet(folds, classes, opened["train"], opened["val"], opened.get("val_corrupt"))
+    more = open_unlabelled(recipe) if recipe.semi.enabled and recipe.data.unlabelled else None
+    return FoldSet(folds, classes, opened["train"], opened["val"], opened.get("val_corrupt"), more)
 
 
 def open_unlabelled(recipe: Recipe) -> Beton:

@@ -132,6 +132,19 @@ class Distilled(nn.Module):
         return (1 - self.weight) * self.loss(logits, labels) + self.weight * divergence
 
 
+def consistency(made: Tensor, learned: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """FixMatch's loss on unlabelled images (arXiv:2001.07685, equation 4), float32, and labels and mask (N,).
+
+    Logits (N, C) of one view make the labels, those of the other learn them: the mean over all N rows of
+    1[max p >= threshold] * cross-entropy. Rows below the threshold count in the mean, or microbatches would not
+    add up. No gradient flows through `made`; Lee's pseudo-labels (2013) are `consistency(x, x, threshold)`.
+    """
+    confidence, labels = made.detach().float().softmax(1).max(1)
+    mask = confidence >= threshold
+    losses = F.cross_entropy(learned.float(), labels, reduction="none")
+    return torch.where(mask, losses, 0.0).mean(), labels, mask
+
+
 def smooth(targets: Tensor, eps: float, absent: Tensor | None = None) -> Tensor:
     """(1 - eps) of the targets (B, C) and eps spread evenly over the classes that are not absent (C,)."""
     if eps == 0:
