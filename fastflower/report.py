@@ -1,4 +1,4 @@
-"""Show what an experiment's model does: `python -m fastflower.report <exp ...> [--format html|md]`.
+"""Show what an experiment's model does: `python -m fastflower.report <exp ...> [key=value ...] [--format html|md]`.
 
 Writes results/results/<exp>/report.html (or report.md with figures/), and results/results/compare.html for several.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from fastflower import errors, runs
 from fastflower.errors import InputError
 from fastflower.evaluation import draft, page
+from fastflower.recipe import load
 
 FORMATS = ("html", "md")
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[list[str], str]:
-    """The experiments and the format; an experiment may be given by its folder or its recipe."""
+    """The experiments and the format; an experiment is named, or given by folder or recipe and changes."""
     words, form = list(argv), "html"
     if "--format" in words:
         at = words.index("--format")
@@ -39,13 +40,17 @@ def parse(argv: list[str]) -> tuple[list[str], str]:
     if form not in FORMATS:
         raise InputError(f"--format {form}: must be one of {', '.join(FORMATS)}")
     strange = [word for word in words if word.startswith("-")]
-    if strange or not words:
+    changes = [word for word in words if "=" in word]
+    given = [word for word in words if "=" not in word]
+    if strange or not given:
         raise InputError(
             f"got {strange[0] if strange else 'no experiment'}; report takes experiments and --format html|md"
         )
-    return list(
-        dict.fromkeys(Path(word).stem if word.endswith(".yaml") else Path(word).name for word in words)
-    ), form
+    return list(dict.fromkeys(_name(word, changes) for word in given)), form
+
+
+def _name(word: str, changes: list[str]) -> str:
+    return load(word, changes).exp.name if word.endswith(".yaml") else Path(word).name
 
 
 def save(path: Path, html: str) -> Path:

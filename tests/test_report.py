@@ -381,6 +381,14 @@ def test_the_draft_has_the_same_numbers_and_its_figures() -> None:
     assert len(figures_named) >= 6 and all((runs.RESULTS / "a" / name).is_file() for name in figures_named)
 
 
+def test_an_experiment_is_named_by_its_recipe_and_the_changes_to_it() -> None:
+    Path("mine.yaml").write_text("seed: 1\n")
+    assert report.parse(["mine.yaml", "results/results/other", "mine.yaml"]) == (["mine", "other"], "html")
+    assert report.parse(["mine.yaml", "exp.name=named", "model.pretrained=false"]) == (["named"], "html")
+    with pytest.raises(InputError, match=r"unknown key exp.nam; did you mean exp.name"):
+        report.parse(["mine.yaml", "exp.nam=x"])
+
+
 def test_bad_words_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
