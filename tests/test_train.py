@@ -214,7 +214,7 @@ def test_a_run_of_nan_stops_with_advice(monkeypatch):
         (["train.save_every=often"], "train.save_every = often: must be epochs such as 1ep"),
         (
             ["train.batch_per_gpu=64"],
-            "40 training images, fewer than the global batch of 64; lower train.batch_per_gpu",
+            "40 training images with labels, fewer than the global batch of 64; lower train.batch_per_gpu",
         ),
         (["data.img_size=[32,64]"], "short side .* run convert with this recipe"),
         (["robust.kinds=[jpeg]"], "robust.kinds or robust.level differ"),
