@@ -213,7 +213,10 @@ def test_a_grid_trains_keeps_what_is_finished_and_tries_failures_again(project, 
     assert len(ran) == 4
     for lr in ("0.0001", "0.001"):  # 40 training images
         name = f"tiny-lr_{lr}-batch_per_gpu_50 test_vit__fold0_seed42"
-        assert f"failed: {name}: fold 0 has 40 training images with labels, fewer than the global batch of 50" in err
+        assert (
+            f"failed: {name}: fold 0 has 40 training images with labels, fewer than the global batch of 50"
+            in err
+        )
     assert "2 of 4 trainings failed; the same command tries them again" in err
     place = Path("results/results/tiny/campaign_lr_batch_per_gpu")
     with open(place.with_suffix(".csv"), newline="") as file:

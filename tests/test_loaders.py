@@ -241,8 +241,8 @@ def test_a_slow_reader_bounds_what_is_ahead(beton: Beton) -> None:
         return 12, 16
 
     class Watched(TrainLoader):
-        def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-            for t, batch in enumerate(super()._batches(epoch, start)):
+        def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+            for t, batch in enumerate(super().batches(epoch, start)):
                 started.append(t)
                 yield batch
 
