@@ -10,8 +10,9 @@ import torch
 from composer.core import Event, Precision
 from torch import nn
 
-from fastflower.algorithms.gradients import GradientGuard, clip
-from fastflower.errors import Diverged
+from fastflower.algorithms import gradients
+from fastflower.algorithms.gradients import GradientGuard, clip, untouched
+from fastflower.errors import Diverged, InputError
 
 
 def state_of(
@@ -74,6 +75,29 @@ def test_frozen_parts_do_not_shrink_the_others_and_gather_no_moments():
     assert guard.norm == pytest.approx(math.sqrt(4.0 * sum(p.numel() for p in network[1].parameters())))
     state.optimizers[0].step()
     assert set(state.optimizers[0].state) == set(network[1].parameters())
+
+
+def test_parameters_without_a_gradient_are_named_after_the_first_step_and_refused_on_two_ranks(monkeypatch):
+    network, said = with_gradients(), []
+    network[1].bias.grad = None
+    network.register_parameter("fixed", nn.Parameter(torch.zeros(2), requires_grad=False))
+    assert untouched(network) == ["1.bias"]
+    guard = GradientGuard(network, 1.0, limit=3, say=said.append)
+    for _ in range(2):
+        guard.apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
+    (line,) = said
+    assert line.startswith(
+        "WARNING 1 parameters get no gradient, first 1.bias: the loss does not depend on them"
+    )
+    monkeypatch.setattr(gradients.dist, "get_world_size", lambda: 2)
+    with pytest.raises(
+        InputError, match=r"1 parameters get no gradient, first 1.bias, and ranks cannot average"
+    ):
+        GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
+    monkeypatch.setattr(gradients.dist, "get_global_rank", lambda: 1)
+    with pytest.raises(SystemExit) as left:
+        GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
+    assert left.value.code == InputError.exit_code
 
 
 def test_a_good_step_ends_the_row():

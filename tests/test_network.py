@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastflower import recipe as recipes
+from fastflower.algorithms.gradients import untouched
 from fastflower.errors import InputError
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
@@ -48,6 +49,18 @@ def test_a_checkpoints_description_builds_the_same_network(head: str, backbone: 
     got, want = rebuilt.eval()(images), trained.eval()(images)
     assert got.shape == (4, CLASSES)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # the layout in memory may differ
+
+
+@pytest.mark.parametrize("head", ["linear", "arcface"])
+@pytest.mark.parametrize("backbone", ["test_convnext2", "test_vit", "test_efficientnet", "test_resnet"])
+def test_every_parameter_gets_a_gradient_in_the_first_step(head: str, backbone: str) -> None:
+    """On two ranks the wrapper that averages gradients would wait for it."""
+    words = recipe(f"model.head={head}", "model.drop_path=0", backbone=backbone)
+    network, _, _ = training_network(words, CLASSES)
+    model = Classifier(network.train(), build_loss(words, [3] * CLASSES))
+    batch = {"image": pixel_batch(), "label": torch.tensor([0, 1, 2, 3])}
+    model.loss(model(batch), batch).backward()
+    assert untouched(network) == []
 
 
 def test_state_dict_holds_backbone_and_head_only() -> None:

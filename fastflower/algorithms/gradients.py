@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from fastflower.algorithms.averaging import batch_norms
-from fastflower.errors import Diverged
+from fastflower.errors import Diverged, InputError
 
 
 @torch.no_grad()
@@ -33,8 +33,16 @@ def _drop_frozen(optimizer: torch.optim.Optimizer) -> None:
                 parameter.grad = None
 
 
+def untouched(network: nn.Module) -> list[str]:
+    """The names of trainable parameters that have no gradient."""
+    return [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+
+
 class GradientGuard(Algorithm):
     """BATCH_START: remember BatchNorm's statistics. AFTER_TRAIN_BATCH: clip, or skip a non-finite step.
+
+    Parameters that got no gradient in the first step are told to `say`, and refused on more than one rank: the
+    wrapper that averages gradients waits for all of them, and the others of their bucket would not be averaged.
 
     Gradients are those after the ranks' reduction, so that all ranks decide alike. A skipped step leaves
     weights, optimizer, averages and running statistics as they were. Frozen parts (lr 0) lose their gradients
@@ -43,8 +51,12 @@ class GradientGuard(Algorithm):
     Raises Diverged after `limit` counted steps in a row.
     """
 
-    def __init__(self, network: nn.Module, clip_grad: float | None, limit: int) -> None:
+    def __init__(
+        self, network: nn.Module, clip_grad: float | None, limit: int, say: Callable[[str], None] = print
+    ) -> None:
         self.network = network
+        self.say = say
+        self.first = True
         self.clip_grad = clip_grad
         self.limit = limit
         self.skipped = False
@@ -64,6 +76,8 @@ class GradientGuard(Algorithm):
         if event == Event.BATCH_START:
             self._remember()
             return
+        if self.first:
+            self._look()
         _drop_frozen(state.optimizers[0])
         self.norm = clip(self.network.parameters(), self.clip_grad)
         self.skipped = not math.isfinite(self.norm)
@@ -77,6 +91,20 @@ class GradientGuard(Algorithm):
         scale = state.scaler.get_scale() if state.scaler is not None and state.scaler.is_enabled() else 1.0
         if str(state.precision.value) != "amp_fp16" or scale <= 1:
             self._count(state)
+
+    def _look(self) -> None:
+        self.first, idle = False, untouched(self.network)
+        if not idle:
+            return
+        what = f"{len(idle)} parameters get no gradient, first {idle[0]}"
+        if dist.get_world_size() == 1:
+            self.say(f"WARNING {what}: the loss does not depend on them, and they will not be trained")
+        elif dist.get_global_rank():
+            raise SystemExit(InputError.exit_code)  # rank 0 says why
+        else:
+            raise InputError(
+                f"{what}, and ranks cannot average the rest; train on one rank, or mend the network"
+            )
 
     def _remember(self) -> None:
         if self._before and self._before[0].device != self.statistics[0].device:
