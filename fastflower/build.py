@@ -221,8 +221,8 @@ def training(
     data = loaders(recipe, d, clock, fold, spec.interpolation, machine)
     groups = param_groups(network, d.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
-    guard = GradientGuard(network, recipe.train.clip_grad, recipe.train.max_nonfinite)
-    averages = _averages(recipe, d, classifier, data, guard, fill(spec))
+    guard = GradientGuard(network, recipe.train.clip_grad, recipe.train.max_nonfinite, console.say)
+    averages = _averages(recipe, d, classifier, data, guard, fill(spec), stop)
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
     rows = {label: loader.beton.rows for label, loader in data.evaluation.items()}
     scoring = Scoring(recipe, d, networks.values, rows, data.combos)
@@ -242,7 +242,8 @@ def training(
         **semi,
     }
     meta = functools.partial(member_meta, recipe, run, spec, d, fold, counts)
-    saving = Saving(run, networks, scoring, parts, meta, same, parse_interval(recipe.train.save_every), stop)
+    every, keep = parse_interval(recipe.train.save_every), recipe.train.keep_every
+    saving = Saving(run, networks, scoring, parts, meta, same, every, stop, keep)
     trainer = Trainer(
         model=classifier,
         train_dataloader=data.train,
@@ -398,6 +399,7 @@ def _averages(
     data: Loaders,
     guard: GradientGuard,
     paint: tuple[float, ...],
+    stop: Stop,
 ) -> dict[str, Any]:
     """EMA and SWA as the recipe says; EMA is scored from the first epoch, SWA from its first average."""
     network = classifier.network
@@ -417,7 +419,7 @@ def _averages(
                 yield change(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, paint)
 
         first = min(d.epochs, math.floor(recipe.swa.start * d.epochs) + 1)
-        averages["swa"] = Swa(network, first, classifier.shadows, batches)
+        averages["swa"] = Swa(network, first, classifier.shadows, batches, stop.agreed)
     return averages
 
 

@@ -15,7 +15,7 @@ FREE = (
     *("data.root", "data.csv", "data.image_col", "data.label_col", "data.home", "data.test", "data.fold"),
     *("data.unlabelled", "data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers"),
     *("train.batch_per_gpu", "train.world_size", "train.grad_accum", "train.stage_batch"),
-    *("train.save_every", "train.max_nonfinite", "train.compile"),
+    *("train.save_every", "train.keep_every", "train.max_nonfinite", "train.compile"),
 )
 
 

@@ -174,6 +174,7 @@ class Train:
     compile: bool = key(False, "torch.compile; costs minutes at each image size")
     max_nonfinite: int = key(10, "non-finite steps in a row after which the run stops", ge=1)
     save_every: str = key("1ep", "how often last.pth is written: 1ep, 200ba")
+    keep_every: int = key(0, "epochs between copies of last.pth that stay as epoch__*.pth; 0: none", ge=0)
 
 
 @dataclass

@@ -80,7 +80,8 @@ def train_fold(
             ranks.on_rank_zero(lambda: adopt(run, "last", last.path))
         else:
             announce(recipe, training, machine, advice)
-            fit(training)
+            with stop.deferred():
+                fit(training)
         finish(training, machine, advice)
     finally:
         training.close()

@@ -135,6 +135,34 @@ def test_swa_does_not_average_the_same_epoch_twice():
     assert "swa" in again.shadows
 
 
+def test_swa_leaves_everything_as_it_was_when_the_run_is_asked_to_end():
+    """Asked while the statistics are re-estimated: what is saved meets the end of the epoch again."""
+    network, seen = Net(), []
+    batches = [torch.randn(16, 3) for _ in range(5)]
+    swa = Swa(
+        network,
+        1,
+        {},
+        lambda state: (seen.append(1) or batch for batch in batches),
+        lambda state: len(seen) > 2,
+    )
+    before = copy.deepcopy(swa.state_dict())
+    moved(network)
+    swa.apply(Event.EPOCH_END, Clock(1), None)
+    assert len(seen) == 3 and "swa" not in swa.shadows
+    assert (swa.averaged, swa.last_epoch) == (0, 0) and swa.match(Event.EPOCH_END, Clock(1))
+    assert all(
+        torch.equal(before["shadow"][name], tensor) for name, tensor in swa.shadow.state_dict().items()
+    )
+    whole = Swa(network, 1, {}, lambda state: batches)
+    for average in (again := Swa(network, 1, {}, lambda state: batches), whole):
+        average.shadow.load_state_dict(before["shadow"])
+    again.load_state_dict(swa.state_dict())
+    for average in (again, whole):
+        average.apply(Event.EPOCH_END, Clock(1), None)
+    assert all(torch.equal(again.shadow.state_dict()[n], t) for n, t in whole.shadow.state_dict().items())
+
+
 def test_recalibrated_statistics_are_those_of_the_batches():
     network = Net().eval()
     batches = [torch.randn(32, 3) * 5 + 2 for _ in range(4)]

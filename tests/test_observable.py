@@ -419,6 +419,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "train.compile": (arguments, "true", ""),
     "train.max_nonfinite": (trained, "2", f"{ONE} opt.lr=1e30"),
     "train.save_every": (plan, "7ba", ""),
+    "train.keep_every": (trained, "1", ONE),
     "sched.name": (plan, "none", ""),
     "sched.warmup_epochs": (plan, "2", ""),
     "sched.cosine_epochs": (plan, "4", "data.size_epochs=auto"),

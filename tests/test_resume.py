@@ -10,14 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
-from fastflower import checkpoint, errors
+from fastflower import build, checkpoint, errors
+from fastflower.algorithms import averaging
 from fastflower.callbacks import ranks, saving
 from fastflower.callbacks.saving import Saving, previous_last
+from fastflower.runs import Run
 
 
 class Killed(BaseException):
@@ -137,6 +140,101 @@ def test_a_signal_during_evaluation_evaluates_again(project, whole, monkeypatch)
     assert tiny.epochs() == whole["epochs"]
 
 
+def shape(tree: Any) -> Any:
+    """The names in a state, without what differs between networks and moments."""
+    if not isinstance(tree, dict):
+        return None
+    return {
+        k: None if k in ("shadow", "bests", "lr", "flat", "best_flat") else shape(v) for k, v in tree.items()
+    }
+
+
+def test_the_layout_of_last_is_the_one_that_its_number_stands_for(whole):
+    """Other keys here: raise saving.LAYOUT, so that a `last` of before is refused and not misread."""
+    assert saving.LAYOUT == whole["last"].meta["layout"] == 1
+    more = whole["last"].more
+    assert set(more) == {"time", "optimizer", "scaler", "parts"} and set(more["optimizer"]) == {
+        "state",
+        "param_groups",
+    }
+    nothing = dict.fromkeys
+    assert shape(more["parts"]) == {
+        "ema": nothing(("updates", "shadow")),
+        "guard": nothing(("total", "in_a_row")),
+        "schedule": nothing(("factor", "best", "bad_epochs")),
+        "scoring": {
+            "selection": nothing(
+                ("reference", "idle", "stage", "macro_best", "s_before", "alarmed", "stopped", "bests")
+            ),
+            **nothing(("epoch", "flat", "best_flat", "score", "val_loss")),
+        },
+        "recorder": {
+            "sums": nothing(("loss", "norm", "steps", "images", "wait", "seconds", "skipped")),
+            **nothing(("lr", "total_seconds")),
+        },
+        "machine": {"loose": None},
+    }  # fmt: skip
+
+
+def test_a_last_of_an_older_layout_is_refused(project, monkeypatch):
+    half_done(monkeypatch)
+    path = tiny.run_of().files("last")[-1]
+    old = checkpoint.load(path)
+    del old.meta["layout"], old.more["parts"]["scoring"]["val_loss"]
+    checkpoint.save(path, old.tensors, old.meta, **old.more)
+    with pytest.raises(
+        errors.InputError, match=r"has layout None, this version goes on from 1; .* exp.name$"
+    ):
+        tiny.fit()
+
+
+def test_kept_epochs_are_those_of_the_uncut_run(project, whole, monkeypatch):
+    half_done(monkeypatch, "train.keep_every=1")
+    assert tiny.fit("train.keep_every=1") == 0
+    kept = sorted(tiny.run_of().model_dir.glob("epoch__*.pth"))
+    assert [checkpoint.load(path).meta["epoch"] for path in kept] == [1, 2, 3]
+    assert kept[2].samefile(tiny.run_of().files("last")[0])
+    assert tiny.different(whole["last"].tensors, tiny.last().tensors) == []
+    assert tiny.different(whole["last"].more, checkpoint.load(kept[2]).more) == []
+
+
+def test_a_signal_while_checksums_are_read_leaves_with_75(project, monkeypatch):
+    monkeypatch.setattr(build, "verify", lambda fold: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        tiny.fit()
+    assert left.value.code == 75 and not tiny.run_of().files("last")
+
+
+def test_a_signal_while_swa_is_estimated_leaves_and_goes_on_in_the_same_bits(project, monkeypatch):
+    words = (
+        "model.backbone=test_resnet",
+        "model.drop_path=0",
+        "swa.enabled=true",
+        "swa.start=0.4",
+        "log.tensorboard=false",
+    )
+
+    def files(exp: str) -> list[checkpoint.Checkpoint]:
+        run = Run(exp, "test_resnet", 0, 42)
+        return [checkpoint.load(run.files(kind)[-1]) for kind in ("swa", "last")]
+
+    def told(module, images):
+        original(module, (os.kill(os.getpid(), signal.SIGTERM) or image for image in images))
+
+    assert tiny.fit("exp.name=uncut", *words) == 0
+    original = averaging.recalibrate
+    with monkeypatch.context() as patch:
+        patch.setattr(averaging, "recalibrate", told)
+        with pytest.raises(SystemExit) as left:
+            tiny.fit(*words)
+    assert left.value.code == 75
+    cut = checkpoint.load(Run("tiny", "test_resnet", 0, 42).files("last")[-1])
+    assert cut.more["parts"]["swa"]["averaged"] == 0 and cut.more["time"]["epoch"] == 1
+    assert tiny.fit(*words) == 0
+    for one, other in zip(files("uncut"), files("tiny"), strict=True):
+        assert tiny.different(one.tensors, other.tensors) == [] and tiny.different(one.more, other.more) == []
+
+
 def test_a_finished_run_says_so(project, capsys):
     tiny.fit("sched.cosine_epochs=2", "data.size_epochs=[1,2]")
     before = {path: path.stat().st_mtime_ns for path in tiny.run_of().model_dir.glob("*.pth")}
@@ -240,11 +338,39 @@ def test_a_rank_does_not_outlive_its_launcher():
 STILL = ("model.drop_rate=0", "model.drop_path=0", "train.save_every=1ba")
 
 
-def launch(*words: str) -> subprocess.Popen[str]:
+def launch(*words: str, **how: Any) -> subprocess.Popen[str]:
     """Two ranks with four images each, in a process of their own."""
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(Path(tiny.train.__file__))]
     command = [*launcher, "tiny.yaml", "train.batch_per_gpu=4", "train.world_size=2", *STILL, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+
+
+def wait_for_epoch(running: subprocess.Popen[str], run: Run, epoch: int) -> None:
+    """Until a run has a `last` of this epoch."""
+    deadline = time.monotonic() + 200
+    while not any(f"_epoch{epoch}_" in path.name for path in run.files("last")):
+        if running.poll() is not None or time.monotonic() > deadline:
+            running.kill()  # its ranks follow
+            pytest.fail(running.communicate(timeout=60)[0])
+        time.sleep(0.02)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_or_to_its_group_saves_and_ends_all_within_30_seconds(project):
+    """`kill` of the launcher alone, as Kubernetes does; then Ctrl-C, which every process of the group hears."""
+    epochs = 0
+    for send, number in ((os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)):
+        running = launch("sched.cosine_epochs=500", "data.size_epochs=[1,500]", start_new_session=True)
+        wait_for_epoch(running, tiny.run_of(), epochs + 1)
+        told = time.monotonic()
+        send(running.pid, number)
+        said = running.communicate(timeout=60)[0]
+        seconds = time.monotonic() - told
+        assert running.returncode == 75 and seconds < 30, (running.returncode, seconds, said)
+        assert said.count("the state is saved, the same command goes on") == 1
+        assert tiny.last().more["time"]["epoch"] > epochs
+        epochs = tiny.last().more["time"]["epoch"]
 
 
 @pytest.mark.dist
@@ -254,10 +380,8 @@ def test_two_ranks_lose_one_and_end_in_the_same_bits_as_two_or_nearly_as_one(pro
     uncut = launch("exp.name=uncut")
     said = uncut.communicate(timeout=300)[0]
     assert uncut.returncode == 0, said
-    cut, run, deadline = launch("exp.name=cut"), tiny.run_of("cut"), time.monotonic() + 200
-    while not run.files("last") or "_epoch1_" not in run.files("last")[-1].name:
-        assert cut.poll() is None and time.monotonic() < deadline, cut.communicate()[0]
-        time.sleep(0.02)
+    cut, run = launch("exp.name=cut"), tiny.run_of("cut")
+    wait_for_epoch(cut, run, 1)
     ranks = subprocess.run(["pgrep", "-P", str(cut.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     said = cut.communicate(timeout=60)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,18 +13,22 @@ import pytest
 import torch
 
 from fastflower import checkpoint
+from fastflower.callbacks import saving
 from fastflower.callbacks.saving import (
+    LAYOUT,
     Stop,
+    check_layout,
     check_names,
     load_last,
     parse_interval,
     place,
     previous_last,
     sweep,
+    write_kept,
 )
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
 from fastflower.identity import differences
-from fastflower.runs import Run
+from fastflower.runs import Run, find_members
 
 RUN = Run("exp", "convnextv2_atto", 0, 42)
 
@@ -143,11 +148,72 @@ def test_identities_differ_by_key_and_survive_json():
     assert differences(then, then) == []
 
 
-def test_a_signal_asks_and_the_handlers_are_given_back():
+@pytest.fixture
+def stop() -> Iterator[Stop]:
     before = signal.getsignal(signal.SIGTERM)
     stop = Stop()
-    assert not stop.agreed(None)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.agreed(None)
+    yield stop
     stop.restore()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signals_ask_while_there_is_something_to_save(stop):
+    """A whole group's SIGINT, and then the launcher's SIGTERM: one request."""
+    with stop.deferred():
+        assert not stop.agreed(None)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(None)
+
+
+def test_a_signal_before_the_first_step_ends_the_process(stop):
+    with pytest.raises(SystemExit) as left:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 75
+
+
+def test_a_second_interrupt_ends_at_once(stop, monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"left with {code}"))
+    with stop.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(pytest.fail.Exception, match="left with 130"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_state_of_another_version_is_refused_in_one_line():
+    path = Path("last.pth")
+    check_layout(path, {"layout": LAYOUT})
+    for meta, said in (
+        ({}, "fastflower of unknown version has layout None"),
+        ({"layout": 0, "version": "0.1"}, "0.1 has"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"^last.pth: .*{said}.* goes on from {LAYOUT}; finish it .* exp.name$"
+        ):
+            check_layout(path, meta)
+
+
+def test_a_kept_epoch_is_the_last_of_its_epoch_and_nothing_removes_it():
+    kept = RUN.model_dir / "epoch__convnextv2_atto__fold0_seed42_epoch1_score0.5000.pth"
+    write = partial(checkpoint.save, tensors={}, meta={"epoch": 1})
+    assert place(RUN, "last", 1, 0.5, partial(write_kept, write)).samefile(kept)
+    for epoch in (2, 3, 4):
+        save("last", epoch, 0.5)
+    assert checkpoint.load(kept).meta["epoch"] == 1
+    assert find_members("exp", "*.pth") == RUN.files("last")
+
+
+def test_a_run_that_is_killed_before_last_follows_its_kept_epoch_writes_both_again(monkeypatch):
+    def killed(path: Path, name: Path) -> None:
+        raise KeyboardInterrupt
+
+    save("last", 1, 0.5)
+    write = partial(checkpoint.save, tensors={}, meta={"epoch": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "_link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_kept(write, RUN.file("last", 2, 0.5))
+    assert load_last(RUN, print)[1].meta["epoch"] == 1
+    place(RUN, "last", 2, 0.5, partial(write_kept, write))
+    assert load_last(RUN, print)[1].meta["epoch"] == 2 and len(list(RUN.model_dir.glob("epoch__*"))) == 1

@@ -7,6 +7,7 @@ wrapper gives, and truncates integer buffers; here floats are averaged, the rest
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -101,7 +102,8 @@ class Ema(Algorithm):
 class Swa(Algorithm):
     """EPOCH_END of the last epochs: add the raw weights to their plain mean and re-estimate BatchNorm.
 
-    The shadow joins `shadows` under "swa" at its first average, and is scored from then on.
+    The shadow joins `shadows` under "swa" at its first average, and is scored from then on. Once `asked(state)`, it
+    is left as it was: the run is about to end, and meets the end of this epoch again when it goes on.
     """
 
     def __init__(
@@ -110,9 +112,11 @@ class Swa(Algorithm):
         first_epoch: int,
         shadows: dict[str, Callable[[Tensor], Tensor]],
         batches: Callable[[State], Iterable[Tensor]],
+        asked: Callable[[State], bool] = lambda state: False,
     ) -> None:
         self.network = network
         self.shadow = shadow_of(network)
+        self.asked = asked
         self.first_epoch = first_epoch
         self.shadows = shadows
         self.batches = batches
@@ -124,11 +128,16 @@ class Swa(Algorithm):
         return event == Event.EPOCH_END and epoch >= self.first_epoch and epoch > self.last_epoch
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
-        pull(self.shadow, self.network, 1 / (self.averaged + 1))
+        mean = copy.deepcopy(self.shadow)
+        pull(mean, self.network, 1 / (self.averaged + 1))
+        if batch_norms(mean):
+            until_asked = itertools.takewhile(lambda _: not self.asked(state), self.batches(state))
+            recalibrate(mean, until_asked)
+        if self.asked(state):
+            return
+        self.shadow.load_state_dict(mean.state_dict())
         self.averaged += 1
         self.last_epoch = state.timestamp.epoch.value
-        if batch_norms(self.shadow):
-            recalibrate(self.shadow, self.batches(state))
         self.shadows["swa"] = self.shadow
 
     def state_dict(self) -> dict[str, Any]:

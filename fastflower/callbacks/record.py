@@ -18,7 +18,7 @@ import torch
 from fastflower import __version__, runs
 from fastflower import recipe as recipes
 from fastflower.callbacks.progress import clock, side
-from fastflower.callbacks.saving import FIXED, load_last
+from fastflower.callbacks.saving import FIXED, check_layout, load_last
 from fastflower.callbacks.scoring import Scoring
 from fastflower.data.sets import FoldSet
 from fastflower.derived import Derived
@@ -312,11 +312,12 @@ class Last:
 
 
 def find_last(run: Run, same: dict[str, Any], say: Callable[[str], None]) -> Last | None:
-    """The newest whole `last` of a run, or None. Raises InputError when it belongs to another recipe or other data."""
+    """The newest whole `last` of a run, or None. Raises InputError when it is of another version, recipe or data."""
     found = load_last(run, say)
     if found is None:
         return None
     path, last = found
+    check_layout(path, last.meta)
     changed = differences(last.meta["identity"], same)
     if changed:
         more = "; ..." if len(changed) > 4 else ""

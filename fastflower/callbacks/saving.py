@@ -7,6 +7,7 @@ and written by a thread while training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import functools
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -33,6 +34,9 @@ from fastflower.errors import CorruptionError, EnvironmentFault, InputError
 from fastflower.runs import Run, fsync_folder
 
 PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
+LAYOUT = (
+    1  # of the state in `last`; another number is refused, so raise it when a part's state changes its keys
+)
 FIXED = {kind: f"{kind}.pth" for kind in ("best_clean", "best_combo", "ema_best", "swa", "last")}
 
 
@@ -114,6 +118,16 @@ def adopt(run: Run, kind: str, path: Path) -> None:
             other.unlink(missing_ok=True)
 
 
+def write_kept(write: Callable[[Path], None], path: Path) -> None:
+    """Write a `last` under the name of its epoch, which nothing removes and no member pattern finds, and link it.
+
+    In this order: a run that is killed in between goes on from the `last` before and comes here again.
+    """
+    kept = path.with_name(path.name.replace("last__", "epoch__", 1))
+    write(kept)
+    _link(kept, path)
+
+
 def _keep_previous(run: Run) -> None:
     current = run.files("last")
     if current:
@@ -144,13 +158,17 @@ def _refusal(path: Path, error: OSError) -> EnvironmentFault:
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a checkpoint at the next step; a second one ends the process at once.
+    """SIGTERM and SIGINT ask for a checkpoint at the next step; before the first there is nothing to save, so they
+    end the process with PREEMPTED. A second SIGINT ends it at once.
 
-    Composer's own handlers, installed when it is imported, would end the process without saving.
+    A second SIGTERM does not: a signal to the whole group reaches a rank twice, the second time from Composer's
+    launcher, which leaves it 30 s. Composer's own handlers, installed when it is imported, would save nothing.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.training = False
+        self._interrupts = 0
         self._before = {
             number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -160,10 +178,22 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Between these there is something to save, and whoever trains asks `agreed`."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             os._exit(128 + number)
         self.asked = True
+        if not self.training:
+            raise SystemExit(PREEMPTED)
 
     def agreed(self, state: State) -> bool:
         """Whether any rank was asked; every rank must call this at the same place."""
@@ -177,7 +207,7 @@ class Stop:
 class Saving(Callback):
     """EVAL_AFTER_ALL: the best checkpoints. BATCH_CHECKPOINT, EPOCH_CHECKPOINT: `last`, every train.save_every.
 
-    BATCH_END, EVAL_BATCH_END: when a signal asked, save `last` and leave with exit code 75. FIT_END: wait.
+    BATCH_END, EPOCH_END, EVAL_BATCH_END: when a signal asked, save `last` and leave with exit code 75. FIT_END: wait.
     `parts` are whatever else has state, by name; `meta(epoch)` describes a member.
     Only rank 0 writes, behind the training; `seconds` is how long training stood still for it.
     """
@@ -192,6 +222,7 @@ class Saving(Callback):
         identity: dict[str, Any],
         every: tuple[int, str],
         stop: Stop,
+        keep: int = 0,
     ) -> None:
         self.run = run
         self.networks = networks
@@ -201,6 +232,7 @@ class Saving(Callback):
         self.identity = identity
         self.every = every
         self.stop = stop
+        self.keep = keep
         self.writer = Writer()
         self.seconds = 0.0
 
@@ -225,9 +257,12 @@ class Saving(Callback):
         if self.stop.agreed(state):
             self._leave(state, state.timestamp)
 
-    def eval_batch_end(self, state: State, logger: Logger) -> None:
-        if self.stop.agreed(state):  # as if the epoch's last step had just been made: evaluation starts anew
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self.stop.agreed(state):  # as if the epoch's last step had just been made: its end comes again
             self._leave(state, state.previous_timestamp)
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        self.epoch_end(state, logger)  # evaluation starts anew
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         number, unit = self.every
@@ -238,9 +273,10 @@ class Saving(Callback):
         number, unit = self.every
         epoch = state.timestamp.epoch.value
         finished = epoch >= self.scoring.derived.epochs or bool(self.scoring.selection.stopped)
-        if finished or (unit == "ep" and epoch % number == 0):
+        keep = self.keep > 0 and epoch % self.keep == 0
+        if finished or keep or (unit == "ep" and epoch % number == 0):
             reason = self.scoring.selection.stopped or f"all {epoch} epochs are done"
-            self.save_last(state, state.timestamp, reason if finished else "")
+            self.save_last(state, state.timestamp, reason if finished else "", keep)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.writer.settle()
@@ -248,8 +284,13 @@ class Saving(Callback):
     def close(self, state: State, logger: Logger) -> None:
         self.writer.close()
 
-    def save_last(self, state: State, timestamp: Timestamp | None, finished: str = "") -> None:
-        """Write the whole training state as it is at `timestamp`; `finished` is the reason, when it is."""
+    def save_last(
+        self, state: State, timestamp: Timestamp | None, finished: str = "", keep: bool = False
+    ) -> None:
+        """Write the whole training state as it is at `timestamp`; `finished` is the reason, when it is.
+
+        With `keep` it also stays under the name of its epoch.
+        """
         assert timestamp is not None
         if dist.get_global_rank():
             return
@@ -260,6 +301,7 @@ class Saving(Callback):
         meta = {**self.meta(epoch), "kind": "last", "weights": "raw", "scores": self.scoring.flat}
         meta |= {
             "identity": self.identity,
+            "layout": LAYOUT,
             "finished": finished,
             "best": {"epoch": best.epoch, "score": best.score},
         }
@@ -271,6 +313,8 @@ class Saving(Callback):
         }
         tensors, more = checkpoint.snapshot((self.networks["raw"].state_dict(), more))
         write = functools.partial(checkpoint.save, tensors=tensors, meta=meta, **more)
+        if keep:
+            write = functools.partial(write_kept, write)
         self._behind("last", epoch, self.scoring.score, write)
         self.seconds += time.perf_counter() - start
 
@@ -321,6 +365,16 @@ def restore(found: Checkpoint, state: State, network: nn.Module, parts: dict[str
         )
     for name, part in parts.items():
         part.load_state_dict(found.more["parts"][name])
+
+
+def check_layout(path: Path, meta: dict[str, Any]) -> None:
+    """InputError unless a `last` holds the parts' states as this version writes them."""
+    layout, writer = meta.get("layout"), meta.get("version", "of unknown version")
+    if layout != LAYOUT:
+        raise InputError(
+            f"{path}: the training state of fastflower {writer} has layout {layout}, this version goes on from "
+            f"{LAYOUT}; finish it with the version that wrote it, or choose another exp.name"
+        )
 
 
 def check_names(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
