@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from torch import nn
 
-from fastflower.callbacks.scoring import Scoreboard, Scoring, by_kind, checksum, in_row_order
+from fastflower.callbacks import scoring as replicas
+from fastflower.callbacks.scoring import Scoreboard, Scoring, by_kind, check_replicas, checksum, in_row_order
 from fastflower.callbacks.selection import Candidate, Selection, prefer
 from fastflower.derived import derive
-from fastflower.errors import Diverged
+from fastflower.errors import CorruptionError, Diverged
 from fastflower.recipe import Es, Select, load
 
 
@@ -180,3 +181,14 @@ def test_the_checksum_sees_a_single_bit():
     assert checksum(network) == before
     network.weight.data.view(-1)[7] *= 1 + 2**-23
     assert checksum(network) != before
+
+
+def test_ranks_whose_weights_have_drifted_apart_are_refused(monkeypatch):
+    network = nn.Linear(3, 3)
+    monkeypatch.setattr(replicas.dist, "all_gather_object", lambda mine: [mine, [checksum(network)]])
+    check_replicas([network])
+    monkeypatch.setattr(replicas.dist, "all_gather_object", lambda mine: [mine, [mine[0] + 1]])
+    with pytest.raises(
+        CorruptionError, match="the ranks' weights have drifted apart; start the same command again"
+    ):
+        check_replicas([network])

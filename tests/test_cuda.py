@@ -1,0 +1,90 @@
+"""What only a GPU can show: mixed precision and its scaler, BatchNorm across GPUs, one kernel a step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from fastflower import recipe as recipes
+from fastflower.model.network import synchronise_norms, training_network
+from fastflower.optim.groups import param_groups
+from fastflower.optim.optimizers import optimizer
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("precision, half", [("amp_bf16", torch.bfloat16), ("amp_fp16", torch.float16)])
+def test_mixed_precision_trains_as_single_does_and_keeps_float32_weights(
+    precision, half, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """fp16 is taken where the GPU has no bf16; its scaler is saved, and a finished run resumes as such."""
+    tiny.project(tmp_path)
+    seen: set[torch.dtype] = set()
+    forward = nn.Linear.forward
+
+    def watched(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        out = forward(self, x)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: precision == "amp_bf16")
+    monkeypatch.setattr(nn.Linear, "forward", watched)
+    assert tiny.fit("exp.name=half") == 0
+    assert half in seen
+    assert tiny.fit("exp.name=single", "train.amp=false") == 0
+    for exp, name in (("half", precision), ("single", "fp32")):
+        run = tiny.run_of(exp)
+        derived = json.loads((run.meta_dir / f"derived_{run.stem}.json").read_text())
+        assert derived["precision"] == name and derived["device"] == torch.cuda.get_device_name()
+    found = tiny.last("half")
+    assert {t.dtype for t in found.tensors.values() if t.is_floating_point()} == {torch.float32}
+    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors.values())
+    assert bool(found.more["scaler"]) == (precision == "amp_fp16")
+    if precision == "amp_fp16":
+        assert math.isfinite(found.more["scaler"]["scale"]) and found.more["scaler"]["scale"] >= 1
+    for one, other in zip(tiny.epochs("half"), tiny.epochs("single"), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.05)
+    assert tiny.fit("exp.name=half") == 0
+
+
+def test_batch_norms_are_synchronised_and_score_alike():
+    recipe = recipes.load(
+        None, ["model.backbone=test_resnet", "model.pretrained=false", "data.img_size=[32,64]"]
+    )
+    network = training_network(recipe, 5)[0].to(CUDA)
+    images = torch.rand(4, 3, 64, 64, device=CUDA) * 255
+    plain = network.eval()(images)
+    converted, count = synchronise_norms(network, recipe, CUDA, 2)
+    assert count and count == sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+    torch.testing.assert_close(converted.to(CUDA).eval()(images), plain)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_fused_step_is_the_cpus(name: str):
+    recipe = recipes.load(
+        None, [f"opt.name={name}", "model.backbone=test_vit", "model.pretrained=false", "data.img_size=32"]
+    )
+    network = training_network(recipe, 5)[0]
+    weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    ends = {}
+    for device in (torch.device("cpu"), CUDA):
+        network.to(device).load_state_dict(weights)
+        made = optimizer(param_groups(network, 1e-3, recipe), recipe, device)
+        assert made.defaults["fused"] == (device == CUDA)
+        noise = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            for parameter in network.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=noise).to(device)
+            made.step()
+        ends[device.type] = {
+            key: tensor.detach().cpu().clone() for key, tensor in network.state_dict().items()
+        }
+    for key, tensor in ends["cpu"].items():
+        torch.testing.assert_close(ends["cuda"][key], tensor, rtol=1e-5, atol=1e-6)
