@@ -176,13 +176,13 @@ def probe(root: Path, place: Path, workers: int) -> dict[str, float]:
 
 
 def _held() -> float:
-    """MB of this process and of its children, shared pages counted once."""
+    """MB of this process and of its children, shared pages counted once; mapped files are the system's to drop."""
     pids = ["self", *(str(child.pid) for child in multiprocessing.active_children())]
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+            total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss_Anon:"))
     return total / 1024
 
 

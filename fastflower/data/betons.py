@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -178,7 +179,8 @@ class BetonWriter:
         if start // self._page != (start + size - 1) // self._page:
             start = -(-start // self._page) * self._page
         try:
-            self._file.seek(start)
+            if start != self._offset or not self._crc:  # a seek empties the buffer
+                self._file.seek(start)
             self._file.write(data)
         except OSError as error:
             self.discard()
@@ -266,13 +268,18 @@ class Beton:
         starts = self._allocation["ptr"].astype(np.int64)
         ends = starts + self._allocation["size"].astype(np.int64)
         before = np.concatenate([[self._metadata_end], ends[:-1]])
+        mapped = cast(mmap.mmap, self.data.base)
 
         def damaged(part: int) -> bool:
             gap, data = self.data[before[part] : starts[part]], self.data[starts[part] : ends[part]]
             return zlib.crc32(data.data) != self.manifest["crc"][part] or bool(gap.any())
 
         def first_damaged(span: range) -> int | None:
-            return next((part for part in span if damaged(part)), None)
+            low, high = int(before[span[0]]) // mmap.PAGESIZE * mmap.PAGESIZE, int(ends[span[-1]])
+            mapped.madvise(mmap.MADV_WILLNEED, low, high - low)
+            found = next((part for part in span if damaged(part)), None)
+            mapped.madvise(mmap.MADV_DONTNEED, low, high - low)  # the pages read so far go: memory stays flat
+            return found
 
         spans = [range(at, min(at + 256, len(starts))) for at in range(0, len(starts), 256)]
         with ThreadPoolExecutor(threads) as pool:

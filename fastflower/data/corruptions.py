@@ -70,7 +70,9 @@ def jpeg_bytes(pixels: np.ndarray, level: str) -> bytes:
 
 def _gaussian_noise(pixels: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
     """Noise from a table of 65536 quantiles, four times faster than drawing normals and as exact in 8 bits."""
-    noisy = _normals(255 * deviation)[rng.integers(0, 1 << 16, pixels.shape, dtype=np.uint16)]
+    words = rng.bit_generator.random_raw(-(-pixels.size // 4)).astype("<u8", copy=False)
+    draws = words.view("<u2")[: pixels.size].reshape(pixels.shape)
+    noisy = np.take(_normals(255 * deviation), draws)
     noisy += pixels
     return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
 
