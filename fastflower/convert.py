@@ -9,6 +9,7 @@ from __future__ import annotations
 from fastflower import derived, errors
 from fastflower.data.conversion import Converted, convert
 from fastflower.data.labels import check_num_classes, describe, read_labels, remarks
+from fastflower.model.embeddings import embedder
 from fastflower.recipe import parse_command
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     for notice in (*table.notices, *check_num_classes(recipe, table), *remarks(table)):
         print(f"note: {notice}")
     print(describe(table))
-    print(closing(recipe.data.home, convert(recipe, table)))
+    print(closing(recipe.data.home, convert(recipe, table, embedder)))
     return 0
 
 

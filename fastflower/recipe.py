@@ -65,10 +65,12 @@ class Data:
     labels_per_class: int | None = key(
         None, "training images of each class whose labels are used; null: all. The rest is unlabelled", ge=1
     )
-    group: Literal["auto", "none", "phash"] = key(
+    group: Literal["auto", "none", "phash", "embedding"] = key(
         "auto", "near-duplicate groups by perceptual hash; auto: when hashing takes under a minute"
     )
-    group_threshold: int = key(4, "largest Hamming distance (of 64 bits) inside a group", ge=0, le=8)
+    group_threshold: int = key(4, "phash: largest Hamming distance (of 64 bits) of a pair", ge=0, le=8)
+    group_backbone: str = key("auto", "embedding: pretrained timm backbone; auto: model.backbone")
+    group_cosine: float = key(0.95, "embedding: least cosine similarity of a pair", ge=0, le=1)
     img_size: Any = key([224, 320], "square size, list of sizes by stage, or [[height, width]]")
     size_epochs: Any = key("auto", "last epoch of each stage, from 1; auto: in the proportion 15 : 25 : 8")
     store: Literal["auto", "jpeg", "raw"] = key(

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
+from scipy.sparse.csgraph import connected_components
 
-from fastflower import convert, recipe
+from fastflower import convert, recipe, runs
 from fastflower.data import (
     assembly,
     conversion,
@@ -34,6 +37,7 @@ from fastflower.data import (
 )
 from fastflower.data.betons import open_beton
 from fastflower.data.decode import decode_eval, decode_file
+from fastflower.data.tables import read_csv
 from fastflower.errors import EnvironmentFault, InputError
 
 WORDS = ["data.img_size=32", "tta.scales=[32]", "data.n_splits=3", "data.workers=1"]  # stored side 36
@@ -620,3 +624,43 @@ def test_photographs_of_flowers(flowers17: Path) -> None:
     manifest = json.loads(Path("data/betons/fold0_train.beton.json").read_text())
     assert opened.train.rows + opened.val.rows == len(rows) == manifest["rows"] + opened.val.rows
     opened.train.verify()
+
+
+def test_groups_by_embeddings_of_a_local_backbone(photographs: dict[str, bytes]) -> None:
+    words = ["data.store=raw", "data.group=embedding", "data.group_backbone=test_resnet"]
+    with pytest.raises(InputError) as caught:
+        run(*words)
+    refused = str(caught.value)
+    assert refused.startswith(
+        "data.group = embedding: no weights of test_resnet in results/model/pretrained_model"
+    )
+    assert "\n" not in refused and not Path("data/folds.csv").exists()
+
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=0).eval()
+    runs.PRETRAINED.mkdir(parents=True)
+    torch.save(network.state_dict(), runs.PRETRAINED / "test_resnet.pth")
+    run("data.store=raw", "data.group=none", "data.home=plain")
+    views = np.empty((len(photographs), 32, 32, 3), np.uint8)
+    for fold in range(3):
+        beton = open_beton(Path(f"plain/betons/fold{fold}_val.beton"))
+        part = np.empty((beton.rows, 32, 32, 3), np.uint8)
+        decode_eval(beton, np.arange(beton.rows), part, 1.14, "bicubic", 1)
+        views[beton.index] = part
+    mean, std = np.array(network.pretrained_cfg["mean"]), np.array(network.pretrained_cfg["std"])
+    with torch.no_grad():
+        images = torch.from_numpy((views / 255 - mean) / std).float().permute(0, 3, 1, 2)
+        features = network(images).numpy().astype(float)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    cosines = features @ features.T
+    above = np.sort(cosines[np.triu_indices(len(cosines), 1)])[-4:]  # three pairs at the least
+    want = connected_components(cosines >= above[:2].mean(), directed=False)[1]
+
+    run(*words, f"data.group_cosine={above[:2].mean()}")
+    got = folds.read_folds(Path("data/folds.csv")).group
+    assert np.array_equal(got[:, None] == got[None, :], want[:, None] == want[None, :])
+    listed = read_csv(Path("data/duplicates.csv"), conversion.PAIRS)
+    assert 2 <= len(listed) <= 3
+    for pair in listed:
+        one, other = (int(pair[name][:2]) for name in ("filename", "other"))
+        assert float(pair["cosine"]) == pytest.approx(cosines[one, other], abs=1e-3) and not pair["distance"]

@@ -19,7 +19,7 @@ def test_pairs_have_places_and_different_labels_come_first(tmp_path: Path) -> No
     path = tmp_path / "duplicates.csv"
     assert copies.pairs(path, FOLDS) == []
     rows = [("0", "b.jpg", "7", "a.jpg", "7", "3", "no"), ("1", "d.jpg", "7", "c.jpg", "9", "", "yes")]
-    write_csv(path, [dict(zip(PAIRS, row, strict=True)) for row in rows], PAIRS)
+    write_csv(path, [dict(zip(PAIRS, (*row, ""), strict=True)) for row in rows], PAIRS)
     torn, near = copies.pairs(path, FOLDS)
     assert torn["conflict"] and torn["identical"] and torn["bits"] is None
     assert torn["category_ids"] == ["7", "9"] and torn["filenames"] == ["d.jpg", "c.jpg"]

@@ -81,3 +81,15 @@ def test_unhashed_rows_are_grouped_by_bytes_alone() -> None:
 
 def test_the_cost_of_hashing_grows_with_rows() -> None:
     assert 0 < duplicates.hashing_seconds(64, 1, 1) < duplicates.hashing_seconds(64, 100_000, 1)
+
+
+@pytest.mark.parametrize("block", [7, 64])
+def test_similar_embeddings_equal_brute_force(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    rng = np.random.default_rng(2)
+    vectors = np.repeat(rng.normal(size=(40, 16)), 3, 0) + rng.normal(0, 0.12, (120, 16))
+    vectors = rng.permutation(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    want = connected_components(vectors.astype(float) @ vectors.T >= 0.98, directed=False)[1]
+    got = duplicates.similar(vectors, 0.98)
+    assert np.array_equal(got[:, None] == got[None, :], want[:, None] == want[None, :])
+    assert 20 < len(np.unique(got)) < 119

@@ -20,6 +20,7 @@ from typing import Any
 import made_up
 import numpy as np
 import pytest
+import timm
 import tiny
 import torch
 from composer.core import Event, Timestamp
@@ -40,6 +41,7 @@ from fastflower.data.samplers import order
 from fastflower.derived import derive
 from fastflower.errors import InputError
 from fastflower.evaluation import acceptance, bundle, choice, gates, summary, teacher
+from fastflower.model.embeddings import embedder
 from fastflower.model.losses import build_loss
 from fastflower.model.network import synchronise_norms, training_network
 from fastflower.optim.groups import param_groups, table
@@ -105,7 +107,7 @@ def converted(recipe: Recipe) -> Any:
     """What convert leaves: file names and contents, or why it refuses."""
 
     def work() -> Any:
-        made = convert(recipe, read_labels(recipe))
+        made = convert(recipe, read_labels(recipe), embedder)
         home = Path(recipe.data.home)
         files = sorted(
             path for path in home.rglob("*") if path.is_file() and path.suffix in (".csv", ".beton")
@@ -326,6 +328,7 @@ MANY = "sched.cosine_epochs=12 data.size_epochs=[4,12]"
 MIXED = "reg.mix_prob=1 reg.mixup=0.5 reg.cutmix=0.5"
 SMALL = "data.home=new data.store=jpeg data.img_size=[16] data.size_epochs=auto tta.scales=[16]"
 GIVEN = "data.home=new data.split=given data.n_splits=2"
+EMBEDDED = "data.home=new data.root=twins data.group=embedding data.group_backbone=test_resnet"
 SEMI = "semi.enabled=true semi.mu=3 semi.threshold=0 data.labels_per_class=3"
 CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "seed": (batches, "7", ""),
@@ -349,6 +352,8 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "data.fold": (plan, "[1,2]", ""),
     "data.group": (converted, "phash", "data.home=new data.root=twins"),
     "data.group_threshold": (converted, "8", "data.home=new data.root=twins data.group=phash"),
+    "data.group_backbone": (converted, "test_convnext", EMBEDDED),
+    "data.group_cosine": (converted, "0.999", EMBEDDED),
     "data.labels_per_class": (batches, "3", ""),
     "data.img_size": (batches, "[16,48]", ""),
     "data.size_epochs": (batches, "[2,3]", ""),
@@ -531,6 +536,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = smooth + np.random.default_rng(number).normal(0, amplitude, smooth.shape)
             picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             picture.save(f"twins/c7_{number}.jpg", quality=95 - 5 * number)
+        weights = tmp_path_factory.mktemp("weights")  # a link to them is what each look copies
+        for name in ("test_resnet", "test_convnext"):
+            torch.manual_seed(0)
+            torch.save(timm.create_model(name).state_dict(), weights / f"{name}.pth")
+        runs.PRETRAINED.symlink_to(weights)
     return home
 
 

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +52,17 @@ class Converted:
     up_to_date: bool
 
 
-def convert(recipe: Recipe, table: LabelTable) -> Converted:
+Embed = Callable[[Iterable[np.ndarray]], np.ndarray]  # pictures, uint8 (H, W, 3), to unit vectors (N, F)
+
+
+def convert(
+    recipe: Recipe, table: LabelTable, embedder: Callable[[Recipe], Embed] | None = None
+) -> Converted:
     """Make classes.csv, folds.csv and the betons of every fold, as far as they are missing; prints what it does.
 
-    Nothing is in place before all of it is. InputError for unreadable images (all of them) and for labels that no
-    longer match folds.csv; EnvironmentFault for a full disk, a killed worker, or another conversion to the same place.
+    `embedder` opens the network of data.group = embedding, before any image is read. Nothing is in place before all
+    of it is. InputError for unreadable images (all of them) and for labels that no longer match folds.csv;
+    EnvironmentFault for a full disk, a killed worker, or another conversion to the same place.
     """
     start, home = time.monotonic(), Path(recipe.data.home)
     unlabelled = _look_unlabelled(recipe) if recipe.data.unlabelled else None
@@ -74,11 +80,12 @@ def convert(recipe: Recipe, table: LabelTable) -> Converted:
         made = sets.settings(recipe, choose_store(recipe, table, home))
         validating = folds.fold >= 0 if folds else candidates(table, recipe)
         hashing = folds is None and _hashing(recipe, table, made["stored_side"])
+        embed = embedder(recipe) if embedder and folds is None and recipe.data.group == "embedding" else None
         with _encoded(recipe, table.source, table.filenames, validating, made, aside, hashing) as images:
             table, good = _without_bad(recipe, table, images, folds, home)
             pairs = None
             if folds is None:
-                folds, pairs = _new_folds(recipe, table, images, good)
+                folds, pairs = _new_folds(recipe, table, images, good, embed)
             elif folds.sha256 != images.sha256:
                 _refuse_changed(folds, images, home)
             for fold in folds.numbers:
@@ -216,8 +223,10 @@ def _encoded(
 def _hashing(recipe: Recipe, table: LabelTable, side: int) -> bool:
     """Whether near-duplicates are looked for; says so when the choice is ours."""
     if table.source.count > 1:
-        if recipe.data.group == "phash":
-            raise InputError("data.group = phash: compares single images, not pairs; use auto or none")
+        if recipe.data.group in ("phash", "embedding"):
+            raise InputError(
+                f"data.group = {recipe.data.group}: compares single images, not pairs; use auto or none"
+            )
         return False
     if recipe.data.group != "auto":
         return recipe.data.group == "phash"
@@ -265,16 +274,23 @@ def _refuse(rows: list[tuple[str, str, str]], of: int, home: Path, remedy: str) 
 
 
 def _new_folds(
-    recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.ndarray
+    recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.ndarray, embed: Embed | None
 ) -> tuple[Folds, list[dict[str, str]]]:
     """Group, split, and say what was found: the folds, and the pairs of duplicates.csv."""
     content = [images.sha256[row] for row in good]
     hashes, hashed = images.hashes[good], images.hashed[good]
     largest = max(2, len(table) // recipe.data.n_splits)
-    groups = duplicates.group(content, hashes, hashed, recipe.data.group_threshold, largest)
+    vectors = None
+    if embed:
+        print(f"near-duplicates: embedding {len(good)} images")
+        vectors = embed(images.pixels(row) for row in good.tolist())
+        families = duplicates.similar(vectors, recipe.data.group_cosine)
+        groups = duplicates.join(content, np.arange(len(good)), families, largest)
+    else:
+        groups = duplicates.group(content, hashes, hashed, recipe.data.group_threshold, largest)
     fold = make_folds(table, groups, recipe)
     folds = Folds(table.filenames, table.category_ids, table.class_idx, fold, groups, content)
-    pairs = _pairs(folds, hashes, hashed)
+    pairs = _pairs(folds, hashes, hashed, vectors)
     same = [pair for pair in pairs if pair["identical"] == "yes"]
     conflicts = [pair for pair in same if pair["category_id"] != pair["other_category_id"]]
     if pairs:
@@ -292,11 +308,22 @@ def _new_folds(
     return folds, pairs
 
 
-PAIRS = ("group_id", "filename", "category_id", "other", "other_category_id", "distance", "identical")
+PAIRS = (
+    "group_id",
+    "filename",
+    "category_id",
+    "other",
+    "other_category_id",
+    "distance",
+    "identical",
+    "cosine",
+)
 
 
-def _pairs(folds: Folds, hashes: np.ndarray, hashed: np.ndarray) -> list[dict[str, str]]:
-    """Each row of a group beside the group's first: file names, labels, distance of their hashes."""
+def _pairs(
+    folds: Folds, hashes: np.ndarray, hashed: np.ndarray, vectors: np.ndarray | None
+) -> list[dict[str, str]]:
+    """Each row of a group beside the group's first: names, labels, distance of hashes or cosine of embeddings."""
     first: dict[int, int] = {}
     pairs = []
     for row, group in enumerate(folds.group.tolist()):
@@ -306,7 +333,8 @@ def _pairs(folds: Folds, hashes: np.ndarray, hashed: np.ndarray) -> list[dict[st
         apart = str(duplicates.distance(hashes[one], hashes[row])) if hashed[one] and hashed[row] else ""
         identical = "yes" if folds.sha256[one] == folds.sha256[row] else "no"
         names = (folds.filenames[row], folds.category_ids[row], folds.filenames[one], folds.category_ids[one])
-        pairs.append(dict(zip(PAIRS, (str(group), *names, apart, identical), strict=True)))
+        cosine = "" if vectors is None else f"{vectors[one] @ vectors[row]:.4f}"
+        pairs.append(dict(zip(PAIRS, (str(group), *names, apart, identical, cosine), strict=True)))
     return pairs
 
 

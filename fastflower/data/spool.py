@@ -76,6 +76,13 @@ class Spool:
         """The stored image of a row, or the two of a pair."""
         return [self._read(blob) for blob in self.blobs[row, :, column]]
 
+    def pixels(self, row: int) -> np.ndarray:
+        """What training sees of a row's first image: uint8 (H, W, 3)."""
+        one = self._read(self.blobs[row, 0, TRAIN])
+        if one.mode == RAW:
+            return np.frombuffer(one.data, np.uint8).reshape(one.height, one.width, 3)
+        return decode_file(bytes(one.data), one.height, one.width, (one.height, one.width))
+
     def _read(self, blob: np.void) -> Picture:
         file = int(blob["file"])
         if file not in self._open:

@@ -1,0 +1,61 @@
+"""Embeddings of photographs by a pretrained backbone: convert's near-duplicates by data.group = embedding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from fastflower import runs
+from fastflower.data.conversion import Embed
+from fastflower.data.decode import eval_box
+from fastflower.derived import largest_size
+from fastflower.errors import InputError
+from fastflower.model.backbones import build_backbone, check_name, find_weights, profile
+from fastflower.recipe import Recipe
+
+BATCH = 32
+
+
+def embedder(recipe: Recipe) -> Embed:
+    """A function from pictures, uint8 (H, W, 3) of any size, to unit vectors float32 (N, F).
+
+    The backbone is data.group_backbone with its published weights, and never a random one: InputError when they are
+    not in results/model/pretrained_model/ or do not fit. Each picture is seen once, its centre at the recipe's
+    largest size.
+    """
+    name = recipe.model.backbone if recipe.data.group_backbone == "auto" else recipe.data.group_backbone
+    check_name(name)
+    try:
+        find_weights(name)
+    except InputError:
+        raise InputError(
+            f"data.group = embedding: no weights of {name} in {runs.PRETRAINED}; put {name}.safetensors there, "
+            "or use data.group=phash"
+        ) from None
+    size = (largest_size(recipe),) * 2
+    network, _ = build_backbone(name, [size], pretrained=runs.PRETRAINED)
+    wishes = profile(name, [size])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.eval().to(device)
+    mean, std = (torch.tensor(numbers, device=device)[:, None, None] for numbers in (wishes.mean, wishes.std))
+
+    def view(pixels: np.ndarray) -> np.ndarray:
+        height, width = pixels.shape[:2]
+        box = eval_box(height, width, size, recipe.eval.resize_factor)
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box))
+
+    @torch.inference_mode()
+    def embed(pictures: Iterable[np.ndarray]) -> np.ndarray:
+        views, found = map(view, pictures), []
+        while batch := list(itertools.islice(views, BATCH)):
+            images = torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2)
+            features = network((images / 255 - mean) / std).flatten(1)
+            found.append(nn.functional.normalize(features.float()).cpu().numpy())
+        return np.concatenate(found)
+
+    return embed
