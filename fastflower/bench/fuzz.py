@@ -2,6 +2,7 @@
 
 Photographs are scaled small, saved in every format, and damaged in seeded ways. A portion is one run of the
 predictor; it must end with exit code 0, its process must not have died, and every file must have a valid row.
+Memory is told beside what importing torch alone takes in the same environment.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import csv
 import io
 import json
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +31,13 @@ from fastflower.evaluation import bare
 BACKBONE, SIDE = "test_vit", 32  # what is tested is reading, so the network is the smallest there is
 SOURCES = 12  # photographs
 SECONDS = 60.0  # beyond the predictor's own limits, an image
+# A process inherits the peak of the one that starts it, so a small one stands between; it says the peak last.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(code)
+"""
 
 
 def main(argv: list[str]) -> int | None:
@@ -47,6 +54,8 @@ def main(argv: list[str]) -> int | None:
     with tempfile.TemporaryDirectory(prefix="fastflower-fuzz-") as work:
         prepared(Path(work), BACKBONE, [SIDE])
         root = bare.copy_hand_in(Path(work) / "hand-in", Path(work) / "bundle", [])
+        alone, _ = measured([sys.executable, "-c", "import torch"], SECONDS)
+        print(f"importing torch alone: {peak(alone):.0f} MB")
         for number in range(*args.portions):
             portion(root, seeds, number, args.images)
     return None
@@ -112,6 +121,20 @@ def changed(data: bytes, by: dict[int, int]) -> bytes:
     return bytes(noisy)
 
 
+def measured(words: list[str], timeout: float) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run a command: what it said, its peak of memory in MB as the last line, and the seconds it took."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, timeout=timeout
+    )
+    return done, time.monotonic() - start
+
+
+def peak(done: subprocess.CompletedProcess[str]) -> float:
+    """Megabytes that a measured command took at most."""
+    return float(done.stdout.split()[-1])
+
+
 def portion(root: Path, seeds: list[bytes], number: int, count: int) -> None:
     """Damage, predict and check one portion; prints a line, raises InputError with what was wrong."""
     folder = root / "test_dataset"
@@ -120,10 +143,8 @@ def portion(root: Path, seeds: list[bytes], number: int, count: int) -> None:
     rng = random.Random(number)
     for index in range(count):
         (folder / f"{index:06d}.jpg").write_bytes(mutated(seeds[rng.randrange(len(seeds))], rng))
-    start = time.monotonic()
     words = [sys.executable, str(root / "code/predict.py"), "--device", "cpu"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS + count)
-    spent = time.monotonic() - start
+    done, spent = measured(words, SECONDS + count)
     about = json.loads((root / runs.SUBMISSION).with_suffix(".json").read_text(encoding="utf-8"))
     with open(root / runs.SUBMISSION, encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
@@ -134,10 +155,9 @@ def portion(root: Path, seeds: list[bytes], number: int, count: int) -> None:
         "a row out of range": not all(0 <= int(r[1]) < CLASSES and 0 < float(r[2]) <= 1 for r in rows),
         "a row neither predicted nor explained": about["predicted"] + len(about["unreadable"]) != count,
     }
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(
         f"portion {number}: {count} files, {about['predicted']} read, {len(about['unreadable'])} refused, "
-        f"{spent:.0f} s, at most {memory:.0f} MB",
+        f"{spent:.0f} s, at most {peak(done):.0f} MB",
         flush=True,
     )
     if any(faults.values()):
