@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import threading
 from typing import Any
 
@@ -90,6 +91,8 @@ class Networks:
                     if name not in self.files:
                         self.files[name] = checked(folder, name, hashes)
                 tensors = read_tensors(checked(folder, member["weights"], hashes))
+                if "checkpoint" in member:
+                    tensors.update(read_checkpoint(checked(folder, member["checkpoint"], hashes)))
             except (OSError, ValueError, MemoryError) as error:
                 self.notes.append(f"member {member['name']} left out: {error}")
             else:
@@ -217,6 +220,20 @@ def read_tensors(data: bytearray) -> dict[str, torch.Tensor]:
     return found
 
 
+def read_checkpoint(data: bytearray) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that training wrote; a file that holds more than plain values is refused, not run.
+
+    Only torch's zip format: `weights_only` could be got round in the older one before torch 2.6 (CVE-2025-32434).
+    """
+    if data[:4] != b"PK\3\4":
+        raise ValueError("a member that is no checkpoint of training")
+    try:
+        return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)["tensors"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"a member that is no plain checkpoint; nothing in it was run ({reason})") from None
+
+
 def weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """A tensor as it was stored, or multiplied out where it was in eight bits with a scale for each channel."""
     tensor, scale = tensors[name], tensors.get(name + ":scale")
@@ -246,7 +263,7 @@ def checked(folder: str, name: str, hashes: dict[str, str]) -> bytearray:
     with open(path, "rb") as file:
         file.readinto(data)
     if hashlib.sha256(data).hexdigest() != hashes.get(name):
-        raise ValueError(f"{name} is damaged (its SHA-256 is not the bundle's)")
+        raise ValueError(f"{name} is damaged or another one (its SHA-256 is not the bundle's)")
     return data
 
 

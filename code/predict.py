@@ -1,6 +1,7 @@
 """Name the class of every photograph in a folder: `python code/predict.py [<folder> <csv>]`.
 
-Needs Python 3.9 or newer, torch, NumPy and Pillow, and the bundle that `python -m fastflower.export` writes.
+Needs Python 3.9 or newer, torch, NumPy and Pillow, and the bundle that `python -m fastflower.export` writes; without
+one it takes the members as `python -m fastflower.evaluate` left them.
 A complete table lies at its place before the first network has run; better ones replace it on the way.
 """
 
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> int:
         fault, bundle = problem, substitute(options.bundle, sample)
         if not bundle:
             raise
+    if any("checkpoint" in member for member in bundle.get("members", ())):
+        say(f"no bundle; taking the members above {options.bundle}, which passed no gate of export")
     header = columns("two" if options.two_columns else bundle["columns"], sample)
     for name, number in (("SIGTERM", 143), ("SIGHUP", 129)):
         if hasattr(signal, name):
@@ -233,7 +236,8 @@ def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
         members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
         runs = {re.sub(r".*?__|_epoch.*", "", os.path.basename(path)) for path in members}
         raise Problem(
-            f"no bundle in {folder} ({len(runs)} members beside it); run python -m fastflower.export", 4
+            f"no bundle in {folder} ({len(runs)} members beside it); run python -m fastflower.evaluate or export",
+            4,
         )
     try:
         with open(os.path.join(folder, "SHA256"), encoding="ascii") as file:
@@ -270,7 +274,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description=about, allow_abbrev=False)
     parser.add_argument("folder", nargs="?", help="photographs, also in subfolders (test_dataset)")
     parser.add_argument("csv", nargs="?", help="the table to write (results/results/submission.csv)")
-    parser.add_argument("--bundle", help="exported members (results/model/bundle)")
+    parser.add_argument("--bundle", help="exported members (results/model/bundle, else those evaluated last)")
     parser.add_argument("--two-columns", action="store_true", help="leave out the confidence")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--batch", type=natural, help="photographs at a time on a GPU (64)")
@@ -283,7 +287,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.folder = options.folder or nearest("test_dataset")
     options.csv = options.csv or os.path.join(ROOT, "results", "results", "submission.csv")
-    options.bundle = options.bundle or nearest("results/model/bundle")
+    options.bundle = options.bundle or default_bundle()
     return options
 
 
@@ -292,6 +296,15 @@ def natural(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return number
+
+
+def default_bundle() -> str:
+    """The exported bundle; where there is none, the programs that evaluate last left beside members."""
+    exported = nearest("results/model/bundle")
+    left = glob.glob(os.path.join(glob.escape(nearest("results/model")), "*", "programs", "bundle.json"))
+    if os.path.exists(exported) or not left:
+        return exported
+    return os.path.dirname(max(left, key=os.path.getmtime))
 
 
 def nearest(name: str) -> str:

@@ -1,7 +1,8 @@
 """Score members on images they never saw: `python -m fastflower.evaluate [recipe.yaml] [key=value ...]`.
 
-Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and reports/*.csv. The exit code is 1
-when all that is written but a threshold of the recipe's accept section is not reached.
+Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and reports/*.csv, and beside the
+members results/model/<exp>/programs/, with which code/predict.py can run them before there is a bundle. The exit code
+is 1 when all that is written but a threshold of the recipe's accept section is not reached.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastflower import checkpoint, derived, errors, recipe, runs
 from fastflower.data.folds import read_folds
 from fastflower.data.labels import read_csv, write_csv
 from fastflower.errors import InputError
-from fastflower.evaluation import acceptance, attention, oof, summary, tables, views
+from fastflower.evaluation import acceptance, attention, bundle, choice, oof, summary, tables, views
 
 REFUSED = 1
 
@@ -46,12 +47,24 @@ def main(argv: list[str]) -> int:
         write_csv(folder / "reports" / f"{name}.csv", rows)
 
     print("\n" + tables.aligned(tables.console(found)))
-    for line in [*found["advice"], *summary.incomplete(found)]:
+    for line in [*found["advice"], *summary.incomplete(found), *leave_programs(settings)]:
         print(f"note: {line}")
     for line in acceptance.lines(found["acceptance"]):
         print(line)
     print(f"wrote {folder / 'scores.json'}; python -m fastflower.report {settings.exp.name} shows it")
     return 0 if all(row["passed"] for row in found["acceptance"]) else REFUSED
+
+
+def leave_programs(settings: recipe.Recipe) -> list[str]:
+    """For the predictor: the members that export would choose; a line when they cannot be run without export."""
+    try:
+        chosen = choice.choose(settings, [])
+        names = [choice.about(path)["backbone"] for path in chosen.paths]
+        shares = choice.shares_of(chosen, names, settings.ensembling.weighting)
+        bundle.leave_programs(chosen.paths, shares, settings, chosen.temperature)
+    except InputError as error:
+        return [f"{error}; code/predict.py needs an export"]
+    return []
 
 
 def members_of(settings: recipe.Recipe) -> list[Path]:

@@ -25,9 +25,7 @@ def main(argv: list[str]) -> None:
     derived.check_flips(recipe)
     chosen = choice.choose(recipe, options.members)
     members = bundle.load_members(chosen.paths, recipe.bundle.dtype)
-    shares = chosen.shares
-    if shares is None:
-        shares = choice.shares_of([m.meta["backbone"] for m in members], recipe.ensembling.weighting)
+    shares = choice.shares_of(chosen, [m.meta["backbone"] for m in members], recipe.ensembling.weighting)
     print(f"{len(members)} members, T = {chosen.temperature:.4f} ({chosen.source})")
     for path, share in zip(chosen.paths, shares, strict=True):
         print(f"  {share:.3f}  {path}")

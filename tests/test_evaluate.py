@@ -50,7 +50,7 @@ def member(fold: int, backbone: str = BACKBONES[0], **changes: object) -> Path:
         **spec.meta(), "kind": "best_combo", "weights": "ema", "resize_factor": settings.eval.resize_factor,
         "fold": fold, "seed": 42, "scores": {},
         "epoch": 3, "class_ids": list(opened.classes.ids), "class_hash": opened.classes.hash,
-        "class_counts": [5] * len(opened.classes), "folds_hash": opened.folds.hash, **changes,
+        "class_counts": [5] * len(opened.classes), "folds_hash": opened.folds.hash, "stored_side": 55, **changes,
     }  # fmt: skip
     path = runs.Run("tiny", backbone, fold, 42).file("best_combo", 3, 0.5)
     checkpoint.save(path, dict(network.state_dict()), meta)
@@ -134,6 +134,9 @@ def test_both_folds_and_backbones_become_scores_json(place: Path, capsys: pytest
     assert (
         temperature["fused"]["t"] == found["fused"]["temperature"]["t"] and len(temperature["members"]) == 4
     )
+    left = json.loads((runs.MODELS / "tiny/programs/bundle.json").read_text())
+    assert [own["checkpoint"][3:] for own in left["members"]] == sorted(temperature["members"])
+    assert left["temperature"] == temperature["fused"]["t"] and len(left["programs"]) == 2
     cams = json.loads((folder / "gradcam" / "gradcam.json").read_text())
     assert {row["backbone"] for row in cams["images"]} == set(BACKBONES)
     assert all((folder / "gradcam" / row["file"]).is_file() for row in cams["images"])

@@ -68,7 +68,7 @@ def make_member(fold: int, seed: int = 42, **changes: object) -> Path:
 def test_export_makes_a_hand_in_that_runs(members, capsys):
     export.main([*WORDS, "--zip", "hand-in.zip"])
     said = capsys.readouterr().out
-    assert said.count("passed") == 6 and "FAILED" not in said
+    assert said.count("passed") == 7 and "FAILED" not in said
     assert "fresh venv, no network" in said and "no logits; run python -m fastflower.evaluate" in said
     assert "T = 1.0000 (no results/results/tiny/temperature.json" in said
     assert "logits move by at most" in said
@@ -154,6 +154,13 @@ def test_parity_fails_when_the_predictor_says_something_else(members, monkeypatc
     with pytest.raises(InputError, match=r"parity: 0.001 on 24 photographs, allowed <= 0.0001$"):
         export.main(WORDS)
     assert not runs.BUNDLE.exists()
+
+
+def test_pixels_that_are_not_the_trainers_fail(members, monkeypatch):
+    honest = gates.trained_view
+    monkeypatch.setattr(gates, "trained_view", lambda *words: honest(*words) ^ 1)
+    with pytest.raises(InputError, match=r"^pixels: 1 of 255 on 24 photographs, allowed <= 0"):
+        export.main([*WORDS, "tta.scales=[32]"])
 
 
 def test_members_of_two_class_maps_are_refused(members):
@@ -252,8 +259,9 @@ def test_greedy_without_logits_or_room_is_said():
 
 
 def test_families_weigh_the_same():
-    np.testing.assert_allclose(choice.shares_of(["a", "a", "b"], "family"), [0.25, 0.25, 0.5])
-    np.testing.assert_allclose(choice.shares_of(["a", "a", "b"], "flat"), [1 / 3] * 3)
+    found, names = choice.Choice([], None, 1.0, ""), ["a", "a", "b"]
+    np.testing.assert_allclose(choice.shares_of(found, names, "family"), [0.25, 0.25, 0.5])
+    np.testing.assert_allclose(choice.shares_of(found, names, "flat"), [1 / 3] * 3)
 
 
 def test_members_weigh_what_the_evaluation_found_for_their_run():

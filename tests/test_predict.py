@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib
 import io
 import json
@@ -40,7 +41,12 @@ FAMILIES = [
 
 
 def member(
-    path: Path, backbone: str = "resnet10t", head: str = "linear", seed: int = 0, size: int = 32
+    path: Path,
+    backbone: str = "resnet10t",
+    head: str = "linear",
+    seed: int = 0,
+    size: int = 32,
+    name: str = "",
 ) -> Path:
     """A checkpoint with random weights, named as train names it."""
     torch.manual_seed(seed)
@@ -51,10 +57,10 @@ def member(
         "class_counts": [3, 9, 4], "fold": seed, "seed": 42, "epoch": 1, "weights": "ema",
     }  # fmt: skip
     network = build_network(NetworkSpec.from_meta(meta))
-    for name, buffer in network.named_buffers():
-        if name.endswith("running_var"):
+    for own, buffer in network.named_buffers():
+        if own.endswith("running_var"):
             buffer.uniform_(0.5, 2.0)
-    file = path / f"best_combo__{backbone}__fold{seed}_seed42_epoch1_score0.5000.pth"
+    file = path / (name or f"best_combo__{backbone}__fold{seed}_seed42_epoch1_score0.5000.pth")
     checkpoint.save(file, network.state_dict(), meta)
     return file
 
@@ -409,6 +415,78 @@ def test_without_a_bundle_every_row_is_the_training_datas_commonest_class(run, c
     assert number == 4 and [row[1:] for row in rows[1:]] == [["007", "0.600000"]] * 2
 
 
+@pytest.fixture
+def evaluated(run, code, monkeypatch):
+    """Two members and the programs that evaluate leaves beside them; one is a backbone whose views have weights."""
+    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    folder, made = Path("results/model/exp"), recipe.load(None, ["exp.name=exp", "tta.scales=[32,64]"])
+    paths = [member(folder, name, seed=seed) for seed, name in enumerate(("resnet10t", "test_vit"))]
+    bundle.leave_programs(paths, np.array([0.25, 0.75]), made, temperature=1.5)
+    fill(5)
+    return paths
+
+
+def unbundled(code, *words: str) -> tuple[int, bytes, dict[str, object]]:
+    """Exit code, table and description of a run that is not told of any bundle."""
+    try:
+        number = code.predict.main(["test_dataset", "own.csv", "--threads", "1", *words])
+    except code.predict.Problem as problem:
+        number = problem.code
+    return number, Path("own.csv").read_bytes(), json.loads(Path("own.json").read_text())
+
+
+def test_without_a_bundle_the_members_are_run_as_evaluate_left_them(run, code, evaluated, capsys):
+    number, table, about = unbundled(code)
+    assert number == 0 and about["members"] == [path.stem for path in evaluated]
+    assert "no bundle; taking the members above" in capsys.readouterr().out
+    whole = Path("whole")
+    whole.mkdir()
+    words = ["exp.name=exp", "tta.scales=[32,64]", "bundle.dtype=fp32"]
+    members = bundle.load_members(evaluated, "fp32")
+    bundle.write(whole, members, np.array([0.25, 0.75]), recipe.load(None, words), temperature=1.5)
+    assert run("--bundle", "whole")[0] == 0
+    assert Path("out/submission.csv").read_bytes() == table
+    left = sum(path.stat().st_size for path in Path("results/model/exp/programs").glob("*.safetensors"))
+    assert left < 0.1 * sum(path.stat().st_size for path in evaluated)
+
+
+def test_a_bundle_goes_before_members(run, code, evaluated, exported):
+    shutil.copytree(exported[0], "results/model/bundle")
+    assert unbundled(code)[2]["members"] == [member.path.stem for member in exported[1]]
+
+
+def test_a_member_that_is_not_the_evaluated_one_is_left_out(run, code, evaluated, capsys):
+    member(evaluated[0].parent, seed=7, name=evaluated[0].name)
+    number, _, about = unbundled(code)
+    assert number == 0 and about["members"] == [evaluated[1].stem]
+    assert f"{evaluated[0].name} is damaged or another one" in capsys.readouterr().err
+    evaluated[1].unlink()
+    assert unbundled(code)[0] == 3
+
+
+class Payload:
+    """What runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_member_is_never_run(run, code, evaluated, capsys, legacy):
+    """Even where whoever placed it also wrote its hash down."""
+    torch.save({"tensors": Payload()}, evaluated[0], _use_new_zipfile_serialization=not legacy)
+    own = Path("results/model/exp/programs/SHA256")
+    lines = [line for line in own.read_text().splitlines() if evaluated[0].name not in line]
+    lines.append(f"{hashlib.sha256(evaluated[0].read_bytes()).hexdigest()}  ../{evaluated[0].name}")
+    own.write_text("\n".join(lines) + "\n")
+    number, _, about = unbundled(code)
+    assert number == 0 and about["members"] == [evaluated[1].stem] and not Path("executed").exists()
+    fault = "is no checkpoint of training" if legacy else "nothing in it was run"
+    assert fault in capsys.readouterr().err
+    torch.load(evaluated[0], weights_only=False)  # the payload is one
+    assert Path("executed").exists()
+
+
 @pytest.mark.parametrize("name", ["bundle.json", "SHA256"])
 def test_a_damaged_description_is_refused(code, exported, name):
     shutil.copytree(exported[0], "copy")
@@ -594,6 +672,29 @@ def test_a_gpu_that_does_not_work_leaves_the_work_to_the_cpu(code, exported, mon
     networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
     assert str(networks.device) == "cpu" and not networks.half
     assert len(networks.notes) == 1 and networks.notes[0].startswith("cuda:9 in half precision: ")
+
+
+def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatch):
+    """The logits are those of fp32; bf16 and TF32 are never used."""
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    views = [np.zeros((crop["height"], crop["width"], 3), np.uint8) for crop in description["crops"]]
+    plain = code.networks.Networks(str(exported[0]), description, hashes, "cpu").logits([views])
+    honest, seen = code.networks.Networks._forward, set()
+
+    def forward(self, images, view, inputs):
+        seen.update(value.dtype for value in inputs if value.is_floating_point())
+        if self.half:
+            raise RuntimeError("no kernel for Half")
+        return honest(self, images, view, inputs)
+
+    monkeypatch.setattr(code.networks.Networks, "_forward", forward)
+    monkeypatch.setattr(code.networks, "choices", lambda _: [("cpu", True), ("cpu", False)])
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
+    assert not networks.half and len(networks.notes) == 1
+    assert "no kernel for Half" in networks.notes[0]
+    np.testing.assert_array_equal(networks.logits([views]), plain)
+    assert seen == {torch.float16, torch.float32}
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
 def test_a_network_that_says_something_else_than_at_export_is_noticed(code, exported):

@@ -1,7 +1,8 @@
 """The bundle: chosen members as programs and weights that code/predict.py runs with torch, NumPy and Pillow alone.
 
 One small program for each backbone and view size serves all folds and seeds; each member's weights are stored
-once, as safetensors, so nothing is unpickled. `gates.py` decides whether a bundle may be used.
+once, as safetensors, so nothing is unpickled. `gates.py` decides whether a bundle may be used. Until there is one,
+the programs lie beside the members, whose own files hold the weights.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from fastflower.recipe import Recipe
 
 FORMAT = 2
 CODE = Path(__file__).resolve().parents[2] / "code"
+PIXEL_TOLERANCE = 0  # of 255: both sides resample with Pillow's arithmetic
+PROGRAMS = "programs"  # the folder beside an experiment's members
 SCALE = ":scale"  # names the scales of a tensor stored in eight bits
 
 
@@ -106,11 +109,17 @@ def along(scale: Tensor, tensor: Tensor) -> Tensor:
 
 
 def write(
-    folder: Path, members: list[Member], shares: np.ndarray, recipe: Recipe, temperature: float
+    folder: Path,
+    members: list[Member],
+    shares: np.ndarray,
+    recipe: Recipe,
+    temperature: float,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """Write programs, weights, classes.csv, bundle.json and SHA256 into an empty folder; what bundle.json says.
 
-    `shares` (M,) is the say of each member; they sum to 1.
+    `shares` (M,) is the say of each member; they sum to 1. One that is not `whole` names the members' own files,
+    which lie above the folder, and stores of their weights only those that training does not have.
     """
     first = members[0].meta
     hflip = recipe.tta.hflip
@@ -132,8 +141,8 @@ def write(
             expected.append(logits_of_test_picture(member.network, height, width))
         weights = f"weights_{number}.safetensors"
         extra = {name: tensor for name, tensor in tensors.items() if name not in member.stored}
-        plain = {name: tensor.contiguous() for name, tensor in {**member.stored, **extra}.items()}
-        safetensors.torch.save_file(plain, folder / weights)
+        own = {**member.stored, **extra} if whole else extra
+        safetensors.torch.save_file({k: v.contiguous() for k, v in own.items()}, folder / weights)
         described.append(
             {
                 "name": member.path.stem,
@@ -141,6 +150,7 @@ def write(
                 "weight": float(share),
                 "views": views,
                 "expected": expected,
+                **({} if whole else {"checkpoint": f"../{member.path.name}"}),
             }
         )
     for data, file in files.items():
@@ -157,14 +167,15 @@ def write(
         "temperature": temperature,
         "hflip": hflip,
         "tolerance": TOLERANCE,
+        "pixel_tolerance": PIXEL_TOLERANCE,
         "crops": crops,
         "programs": programs,
         "members": described,
     }
     (folder / "bundle.json").write_text(json.dumps(bundle, indent=1) + "\n", encoding="ascii")
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir())
-    ]
+    names = sorted(path.name for path in folder.iterdir())
+    names += [f"../{member.path.name}" for member in members if not whole]
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (folder / "SHA256").write_text("".join(lines), encoding="ascii")
     return bundle
 
@@ -188,10 +199,19 @@ def crop_of(meta: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     }
 
 
+def leave_programs(paths: list[Path], shares: np.ndarray, recipe: Recipe, temperature: float) -> Path:
+    """Write what a predictor that finds no bundle needs beside an experiment's members; the folder."""
+    place = runs.MODELS / recipe.exp.name / PROGRAMS
+    with aside(place) as folder:
+        write(folder, load_members(paths, "fp32"), shares, recipe, temperature, whole=False)
+        put_in_place(folder, place)
+    return place
+
+
 @contextmanager
-def aside() -> Iterator[Path]:
+def aside(place: Path = runs.BUNDLE) -> Iterator[Path]:
     """A new folder beside the bundle's place, removed unless `put_in_place` took it."""
-    folder = runs.aside_of(runs.BUNDLE)
+    folder = runs.aside_of(place)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -200,17 +220,17 @@ def aside() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_in_place(folder: Path) -> None:
-    """Rename a finished bundle to results/model/bundle; the old one is kept until then."""
+def put_in_place(folder: Path, place: Path = runs.BUNDLE) -> None:
+    """Rename a finished bundle to its place; the old one is kept until then."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    old = runs.BUNDLE.with_name(f".{runs.BUNDLE.name}.old")
+    old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if runs.BUNDLE.exists():
-        os.rename(runs.BUNDLE, old)
-    os.rename(folder, runs.BUNDLE)
-    runs.fsync_folder(runs.BUNDLE.parent)
+    if place.exists():
+        os.rename(place, old)
+    os.rename(folder, place)
+    runs.fsync_folder(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -164,8 +164,10 @@ def out_of_fold(recipe: Recipe, paths: list[Path]) -> dict[str, Logits]:
     return {name: member for name, member in known.items() if name in names}
 
 
-def shares_of(backbones: list[str], weighting: str) -> np.ndarray:
-    """The say of each member (M,), summing to 1: the same, or the same for each backbone."""
+def shares_of(chosen: Choice, backbones: list[str], weighting: str) -> np.ndarray:
+    """The say of each member (M,), summing to 1: the fitted one, or the same, or the same for each backbone."""
+    if chosen.shares is not None:
+        return chosen.shares
     if weighting == "family":
         return oof.family_weights(backbones)
     return np.full(len(backbones), 1 / len(backbones))

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
+import runpy
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +84,7 @@ def check(
         expected = trainer_logits(bundle, members, betons, len(photographs))
         photographs = photographs.first(len(expected))
         root, python = bare.copy_hand_in(place / "hand-in", folder, photographs.files), None
+        gates.append(pixel_parity(root, bundle, betons))
         where = "other imports blocked"
         try:
             python, where = bare.environment(place / "venv"), "fresh venv"
@@ -158,12 +162,31 @@ def views_logits(
     network: nn.Module, betons: dict[int, Beton], row: int, crop: dict[str, Any], hflip: bool
 ) -> np.ndarray:
     """Logits (1 or 2, C) of a photograph as training evaluates it, plain and mirrored."""
+    image = torch.from_numpy(trained_view(betons, row, crop))
+    images = torch.cat([image, image.flip(2)]) if hflip else image
+    return network(images.permute(0, 3, 1, 2).float()).numpy()
+
+
+def trained_view(betons: dict[int, Beton], row: int, crop: dict[str, Any]) -> np.ndarray:
+    """A photograph as the trainer's evaluation cuts it: uint8 (1, h, w, 3)."""
     out = np.empty((1, crop["height"], crop["width"], 3), dtype=np.uint8)
     beton = betons[crop["stored_side"]]
     decode_eval(beton, np.array([row]), out, crop["factor"], crop["interpolation"], 1)
-    image = torch.from_numpy(out)
-    images = torch.cat([image, image.flip(2)]) if hflip else image
-    return network(images.permute(0, 3, 1, 2).float()).numpy()
+    return out
+
+
+def pixel_parity(root: Path, bundle: dict[str, Any], betons: dict[int, Beton]) -> Gate:
+    """Largest difference of a pixel over photographs and views: the copy's predictor against the trainer."""
+    with warnings.catch_warnings():  # the predictor's modules silence Pillow
+        prepare = runpy.run_path(str(root / "code/pictures.py"))["prepare"]
+    gap, files = 0, sorted((root / "test_dataset").iterdir())
+    for row, file in enumerate(files):
+        views = prepare(os.fsencode(file), bundle["crops"])
+        for view, crop in zip(views, bundle["crops"], strict=True):
+            apart = view.astype(np.int64) - trained_view(betons, row, crop)[0]
+            gap = max(gap, int(np.abs(apart).max()))
+    allowed = bundle["pixel_tolerance"]
+    return Gate("pixels", f"{gap} of 255 on {len(files)} photographs", f"<= {allowed}", gap <= allowed)
 
 
 def rounding(
