@@ -258,7 +258,7 @@ def arguments(recipe: Recipe) -> Any:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen) as seen:
         patch.setattr(build, "Trainer", trainer)
         fold, run = sets.open_fold(recipe, 0), tiny.run_of()
-        build.training(recipe, run, fold, ranks.prepare(recipe), None, None, {})  # type: ignore[arg-type]
+        build.training(recipe, run, fold, ranks.prepare(recipe), None, types.SimpleNamespace(say=print), {})  # type: ignore[arg-type]
     return seen.value.args
 
 
