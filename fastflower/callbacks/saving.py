@@ -180,12 +180,14 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Between these there is something to save, and whoever trains asks `agreed`."""
+        """Between these there is something to save, and whoever trains asks `agreed`.
+
+        An error on its way out stays deferred: the launcher's SIGTERM, which follows a lost rank, must not replace
+        its words.
+        """
         self.training = True
-        try:
-            yield
-        finally:
-            self.training = False
+        yield
+        self.training = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
