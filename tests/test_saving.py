@@ -173,6 +173,15 @@ def test_a_signal_before_the_first_step_ends_the_process(stop):
     assert left.value.code == 75
 
 
+def test_a_signal_that_follows_an_error_leaves_its_words(stop):
+    with pytest.raises(InputError, match="another rank has ended"):
+        try:
+            with stop.deferred():
+                raise InputError("another rank has ended")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_second_interrupt_ends_at_once(stop, monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"left with {code}"))
     with stop.deferred():
