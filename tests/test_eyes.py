@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastflower import convert, derived, draw, train
+from fastflower import convert, derived, sample_data, train
 from fastflower import recipe as recipes
 from fastflower.data import eyes
 from fastflower.data.sets import open_fold
@@ -35,7 +35,7 @@ def test_shares_and_brightness_do_not_tell_the_classes_apart():
 
 
 def test_a_drawn_contest_has_labels_and_a_hidden_truth(tmp_path):
-    draw.main(["eyes", "rows=70", "held_out=9", "seed=5", f"home={tmp_path}/eyes"])
+    sample_data.main(["eyes", "rows=70", "held_out=9", "seed=5", f"home={tmp_path}/eyes"])
     columns = ("filename", "category_id")
     rows = read_csv(tmp_path / "eyes/train_labels.csv", columns)
     truth = read_csv(tmp_path / "eyes/truth.csv", columns)
@@ -46,21 +46,7 @@ def test_a_drawn_contest_has_labels_and_a_hidden_truth(tmp_path):
     stored = np.asarray(Image.open(tmp_path / "eyes/test" / truth[3]["filename"])).astype(int)
     assert np.abs(stored - images[3]).mean() < 12  # JPEG
     with pytest.raises(InputError, match="not empty; remove it"):
-        draw.main(["eyes", f"home={tmp_path}/eyes"])
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        ([], "got nothing; draw one of eyes"),
-        (["noses"], "got noses"),
-        (["eyes", "row=3"], "the options are rows"),
-        (["eyes", "rows=-3"], "must be a whole number"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(words, text):
-    with pytest.raises(InputError, match=text):
-        draw.main(words)
+        sample_data.main(["eyes", f"home={tmp_path}/eyes"])
 
 
 VARIANTS = {  # of seed 001, section 6: lr, decay, factor, patience, warm-up, batch, dropout, loss, smoothing
@@ -92,7 +78,7 @@ def test_the_recipes_are_the_seeds(name, repo):
 
 
 def test_the_recipe_trains_and_logs_f1_gradient_norm_and_lr(repo):
-    draw.main(["eyes", "rows=120", "held_out=0"])
+    sample_data.main(["eyes", "rows=120", "held_out=0"])
     words = [str(repo / "recipes/eyes_small.yaml"), "exp.name=eyes", "data.workers=1", "train.world_size=1"]
     words += ["train.batch_per_gpu=16", "sched.cosine_epochs=2", "model.backbone=test_resnet"]
     convert.main(words)

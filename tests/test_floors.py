@@ -22,7 +22,6 @@ COMMANDS = (
     "report",
     "campaign",
     "demo",
-    "draw",
     "doctor",
     "sample_data",
     "bench",

@@ -47,9 +47,13 @@ def test_a_table_of_pixels_becomes_files(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "got nothing; sample_data takes digits"),
-        (["letters"], "got letters; sample_data takes digits"),
+        ([], "got nothing; sample_data takes one of digits"),
+        (["letters"], "got letters; sample_data takes one of digits"),
         (["images", "none.csv", "out"], "no none.csv"),
+        (["images", "none.csv"], "got images none.csv; sample_data takes one of digits"),
+        (["eyes", "row=3"], "got row=3; the keys of eyes are home, rows, held_out, seed"),
+        (["digits", "rows=3"], "got rows=3; the keys of digits are home"),
+        (["eyes", "rows=-3"], "rows=-3: must be a whole number from 0"),
     ],
 )
 def test_bad_words_are_refused(argv, message):

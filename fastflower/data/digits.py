@@ -20,10 +20,10 @@ from fastflower.runs import write_atomic
 HELD_OUT = 297  # the last rows, of other writers than the first
 
 
-def write(home: Path) -> list[str]:
-    """Write train.csv (label and pixels), test/<ImageId>.png, sample_submission.csv and, aside, truth.csv.
+def write(home: Path) -> None:
+    """1500 rows in train.csv (label and pixels), the rest in test/<ImageId>.png, sample_submission.csv and truth.csv.
 
-    ImageId counts the rows of the test part from 1. Returns lines that say what there is.
+    ImageId counts the rows of the test part from 1.
     """
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), levels 0..16 before
@@ -40,19 +40,15 @@ def write(home: Path) -> list[str]:
     write_csv(home / "sample_submission.csv", [{"ImageId": one, "Label": "0"} for one in ids])
     answers = zip(ids, labels[test], strict=True)
     write_csv(home / "truth.csv", [{"ImageId": one, "Label": label} for one, label in answers])
-    return [
-        f"{home / 'train.csv'}: {len(flat[train])} labelled digits",
-        f"{home / 'test'}: {HELD_OUT} digits to be predicted; their labels are in {home / 'truth.csv'}",
-    ]
 
 
-def unpack(table: Path, folder: Path) -> list[str]:
-    """A table of pixels without labels (Kaggle's test.csv) as folder/<ImageId>.png; ImageId counts rows from 1."""
+def unpack(table: Path, folder: Path) -> arrays.Stack:
+    """A table of pixels without labels (Kaggle's test.csv) as folder/<ImageId>.png; ImageId counts rows."""
     if not table.is_file():
         raise InputError(f"no {table}; give a table with one column for each pixel")
     stack = arrays.open_pixels(table, "label", "auto", labelled=False)
     write_images(stack.images[0], folder)
-    return [f"{folder}: {stack.rows} images of {stack.height}x{stack.width}"]
+    return stack
 
 
 def write_images(pixels: np.ndarray, folder: Path) -> None:
