@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import itertools
 import math
 from collections.abc import Iterator
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer import Evaluator, Trainer
-from composer.core import Event, State
-from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
+from composer.core import Algorithm, Event, State
 from torch import Tensor, nn
 
 from fastflower import derived, seeding
@@ -34,6 +32,7 @@ from fastflower.callbacks.record import Facts, member_meta
 from fastflower.callbacks.samples import COLUMNS, save_samples
 from fastflower.callbacks.saving import Saving, Stateful, Stop, parse_interval
 from fastflower.callbacks.scoring import CLEAN, CORRUPTED, Scoring
+from fastflower.callbacks.trackers import trackers
 from fastflower.data.augment import augment, augment_pairs
 from fastflower.data.decode import Crop
 from fastflower.data.loaders import EvalLoader, TrainLoader
@@ -41,7 +40,7 @@ from fastflower.data.samplers import order
 from fastflower.data.sets import FoldSet, open_fold
 from fastflower.data.unlabelled import Unlabelled, left_out, unlabelled_rows, used_rows
 from fastflower.derived import Derived
-from fastflower.errors import EnvironmentFault, InputError
+from fastflower.errors import InputError
 from fastflower.evaluation import teacher
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
@@ -201,8 +200,7 @@ class Training:
 
     def close(self) -> None:
         """Stop threads and close files, however the run ended."""
-        self.trainer.engine.close()  # Trainer.close also waits for the other ranks, and one may be gone
-        self.data.close()
+        _close(self.trainer, self.data)
 
 
 def training(
@@ -244,33 +242,16 @@ def training(
     meta = functools.partial(member_meta, recipe, run, spec, d, fold, counts)
     every, keep = parse_interval(recipe.train.save_every), recipe.train.keep_every
     saving = Saving(run, networks, scoring, parts, meta, same, every, stop, keep)
-    trainer = Trainer(
-        model=classifier,
-        train_dataloader=data.train,
-        spin_dataloaders=False,  # spinning abandons an iterator for every past epoch
+    trainer = _trainer(
+        recipe, d, machine, fold, spec, classifier, data, groups,
+        [*semi.values(), schedule, guard, *averages.values()],
         max_duration=f"{d.epochs}ep",
-        algorithms=[
-            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec), fold.train.images == 2),
-            Stages(recipe.seed, d, data.train.steps),
-            Mix(recipe, len(counts), teacher.probabilities(recipe, fold, len(counts))),
-            *semi.values(),
-            schedule,
-            guard,
-            *averages.values(),
-        ],
-        optimizers=optimizer(groups, recipe, machine.torch_device),
         eval_dataloader=[_evaluator(label, loader) for label, loader in data.evaluation.items()],
         callbacks=[scoring, recorder, saving, Progress(console, d, recorder, scoring)],
         loggers=trackers(recipe, run),
         run_name=f"{run.exp}_{run.stem}",
-        progress_bar=False,
-        device=machine.device,
-        precision=machine.precision,
-        device_train_microbatch_size=d.stages[0].batch_per_gpu,
-        seed=recipe.seed,
-        dist_timeout=TIMEOUT,
         compile_config={"dynamic": False} if recipe.train.compile else None,
-    )
+    )  # fmt: skip
     clock.state = trainer.state
     facts = _facts(run, d, machine, network, fold, data, counts, groups, notes)
     return Training(run, facts, spec, trainer, network, data, parts, scoring, recorder, saving, console)
@@ -282,33 +263,58 @@ def lr_sweep(recipe: Recipe, d: Derived, fold: FoldSet, machine: Machine) -> tup
     network, spec, _ = _network(recipe, len(counts), machine)
     data = loaders(recipe, d, clock, fold, spec.interpolation, machine)
     sweep = Sweep(recipe, d.lr)
-    trainer = Trainer(
-        model=Classifier(network, build_loss(recipe, counts.tolist())),
-        train_dataloader=data.train,
-        spin_dataloaders=False,
+    trainer = _trainer(
+        recipe, d, machine, fold, spec, Classifier(network, build_loss(recipe, counts.tolist())), data,
+        param_groups(network, d.lr, recipe),
+        [sweep, GradientGuard(network, recipe.train.clip_grad, recipe.lrfind.steps + 1)],
         max_duration=f"{recipe.lrfind.steps}ba",
+    )  # fmt: skip
+    clock.state = trainer.state
+    try:
+        trainer.fit()
+    finally:
+        _close(trainer, data)
+    return sweep.tried, sweep.losses
+
+
+def _trainer(
+    recipe: Recipe,
+    d: Derived,
+    machine: Machine,
+    fold: FoldSet,
+    spec: NetworkSpec,
+    classifier: Classifier,
+    data: Loaders,
+    groups: list[Group],
+    algorithms: list[Algorithm],
+    **more: Any,
+) -> Trainer:
+    """Composer's Trainer with what every training of a recipe has: its batches, made as the recipe says, come first."""
+    return Trainer(
+        model=classifier,
+        train_dataloader=data.train,
+        spin_dataloaders=False,  # spinning abandons an iterator for every past epoch
         algorithms=[
             DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec), fold.train.images == 2),
             Stages(recipe.seed, d, data.train.steps),
-            Mix(recipe, len(counts), teacher.probabilities(recipe, fold, len(counts))),
-            sweep,
-            GradientGuard(network, recipe.train.clip_grad, recipe.lrfind.steps + 1),
+            Mix(recipe, spec.num_classes, teacher.probabilities(recipe, fold, spec.num_classes)),
+            *algorithms,
         ],
-        optimizers=optimizer(param_groups(network, d.lr, recipe), recipe, machine.torch_device),
+        optimizers=optimizer(groups, recipe, machine.torch_device),
         progress_bar=False,
         device=machine.device,
         precision=machine.precision,
         device_train_microbatch_size=d.stages[0].batch_per_gpu,
         seed=recipe.seed,
         dist_timeout=TIMEOUT,
+        **more,
     )
-    clock.state = trainer.state
-    try:
-        trainer.fit()
-    finally:
-        trainer.close()
-        data.close()
-    return sweep.tried, sweep.losses
+
+
+def _close(trainer: Trainer, data: Loaders) -> None:
+    """Stop threads and close files; Trainer.close would also wait for the other ranks, and one may be gone."""
+    trainer.engine.close()
+    data.close()
 
 
 def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, NetworkSpec, list[str]]:
@@ -318,27 +324,6 @@ def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, N
     network, synchronised = synchronise_norms(network, recipe, machine.torch_device, machine.world)
     network.to(machine.torch_device)
     return network, spec, notes + _norm_notes(network, synchronised, machine)
-
-
-def check_trackers(recipe: Recipe) -> None:
-    """EnvironmentFault when the recipe logs to a service whose package is not installed."""
-    for package, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise EnvironmentFault(
-                f"log.{package}=true, but {package} is not installed; pip install {package}, or log.{package}=false"
-            )
-
-
-def trackers(recipe: Recipe, run: Run) -> list[LoggerDestination]:
-    """Composer's loggers to the services that the recipe names; the experiment is their project."""
-    check_trackers(recipe)
-    found: list[LoggerDestination] = []
-    if recipe.log.wandb:
-        folder = {"dir": str(run.results_dir)}
-        found.append(WandBLogger(project=run.exp, name=run.stem, group=run.backbone, init_kwargs=folder))
-    if recipe.log.mlflow:
-        found.append(MLFlowLogger(experiment_name=run.exp, run_name=run.stem, log_system_metrics=False))
-    return found
 
 
 def _facts(

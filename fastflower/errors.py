@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+PREEMPTED = 75  # EX_TEMPFAIL, of a training that a signal stopped: the same command goes on
+
 
 class InputError(Exception):
     """Something the user gave cannot be used; its text is the one line they read."""

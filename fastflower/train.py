@@ -23,7 +23,9 @@ from composer.utils import dist  # noqa: E402
 from fastflower import build, checkpoint, derived, errors  # noqa: E402
 from fastflower.callbacks import ranks, record  # noqa: E402
 from fastflower.callbacks.progress import Console  # noqa: E402
-from fastflower.callbacks.saving import PREEMPTED, Stop, adopt, parse_interval, restore  # noqa: E402
+from fastflower.callbacks.saving import Stop, adopt, parse_interval, restore  # noqa: E402
+from fastflower.callbacks.trackers import check_trackers  # noqa: E402
+from fastflower.errors import PREEMPTED  # noqa: E402
 from fastflower.identity import identity  # noqa: E402
 from fastflower.recipe import Recipe, parse_command  # noqa: E402
 from fastflower.runs import Run  # noqa: E402
@@ -46,7 +48,7 @@ def train(argv: list[str]) -> int:
     recipe = parse_command(argv)
     advice = derived.check(recipe)
     parse_interval(recipe.train.save_every)
-    build.check_trackers(recipe)
+    check_trackers(recipe)
     machine = ranks.prepare(recipe)
     stop = Stop()
     try:
@@ -130,9 +132,8 @@ def fit(training: build.Training) -> None:
     except Exception as error:
         if dist.get_world_size() == 1:
             raise
-        if isinstance(error, torch.distributed.DistError) or "onnection" in str(
-            error
-        ):  # gloo's is a RuntimeError
+        # NCCL's is a DistError, gloo's a RuntimeError
+        if isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
             ranks.leave(errors.EnvironmentFault("another rank has ended; its own message says why"))
         ranks.leave_with_trace()
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from fastflower import build, recipe
+from fastflower import recipe
+from fastflower.callbacks import trackers
 from fastflower.errors import EnvironmentFault
 
 STAND_IN = """
@@ -48,10 +49,10 @@ def test_epochs_reach_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_service_that_is_not_installed_is_refused_before_anything_is_read(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda package: None)
     Path("tiny.yaml").write_text(tiny.RECIPE)  # no data anywhere
     pattern = rf"log\.{name}=true, but {name} is not installed; pip install {name}, or log\.{name}=false"
     with pytest.raises(EnvironmentFault, match=pattern):
         tiny.fit(f"log.{name}=true")
     assert not Path("results").exists()
-    build.check_trackers(recipe.load())  # neither is asked for
+    trackers.check_trackers(recipe.load())  # neither is asked for

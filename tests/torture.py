@@ -39,7 +39,7 @@ import torch
 from composer.core import Engine
 
 from fastflower import checkpoint, errors, runs
-from fastflower.callbacks.saving import FIXED, PREEMPTED
+from fastflower.callbacks.saving import FIXED
 from fastflower.runs import Run
 
 BOUND = 60.0  # seconds within which all ranks are gone once one is
@@ -339,7 +339,7 @@ class Torture:
             elif cut.signal == signal.SIGTERM:
                 outcome.signals += 1
                 outcome.slowest_signal = max(outcome.slowest_signal, ended.after_signal)
-                if ended.codes[cut.rank] not in (PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM):
+                if ended.codes[cut.rank] not in (errors.PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM):
                     outcome.wrong.append(f"after SIGTERM it ended with {ended.codes}\n{self._said(folder)}")
             else:
                 outcome.kills += 1

@@ -30,10 +30,9 @@ from fastflower import checkpoint
 from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.writer import Writer
 from fastflower.checkpoint import Checkpoint
-from fastflower.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.errors import PREEMPTED, CorruptionError, EnvironmentFault, InputError
 from fastflower.runs import Run, fsync_folder
 
-PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
 LAYOUT = (
     1  # of the state in `last`; another number is refused, so raise it when a part's state changes its keys
 )

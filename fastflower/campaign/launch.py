@@ -19,7 +19,7 @@ from typing import IO, Any
 from fastflower.campaign.plan import Task
 from fastflower.data import sets
 from fastflower.derived import derive
-from fastflower.errors import EnvironmentFault
+from fastflower.errors import PREEMPTED, EnvironmentFault
 from fastflower.identity import differences, identity
 
 # what launchers tell their ranks; a training started below one must not think that it is a rank of it
@@ -29,7 +29,6 @@ RENDEZVOUS = (
     *("MASTER_ADDR", "MASTER_PORT"),
 )
 SAVING = 60.0  # seconds that an interrupted training has for its checkpoint
-PREEMPTED = 75  # its exit code when it has saved
 LIBC = ctypes.CDLL(None)
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 

@@ -1,0 +1,31 @@
+"""Composer's loggers to services outside, which a recipe may name and a user must have installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
+
+from fastflower.errors import EnvironmentFault
+from fastflower.recipe import Recipe
+from fastflower.runs import Run
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """EnvironmentFault when the recipe logs to a service whose package is not installed."""
+    for package, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise EnvironmentFault(
+                f"log.{package}=true, but {package} is not installed; pip install {package}, or log.{package}=false"
+            )
+
+
+def trackers(recipe: Recipe, run: Run) -> list[LoggerDestination]:
+    """Loggers to the services that the recipe names; the experiment is their project."""
+    found: list[LoggerDestination] = []
+    if recipe.log.wandb:
+        folder = {"dir": str(run.results_dir)}
+        found.append(WandBLogger(project=run.exp, name=run.stem, group=run.backbone, init_kwargs=folder))
+    if recipe.log.mlflow:
+        found.append(MLFlowLogger(experiment_name=run.exp, run_name=run.stem, log_system_metrics=False))
+    return found
