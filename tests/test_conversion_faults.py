@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from painted import jpeg, picture
 from PIL import Image
 
 from fastflower import convert, recipe
@@ -26,17 +27,6 @@ WORDS = [
     "data.workers=1",
     "robust.kinds=[occlusion]",
 ]
-
-
-def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-def jpeg(image: Image.Image, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, **options)
-    return buffer.getvalue()
 
 
 def project(
@@ -78,7 +68,7 @@ def test_classes_of_one_name_are_said(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_header_that_promises_more_than_the_file_holds_is_refused() -> None:
     data = bytearray(jpeg(picture(1)))
     at = data.index(b"\xff\xc0") + 5
-    data[at : at + 2] = (40).to_bytes(2, "big")  # 20 lines become 40
+    data[at : at + 2] = (96).to_bytes(2, "big")  # 48 lines become 96
     project({"bad.jpg": bytes(data)})
     with pytest.raises(InputError, match=r"1 of 9 images cannot be used: bad.jpg cannot be decoded"):
         run()

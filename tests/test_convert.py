@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from painted import jpeg, picture
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
@@ -42,17 +42,6 @@ from fastflower.errors import EnvironmentFault, InputError
 
 WORDS = ["data.img_size=32", "tta.scales=[32]", "data.n_splits=3", "data.workers=1"]  # stored side 36
 SIDE = 36
-
-
-def picture(seed: int, size: tuple[int, int] = (60, 48)) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-def jpeg(image: Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture

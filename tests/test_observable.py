@@ -323,7 +323,7 @@ def lost(recipe: Recipe) -> Any:
 HAND = (
     f"ensembling.weighting=hand ensembling.weights={{{made_up.BACKBONES[0]}: 1, {made_up.BACKBONES[1]}: 1}}"
 )
-ONE = "sched.cosine_epochs=1 sched.warmup_epochs=0 data.img_size=32 data.size_epochs=auto tta.scales=[32]"
+ONE = " ".join(tiny.ONE)
 MANY = "sched.cosine_epochs=12 data.size_epochs=[4,12]"
 MIXED = "reg.mix_prob=1 reg.mixup=0.5 reg.cutmix=0.5"
 SMALL = "data.home=new data.store=jpeg data.img_size=[16] data.size_epochs=auto tta.scales=[16]"

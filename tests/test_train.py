@@ -26,14 +26,6 @@ from fastflower.derived import derive
 from fastflower.model.network import NetworkSpec, build_network
 from fastflower.scores import scores
 
-ONE = (
-    "sched.cosine_epochs=1",
-    "sched.warmup_epochs=0",
-    "data.img_size=32",
-    "data.size_epochs=auto",
-    "tta.scales=[32]",
-)
-
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path) -> Path:
@@ -114,7 +106,7 @@ def test_the_score_of_a_checkpoint_is_that_of_its_weights():
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch():
-    still = ("model.drop_rate=0", "model.drop_path=0", *ONE)
+    still = ("model.drop_rate=0", "model.drop_path=0", *tiny.ONE)
     tiny.fit("exp.name=whole", *still)
     tiny.fit("exp.name=parts", "train.batch_per_gpu=5", "train.grad_accum=2", *still)
     whole, parts = tiny.last("whole"), tiny.last("parts")
@@ -131,7 +123,7 @@ def test_a_stage_with_a_smaller_batch_has_more_steps():
 
 
 def test_folds_train_one_after_the_other():
-    assert tiny.fit("data.fold=[0,2]", *ONE) == 0
+    assert tiny.fit("data.fold=[0,2]", *tiny.ONE) == 0
     assert [tiny.run_of(fold=fold).files("best_combo") != [] for fold in (0, 1, 2)] == [True, False, True]
     first, second = tiny.last(fold=0), tiny.last(fold=2)
     assert first.meta["fold"] == 0 and second.meta["fold"] == 2
@@ -139,7 +131,7 @@ def test_folds_train_one_after_the_other():
 
 
 def test_without_averages_and_without_corruptions(capsys):
-    assert tiny.fit("ema.enabled=false", "robust.enabled=false", *ONE) == 0
+    assert tiny.fit("ema.enabled=false", "robust.enabled=false", *tiny.ONE) == 0
     (row,) = tiny.epochs()
     assert row["s_raw"] == row["clean_raw"] and "s_ema" not in row and row["per_kind"] == {}
     assert tiny.run_of().files("ema_best") == [] and tiny.run_of().files("best_combo")
@@ -191,7 +183,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
     poison(monkeypatch, {0, 3})
-    assert tiny.fit(*ONE) == 0
+    assert tiny.fit(*tiny.ONE) == 0
     (row,) = tiny.epochs()
     assert row["nonfinite"] == 2 and math.isfinite(row["train_loss"]) and math.isfinite(row["grad_norm"])
     assert tiny.last().more["parts"]["ema"]["updates"] == 2
@@ -204,7 +196,7 @@ def test_a_run_of_nan_stops_with_advice(monkeypatch):
     with pytest.raises(
         errors.Diverged, match=r"3 steps in a row, up to step 3 .* lower opt.lr_ref or opt.lr"
     ):
-        tiny.fit("train.max_nonfinite=3", *ONE)
+        tiny.fit("train.max_nonfinite=3", *tiny.ONE)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +237,7 @@ def test_two_processes_do_not_train_one_run(monkeypatch):
         pytest.raises(errors.EnvironmentFault, match="another process trains fold 0, seed 42"),
     ):
         tiny.fit()
-    assert tiny.fit(*ONE) == 0
+    assert tiny.fit(*tiny.ONE) == 0
 
 
 def test_the_console_reads_well():

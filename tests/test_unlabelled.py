@@ -40,13 +40,6 @@ SEMI = (
     "model.drop_path=0",
     "ema.decay=0.9",
 )
-ONE = (
-    "sched.cosine_epochs=1",
-    "sched.warmup_epochs=0",
-    "data.img_size=32",
-    "data.size_epochs=auto",
-    "tta.scales=[32]",
-)
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -366,8 +359,8 @@ def test_a_run_killed_inside_an_epoch_ends_in_the_same_bits(whole, tmp_path, mon
 
 def test_microbatches_give_the_gradient_of_the_whole_batch(tmp_path):
     tiny.project(tmp_path)
-    tiny.fit("exp.name=whole", *SEMI, *ONE)
-    tiny.fit("exp.name=parts", *SEMI, *ONE, "train.batch_per_gpu=2", "train.grad_accum=2")
+    tiny.fit("exp.name=whole", *SEMI, *tiny.ONE)
+    tiny.fit("exp.name=parts", *SEMI, *tiny.ONE, "train.batch_per_gpu=2", "train.grad_accum=2")
     for name, tensor in tiny.last("whole").tensors.items():
         torch.testing.assert_close(tiny.last("parts").tensors[name], tensor, rtol=0, atol=1e-5)
 
@@ -408,9 +401,9 @@ def test_the_food_recipe_converts_trains_and_evaluates(repo, tmp_path, capsys):
 def test_two_ranks_learn_what_one_learns(tmp_path):
     tiny.project(tmp_path)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(Path(tiny.train.__file__))]
-    words = ["tiny.yaml", *SEMI, *ONE, "exp.name=two", "train.batch_per_gpu=2", "train.world_size=2"]
+    words = ["tiny.yaml", *SEMI, *tiny.ONE, "exp.name=two", "train.batch_per_gpu=2", "train.world_size=2"]
     subprocess.run([*launcher, *words], check=True, timeout=300)
-    assert tiny.fit(*SEMI, *ONE, "exp.name=one") == 0
+    assert tiny.fit(*SEMI, *tiny.ONE, "exp.name=one") == 0
     for name, tensor in tiny.last("one").tensors.items():
         torch.testing.assert_close(tiny.last("two").tensors[name], tensor, rtol=0, atol=1e-4)
     (one,), (two,) = tiny.epochs("one"), tiny.epochs("two")

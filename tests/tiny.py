@@ -35,6 +35,10 @@ robust: {{kinds: [blur, occlusion]}}
 tta: {{scales: [48]}}
 log: {{tensorboard: false}}
 """
+ONE = (  # epoch, of one size
+    *("sched.cosine_epochs=1", "sched.warmup_epochs=0"),
+    *("data.img_size=32", "data.size_epochs=auto", "tta.scales=[32]"),
+)
 
 
 @functools.cache
