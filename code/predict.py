@@ -43,10 +43,8 @@ except ModuleNotFoundError as missing:
 
 FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
-TOGETHER, PIXELS = (
-    8,
-    300_000,
-)  # pictures that a CPU thread takes at once: at most, and pixels of their largest views
+TOGETHER = 8  # pictures that a CPU thread takes at once, at most
+PIXELS = 300_000  # of the largest views of those that it takes
 
 
 class Problem(Exception):
@@ -88,9 +86,8 @@ def main(argv: list[str]) -> int:
         say(f"{options.csv} cannot be written; the table goes to {table.path}", sys.stderr)
 
     def work(deaths: int) -> int:
-        options.threads = max(
-            1, (options.threads or usable_cores()) >> deaths
-        )  # memory may be what killed it
+        # memory may be what killed it
+        options.threads = max(1, (options.threads or usable_cores()) >> deaths)
         try:
             predict(options, bundle, hashes, table)
         except Problem as problem:
@@ -182,9 +179,7 @@ def predicted(
             table.reading[row] = time.monotonic()
             try:
                 found.append((row, pictures.prepare(os.path.join(folder, table.names[row]), crops)))
-            except (
-                Exception
-            ) as error:  # whatever a hostile file makes Pillow raise costs one row, not the run
+            except Exception as error:  # whatever a hostile file makes Pillow raise costs one row
                 refuse(row, error)
             finally:
                 table.reading[row] = 0

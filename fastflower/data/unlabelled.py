@@ -27,6 +27,8 @@ def labelled_rows(labels: np.ndarray, per_class: int | None, seed: int, fold: in
 
     labels: class_idx int64 (N,). A smaller class gives all it has; None: every row.
     """
+    if per_class is None:
+        return np.arange(len(labels))
     shuffled = seeding.generator(seed, fold, CHOICE).permutation(len(labels))
     chosen = [shuffled[labels[shuffled] == c][:per_class] for c in np.unique(labels)]
     return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
