@@ -20,6 +20,7 @@ from fastflower import recipe as recipes
 from fastflower.algorithms.gradients import GradientGuard
 from fastflower.callbacks import ranks
 from fastflower.callbacks.progress import COLUMNS, clock, epoch_line, headline, step_line, time_left
+from fastflower.data.betons import Beton
 from fastflower.data.loaders import EvalLoader
 from fastflower.data.sets import open_fold
 from fastflower.derived import derive
@@ -81,26 +82,27 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
         assert said in out and said in log
 
 
+def logits(found: checkpoint.Checkpoint, beton: Beton) -> np.ndarray:
+    """(rows, classes) of a checkpoint over a beton, by hand."""
+    network = build_network(NetworkSpec.from_meta(found.meta))
+    network.load_state_dict(found.tensors)
+    network.eval()
+    size = tuple(found.meta["size"])
+    loader = EvalLoader(beton, 7, lambda: size, found.meta["resize_factor"], found.meta["interpolation"])
+    with torch.inference_mode():
+        parts = [network(b["image"].permute(0, 3, 1, 2).float())[b["valid"]] for b in loader]
+    return torch.cat(parts).numpy()
+
+
 def test_the_score_of_a_checkpoint_is_that_of_its_weights():
     """Load best_combo, run it over the validation betons by hand, and meet the numbers of its epoch."""
     assert tiny.fit() == 0
     found = checkpoint.load(tiny.run_of().model_dir / "best_combo.pth")
-    network = build_network(NetworkSpec.from_meta(found.meta))
-    network.load_state_dict(found.tensors)
-    network.eval()
     opened = open_fold(recipes.load("tiny.yaml"), 0)
-
-    def logits(beton) -> np.ndarray:
-        size = tuple(found.meta["size"])
-        loader = EvalLoader(beton, 7, lambda: size, found.meta["resize_factor"], found.meta["interpolation"])
-        with torch.inference_mode():
-            parts = [network(b["image"].permute(0, 3, 1, 2).float())[b["valid"]] for b in loader]
-        return torch.cat(parts).numpy()
-
-    own, weights = scores(logits(opened.val), opened.val.labels), found.meta["weights"]
+    own, weights = scores(logits(found, opened.val), opened.val.labels), found.meta["weights"]
     assert own["top1"] == found.meta["scores"][f"clean_{weights}"]
     assert own["macro_f1"] == pytest.approx(found.meta["scores"][f"macro_f1_{weights}"])
-    hits = logits(opened.val_corrupt).argmax(1) == opened.val_corrupt.labels
+    hits = logits(found, opened.val_corrupt).argmax(1) == opened.val_corrupt.labels
     assert hits.mean() == pytest.approx(found.meta["scores"][f"corrupt_{weights}"])
     assert found.meta["scores"][f"s_{weights}"] == pytest.approx(0.7 * own["top1"] + 0.3 * hits.mean())
 
@@ -262,14 +264,16 @@ def test_the_console_reads_well():
     assert time_left(derive(recipe, 2), 1, 10.0) == 10 + 40 + 40
 
 
-def launch(count: int, *words: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    count: int, *words: str, script: Path = Path(tiny.train.__file__)
+) -> subprocess.CompletedProcess[str]:
     launcher = [
         sys.executable,
         "-m",
         "composer.cli.launcher",
         "-n",
         str(count),
-        str(Path(tiny.train.__file__)),
+        str(script),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -299,6 +303,58 @@ def test_two_ranks_are_one_rank():
         assert a["clean_raw"] == pytest.approx(b["clean_raw"], abs=0.051)
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+
+
+WATCHED = """
+import os
+import torch
+from fastflower import errors, train
+from fastflower.callbacks.scoring import Scoring
+
+
+def note(when, state, networks):
+    name = f"{when}_{state.timestamp.epoch.value}_{os.environ['RANK']}.pt"
+    torch.save([{key: b.clone() for key, b in network.named_buffers()} for network in networks], name)
+
+
+def eval_before_all(self, state, logger):
+    note("before", state, self.networks())
+    before_all(self, state, logger)
+
+
+def eval_end(self, state, logger):
+    note("scored", state, self.networks())
+    end(self, state, logger)
+
+
+before_all, end = Scoring.eval_before_all, Scoring.eval_end
+Scoring.eval_before_all, Scoring.eval_end = eval_before_all, eval_end
+errors.run(train.main)
+"""
+
+
+@pytest.mark.dist
+def test_two_ranks_score_and_save_the_same_running_statistics():
+    """Between evaluations each rank has its own; the network that is scored on both is the one that is saved."""
+    Path("watched.py").write_text(WATCHED)
+    words = ("model.backbone=test_resnet", "model.drop_path=0", "train.batch_per_gpu=5", "train.world_size=2")
+    done = launch(2, *words, script=Path("watched.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for epoch in (1, 2, 3):
+        before, scored = (
+            [torch.load(f"{when}_{epoch}_{rank}.pt") for rank in (0, 1)] for when in ("before", "scored")
+        )
+        assert len(scored[0]) == 2  # raw and EMA
+        assert tiny.different(*before) and tiny.different(*scored) == []
+    found = checkpoint.load(runs.Run("tiny", "test_resnet", 0, 42).model_dir / "best_combo.pth")
+    saved = torch.load(f"scored_{found.meta['epoch']}_1.pt")[found.meta["weights"] == "ema"]
+    kept = {name: buffer for name, buffer in saved.items() if name in found.tensors}  # not mean and std
+    assert any("running_var" in name for name in kept) and not tiny.different(
+        {name: found.tensors[name] for name in kept}, kept
+    )
+    val = open_fold(recipes.load("tiny.yaml"), 0).val
+    own = scores(logits(found, val), val.labels)
+    assert own["top1"] == found.meta["scores"][f"clean_{found.meta['weights']}"]
 
 
 @pytest.mark.dist
