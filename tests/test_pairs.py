@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.layers.cbam import CbamModule
 
-from fastflower import convert, derived, draw, seeding, train
+from fastflower import convert, derived, sample_data, seeding, train
 from fastflower import recipe as recipes
 from fastflower.data.augment import augment, augment_pairs
 from fastflower.data.decode import Crop, decode_eval, decode_train
@@ -27,15 +27,15 @@ SMALL = ["exp.name=pairs", "data.workers=1", "sched.cosine_epochs=1", "train.bat
 @pytest.fixture
 def recipe(repo: Path) -> recipes.Recipe:
     """pairs_small.yaml with a few pairs, converted."""
-    draw.main(["pairs", "rows=64", "held_out=24"])
+    sample_data.main(["pairs", "rows=64", "held_out=24"])
     words = [str(repo / "recipes/pairs_small.yaml"), *SMALL]
     convert.main(words)
     return recipes.parse_command(words)
 
 
 def test_drawn_pairs_agree_in_half_and_share_no_image_between_parts():
-    draw.main(["pairs", "rows=300", "held_out=100", "seed=3", "home=one"])
-    draw.main(["pairs", "rows=300", "held_out=100", "seed=3", "home=other"])
+    sample_data.main(["pairs", "rows=300", "held_out=100", "seed=3", "home=one"])
+    sample_data.main(["pairs", "rows=300", "held_out=100", "seed=3", "home=other"])
     seen = {}
     for part, rows in (("train", 300), ("val", 100), ("test", 100)):
         made, again = np.load(f"one/{part}.npz"), np.load(f"other/{part}.npz")
@@ -46,7 +46,7 @@ def test_drawn_pairs_agree_in_half_and_share_no_image_between_parts():
         seen[part] = {image.tobytes() for name in ("xa", "xb") for image in made[name]}
     assert not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
     with pytest.raises(InputError, match="not empty"):
-        draw.main(["pairs", "home=one"])
+        sample_data.main(["pairs", "home=one"])
 
 
 def test_batches_hold_both_images_side_by_side(recipe):
