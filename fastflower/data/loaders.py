@@ -100,7 +100,7 @@ class TrainLoader:
             for beton, own in sides(self.beton, keys):
                 decoded.append(self._memory.images(per_rank, height, width))
                 decode_train(beton, rows, own, decoded[-1].numpy(), self.crop, self.threads)
-            image = beside(decoded)
+            image = side_by_side(decoded)
             yield {
                 "image": image,
                 "label": torch.from_numpy(self.beton.labels[rows]),
@@ -155,7 +155,7 @@ class EvalLoader:
                 decoded[-1][torch.from_numpy(~valid)] = 0
                 pixels = decoded[-1].numpy()[: valid.sum()]
                 decode_eval(beton, rows[valid], pixels, self.factor, self.interpolation, self.threads)
-            image = beside(decoded)
+            image = side_by_side(decoded)
             yield {
                 "image": image,
                 "label": torch.from_numpy(self.beton.labels[rows]),
@@ -170,7 +170,7 @@ def sides(beton: Beton, keys: np.ndarray | None = None) -> list[tuple[Beton, np.
     return [(beton, keys), (beton.second, seeding.mix(keys))] if beton.images == 2 else [(beton, keys)]
 
 
-def beside(images: list[torch.Tensor]) -> torch.Tensor:
+def side_by_side(images: list[torch.Tensor]) -> torch.Tensor:
     """The two images of pairs side by side: uint8 (B, h, 2w, 3). One alone is left as it is."""
     return images[0] if len(images) == 1 else torch.cat(images, 2)
 
