@@ -54,12 +54,12 @@ def differing(recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
     ]
 
 
-def charts(events: dict[str, list[dict[str, Any]]]) -> list[Chart]:
-    """S, clean and corrupted top-1 of the better of raw and EMA, mean over the runs of each experiment."""
+def charts(events: dict[str, list[dict[str, Any]]], prefix: str) -> list[Chart]:
+    """S, clean and corrupted top-1 of the better of raw and EMA, a line for each name: the mean over its runs."""
     wanted = {"s": "S", "clean": "Clean top-1", "corrupt": "Corrupted top-1"}
     found = []
     for stem, title in wanted.items():
-        lines = Lines(title, best="max")
+        lines = Lines(title, percent=True, best="max")
         for name, rows in events.items():
             by_epoch: dict[int, list[float]] = {}
             for epochs in curves.by_run(rows).values():
@@ -71,5 +71,5 @@ def charts(events: dict[str, list[dict[str, Any]]]) -> list[Chart]:
                 order = sorted(by_epoch)
                 lines.series[name] = (order, [float(np.mean(by_epoch[epoch])) for epoch in order])
         if lines.series:
-            found.append(over_epochs(f"compare-{stem}", lines, []))
+            found.append(over_epochs(f"{prefix}-{stem}", lines, []))
     return found

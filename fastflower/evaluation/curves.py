@@ -23,20 +23,20 @@ LEFT_OUT = (
 # (name, chart, pattern of the dotted quantity); the first that matches takes it, what is left gets its own chart
 CHARTS: tuple[tuple[str, Lines, str], ...] = (
     ("loss", Lines("Loss"), r"_loss$"),
-    ("clean", Lines("Clean top-1", best="max"), r"^clean_(raw|ema|swa)$"),
-    ("corrupt", Lines("Corrupted top-1", best="max"), r"^corrupt_(raw|ema|swa)$"),
-    ("s", Lines("S", best="max"), r"^s_(raw|ema|swa)$"),
-    ("macro", Lines("Macro recall and F1", best="max"), r"^macro_(recall|f1)_"),
-    ("kind-raw", Lines("Top-1 by corruption, raw"), r"^per_kind\..*\.raw$"),
-    ("kind-ema", Lines("Top-1 by corruption, EMA"), r"^per_kind\..*\.ema$"),
+    ("clean", Lines("Clean top-1", percent=True, best="max"), r"^clean_(raw|ema|swa)$"),
+    ("corrupt", Lines("Corrupted top-1", percent=True, best="max"), r"^corrupt_(raw|ema|swa)$"),
+    ("s", Lines("S", percent=True, best="max"), r"^s_(raw|ema|swa)$"),
+    ("macro", Lines("Macro recall and F1", percent=True, best="max"), r"^macro_(recall|f1)_"),
+    ("kind-raw", Lines("Top-1 by corruption, raw", percent=True), r"^per_kind\..*\.raw$"),
+    ("kind-ema", Lines("Top-1 by corruption, EMA", percent=True), r"^per_kind\..*\.ema$"),
     ("lr", Lines("Learning rate", log=True), r"^lr_groups\."),
     ("size", Lines("Image size", unit="pixels", steps=True), r"^size"),
     ("speed", Lines("Speed", unit="images/s"), r"^images_per_s$"),
     ("norm", Lines("Gradient norm"), r"^grad_norm$"),
-    ("ece", Lines("Calibration error"), r"^ece_(raw|ema|swa)$"),
-    ("top5", Lines("Clean top-5"), r"^top5_(raw|ema|swa)$"),
+    ("ece", Lines("Calibration error", percent=True), r"^ece_(raw|ema|swa)$"),
+    ("top5", Lines("Clean top-5", percent=True), r"^top5_(raw|ema|swa)$"),
     ("seconds", Lines("Time", unit="seconds an epoch"), r"seconds$"),
-    ("wait", Lines("Share of time spent waiting for data"), r"^wait_share$"),
+    ("wait", Lines("Share of time spent waiting for data", percent=True), r"^wait_share$"),
     ("memory", Lines("Peak GPU memory", unit="MB"), r"^gpu_peak_mb$"),
 )
 
@@ -66,6 +66,23 @@ def by_run(events: list[dict[str, Any]]) -> dict[Key, dict[int, dict[str, float]
         numbers = flat({name: value for name, value in row.items() if name not in LEFT_OUT})
         runs.setdefault(key, {}).setdefault(epoch, {}).update(numbers)
     return dict(sorted(runs.items()))
+
+
+def apart(events: list[dict[str, Any]], most: int = 12) -> dict[str, list[dict[str, Any]]]:
+    """The events of each run under a short name, for one chart of all; none for a single run, or for too many."""
+    keys = list(by_run(events))
+    if not 1 < len(keys) <= most:
+        return {}
+    varying = [at for at in range(3) if len({key[at] for key in keys}) > 1]
+    return {
+        " ".join(f"{('', 'fold ', 'seed ')[at]}{key[at]}" for at in varying): of_run(events, key)
+        for key in keys
+    }
+
+
+def of_run(events: list[dict[str, Any]], key: Key) -> list[dict[str, Any]]:
+    """The events of one run."""
+    return [row for row in events if (row.get("backbone"), row.get("fold"), row.get("seed")) == key]
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -126,8 +143,7 @@ def training(events: list[dict[str, Any]]) -> list[RunCurves]:
     """The curves of every run of an experiment."""
     runs = []
     for position, ((backbone, fold, seed), epochs) in enumerate(by_run(events).items()):
-        own = {"backbone": backbone, "fold": fold, "seed": seed}
-        rows = [row for row in events if own.items() <= {key: row.get(key) for key in own}.items()]
+        rows = of_run(events, (backbone, fold, seed))
         note = f"{max(epochs)} epochs"
         best: dict[str, Any] = next((row["best"] for row in reversed(rows) if row.get("best")), {})
         if best.get("score") is not None:

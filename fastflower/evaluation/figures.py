@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 TEXT, FAINT = "#1b1f23", "#d3d9df"
 SERIES = ("#0a6cc2", "#d1570c", "#12845a", "#a4368f", "#8a6d00", "#5b5fc7")
@@ -26,6 +26,7 @@ VARIABLES = {
     FAINT: "var(--line)",
     **{c: f"var(--s{i})" for i, c in enumerate(SERIES, 1)},
 }
+LEGEND_ROW = 0.19  # inches
 _DIGITS = re.compile(r"(\d+\.\d{2})\d+")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -72,6 +73,7 @@ class Chart:
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's
         text = re.sub(r'\b(?:d|x|y|points|transform)="[^"]*"', lambda m: _DIGITS.sub(r"\1", m[0]), text)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = re.sub(r'(href="#|url\(#)', rf"\g<1>{self.name}-", text)
@@ -96,18 +98,26 @@ class Lines:
 
     title: str
     unit: str = ""
-    log: bool = False
+    percent: bool = False  # a share
+    log: bool = False  # where the peaks of the series lie far apart
     steps: bool = False  # the value holds for whole epochs and jumps between them
     best: str = ""  # max or min: mark the best point
     series: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
 
+    def said(self, value: float) -> str:
+        """A value in words."""
+        return f"{100 * value:.1f}%" if self.percent else f"{value:.4g}"
 
-def canvas(height: float = 2.7, layout: Literal["constrained"] | None = "constrained") -> tuple[Figure, Axes]:
-    """An empty chart 360 points wide; layout None: fixed margins, in a tenth of the time."""
+
+def canvas(
+    height: float = 2.7, layout: Literal["constrained"] | None = "constrained", below: float = 0
+) -> tuple[Figure, Axes]:
+    """An empty chart 360 points wide; layout None: fixed margins, in a tenth of the time, and `below` inches free."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, height), layout=layout)
+        whole = height + below
+        figure = Figure(figsize=(5, whole), layout=layout)
         if layout is None:
-            figure.subplots_adjust(left=0.13, right=0.98, top=0.9, bottom=0.17)
+            figure.subplots_adjust(left=0.13, right=0.98, top=1 - 0.27 / whole, bottom=(0.46 + below) / whole)
         return figure, figure.add_subplot()
 
 
@@ -133,9 +143,12 @@ def rate_chart(
 
 
 def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
-    """Curves over epochs; `borders` are the first epochs of the later image sizes."""
+    """Curves over epochs, their names below; `borders` are the first epochs of the later image sizes."""
+    columns = 4 if max(map(len, lines.series)) < 12 else 3
+    named = len(lines.series) > 1
+    rows = -(-len(lines.series) // columns) if named else 0
     with matplotlib.rc_context(STYLE):
-        figure, axes = canvas(layout=None)
+        figure, axes = canvas(layout=None, below=LEGEND_ROW * rows)
         words = []
         for position, (label, (epochs, values)) in enumerate(lines.series.items()):
             colour, dash = SERIES[position % len(SERIES)], "-" if position < len(SERIES) else "--"
@@ -144,25 +157,31 @@ def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
             axes.plot(
                 epochs, values, dash, color=colour, label=label, marker=alone, markersize=4, drawstyle=steps
             )
-            words.append(
-                f"{label}: {values[0]:.4g} in epoch {epochs[0]}, {values[-1]:.4g} in epoch {epochs[-1]}"
-            )
+            first, last = lines.said(values[0]), lines.said(values[-1])
+            words.append(f"{label}: {first} in epoch {epochs[0]}, {last} in epoch {epochs[-1]}")
             if lines.best:
                 at = int(np.argmax(values) if lines.best == "max" else np.argmin(values))
                 axes.plot(epochs[at], values[at], "o", color=colour, markersize=5)
-                words[-1] += f", best {values[at]:.4g} in epoch {epochs[at]}"
+                words[-1] += f", best {lines.said(values[at])} in epoch {epochs[at]}"
         for border in borders:
             axes.axvline(border - 0.5, color=TEXT, linewidth=0.7, linestyle=(0, (2, 3)))
-        if lines.log and all(min(values) > 0 for _, values in lines.series.values()):
+        peaks = [max(values) for _, values in lines.series.values()]
+        if lines.log and min(peaks) > 0 and max(peaks) > 5 * min(peaks):
             axes.set_yscale("log")
-        elif lines.log:  # a schedule that ends at 0
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], min(peaks) / 100))  # a schedule may end at nearly 0
+        elif lines.log:
+            axes.yaxis.set_major_formatter("{x:g}")
+        if lines.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        levels = sorted({value for _, values in lines.series.values() for value in values})
+        if lines.steps and len(levels) < 6:
+            axes.set_yticks(levels)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_xlabel("epoch")
         axes.set_ylabel(lines.unit)
         axes.set_title(lines.title)
-        if len(lines.series) > 1:
-            axes.legend(ncols=2 if len(lines.series) > 4 else 1, handlelength=1.4)
+        if named:
+            figure.legend(loc="lower left", bbox_to_anchor=(0.1, 0), ncols=columns, handlelength=1.4)
     return Chart(name, lines.title, f"{lines.title}. {'; '.join(words)}.", figure)
 
 
@@ -180,15 +199,17 @@ def robustness(corrupted: dict[str, Any], clean: float) -> Chart:
             x = np.array([row["top1"] for row in own])
             low, high = (np.array([row[f"top1_{side}"] for row in own]) for side in ("low", "high"))
             style: dict[str, Any] = {"fmt": "o", "color": SERIES[shift], "markersize": 4, "elinewidth": 1.2}
-            axes.errorbar(x, y, xerr=[x - low, high - x], label=level, **style)
+            axes.errorbar(x, y, xerr=np.stack([x - low, high - x]), label=level, **style)
         axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
         axes.set_ylim(len(kinds) - 0.5, -0.5)
         axes.set_title("Top-1 by corruption (dotted: clean)")
-        axes.set_xlabel("top-1")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         if len(levels) > 1:
-            axes.legend()
-    said = "; ".join(f"{row['kind']} {row['level']} {row['top1']:.3f}" for row in rows)
-    return Chart("robustness", "Robustness", f"Top-1 by corruption, clean {clean:.3f}: {said}.", figure)
+            figure.legend(loc="outside lower center", ncols=len(levels))
+    said = "; ".join(f"{row['kind']} {row['level']} {100 * row['top1']:.1f}%" for row in rows)
+    return Chart(
+        "robustness", "Robustness", f"Top-1 by corruption, clean {100 * clean:.1f}%: {said}.", figure
+    )
 
 
 def reliability(bins: list[dict[str, Any]], t: float | None) -> Chart:
@@ -206,9 +227,11 @@ def reliability(bins: list[dict[str, Any]], t: float | None) -> Chart:
                 axes.plot(x, y, color=SERIES[position], linewidth=1)
                 axes.scatter(x, y, s=size, color=SERIES[position], label=label, linewidths=0)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_title("Reliability (area: images in the bin)")
         if t:
-            axes.legend(loc="upper left")
+            figure.legend(loc="outside lower center", ncols=2)
     words = "Share of right predictions against confidence; the diagonal is honest."
     return Chart("reliability", "Reliability", words, figure)
 
@@ -227,7 +250,8 @@ def long_tail(classes: list[dict[str, Any]]) -> Chart:
         dark = [row["corrupted_recall"] for row in present]
         if None not in dark:
             axes.scatter(x, dark, s=18, color=SERIES[1], linewidths=0, marker="v", label="corrupted")
-            axes.legend(loc="lower right")
+            figure.legend(loc="outside lower center", ncols=2)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         if not alike and max(x) > 4 * max(min(x), 1):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -237,9 +261,8 @@ def long_tail(classes: list[dict[str, Any]]) -> Chart:
         axes.set(ylim=(-0.03, 1.03), ylabel="recall")
         axes.set_xlabel(f"classes, of {images[0]} images each" if alike else "images of the class")
         axes.set_title("Each class, worst first" if alike else "Each class by its size")
-    return Chart(
-        "tail", "Classes", f"Recall of {len(present)} classes, lowest {present[0]['recall']:.3f}.", figure
-    )
+    words = f"Recall of {len(present)} classes, lowest {100 * present[0]['recall']:.1f}%."
+    return Chart("tail", "Classes", words, figure)
 
 
 def confusion_chart(cells: list[list[int]], classes: int) -> Chart:

@@ -124,6 +124,7 @@ def experiment(found: Experiment) -> str:
         },
         "charts": charts,
         "curves": curves.training(found.events),
+        "together": comparison.charts(curves.apart(found.events), "together"),
         "stages": curves.stages(found.events, sizes(scores)),
         "overview": overview(scores),
         "robust": by_class(scores),
@@ -154,7 +155,7 @@ def compare(experiments: list[Experiment]) -> str:
         "differing": comparison.differing(
             {found.name: found.recipe for found in experiments if found.recipe}
         ),
-        "charts": comparison.charts({found.name: found.events for found in experiments}),
+        "charts": comparison.charts({found.name: found.events for found in experiments}, "compare"),
     }
     return render("compare.html.j2", content)
 
@@ -261,6 +262,8 @@ def basis(scores: dict[str, Any]) -> str:
             f"{named(fused['folds']).capitalize()} of {len(scores['folds'])} ({fused['n']} images), {of}; "
             f"{lacking}, so this is not yet a score over all images."
         )
+    if len(scores["folds"]) == 1:
+        return f"One part held out of training: each of its {fused['n']} images exactly once, {of}."
     return (
         f"Out of fold over all {len(scores['folds'])} folds: each of {fused['n']} images exactly once, {of}."
     )
@@ -295,7 +298,7 @@ def facts(derived: dict[str, Any]) -> list[tuple[str, str]]:
         if name == "stages":
             steps = derived.get("steps", [])
             for place, stage in enumerate(value, 1):
-                size = f"{stage['height']} x {stage['width']}"
+                size = f"{stage['height']} × {stage['width']}"
                 text = f"epochs {stage['first']} to {stage['last']}, {size}, batch {stage['batch_per_gpu']} a device"
                 rows.append(
                     (f"stage {place}", text + (f", {steps[place - 1]} steps an epoch" if steps else ""))
@@ -307,7 +310,8 @@ def facts(derived: dict[str, Any]) -> list[tuple[str, str]]:
         elif name == "notes":
             rows += [("note", note) for note in value]
         elif isinstance(value, (int, float, str)):
-            rows.append((name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)))
+            style = ".6g" if isinstance(value, float) else "," if type(value) is int else ""
+            rows.append((name.replace("_", " "), format(value, style)))
     return rows
 
 

@@ -82,7 +82,7 @@ def augmented(recipe: Recipe, folds_hash: str, fold: int) -> dict[str, Any] | No
     for title, pixels in groups:
         shots = [{"uri": data_uri(jpeg(own)), "label": int(c)} for own, c in zip(pixels, labels, strict=True)]
         shown.append({"title": title, "shots": shots})
-    return {"fold": fold, "size": f"{height} x {width}", "groups": shown}
+    return {"fold": fold, "size": f"{height} × {width}", "groups": shown}
 
 
 def draw(beton: Beton, rows: np.ndarray, recipe: Recipe, epoch: int, size: tuple[int, int]) -> torch.Tensor:
