@@ -16,6 +16,14 @@ from fastflower import seeding
 REPO = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--page",
+        action="append",
+        help="folder of an experiment whose report is checked; several: compare.html",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

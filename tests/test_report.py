@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from made_up import BACKBONES, IDS, classes_csv, folds, member
+from recomputed import wilson
 from sklearn import metrics
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -39,13 +40,6 @@ from fastflower.evaluation import (
 from fastflower.evaluation.oof import Logits
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    """Wilson's interval as the two roots of (p - x)^2 = z^2 x (1 - x) / n."""
-    z, p = 1.959963984540054, hits / n
-    low, high = sorted(np.roots([1 + z * z / n, -(2 * p + z * z / n), p * p]).real)
-    return max(0.0, low), min(1.0, high)
 
 
 def made(

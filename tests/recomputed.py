@@ -1,0 +1,196 @@
+"""The numbers of a report once more, from saved logits and events alone: scikit-learn, torchmetrics or the formula."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from scipy.optimize import minimize_scalar
+from scipy.special import softmax
+from sklearn import metrics
+from torchmetrics.classification import MulticlassCalibrationError
+
+ALPHA, BINS = 0.7, 15
+
+
+def p(value: float, digits: int = 1) -> str:
+    """A share in percent, as tables write it."""
+    return f"{100 * value:.{digits}f}"
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """Wilson's interval as the two roots of (p - x)^2 = z^2 x (1 - x) / n."""
+    z, share = 1.959963984540054, hits / n
+    low, high = sorted(np.roots([1 + z * z / n, -(2 * share + z * z / n), share * share]).real)
+    return max(0.0, low), min(1.0, high)
+
+
+def span(hits: float, n: int) -> str:
+    low, high = wilson(hits, n)
+    return f"{p(low)}–{p(high)}"
+
+
+def probabilities(logits: np.ndarray, t: float = 1) -> np.ndarray:
+    return softmax(logits.astype(float) / t, axis=-1)
+
+
+def ece(probs: np.ndarray, labels: np.ndarray) -> float:
+    error = MulticlassCalibrationError(probs.shape[1], n_bins=BINS)
+    return float(error(torch.from_numpy(probs), torch.from_numpy(labels)))
+
+
+def nll(probs: np.ndarray, labels: np.ndarray) -> float:
+    return metrics.log_loss(labels, probs, labels=range(probs.shape[1]))
+
+
+def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """T by a coarse grid and Brent's method on scikit-learn's log loss."""
+
+    def loss(log_t: float) -> float:
+        return nll(probabilities(logits, np.exp(log_t)), labels)
+
+    start = min(np.linspace(-4, 4, 33), key=loss)
+    return float(np.exp(minimize_scalar(loss, bracket=(start - 0.25, start, start + 0.25), tol=1e-9).x))
+
+
+class Set:
+    """Logits of a member, a run or the fused set, and what is said of them; images in the order of folds.csv."""
+
+    def __init__(self, parts: list[dict[str, Any]]) -> None:
+        order = np.argsort(np.concatenate([own["index"] for own in parts]))
+        self.y, self.index, self.fold, self.filename, self.views, self.single = (
+            np.concatenate([own[name] for own in parts])[order]
+            for name in ("class_idx", "index", "fold", "filename", "logits", "single")
+        )
+        self.dark = np.concatenate([own["corrupt"] for own in parts], axis=1)[:, order]
+
+    @property
+    def n(self) -> int:
+        return len(self.y)
+
+    @property
+    def guess(self) -> np.ndarray:
+        return self.views.argmax(1)
+
+    @property
+    def t(self) -> float:
+        return temperature(self.views, self.y)
+
+    def top1(self, logits: np.ndarray) -> float:
+        return metrics.accuracy_score(self.y, logits.argmax(1))
+
+    @property
+    def corrupted(self) -> float:
+        return float(np.mean([self.top1(logits) for logits in self.dark]))
+
+    @property
+    def s(self) -> float:
+        return ALPHA * self.top1(self.single) + (1 - ALPHA) * self.corrupted
+
+    @property
+    def top5(self) -> float:
+        return float(np.mean([y in np.argsort(-z)[:5] for z, y in zip(self.views, self.y, strict=True)]))
+
+    def nll(self, t: float = 1) -> float:
+        return nll(probabilities(self.views, t), self.y)
+
+    def ece(self, t: float = 1) -> float:
+        return ece(probabilities(self.views, t), self.y)
+
+    def macro(self, what: str, logits: np.ndarray | None = None) -> float:
+        guess = (self.views if logits is None else logits).argmax(1)
+        score = metrics.recall_score if what == "recall" else metrics.f1_score
+        return score(self.y, guess, labels=np.unique(self.y), average="macro", zero_division=0)
+
+    def nll_span(self, t: float = 1) -> str:
+        """The interval of the mean, by the normal approximation."""
+        losses = -np.log(probabilities(self.views, t)[np.arange(self.n), self.y])
+        half = 1.959964 * losses.std(ddof=1) / np.sqrt(self.n)
+        return f"{max(losses.mean() - half, 0):.3f}–{losses.mean() + half:.3f}"  # no loss is below 0
+
+    def bootstrap(self, t: float, draws: int = 400) -> dict[str, np.ndarray]:
+        """2.5% and 97.5% of images drawn within each class, one by one, with random numbers of its own."""
+        rng = np.random.default_rng(1)
+        own = [np.flatnonzero(self.y == c) for c in np.unique(self.y)]
+        found: dict[str, list[float]] = {"recall": [], "f1": [], "ece": [], "ece_after": []}
+        before, after = probabilities(self.views), probabilities(self.views, t)
+        for _ in range(draws):
+            rows = np.concatenate([rng.choice(of_class, len(of_class)) for of_class in own])
+            y, guess = self.y[rows], self.guess[rows]
+            present = np.unique(y)
+            found["recall"].append(metrics.recall_score(y, guess, labels=present, average="macro"))
+            found["f1"].append(metrics.f1_score(y, guess, labels=present, average="macro"))
+            found["ece"].append(ece(before[rows], y))
+            found["ece_after"].append(ece(after[rows], y))
+        return {name: np.percentile(values, [2.5, 97.5]) for name, values in found.items()}
+
+
+class Evaluated:
+    """An experiment as its oof/*.npz, events.jsonl and meta/ have it; `classes` are the rows of classes.csv."""
+
+    def __init__(self, folder: Path, classes: list[dict[str, str]]) -> None:
+        self.folder, self.name = folder, folder.name
+        self.members = [self._read(path) for path in sorted((folder / "oof").glob("*.npz"))]
+        self.members.sort(key=lambda own: (own["backbone"], own["seed"], own["fold_of"]))
+        lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        self.events = [json.loads(line) for line in lines]
+        self.recipe = yaml.safe_load((folder / "meta" / "recipe.yaml").read_text(encoding="utf-8"))
+        self.counts = [int(row["n"]) for row in classes]
+        self.ids = [row["category_id"] for row in classes]
+        self.called = [row.get("english_name", "") for row in classes]
+        self.names = [f"{a} {b}".strip() for a, b in zip(self.called, self.ids, strict=True)]
+        self.plain = [a or b for a, b in zip(self.called, self.ids, strict=True)]
+        self.combos = [tuple(pair) for pair in self.members[0]["combos"]]
+        self.folds = sorted({own["fold_of"] for own in self.members})
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        with np.load(path) as file:
+            own = {name: file[name] for name in file.files}
+        about = json.loads(str(own.pop("about")))
+        return {
+            **own,
+            "about": about,
+            "backbone": about["backbone"],
+            "seed": about["seed"],
+            "fold_of": about["fold"],
+        }
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        return list(dict.fromkeys((own["backbone"], own["seed"]) for own in self.members))
+
+    def of(self, backbone: str, seed: int, fold: int | None = None) -> Set:
+        """A run, or its member of one fold."""
+        mine = [own for own in self.members if (own["backbone"], own["seed"]) == (backbone, seed)]
+        return Set([own for own in mine if fold is None or own["fold_of"] == fold])
+
+    @property
+    def fused(self) -> Set:
+        """The mean over runs, image by image."""
+        parts = [self.of(*run) for run in self.runs]
+        whole = parts[0]
+        for name in ("views", "single", "dark"):
+            mean = np.mean([getattr(part, name).astype(float) for part in parts], axis=0)
+            setattr(whole, name, mean.astype(np.float32))
+        return whole
+
+    def epochs(self, backbone: str, seed: int, fold: int) -> list[dict[str, Any]]:
+        """The rows by epoch of one training, the last where one was repeated."""
+        rows = {
+            row["epoch"]: row
+            for row in self.events
+            if row["event"] == "epoch"
+            and (row["backbone"], row["seed"], row["fold"]) == (backbone, seed, fold)
+        }
+        return [rows[epoch] for epoch in sorted(rows)]
+
+    @property
+    def trainings(self) -> list[tuple[str, int, int]]:
+        """(backbone, fold, seed) of each, in order."""
+        rows = (row for row in self.events if row["event"] == "epoch")
+        return sorted({(row["backbone"], row["fold"], row["seed"]) for row in rows})
