@@ -1,8 +1,8 @@
 """Score members on images they never saw: `python -m fastflower.evaluate [recipe.yaml] [key=value ...]`.
 
-Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and reports/*.csv, and beside the
-members results/model/<exp>/programs/, with which code/predict.py can run them before there is a bundle. The exit code
-is 1 when all that is written but a threshold of the recipe's accept section is not reached.
+Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and the tables in reports/, and beside
+the members results/model/<exp>/programs/, with which code/predict.py can run them before there is a bundle. The exit
+code is 1 when all that is written but a threshold of the recipe's accept section is not reached.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from fastflower import checkpoint, derived, errors, recipe, runs
 from fastflower.data.folds import read_folds
-from fastflower.data.labels import read_csv, write_csv
+from fastflower.data.labels import read_csv
 from fastflower.errors import InputError
 from fastflower.evaluation import acceptance, attention, bundle, choice, oof, summary, tables, views
 
@@ -43,8 +43,7 @@ def main(argv: list[str]) -> int:
     attention.save(folder / "gradcam", members, found, settings, device)
     runs.write_json(folder / "scores.json", found)
     runs.write_json(folder / "temperature.json", summary.temperatures(found))
-    for name, rows in tables.reports(found).items():
-        write_csv(folder / "reports" / f"{name}.csv", rows)
+    tables.save(folder / "reports", found)
 
     print("\n" + tables.aligned(tables.console(found)))
     for line in [*found["advice"], *summary.incomplete(found), *leave_programs(settings)]:

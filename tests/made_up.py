@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
+from fastflower import recipe, runs
+from fastflower.data.labels import write_csv
+from fastflower.evaluation import acceptance, oof, summary, tables
 from fastflower.evaluation.oof import Logits
 
 COMBOS = np.array([["blur", "low"], ["jpeg", "low"]])
@@ -66,3 +72,22 @@ def classes_csv() -> list[dict[str, str]]:
         {"class_idx": str(i), "category_id": IDS[i], "n": str(n), "english_name": names[i]}
         for i, n in enumerate(counts)
     ]
+
+
+def experiment(
+    folder: Path, members: list[Logits], events: list[dict[str, Any]], words: list[str]
+) -> dict[str, Any]:
+    """What training and evaluate leave of members in results/results/<exp>; returns scores.json's content."""
+    settings = recipe.load(None, [f"exp.name={folder.name}", *words])
+    runs.write_atomic(folder / "meta" / "recipe.yaml", recipe.to_yaml(settings))
+    write_csv(folder / "meta" / "classes.csv", classes_csv())
+    write_csv(folder / "meta" / "folds.csv", [{"fold": str(fold)} for fold in folds()])
+    for own in members:
+        oof.save(oof.member_file(folder / "oof", own.about), own)
+    for row in events:
+        runs.append_event(folder / "events.jsonl", row)
+    found = summary.summarise(members, folds(), classes_csv(), settings)
+    found["acceptance"] = acceptance.check(found, events, settings.accept)
+    runs.write_json(folder / "scores.json", found)
+    tables.save(folder / "reports", found)
+    return found

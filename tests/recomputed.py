@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from scipy.optimize import minimize_scalar
@@ -20,6 +23,10 @@ ALPHA, BINS = 0.7, 15
 def p(value: float, digits: int = 1) -> str:
     """A share in percent, as tables write it."""
     return f"{100 * value:.{digits}f}"
+
+
+def kind(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
@@ -129,6 +136,11 @@ class Set:
         return {name: np.percentile(values, [2.5, 97.5]) for name, values in found.items()}
 
 
+def read_column(path: Path, name: str) -> list[str]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
 class Evaluated:
     """An experiment as its oof/*.npz, events.jsonl and meta/ have it; `classes` are the rows of classes.csv."""
 
@@ -146,6 +158,8 @@ class Evaluated:
         self.plain = [a or b for a, b in zip(self.called, self.ids, strict=True)]
         self.combos = [tuple(pair) for pair in self.members[0]["combos"]]
         self.folds = sorted({own["fold_of"] for own in self.members})
+        column = read_column(folder / "meta" / "folds.csv", "fold")
+        self.all_folds = sorted({int(fold) for fold in column} - {-1})
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
@@ -194,3 +208,45 @@ class Evaluated:
         """(backbone, fold, seed) of each, in order."""
         rows = (row for row in self.events if row["event"] == "epoch")
         return sorted({(row["backbone"], row["fold"], row["seed"]) for row in rows})
+
+
+SAID = {  # chart -> legend -> what it draws; a single line has no legend
+    "loss": {"train": "train_loss", "validation": "val_loss"},
+    "clean": {"raw": "clean_raw", "EMA": "clean_ema"},
+    "corrupt": {"raw": "corrupt_raw", "EMA": "corrupt_ema"},
+    "s": {"raw": "s_raw", "EMA": "s_ema"},
+    "macro": {
+        "recall raw": "macro_recall_raw", "F1 raw": "macro_f1_raw", "recall EMA": "macro_recall_ema",
+        "F1 EMA": "macro_f1_ema",
+    },
+    "ece": {"raw": "ece_raw", "EMA": "ece_ema"},
+    "top5": {"raw": "top5_raw", "EMA": "top5_ema"},
+    "seconds": {"all": "seconds", "evaluation": "eval_seconds"},
+    "size": {"": "size"}, "speed": {"": "images_per_s"}, "norm": {"": "grad_norm"}, "wait": {"": "wait_share"},
+}  # fmt: skip
+
+
+def logged(row: dict[str, Any], chart: str, label: str) -> float | None:
+    """The value of an epoch that a line should pass through."""
+    if chart in ("kind-raw", "kind-ema"):
+        table = {kind(name): own[chart[5:]] for name, own in row["per_kind"].items()}
+        return table[label] if label else next(iter(table.values()))
+    if chart == "lr":
+        table = row["lr_groups"]
+        return table[label] if label else next(iter(table.values()))
+    known = SAID.get(chart, {"": chart})
+    known = known if label else {"": next(key for key in known.values() if key in row)}
+    value = row.get(known[label])
+    return None if value is None else float(np.ravel(value)[0])
+
+
+def check_words(said: str, label: str, course: dict[int, float]) -> None:
+    """What a chart says of a line: its first and last value, and its best."""
+    name, place = re.escape(label) or "[^:;]*", r"(.*?) in epoch (\d+)"
+    found = re.search(rf"[.;] {name}: {place}, {place}(?:, best {place})?[.;]", said)
+    assert found, (said, label)
+    expected = [min(course), max(course), max(course, key=lambda epoch: (course[epoch], -epoch))]
+    for value, epoch, at in zip(found.groups()[::2], found.groups()[1::2], expected, strict=True):
+        if value is not None:
+            number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+            assert int(epoch) == at and number == pytest.approx(course[at], rel=6e-4, abs=6e-4)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 from lightgbm import LGBMClassifier
-from made_up import BACKBONES, COMBOS, classes_csv, folds, member
-from recomputed import ALPHA, Evaluated, Set, ece, nll, p, probabilities, span, wilson
+from made_up import BACKBONES, COMBOS, experiment, folds, member
+from recomputed import (
+    ALPHA,
+    Evaluated,
+    Set,
+    check_words,
+    ece,
+    kind,
+    logged,
+    nll,
+    p,
+    probabilities,
+    span,
+    wilson,
+)
 from rendered import Drawing, drawings, tables, words
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
@@ -23,8 +37,8 @@ from sklearn.linear_model import LogisticRegression
 from test_report import event
 
 from fastflower import recipe, report, runs
-from fastflower.data.labels import read_csv, write_csv
-from fastflower.evaluation import acceptance, ensembles, oof, pictures, summary
+from fastflower.data.labels import read_csv
+from fastflower.evaluation import ensembles, oof, pictures, summary
 
 SEEDS, FOLDS = (42, 7), (0, 1, 2)
 LEVELS = np.concatenate([COMBOS, [["blur", "medium"]]])
@@ -54,26 +68,12 @@ def make(folder: Path) -> None:
     for at, own in enumerate(members):
         more = (own.corrupt[:1] + noise.normal(0, 2, own.corrupt[:1].shape)).astype(np.float32)
         members[at] = replace(own, combos=LEVELS, corrupt=np.concatenate([own.corrupt, more]))
-    words = [
-        "exp.name=made",
-        "accept.clean_min=0.5",
-        "accept.corrupted_min=0.99",
-        "accept.macro_drop_max=0.5",
-    ]
-    settings = recipe.load(None, words)
-    runs.write_atomic(folder / "meta" / "recipe.yaml", recipe.to_yaml(settings))
-    runs.write_json(folder / "meta" / "derived_made.json", DERIVED)
-    write_csv(folder / "meta" / "classes.csv", classes_csv())
-    for own in members:
-        oof.save(oof.member_file(folder / "oof", own.about), own)
     events = [row for b in BACKBONES for s in SEEDS for f in FOLDS for row in trained(b, s, f)]
-    for row in events:
-        runs.append_event(folder / "events.jsonl", row)
-    found = summary.summarise(members, folds(), classes_csv(), settings)
-    found["acceptance"] = acceptance.check(found, events, settings.accept)
+    accept = ["accept.clean_min=0.5", "accept.corrupted_min=0.99", "accept.macro_drop_max=0.5"]
+    experiment(folder, members, events, accept)
+    runs.write_json(folder / "meta" / "derived_made.json", DERIVED)
     sets = oof.common([oof.assemble(own, folds()) for own in summary.by_run(members).values()])
-    runs.write_json(folder / "scores.json", found)
-    budget = ensembles.Budget.of(sets, settings.bundle)
+    budget = ensembles.Budget.of(sets, recipe.load().bundle)
     runs.write_json(folder / "ensemble.json", ensembles.compare(sets, budget, WEIGHTS))
     border = {"right": {"n": 48, "mean": 0.2512}, "wrong": {"n": 9, "mean": 0.41}}
     picture = {"index": 9, "filename": "image_9.jpg", "label": 0, "guess": 1, "target": 0, "border": 0.375}
@@ -221,10 +221,6 @@ def test_cards(page_of: Page) -> None:
         f"mean recall of classes {p(whole.macro('recall'))}%",
         f"T = {t:.3f}; before {p(whole.ece())}%",
     ]
-
-
-def kind(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def test_corruptions_their_kinds_and_levels(page_of: Page) -> None:
@@ -433,22 +429,6 @@ def test_stages_are_those_of_the_events(page_of: Page) -> None:
     assert page_of.tables["stages"] == expected
 
 
-SAID = {  # chart -> legend -> what it draws; a single line has no legend
-    "loss": {"train": "train_loss", "validation": "val_loss"},
-    "clean": {"raw": "clean_raw", "EMA": "clean_ema"},
-    "corrupt": {"raw": "corrupt_raw", "EMA": "corrupt_ema"},
-    "s": {"raw": "s_raw", "EMA": "s_ema"},
-    "macro": {
-        "recall raw": "macro_recall_raw", "F1 raw": "macro_f1_raw", "recall EMA": "macro_recall_ema",
-        "F1 EMA": "macro_f1_ema",
-    },
-    "ece": {"raw": "ece_raw", "EMA": "ece_ema"},
-    "top5": {"raw": "top5_raw", "EMA": "top5_ema"},
-    "seconds": {"all": "seconds", "evaluation": "eval_seconds"},
-    "size": {"": "size"}, "speed": {"": "images_per_s"}, "norm": {"": "grad_norm"}, "wait": {"": "wait_share"},
-}  # fmt: skip
-
-
 def test_curves_pass_through_the_events(page_of: Page) -> None:
     data, checked = page_of.data, set()
     for at, (backbone, fold, seed) in enumerate(data.trainings):
@@ -465,25 +445,12 @@ def test_curves_pass_through_the_events(page_of: Page) -> None:
                 wide = max(course.values()) - min(course.values())
                 np.testing.assert_allclose(again, list(course.values()), atol=2e-3 * wide + 1e-9, rtol=2e-3)
                 checked.add(chart)
+                check_words(drawn.said, label, course)
                 if label in drawn.points:
                     best = max(course.values())
                     assert drawn.points[label][1][0] == pytest.approx(best, rel=2e-3)
                     assert round(drawn.points[label][0][0]) == min(e for e in course if course[e] == best)
     assert {"loss", "clean", "corrupt", "s", "macro", "lr", "size", "speed", "norm"} <= checked
-
-
-def logged(row: dict[str, Any], chart: str, label: str) -> float | None:
-    """The value of an epoch that a line should pass through."""
-    if chart in ("kind-raw", "kind-ema"):
-        table = {kind(name): own[chart[5:]] for name, own in row["per_kind"].items()}
-        return table[label] if label else next(iter(table.values()))
-    if chart == "lr":
-        table = row["lr_groups"]
-        return table[label] if label else next(iter(table.values()))
-    known = SAID.get(chart, {"": chart})
-    known = known if label else {"": next(key for key in known.values() if key in row)}
-    value = row.get(known[label])
-    return None if value is None else float(np.ravel(value)[0])
 
 
 def test_curves_of_all_runs(page_of: Page) -> None:
@@ -723,3 +690,76 @@ def test_shares_at_the_border(page_of: Page) -> None:
     assert (
         "spread evenly, 44% lies in the outer eighth" in said and "evidence for the label border 38%" in said
     )
+
+
+def rows_of(data: Evaluated, name: str) -> list[dict[str, str]]:
+    path = data.folder / "reports" / f"{name}.csv"
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_confusion_matrices_over_all_folds_and_of_each(page_of: Page) -> None:
+    data, whole = page_of.data, page_of.whole
+    parts = {"confusion": np.ones(whole.n, bool)}
+    if len(data.folds) > 1:
+        parts |= {f"confusion_fold{fold}": whole.fold == fold for fold in data.folds}
+    for name, own in parts.items():
+        rows = rows_of(data, name)
+        assert [row["category_id"] for row in rows] == data.ids
+        matrix = [[int(row[guess]) for guess in data.ids] for row in rows]
+        labels = range(len(data.ids))
+        np.testing.assert_array_equal(
+            matrix, metrics.confusion_matrix(whole.y[own], whole.guess[own], labels=labels)
+        )
+        assert (data.folder / "reports" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.stem for path in (data.folder / "reports").glob("confusion*.csv")} == set(parts)
+
+
+def test_tables_of_classes_and_corruptions(page_of: Page) -> None:
+    data, whole = page_of.data, page_of.whole
+    labels, base = range(len(data.ids)), whole.single.argmax(1)
+    expected = metrics.precision_recall_fscore_support(whole.y, whole.guess, labels=labels, zero_division=0)
+    shown = [
+        [float(row[key]) for row in rows_of(data, "per_class")] for key in ("precision", "recall", "f1", "n")
+    ]
+    np.testing.assert_allclose(shown, expected)
+    for row, logits in zip(rows_of(data, "corruption"), whole.dark, strict=True):
+        kept, share = (logits.argmax(1) == base).mean(), whole.top1(logits)
+        np.testing.assert_allclose(
+            [float(row[key]) for key in ("top1", "drop", "consistency")],
+            [share, whole.top1(whole.single) - share, kept],
+        )
+    for row in rows_of(data, "corruption_classes"):
+        own, at = whole.y == int(row["class_idx"]), data.combos.index((row["kind"], row["level"]))
+        assert row["category_id"] == data.ids[int(row["class_idx"])] and int(row["n"]) == own.sum()
+        recall = (whole.dark[at, own].argmax(1) == int(row["class_idx"])).mean()
+        assert float(row["recall"]) == pytest.approx(recall)
+    members = rows_of(data, "corruption_members")
+    assert len(members) == len(data.members) * len(data.combos)
+    for row in members:
+        own = data.of(row["backbone"], int(row["seed"]), int(row["fold"]))
+        logits = own.dark[data.combos.index((row["kind"], row["level"]))]
+        assert float(row["top1"]) == pytest.approx(own.top1(logits)) and int(row["n"]) == own.n
+
+
+def test_tables_of_mistakes_and_suspects(page_of: Page) -> None:
+    data, whole = page_of.data, page_of.whole
+    probs, names = probabilities(whole.views, whole.t), whole.filename.tolist()
+    mistakes = rows_of(data, "mistakes")
+    assert len(mistakes) == min(100, int((whole.guess != whole.y).sum()))
+    losses = [float(row["loss"]) for row in mistakes]
+    assert losses == sorted(losses, reverse=True)
+    for row in mistakes + (rows_of(data, "suspects") if "Labels to look at again" in page_of.html else []):
+        at = names.index(row["filename"])
+        order = np.argsort(-probs[at], kind="stable")[:5]
+        own = probs[at, whole.y[at]]
+        assert row["category_id"] == data.ids[whole.y[at]] and int(row["fold"]) == whole.fold[at]
+        assert row["top_ids"].split() == " ".join(data.ids[c] for c in order).split()
+        assert row["predicted"] == data.ids[order[0]]
+        shown = [float(row[key]) for key in ("p_predicted", "p_label", "loss")]
+        np.testing.assert_allclose(
+            shown, [probs[at, order[0]], own, -np.log(max(own, 1e-12))], rtol=1e-4, atol=1e-9
+        )
+        np.testing.assert_allclose(
+            [float(v) for v in row["top_probabilities"].split()], probs[at, order], atol=1e-5
+        )

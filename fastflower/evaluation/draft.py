@@ -24,7 +24,7 @@ def write(folder: Path, found: page.Experiment, experiments: list[page.Experimen
     charts = [
         figures.reliability(scores["reliability"], (fused["temperature"] or {}).get("t")),
         figures.long_tail(scores["classes"]),
-        figures.confusion_chart(scores["confusion"], len(scores["classes"])),
+        figures.confusion_chart(scores["confusion"], [row["category_id"] for row in scores["classes"]]),
     ]
     if fused["corrupted"]:
         charts.append(figures.robustness(fused["corrupted"], fused["single"]["top1"]))
@@ -62,10 +62,17 @@ def _content(
     }
 
 
+def cell(value: object) -> str:
+    """Text that neither ends a cell of a Markdown table nor begins a tag."""
+    return str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["cell"] = cell
+    return environment

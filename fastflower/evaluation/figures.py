@@ -265,16 +265,20 @@ def long_tail(classes: list[dict[str, Any]]) -> Chart:
     return Chart("tail", "Classes", words, figure)
 
 
-def confusion_chart(cells: list[list[int]], classes: int) -> Chart:
-    """The confusion matrix as a picture, rows of true classes scaled to 1, for the Markdown report."""
-    matrix = np.zeros((classes, classes))
+def confusion_chart(cells: list[list[int]], ids: list[str]) -> Chart:
+    """The confusion matrix as a picture, rows of true classes scaled to 1, for where there is no page."""
+    matrix = np.zeros((len(ids), len(ids)))
     for true, guess, count in cells:
         matrix[true, guess] = count
     matrix /= np.maximum(matrix.sum(1, keepdims=True), 1)
+    named, title = len(ids) <= 30, "Confusion matrix, shares of each true class"
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(4.6)
         axes.grid(False)
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axes.set(xlabel="predicted class_idx", ylabel="true class_idx")
-        axes.set_title("Confusion matrix, shares of each true class")
-    return Chart("confusion", "Confusion matrix", "Confusion matrix, shares of each true class.", figure)
+        if named:
+            axes.set_xticks(range(len(ids)), ids, rotation=90)
+            axes.set_yticks(range(len(ids)), ids)
+        what = "category_id" if named else "class_idx"
+        axes.set(xlabel=f"predicted {what}", ylabel=f"true {what}", title=title)
+    return Chart("confusion", "Confusion matrix", f"{title}.", figure)

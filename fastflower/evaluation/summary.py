@@ -107,6 +107,10 @@ def summarise(
         ],
         "reliability": scoreboard.reliability(fused, t if fit_on else None, bins),
         "confusion": mistakes.confusion(fused),
+        "confusion_by_fold": {
+            str(fold): mistakes.confusion(fused.take(np.flatnonzero(fused.fold == fold)))
+            for fold in whole["folds"]
+        },
         "pairs": mistakes.confused_pairs(fused, t),
         "mistakes": mistakes.worst(fused, t),
         "right": mistakes.right(fused, t),

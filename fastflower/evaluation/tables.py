@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from fastflower import runs
+from fastflower.data.labels import write_csv
+from fastflower.evaluation import figures
+
 Row = dict[str, Any]
+Cells = list[list[int]]  # of a confusion matrix: true class_idx, predicted class_idx, images
 
 
 def console(summary: dict[str, Any]) -> list[list[str]]:
@@ -92,25 +98,52 @@ def named(folds: list[int]) -> str:
     return f"fold {folds[0]}" if len(folds) == 1 else f"folds {', '.join(map(str, folds))}"
 
 
+def save(folder: Path, summary: dict[str, Any]) -> None:
+    """Write every table as CSV and the confusion matrices as PNG too, in place of those of an earlier evaluation."""
+    for old in [*folder.glob("*.csv"), *folder.glob("*.png")]:
+        old.unlink()
+    for name, rows in reports(summary).items():
+        write_csv(folder / f"{name}.csv", rows)
+    for name, cells in confusions(summary).items():
+        picture = figures.confusion_chart(cells, [row["category_id"] for row in summary["classes"]])
+        runs.write_atomic(folder / f"{name}.png", picture.png())
+
+
+def confusions(summary: dict[str, Any]) -> dict[str, Cells]:
+    """name of the file -> the confusion matrix of the fused set, and of each fold where there are several."""
+    by_fold = {f"confusion_fold{fold}": cells for fold, cells in summary["confusion_by_fold"].items()}
+    return {"confusion": summary["confusion"], **(by_fold if len(by_fold) > 1 else {})}
+
+
 def reports(summary: dict[str, Any]) -> dict[str, list[Row]]:
-    """name of the CSV file -> its rows, about the fused set."""
+    """name of the CSV file -> its rows: about the fused set, or about each member where the name says so."""
     ids = [row["category_id"] for row in summary["classes"]]
-    classes = [row["class_idx"] for row in summary["classes"]]
-    counts = {(true, guess): count for true, guess, count in summary["confusion"]}
     corrupted = summary["fused"]["corrupted"]
     tables = {
         "per_class": summary["classes"],
-        "confusion": [
-            {"category_id": ids[i], **{ids[j]: counts.get((i, j), 0) for j in classes}} for i in classes
-        ],
+        **{name: _matrix(cells, ids) for name, cells in confusions(summary).items()},
         "mistakes": [_mistake(row, ids) for row in summary["mistakes"]],
         "suspects": [{**_mistake(row, ids), "suggested": ids[row["other"]]} for row in summary["suspects"]],
         "corruption": corrupted["combos"] if corrupted else [],
+        "corruption_members": [
+            {**{key: member[key] for key in ("backbone", "fold", "seed")}, **row}
+            for member in summary["members"]
+            for row in (member["corrupted"] or {"combos": []})["combos"]
+        ],
         "corruption_classes": [
             {"category_id": ids[row["class_idx"]], **row} for row in summary["robust_classes"]
         ],
     }
     return {name: rows for name, rows in tables.items() if rows}
+
+
+def _matrix(cells: Cells, ids: list[str]) -> list[Row]:
+    """A row for each true class, a column for each predicted one, images in the cells."""
+    counts = {(true, guess): count for true, guess, count in cells}
+    return [
+        {"category_id": own, **{other: counts.get((i, j), 0) for j, other in enumerate(ids)}}
+        for i, own in enumerate(ids)
+    ]
 
 
 def _mistake(row: Row, ids: list[str]) -> Row:
