@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from made_up import BACKBONES, experiment, folds, member
-from recomputed import Evaluated, Set, check_words, kind, logged, p, span
+from recomputed import Evaluated, Set, check_words, kind, logged, p, span, wilson
 from rendered import drawings, markdown_tables, tables
 from sklearn import metrics
 from test_report_numbers import trained
@@ -38,8 +38,10 @@ def make() -> list[Path]:
     }
     for name, (members, words) in made.items():
         rows = [row for own in members for row in trained(*own.run, int(own.about["fold"]))]
-        for row in rows:
-            row["s_raw"] += 0.01 * (name == "b")
+        for row in rows if name == "b" else []:
+            row |= {
+                key: value - 0.1 for key, value in row.items() if key.startswith(("clean_", "corrupt_", "s_"))
+            }
         experiment(runs.RESULTS / name, members, rows, words)
         sets = oof.common([oof.assemble(own, folds()) for own in summary.by_run(members).values()])
         found = ensembles.compare(sets, ensembles.Budget.of(sets, recipe.load().bundle))
@@ -83,6 +85,18 @@ def test_scores_of_experiments(compared: Compared) -> None:
             f"{own.nll():.3f}", p(own.ece(own.t)),
         ])  # fmt: skip
     assert tables(html)["experiments"] == expected
+    drawn, sets = drawings(html)["compare-scores"], [data.fused for data in found]
+    for name, shares in (
+        ("clean", [own.top1(own.views) for own in sets]),
+        ("corrupted", [own.corrupted for own in sets]),
+        ("S", [own.s for own in sets]),
+    ):
+        np.testing.assert_allclose(drawn.points[name][0], shares, atol=2e-3)
+        ends = [wilson(share * own.n, own.n) for share, own in zip(shares, sets, strict=True)]
+        np.testing.assert_allclose([bar[0] for bar in drawn.bars[name]], ends, atol=2e-3)
+        assert all(
+            f"{data.name} {name} {p(value)}%" in drawn.said for data, value in zip(found, shares, strict=True)
+        )
 
 
 def test_scores_by_fold(compared: Compared) -> None:
@@ -119,15 +133,23 @@ def test_differences_image_by_image(compared: Compared) -> None:
             continue
         n, gained, lost, mean, half = paired(first.fused, data.fused)
         ends = f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
-        expected.append([data.name, str(n), str(gained), str(lost), f"{100 * mean:+.2f}", ends])
+        verdict = "better" if mean > half else "worse" if -mean > half else "within chance"
+        expected.append([data.name, str(n), str(gained), str(lost), f"{100 * mean:+.2f}", ends, verdict])
     assert tables(html)["pairs"] == expected
+    drawn = drawings(html)["compare-pairs"]
+    known = [row for row in expected if len(row) > 2]
+    np.testing.assert_allclose(drawn.points[""][0], [float(row[4]) / 100 for row in known], atol=2e-3)
+    ends = [[float(end) / 100 for end in row[5].split(" to ")] for row in known]
+    np.testing.assert_allclose([bar[0] for bar in drawn.bars[""]], ends, atol=2e-3)
+    assert all(f"{row[0]} {row[4]} points" in drawn.said for row in known)
 
 
 def test_curves_are_means_over_the_runs(compared: Compared) -> None:
     found, html, _ = compared
     charts = drawings(html)
-    assert set(charts) == {"compare-s", "compare-clean", "compare-corrupt"}
-    for name, drawn in charts.items():
+    assert set(charts) == {"compare-s", "compare-clean", "compare-corrupt", "compare-scores", "compare-pairs"}
+    for name in ("compare-s", "compare-clean", "compare-corrupt"):
+        drawn = charts[name]
         stem = name.removeprefix("compare-")
         for data in found:
             course: dict[int, list[float]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastflower.evaluation import curves
-from fastflower.evaluation.figures import Chart, Lines, over_epochs
+from fastflower.evaluation.figures import Chart, Lines, intervals, over_epochs
 from fastflower.recipe import Recipe, fields_of
 
 
@@ -20,25 +20,48 @@ def pairs(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     first, rows = summaries[0], []
     for other in summaries[1:]:
-        if first["class_hash"] != other["class_hash"] or first["folds_hash"] != other["folds_hash"]:
-            rows.append({"a": first["exp"], "b": other["exp"], "n": 0})
-            continue
-        folds = sorted(set(first["fused"]["folds"]) & set(other["fused"]["folds"]))
-        n = sum(count for fold, count in first["sizes"] if fold in folds)
-        wrong = [{index for index, fold in summary["wrong"] if fold in folds} for summary in (first, other)]
-        gained, lost = len(wrong[0] - wrong[1]), len(wrong[1] - wrong[0])
-        counted = {"n": n, "gained": gained, "lost": lost}
-        rows.append({"a": first["exp"], "b": other["exp"], **counted, **difference(gained, lost, n)})
+        alike = all(first[key] == other[key] for key in ("class_hash", "folds_hash"))
+        folds = set(first["fused"]["folds"]) & set(other["fused"]["folds"]) if alike else set()
+        row: dict[str, Any] = {"a": first["exp"], "b": other["exp"]}
+        row["n"] = sum(count for fold, count in first["sizes"] if fold in folds)
+        if row["n"]:
+            before, after = (
+                {index for index, fold in summary["wrong"] if fold in folds} for summary in (first, other)
+            )
+            row |= {"gained": len(before - after), "lost": len(after - before)}
+            row |= difference(row["gained"], row["lost"], row["n"])
+        rows.append(row)
     return rows
 
 
 def difference(gained: int, lost: int, n: int) -> dict[str, float]:
     """Mean paired difference of top-1 with its 95% interval (normal approximation)."""
-    if not n:
-        return {"difference": 0.0, "low": -1.0, "high": 1.0}
     mean = (gained - lost) / n
     spread = 1.959963984540054 * math.sqrt(max((gained + lost) / n - mean**2, 0) / n)
     return {"difference": mean, "low": mean - spread, "high": mean + spread}
+
+
+def scores_chart(summaries: list[dict[str, Any]]) -> Chart:
+    """Clean and corrupted top-1 and S of each experiment."""
+    blocks = {"clean": "clean", "corrupted": "corrupted", "S": "s"}
+    rows = [
+        (summary["exp"], name, own["top1"], own["top1_low"], own["top1_high"])
+        for name, key in blocks.items()
+        for summary in summaries
+        if (own := summary["fused"][key])
+    ]
+    said = "; ".join(f"{exp} {name} {100 * value:.1f}%" for exp, name, value, *_ in rows)
+    return intervals("compare-scores", "Scores with 95% intervals", rows, None, f"Scores: {said}.")
+
+
+def pairs_chart(rows: list[dict[str, Any]]) -> Chart | None:
+    """The paired differences beside none; None where nothing is shared."""
+    known = [(row["b"], "", row["difference"], row["low"], row["high"]) for row in rows if row["n"]]
+    if not known:
+        return None
+    said = "; ".join(f"{exp} {100 * value:+.2f} points" for exp, _, value, *_ in known)
+    title = f"Change of top-1 against {rows[0]['a']}"
+    return intervals("compare-pairs", f"{title} (dotted: none)", known, 0.0, f"{title}: {said}.")
 
 
 def differing(recipes: dict[str, Recipe]) -> list[dict[str, Any]]:

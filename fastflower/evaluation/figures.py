@@ -26,6 +26,7 @@ VARIABLES = {
     FAINT: "var(--line)",
     **{c: f"var(--s{i})" for i, c in enumerate(SERIES, 1)},
 }
+Interval = tuple[str, str, float, float, float]  # row, series, value, low and high end
 LEGEND_ROW = 0.19  # inches
 _DIGITS = re.compile(r"(\d+\.\d{2})\d+")
 STYLE: dict[Any, Any] = {
@@ -185,31 +186,38 @@ def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
     return Chart(name, lines.title, f"{lines.title}. {'; '.join(words)}.", figure)
 
 
-def robustness(corrupted: dict[str, Any], clean: float) -> Chart:
-    """Top-1 by kind and level, with intervals, beside the clean single view."""
-    rows = corrupted["combos"]
-    levels = list(dict.fromkeys(row["level"] for row in rows))
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+def intervals(name: str, title: str, rows: list[Interval], line: float | None, words: str) -> Chart:
+    """Shares with their 95% intervals, a row for each name, a colour for each series; `line`: what they compare to."""
+    names, series = list(dict.fromkeys(row[0] for row in rows)), list(dict.fromkeys(row[1] for row in rows))
     with matplotlib.rc_context(STYLE):
-        figure, axes = canvas(0.9 + 0.42 * len(kinds))
-        axes.axvline(clean, color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)))
-        for shift, level in enumerate(levels):
-            own = [row for row in rows if row["level"] == level]
-            y = [kinds.index(row["kind"]) + 0.22 * (shift - (len(levels) - 1) / 2) for row in own]
-            x = np.array([row["top1"] for row in own])
-            low, high = (np.array([row[f"top1_{side}"] for row in own]) for side in ("low", "high"))
+        figure, axes = canvas(0.9 + max(0.42, 0.1 + 0.16 * len(series)) * len(names))
+        if line is not None:
+            axes.axvline(line, color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)))
+        for shift, one in enumerate(series):
+            own = [row for row in rows if row[1] == one]
+            y = [names.index(row[0]) + 0.22 * (shift - (len(series) - 1) / 2) for row in own]
+            x, low, high = (np.array([row[at] for row in own]) for at in (2, 3, 4))
             style: dict[str, Any] = {"fmt": "o", "color": SERIES[shift], "markersize": 4, "elinewidth": 1.2}
-            axes.errorbar(x, y, xerr=np.stack([x - low, high - x]), label=level, **style)
-        axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
-        axes.set_ylim(len(kinds) - 0.5, -0.5)
-        axes.set_title("Top-1 by corruption (dotted: clean)")
+            axes.errorbar(x, y, xerr=np.stack([x - low, high - x]), label=one, **style)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(title)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
-        if len(levels) > 1:
-            figure.legend(loc="outside lower center", ncols=len(levels))
+        if len(series) > 1:
+            figure.legend(loc="outside lower center", ncols=len(series))
+    return Chart(name, title, words, figure)
+
+
+def robustness(corrupted: dict[str, Any], clean: float) -> Chart:
+    """Top-1 by kind and level, beside the clean single view."""
+    rows = corrupted["combos"]
+    shares = [
+        (row["kind"].replace("_", " "), row["level"], row["top1"], row["top1_low"], row["top1_high"])
+        for row in rows
+    ]
     said = "; ".join(f"{row['kind']} {row['level']} {100 * row['top1']:.1f}%" for row in rows)
-    return Chart(
-        "robustness", "Robustness", f"Top-1 by corruption, clean {100 * clean:.1f}%: {said}.", figure
-    )
+    words = f"Top-1 by corruption, clean {100 * clean:.1f}%: {said}."
+    return intervals("robustness", "Top-1 by corruption (dotted: clean)", shares, clean, words)
 
 
 def reliability(bins: list[dict[str, Any]], t: float | None) -> Chart:

@@ -143,6 +143,7 @@ def experiment(found: Experiment) -> str:
 
 def compare(experiments: list[Experiment]) -> str:
     """The page that sets experiments beside each other."""
+    pairs = comparison.pairs([found.scores for found in experiments])
     content = {
         "title": "Comparison",
         "lead": ", ".join(found.name for found in experiments),
@@ -150,7 +151,11 @@ def compare(experiments: list[Experiment]) -> str:
         "experiments": [found.scores for found in experiments],
         "classes": [],
         "pictures": {},
-        "pairs": comparison.pairs([found.scores for found in experiments]),
+        "pairs": pairs,
+        "overview": [
+            comparison.scores_chart([found.scores for found in experiments]),
+            comparison.pairs_chart(pairs),
+        ],
         "names": [found.name for found in experiments if found.recipe],
         "differing": comparison.differing(
             {found.name: found.recipe for found in experiments if found.recipe}
