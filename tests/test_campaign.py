@@ -283,7 +283,8 @@ def test_the_best_region_is_within_one_standard_error(project):
     ends = [ended(t, score[t.settings["opt.lr"], t.settings["train.batch_per_gpu"]]) for t in tasks]
     grid = results.grid(results.combinations(ends), validation=200)
     assert grid is not None and grid.xs == [1e-4, 1e-3, 1e-2] and grid.ys == [4, 8] and grid.best == (0, 0)
-    assert grid.error == pytest.approx(math.sqrt(0.9 * 0.1 / 200))  # 0.0212
+    assert grid.error == pytest.approx(math.sqrt(0.9 * 0.1 / 200))
+    assert grid.framed == "1 training a cell; framed: within one standard error (0.0212) of the best"
     assert grid.region.tolist() == [[True, True, False], [False, True, False]]
     text = "\n".join(grid.sentences())
     assert "best opt.lr=0.0001 train.batch_per_gpu=4: 0.9000 (n = 1 a cell)" in text

@@ -8,40 +8,45 @@ from matplotlib.patches import Rectangle
 
 from fastflower.campaign.plan import written
 from fastflower.campaign.results import Grid
-from fastflower.evaluation.figures import STYLE, Chart, canvas
+from fastflower.evaluation.figures import SERIES, STYLE, Chart, canvas
+
+INSET = 0.44  # of a frame's sides from the middle of its cell
 
 
 def heat_map(grid: Grid, title: str) -> Chart:
-    """Mean scores as colours and numbers, the best region framed, the best cell framed twice."""
+    """Mean scores as colours and numbers; the best region is framed, the best cell boldly, and a line says so."""
     rows, columns = grid.mean.shape
     with matplotlib.rc_context(STYLE):
-        figure, axes = canvas(height=max(2.4, 1.3 + 0.42 * rows))
-        axes.grid(False)
+        figure, axes = canvas(height=max(2.6, 1.5 + 0.42 * rows))
         low, high = float(np.nanmin(grid.mean)), float(np.nanmax(grid.mean))
+        middle = float(np.nanmedian(grid.mean))
         # colours are for the upper half: one diverged cell must not make all others look alike
-        floor = max(low, float(np.nanmedian(grid.mean)) - 2 * (high - float(np.nanmedian(grid.mean)) + 1e-3))
+        floor = max(low, middle - 2 * (high - middle + 1e-3))
         image = axes.imshow(grid.mean, cmap="viridis", vmin=floor, vmax=high, origin="lower", aspect="auto")
-        for row in range(rows):
-            for column in range(columns):
-                value = grid.mean[row, column]
-                text = "failed" if np.isnan(value) else f"{value:.4f}"
-                dark = not np.isnan(value) and value < floor + 0.6 * (high - floor)
-                axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
-                if grid.region[row, column]:
-                    best = (row, column) == grid.best
-                    inset = 0.44
-                    axes.add_patch(
-                        Rectangle(
-                            (column - inset, row - inset), 2 * inset, 2 * inset,
-                            fill=False, edgecolor="#d1570c", linewidth=3.2 if best else 1.4,
-                        )
-                    )  # fmt: skip
-        axes.set_xticks(range(columns), [written(value) for value in grid.xs])
+        size = min(9.0, 60 / columns)  # points: a number fits its cell
+        for (row, column), value in np.ndenumerate(grid.mean):
+            text = "failed" if np.isnan(value) else f"{value:.4f}"
+            bright = np.isnan(value) or np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) > 0.5
+            colour = "black" if bright else "white"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
+            if grid.region[row, column]:
+                width = 3.2 if (row, column) == grid.best else 1.4
+                corner = column - INSET, row - INSET
+                frame = Rectangle(
+                    corner, 2 * INSET, 2 * INSET, fill=False, edgecolor=SERIES[1], linewidth=width
+                )
+                axes.add_patch(frame)
+        axes.set_xticks(range(columns), [written(value) for value in grid.xs], fontsize=size)
         axes.set_yticks(range(rows), [written(value) for value in grid.ys])
+        axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
+        axes.grid(False)
+        axes.grid(True, which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="both", length=0)
         axes.set_xlabel(grid.x)
         axes.set_ylabel(grid.y)
         axes.set_title(title)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label="score", extend="min" if floor > low else "neither")
+        figure.supxlabel(grid.framed, fontsize=8)
     return Chart("campaign", title, "; ".join(grid.sentences()), figure)

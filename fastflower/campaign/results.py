@@ -124,6 +124,14 @@ class Grid:
     source: str  # of the error
     n: int  # most trainings in a cell
 
+    @property
+    def framed(self) -> str:
+        """What the region's frames mean, for below the picture."""
+        trainings = "training" if self.n == 1 else "trainings"
+        return (
+            f"{self.n} {trainings} a cell; framed: within one standard error ({self.error:.4f}) of the best"
+        )
+
     def sentences(self) -> list[str]:
         """The best cell, the region by rows, and the best of each row."""
         row, column = self.best
