@@ -294,6 +294,17 @@ def test_the_best_region_is_within_one_standard_error(project):
     assert results.grid(results.combinations(ends[:2]), 200) is None, "one key alone is no grid"
 
 
+def test_trainings_of_two_recipes_or_backbones_are_no_grid(project):
+    Path("other.yaml").write_text("base: tiny.yaml\nexp: {name: other}\n")
+    axes = ["opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[4,8]"]
+    for tasks in (
+        planned(*axes, files=("tiny.yaml", "other.yaml")),
+        planned(*axes, "model.backbone=[test_vit,test_resnet]"),
+    ):
+        found = results.combinations([ended(task, 0.5) for task in tasks])
+        assert len(found) == 8 and results.grid(found, 100) is None
+
+
 def test_a_failed_cell_is_left_out_of_the_grid(project):
     tasks = planned("opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[4,8]")
     found = [Result(tasks[0], "failed", "why"), *(ended(t, 0.5) for t in tasks[1:])]

@@ -153,7 +153,7 @@ class Grid:
 
 
 def grid(found: list[Combination], validation: int) -> Grid | None:
-    """The combinations as a grid, when exactly two keys vary over several values each and one backbone is trained.
+    """The combinations as a grid, when exactly two keys vary over several values each, of one backbone and recipe.
 
     The best region is the one-standard-error rule's (Breiman et al. 1984, CART): cells whose mean is at most one
     standard error below the best cell's. The error is that of the best cell's mean over its trainings, or, for a
@@ -162,14 +162,15 @@ def grid(found: list[Combination], validation: int) -> Grid | None:
     keys = list(dict.fromkeys(key for one in found for key in one.settings))
     values = {key: _sorted([one.settings[key] for one in found if key in one.settings]) for key in keys}
     varied = [key for key in keys if len(values[key]) > 1]
-    if len(varied) != 2 or len({one.backbone for one in found}) > 1 or not any(one.n for one in found):
+    if len(varied) != 2 or not any(one.n for one in found):
         return None
     x, y = varied
-    mean, counts = np.full((len(values[y]), len(values[x])), np.nan), 0
-    cells = {}
-    for one in found:
-        place = values[y].index(one.settings[y]), values[x].index(one.settings[x])
-        mean[place], cells[place], counts = one.mean, one, max(counts, one.n)
+    cells = {(values[y].index(one.settings[y]), values[x].index(one.settings[x])): one for one in found}
+    if len(cells) < len(found):
+        return None
+    mean, counts = np.full((len(values[y]), len(values[x])), np.nan), max(one.n for one in found)
+    for place, one in cells.items():
+        mean[place] = one.mean
     row, column = np.unravel_index(int(np.nanargmax(mean)), mean.shape)
     best = cells[int(row), int(column)]
     error, source = best.error, f"of {best.n} trainings"
