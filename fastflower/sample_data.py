@@ -1,7 +1,7 @@
 """Data to try a recipe on: `python -m fastflower.sample_data digits|eyes|pairs [home=data/<kind>] [key=value ...]`.
 
-digits are scikit-learn's, as Kaggle's tables; pairs are made of them; eyes are drawn. `rows`, `held_out` and `seed` are
-keys of eyes and pairs. The same words give the same pixels, and nothing is downloaded.
+digits are scikit-learn's, as Kaggle's tables; pairs are made of them; eyes are drawn. `held_out` is a key of each,
+`rows` and `seed` of eyes and pairs. The same words give the same pixels, and nothing is downloaded.
 `... images <table of pixels> <folder>` writes a table's rows as files that the predictor reads.
 """
 

@@ -36,6 +36,15 @@ def test_digits_are_scikit_learns(capsys):
         assert [int(row["Label"]) for row in csv.DictReader(file)] == truth.target[known:].tolist()
 
 
+def test_all_digits_may_train(capsys):
+    sample_data.main(["digits", "held_out=0"])
+    table = np.loadtxt("data/digits/train.csv", delimiter=",", skiprows=1)
+    assert table[:, 0].tolist() == load_digits().target.tolist()
+    assert Path("data/digits/truth.csv").read_text() == "ImageId,Label\n"
+    with pytest.raises(InputError, match="held_out=1797: there are 1797 digits; leave some to train on"):
+        sample_data.main(["digits", "held_out=1797"])
+
+
 def test_a_table_of_pixels_becomes_files(capsys):
     header = ",".join(f"pixel{i}" for i in range(25))
     Path("test.csv").write_text(f"{header}\n{','.join(['7'] * 25)}\n{','.join(map(str, range(25)))}\n")
@@ -52,7 +61,7 @@ def test_a_table_of_pixels_becomes_files(capsys):
         (["images", "none.csv", "out"], "no none.csv"),
         (["images", "none.csv"], "got images none.csv; sample_data takes one of digits"),
         (["eyes", "row=3"], "got row=3; the keys of eyes are home, rows, held_out, seed"),
-        (["digits", "rows=3"], "got rows=3; the keys of digits are home"),
+        (["digits", "rows=3"], "got rows=3; the keys of digits are home, held_out"),
         (["eyes", "rows=-3"], "rows=-3: must be a whole number from 0"),
     ],
 )

@@ -20,26 +20,29 @@ from fastflower.runs import write_atomic
 HELD_OUT = 297  # the last rows, of other writers than the first
 
 
-def write(home: Path) -> None:
-    """1500 rows in train.csv (label and pixels), the rest in test/<ImageId>.png, sample_submission.csv and truth.csv.
+def write(home: Path, held_out: int = HELD_OUT) -> None:
+    """The rows in train.csv (label and pixels), the last `held_out` in test/<ImageId>.png, sample_submission.csv and
+    truth.csv instead.
 
-    ImageId counts the rows of the test part from 1.
+    ImageId counts the rows of the test part from 1. InputError when nothing is left to train on.
     """
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), levels 0..16 before
-    train, test = slice(0, len(pixels) - HELD_OUT), slice(len(pixels) - HELD_OUT, None)
+    known = len(pixels) - held_out
+    if known < 1:
+        raise InputError(f"held_out={held_out}: there are {len(pixels)} digits; leave some to train on")
     names = [f"pixel{i}" for i in range(pixels[0].size)]
-    flat = [[str(value) for value in row] for row in pixels.reshape(len(pixels), -1).tolist()]
+    flat = [[str(value) for value in row] for row in pixels[:known].reshape(known, -1).tolist()]
     labels = [str(label) for label in digits.target.tolist()]
-    rows = zip(labels[train], flat[train], strict=True)
+    rows = zip(labels[:known], flat, strict=True)
     write_csv(
         home / "train.csv", [{"label": label, **dict(zip(names, row, strict=True))} for label, row in rows]
     )
-    write_images(pixels[test], home / "test")
-    ids = [str(number) for number in range(1, HELD_OUT + 1)]
-    write_csv(home / "sample_submission.csv", [{"ImageId": one, "Label": "0"} for one in ids])
-    answers = zip(ids, labels[test], strict=True)
-    write_csv(home / "truth.csv", [{"ImageId": one, "Label": label} for one, label in answers])
+    write_images(pixels[known:], home / "test")
+    answers = [{"ImageId": str(number), "Label": label} for number, label in enumerate(labels[known:], 1)]
+    blank = [{**answer, "Label": "0"} for answer in answers]
+    write_csv(home / "sample_submission.csv", blank, ("ImageId", "Label"))
+    write_csv(home / "truth.csv", answers, ("ImageId", "Label"))
 
 
 def unpack(table: Path, folder: Path) -> arrays.Stack:
