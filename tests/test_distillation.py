@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +103,31 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"\d+ of \d+ training images have no out-of-fold logits; train and"):
         teacher.probabilities(student(), opened, 4)
     elders()
-    for path in Path("results/results/elders/oof").glob("*.npz"):
-        member = oof.load(path)
-        member.about["folds_hash"] = "0ther"
-        oof.save(path, member)
+    claim_folds("0ther")
     with pytest.raises(
         InputError, match=r"elders was evaluated with other folds \(0ther\) than the betons hold"
+    ):
+        teacher.probabilities(student(), opened, 4)
+
+
+def claim_folds(folds_hash: str) -> None:
+    """Let the elders have been evaluated with folds of this hash."""
+    for path in Path("results/results/elders/oof").glob("*.npz"):
+        member = oof.load(path)
+        member.about["folds_hash"] = folds_hash
+        oof.save(path, member)
+
+
+def test_teachers_that_were_asked_about_no_training_image_are_refused(tmp_path):
+    """As where validation images are given apart: all others train always."""
+    tiny.project(tmp_path)
+    elders(folds=(1,))
+    opened = sets.open_fold(student(), 1)
+    fold = np.where(opened.folds.fold == 1, 1, -1)
+    opened = dataclasses.replace(opened, folds=dataclasses.replace(opened.folds, fold=fold))
+    claim_folds(opened.folds.hash)
+    with pytest.raises(
+        InputError, match=r"all \d+ training images train in every fold, so that no member was"
     ):
         teacher.probabilities(student(), opened, 4)
 

@@ -21,7 +21,7 @@ def probabilities(recipe: Recipe, fold: FoldSet, num_classes: int) -> Tensor | N
     """softmax(z / T) of the mean logits z of all teachers: float32 (rows of the training beton, C).
 
     Images that train in every fold, which no member was asked about, have their label. None without a teacher.
-    Raises InputError for teachers of other classes or folds, or that say nothing of a training image.
+    Raises InputError for teachers of other classes or folds, or that say nothing of a training image, or of all.
     """
     names, t = recipe.distill.teacher, recipe.distill.temperature
     if not names:
@@ -40,6 +40,11 @@ def probabilities(recipe: Recipe, fold: FoldSet, num_classes: int) -> Tensor | N
         raise InputError(
             f"distill.teacher = {names}: {int(absent.sum())} of {len(own)} training images have no out-of-fold logits; "
             "train and evaluate the teacher with data.fold=all"
+        )
+    if not (own >= 0).any():
+        raise InputError(
+            f"distill.teacher = {names}: all {len(own)} training images train in every fold, so that no member was "
+            "asked about one; convert with folds (data.val=), and train and evaluate the teacher with data.fold=all"
         )
     found = np.eye(num_classes, dtype=np.float32)[fold.train.labels]
     z = fused.logits.astype(np.float64)[own[own >= 0]] / t
