@@ -336,8 +336,8 @@ class Cudnn:
 @dataclass
 class Log:
     tensorboard: bool = key(True, "write TensorBoard events")
-    wandb: bool = key(False, "log to Weights & Biases as well; pip install wandb")
-    mlflow: bool = key(False, "log to MLflow as well; pip install mlflow")
+    wandb: bool = key(False, "log to Weights & Biases as well; pip install -e '.[wandb]'")
+    mlflow: bool = key(False, "log to MLflow as well; pip install -e '.[mlflow]'")
 
 
 @dataclass
