@@ -486,10 +486,8 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     return found, path
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; on Debian: apt-get install chromium")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(probed: tuple[dict[str, Any], Path], tmp_path: Path, width: int) -> None:
-    found, path = probed
+def browse(path: Path, width: int, profile: Path) -> dict[str, Any]:
+    """What a page's probe found in a window of this width."""
     words = [
         "--headless",
         "--no-sandbox",
@@ -498,10 +496,17 @@ def test_the_page_in_a_browser(probed: tuple[dict[str, Any], Path], tmp_path: Pa
         "--virtual-time-budget=8000",
     ]
     dump = subprocess.run(
-        [CHROMIUM, *words, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}"],
+        [CHROMIUM, *words, f"--user-data-dir={profile}", "--dump-dom", f"file://{path}"],
         capture_output=True, text=True, timeout=120, check=True,
     ).stdout  # fmt: skip
-    answer = json.loads(entities.unescape(re.search(r"<body>(.*?)</body>", dump, flags=re.S)[1]))
+    return json.loads(entities.unescape(re.search(r"<body>(.*?)</body>", dump, flags=re.S)[1]))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; on Debian: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(probed: tuple[dict[str, Any], Path], tmp_path: Path, width: int) -> None:
+    found, path = probed
+    answer = browse(path, width, tmp_path / "profile")
     assert answer["problems"] == [] and answer["broken"] == [] and answer["unnamed"] == 0
     assert answer["images"] > 10
     assert answer["left"] == 1 and answer["counted"] == f"1 of {min(36, len(found['mistakes']))}"
@@ -516,3 +521,61 @@ def test_the_page_in_a_browser(probed: tuple[dict[str, Any], Path], tmp_path: Pa
     assert answer["wide"] <= max(
         width, 500
     )  # nothing but tables scrolls sideways; headless windows are 500 or wider
+
+
+COMPARED = """<script>
+const problems = [];
+addEventListener("error", e => problems.push(String(e.message || e.target.src).slice(0, 200)), true);
+console.error = (...words) => problems.push(words.join(" "));
+addEventListener("load", () => {
+  const table = document.getElementById("experiments");
+  table.querySelectorAll("thead th")[4].querySelector("button").click();
+  const answer = {problems, clean: [...table.tBodies[0].rows].map(row => row.children[4].textContent),
+    wide: document.documentElement.scrollWidth, charts: document.querySelectorAll("svg[role=img][aria-label]").length,
+    unnamed: document.querySelectorAll("svg[role=img]:not([aria-label]), th:not([scope])").length};
+  document.body.innerHTML = ""; document.body.append(JSON.stringify(answer));
+});
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; on Debian: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_comparison_in_a_browser(tmp_path: Path, width: int) -> None:
+    shares = [
+        made(name, skill=skill)[0]["fused"]["clean"]["top1"] for name, skill in (("a", 1.0), ("b", 1.6))
+    ]
+    html = page.compare([page.read(name, with_pictures=False) for name in ("a", "b")])
+    path = tmp_path / "page.html"
+    path.write_text(html.replace("<head>", "<head>" + COMPARED, 1), encoding="utf-8")
+    answer = browse(path, width, tmp_path / "profile")
+    assert answer["problems"] == [] and answer["unnamed"] == 0 and answer["charts"] == 5
+    assert answer["clean"] == [f"{100 * share:.1f}" for share in sorted(shares, reverse=True)]
+    assert answer["wide"] <= max(width, 500)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb (WCAG 2.2)."""
+    digits = colour.lstrip("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_and_lines_stand_out_from_their_ground(
+    shown: tuple[dict[str, Any], Logits, str], scheme: int
+) -> None:
+    """4.5 to 1 for text and 3 to 1 for lines of charts, as WCAG's level AA asks."""
+    block = re.findall(r":root \{(.*?)\}", shown[2], flags=re.S)[scheme]
+    colours = dict(re.findall(r"--(\w+):\s*(#\w+)", block))
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted(luminance(colours[name]) for name in (one, other))
+        return (high + 0.05) / (low + 0.05)
+
+    for ground in ("bg", "soft"):
+        for text in ("ink", "dim", "accent", "good", "bad"):
+            assert contrast(text, ground) >= 4.5, (text, ground)
+    for line in (f"s{i}" for i in range(1, 7)):
+        assert contrast(line, "bg") >= 3, line
