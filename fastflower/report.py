@@ -10,6 +10,7 @@ from pathlib import Path
 from fastflower import errors, runs
 from fastflower.errors import InputError
 from fastflower.evaluation import draft, page
+from fastflower.evaluation.experiments import read
 from fastflower.recipe import load
 
 FORMATS = ("html", "md")
@@ -17,7 +18,7 @@ FORMATS = ("html", "md")
 
 def main(argv: list[str]) -> None:
     names, form = parse(argv)
-    experiments = [page.read(name, with_pictures=form == "html") for name in names]
+    experiments = [read(name, with_pictures=form == "html") for name in names]
     for found in experiments:
         for note in found.notes:
             print(f"note: {found.name}: {note}")

@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score, top_k_accuracy_score
 
 BINARY = ("precision", "recall", "f1")
+Z = 1.959963984540054  # of a 95% interval
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -24,8 +25,7 @@ def nll(logits: np.ndarray, labels: np.ndarray) -> float:
 def ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error over equal-width confidence bins (Guo et al. 2017, arXiv:1706.04599)."""
     confidence, hit = probs.max(1), probs.argmax(1) == labels
-    edges = np.linspace(0, 1, bins + 1)
-    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    index = bins_of(confidence, bins)
     gaps = [
         abs(hit[index == b].mean() - confidence[index == b].mean()) * (index == b).mean()
         for b in np.unique(index)
@@ -33,13 +33,18 @@ def ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     return float(sum(gaps))
 
 
+def bins_of(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """The place (N,) of each confidence among bins of equal width, each closed above."""
+    return np.clip(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0, bins - 1)
+
+
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
-    z, share = 1.959963984540054, hits / n
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
+    share = hits / n
+    centre, spread = share + Z * Z / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+    scale = 1 + Z * Z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 

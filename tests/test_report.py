@@ -37,8 +37,10 @@ from fastflower.evaluation import (
     summary,
     tables,
 )
+from fastflower.evaluation.experiments import Experiment, read, wanted
 from fastflower.evaluation.oof import Logits
 
+LARGEST = 10_000_000  # bytes of a page
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -245,7 +247,7 @@ def test_the_page_needs_nothing_from_outside_and_is_small(shown: tuple[dict[str,
     html = shown[2]
     addresses = re.findall(r'(?:src|href|xlink:href)="([^"]*)"', html)
     assert all(a.startswith(("#", "data:")) for a in addresses)
-    assert "@import" not in html and "url(http" not in html and len(html) < page.LARGEST
+    assert "@import" not in html and "url(http" not in html and len(html) < LARGEST
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(ids)
@@ -281,14 +283,14 @@ def hundred() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def test_a_hundred_classes_fit_in_ten_megabytes(tmp_path: Path, repo: Path) -> None:
     """With as many photographs as a page ever shows, each of noise; and the draft in ten pages of A4."""
     found, events = hundred()
-    rng, shown = np.random.default_rng(0), page.wanted(found, [])
+    rng, shown = np.random.default_rng(0), wanted(found, [])
     noise = pictures.data_uri(
         pictures.jpeg(rng.integers(0, 256, (pictures.SIDE, pictures.SIDE, 3), np.uint8))
     )
     photographs = {index: noise for indices in shown.values() for index in indices}
-    whole = page.Experiment("made", found, events, pictures=photographs)
+    whole = Experiment("made", found, events, pictures=photographs)
     html = page.experiment(whole)
-    assert len(photographs) > 60 and len(html) < page.LARGEST
+    assert len(photographs) > 60 and len(html) < LARGEST
     assert len(cells(html, "per-class")) == len(cells(html, "robust")) == 100
 
     others = [replace(whole, name=f"other{i}", scores={**found, "exp": f"other{i}"}) for i in range(12)]
@@ -428,6 +430,26 @@ def test_gradcam_finds_the_pixels_that_decide() -> None:
     assert np.isnan(gradcam.border_share(np.zeros((1, 64, 64)))[0])
 
 
+def test_gradcam_is_the_formula() -> None:
+    """ReLU of the maps' sum, each weighted by the mean of its gradient (Selvaraju et al. 2017, equations 1 and 2)."""
+    nn = torch.nn
+    maps_of = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(), nn.Conv2d(5, 7, 3, 2, 1), nn.ReLU())
+    score = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 4))
+    images, targets = torch.rand(2, 3, 32, 32), torch.tensor([3, 1])
+    found = gradcam.attribute(nn.Sequential(maps_of, score), images, targets)
+    for image, target, cam in zip(images, targets, found, strict=True):
+        maps = maps_of(image[None]).detach().requires_grad_()
+        score(maps)[0, target].backward()
+        coarse = (maps.grad.mean((2, 3), keepdim=True) * maps.detach()).sum(1, keepdim=True).relu()
+        fine = nn.functional.interpolate(coarse, (32, 32), mode="bilinear")[0, 0].numpy()
+        np.testing.assert_allclose(cam, fine / fine.sum(), atol=1e-7)
+        outside = np.ones((32, 32), bool)
+        outside[4:-4, 4:-4] = False
+        assert gradcam.border_share(cam[None])[0] == pytest.approx(
+            (fine / fine.sum())[outside].sum(), abs=1e-6
+        )
+
+
 @pytest.mark.parametrize("backbone", ["convnextv2_atto", "vit_tiny_patch16_224"])
 def test_gradcam_takes_maps_and_tokens(backbone: str) -> None:
     network = (
@@ -479,8 +501,8 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
         patch.chdir(folder)
         found, _ = made()
         uri = pictures.data_uri(pictures.jpeg(np.full((8, 8, 3), 200, np.uint8)))
-        photographs = {index: uri for indices in page.wanted(found, []).values() for index in indices}
-        html = page.experiment(replace(page.read("made"), pictures=photographs))
+        photographs = {index: uri for indices in wanted(found, []).values() for index in indices}
+        html = page.experiment(replace(read("made"), pictures=photographs))
     path = folder / "page.html"
     path.write_text(html.replace("<head>", "<head>" + PROBE, 1), encoding="utf-8")
     return found, path
@@ -544,7 +566,7 @@ def test_the_comparison_in_a_browser(tmp_path: Path, width: int) -> None:
     shares = [
         made(name, skill=skill)[0]["fused"]["clean"]["top1"] for name, skill in (("a", 1.0), ("b", 1.6))
     ]
-    html = page.compare([page.read(name, with_pictures=False) for name in ("a", "b")])
+    html = page.compare([read(name, with_pictures=False) for name in ("a", "b")])
     path = tmp_path / "page.html"
     path.write_text(html.replace("<head>", "<head>" + COMPARED, 1), encoding="utf-8")
     answer = browse(path, width, tmp_path / "profile")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastflower import scores
 from fastflower.evaluation import curves
 from fastflower.evaluation.figures import Chart, Lines, intervals, over_epochs
 from fastflower.recipe import Recipe, fields_of
@@ -37,7 +38,7 @@ def pairs(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def difference(gained: int, lost: int, n: int) -> dict[str, float]:
     """Mean paired difference of top-1 with its 95% interval (normal approximation)."""
     mean = (gained - lost) / n
-    spread = 1.959963984540054 * math.sqrt(max((gained + lost) / n - mean**2, 0) / n)
+    spread = scores.Z * math.sqrt(max((gained + lost) / n - mean**2, 0) / n)
     return {"difference": mean, "low": mean - spread, "high": mean + spread}
 
 

@@ -12,13 +12,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastflower import runs
 from fastflower.evaluation import comparison, curves, figures, page
+from fastflower.evaluation.experiments import Experiment
 from fastflower.evaluation.figures import Chart
 
 CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the page has the rest
 MOST = {"members": 15, "changes": 25, "facts": 20, "others": 10}  # rows of a table, for ten pages in all
 
 
-def write(folder: Path, found: page.Experiment, experiments: list[page.Experiment]) -> Path:
+def write(folder: Path, found: Experiment, experiments: list[Experiment]) -> Path:
     """Write report.md and figures/*.png; with several experiments it has their comparison."""
     scores, fused = found.scores, found.scores["fused"]
     charts = [
@@ -38,7 +39,7 @@ def write(folder: Path, found: page.Experiment, experiments: list[page.Experimen
 
 
 def _content(
-    found: page.Experiment, experiments: list[page.Experiment], charts: list[Chart], training: list[Chart]
+    found: Experiment, experiments: list[Experiment], charts: list[Chart], training: list[Chart]
 ) -> dict[str, Any]:
     others = [other.scores for other in experiments if other.name != found.name]
     return {

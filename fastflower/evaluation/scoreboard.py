@@ -20,7 +20,6 @@ from fastflower.evaluation import temperature
 from fastflower.evaluation.oof import Logits
 
 REPRODUCED = 0.01  # half precision in training may turn an image or two
-Z = 1.959963984540054  # of a 95% interval
 PARTS = ("head", "middle", "tail")
 OVER_FOLDS = (
     "single.top1",
@@ -114,7 +113,7 @@ def intervals(logits: np.ndarray, labels: np.ndarray, bins: int) -> dict[str, fl
     n, probs = len(labels), scores.softmax(logits)
     top5 = scores.scores(logits, labels, bins)["top5"]
     losses = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(n), labels]
-    half = Z * float(losses.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    half = scores.Z * float(losses.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     ends = {"top5": scores.wilson(top5 * n, n)}  # type: ignore[arg-type]
     ends["nll"] = (max(0.0, float(losses.mean()) - half), float(losses.mean()) + half)
     ends |= bootstrap(probs, labels, bins)
@@ -145,7 +144,7 @@ def bootstrap(
     f1 = (2 * right / (support + predicted[:, np.searchsorted(columns, present)])).mean(1)
     order = np.argsort(labels, kind="stable")
     first, size = np.repeat(np.cumsum(support) - support, support), np.repeat(support, support)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    index = scores.bins_of(confidence, bins)
     excess = hit - confidence
     ece = np.empty(draws)
     for draw in range(draws):
@@ -249,7 +248,7 @@ def reliability(data: Logits, t: float | None, bins: int) -> list[dict[str, Any]
             continue
         probs = scores.softmax(data.logits / divisor)
         confidence, hit = probs.max(1), probs.argmax(1) == data.class_idx
-        place = np.minimum((confidence * bins).astype(int), bins - 1)
+        place = scores.bins_of(confidence, bins)
         for b in np.unique(place):
             own = place == b
             means = {"confidence": float(confidence[own].mean()), "top1": float(hit[own].mean())}

@@ -16,7 +16,7 @@ from fastflower.evaluation.tables import named
 from fastflower.recipe import Recipe
 
 FORMAT = 2  # of scores.json; raised when what reads it would miss something
-ALWAYS = (
+DESCRIBED = (
     "name",
     "backbone",
     "fold",
@@ -52,7 +52,7 @@ def summarise(
     def block(data: Logits) -> dict[str, Any]:
         return scoreboard.block(data, alpha, bins, counts, fit_on)
 
-    own = [{**{key: member.about[key] for key in ALWAYS}, **block(member)} for member in members]
+    own = [{**{key: member.about[key] for key in DESCRIBED}, **block(member)} for member in members]
     rows = []
     for (backbone, seed), data in zip(runs, sets, strict=True):
         mine = [row for row in own if (row["backbone"], row["seed"]) == (backbone, seed)]
