@@ -13,7 +13,7 @@ import torch
 
 from fastflower import checkpoint, derived, errors, recipe, runs
 from fastflower.data.folds import read_folds
-from fastflower.data.labels import read_csv
+from fastflower.data.tables import read_csv
 from fastflower.errors import InputError
 from fastflower.evaluation import acceptance, attention, bundle, choice, oof, summary, tables, views
 

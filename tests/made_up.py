@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastflower import recipe, runs
-from fastflower.data.labels import write_csv
+from fastflower.data.tables import write_csv
 from fastflower.evaluation import acceptance, oof, summary, tables
 from fastflower.evaluation.oof import Logits
 

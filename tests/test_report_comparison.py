@@ -19,7 +19,7 @@ from sklearn import metrics
 from test_report_numbers import trained
 
 from fastflower import recipe, report, runs
-from fastflower.data.labels import read_csv
+from fastflower.data.tables import read_csv
 from fastflower.evaluation import ensembles, oof, summary
 from fastflower.evaluation.draft import cell
 

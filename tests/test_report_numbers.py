@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression
 from test_report import event
 
 from fastflower import recipe, report, runs
-from fastflower.data.labels import read_csv
+from fastflower.data.tables import read_csv
 from fastflower.evaluation import ensembles, oof, pictures, summary
 
 SEEDS, FOLDS = (42, 7), (0, 1, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastflower.data.folds import Folds
-from fastflower.data.labels import shown
+from fastflower.data.tables import shown
 
 
 def pairs(path: Path, folds: Folds) -> list[dict[str, Any]]:

@@ -8,8 +8,22 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from fastflower import scores
-from fastflower.data.labels import shown
+from fastflower.data.tables import shown
 from fastflower.evaluation.oof import Logits
+
+
+def examined(data: Logits, t: float) -> dict[str, Any]:
+    """Everything below about one set, under the names it has in scores.json; probabilities at temperature t."""
+    parts = {int(fold): data.take(np.flatnonzero(data.fold == fold)) for fold in np.unique(data.fold)}
+    return {
+        "wrong": wrong(data),
+        "confusion": confusion(data),
+        "confusion_by_fold": {str(fold): confusion(part) for fold, part in parts.items()},
+        "pairs": confused_pairs(data, t),
+        "mistakes": worst(data, t),
+        "right": right(data, t),
+        "suspects": suspects(data, t),
+    }
 
 
 def confusion(data: Logits) -> list[list[int]]:

@@ -11,7 +11,7 @@ import fastflower
 from fastflower import runs
 from fastflower.evaluation import comparison, curves, figures, pictures
 from fastflower.evaluation.experiments import SHOWN, Experiment
-from fastflower.evaluation.tables import named
+from fastflower.evaluation.summary import named
 from fastflower.recipe import Recipe, fields_of
 
 

@@ -268,6 +268,15 @@ def over_folds(blocks: list[dict[str, Any]]) -> dict[str, dict[str, float | None
     return table
 
 
+def advice(members: list[dict[str, Any]], runs: list[dict[str, Any]], fused: dict[str, Any]) -> list[str]:
+    """What the blocks of members, runs and, of several runs, the fused set give reason to say."""
+    sets = [*runs, fused] if len(runs) > 1 else runs
+    return [
+        *(line for member in members for line in stored_advice(member)),
+        *(line for own in sets for line in views_advice(own)),
+    ]
+
+
 def views_advice(block: dict[str, Any]) -> list[str]:
     """A line when the views predict worse than the single view."""
     lost = block["single"]["top1"] - block["clean"]["top1"]

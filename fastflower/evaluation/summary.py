@@ -12,7 +12,6 @@ import fastflower
 from fastflower.errors import InputError
 from fastflower.evaluation import ensembles, mistakes, scoreboard
 from fastflower.evaluation.oof import Logits, assemble, check_alike, fuse, load, member_file, missing_folds
-from fastflower.evaluation.tables import named
 from fastflower.recipe import Recipe
 
 FORMAT = 2  # of scores.json; raised when what reads it would miss something
@@ -56,18 +55,10 @@ def summarise(
     rows = []
     for (backbone, seed), data in zip(runs, sets, strict=True):
         mine = [row for row in own if (row["backbone"], row["seed"]) == (backbone, seed)]
-        missing = missing_folds(runs[backbone, seed], folds)
-        rows.append(
-            {
-                "backbone": backbone,
-                "seed": seed,
-                "missing": missing,
-                "over_folds": scoreboard.over_folds(mine),
-                **block(data),
-            }
-        )
-    class_ids, names = members[0].about["class_ids"], [plain_name(row) for row in classes]
-    whole = block(fused)
+        row = {"backbone": backbone, "seed": seed, "missing": missing_folds(runs[backbone, seed], folds)}
+        rows.append({**row, "over_folds": scoreboard.over_folds(mine), **block(data)})
+    names, class_ids = [plain_name(row) for row in classes], members[0].about["class_ids"]
+    whole, every = block(fused), sorted(set(folds[folds >= 0].tolist()))
     t = whole["temperature"]["t"] if fit_on else 1.0
     return {
         "format": FORMAT,
@@ -78,16 +69,9 @@ def summarise(
         "weighting": recipe.ensembling.weighting,
         "class_hash": members[0].about["class_hash"],
         "folds_hash": members[0].about["folds_hash"],
-        "folds": sorted(set(folds[folds >= 0].tolist())),
-        "missing": sorted(set(folds[folds >= 0].tolist()) - set(whole["folds"])),
-        "classes": [
-            {**row, "name": names[row["class_idx"]]} for row in scoreboard.per_class(fused, class_ids, counts)
-        ],
-        "sizes": [
-            [int(fold), int(count)]
-            for fold, count in zip(*np.unique(fused.fold, return_counts=True), strict=True)
-        ],
-        "wrong": mistakes.wrong(fused),
+        "folds": every,
+        "missing": sorted(set(every) - set(whole["folds"])),
+        "sizes": [[fold, int((fused.fold == fold).sum())] for fold in whole["folds"]],
         "members": own,
         "runs": rows,
         "fused": {
@@ -95,26 +79,14 @@ def summarise(
             "of": fused.about["of"],
             "weights": dict(zip(fused.about["of"], weights, strict=True)),
         },
-        "robust_classes": scoreboard.by_class_and_corruption(fused),
         "acceptance": [],
-        "advice": [
-            *(line for row in own for line in scoreboard.stored_advice(row)),
-            *(
-                line
-                for row in (rows if len(rows) == 1 else [*rows, whole])
-                for line in scoreboard.views_advice(row)
-            ),
+        "advice": scoreboard.advice(own, rows, whole),
+        "classes": [
+            {**row, "name": names[row["class_idx"]]} for row in scoreboard.per_class(fused, class_ids, counts)
         ],
+        "robust_classes": scoreboard.by_class_and_corruption(fused),
         "reliability": scoreboard.reliability(fused, t if fit_on else None, bins),
-        "confusion": mistakes.confusion(fused),
-        "confusion_by_fold": {
-            str(fold): mistakes.confusion(fused.take(np.flatnonzero(fused.fold == fold)))
-            for fold in whole["folds"]
-        },
-        "pairs": mistakes.confused_pairs(fused, t),
-        "mistakes": mistakes.worst(fused, t),
-        "right": mistakes.right(fused, t),
-        "suspects": mistakes.suspects(fused, t),
+        **mistakes.examined(fused, t),
     }
 
 
@@ -163,6 +135,11 @@ def incomplete(summary: dict[str, Any]) -> list[str]:
         for row in summary["runs"]
         if row["missing"]
     ]
+
+
+def named(folds: list[int]) -> str:
+    """fold 0, or folds 0, 2."""
+    return f"fold {folds[0]}" if len(folds) == 1 else f"folds {', '.join(map(str, folds))}"
 
 
 def _check_members(members: list[Logits]) -> None:

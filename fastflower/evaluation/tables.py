@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastflower import runs
-from fastflower.data.labels import write_csv
+from fastflower.data.tables import write_csv
 from fastflower.evaluation import figures
+from fastflower.evaluation.summary import named
 
 Row = dict[str, Any]
 Cells = list[list[int]]  # of a confusion matrix: true class_idx, predicted class_idx, images
@@ -91,11 +92,6 @@ def aligned(rows: list[list[str]]) -> str:
 
 def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def named(folds: list[int]) -> str:
-    """fold 0, or folds 0, 2."""
-    return f"fold {folds[0]}" if len(folds) == 1 else f"folds {', '.join(map(str, folds))}"
 
 
 def save(folder: Path, summary: dict[str, Any]) -> None:
