@@ -21,6 +21,7 @@ from fastflower import derived, errors, evaluate, runs, seeding
 from fastflower import recipe as recipes
 from fastflower.algorithms.unlabelled import FixMatch, weight
 from fastflower.callbacks.saving import Saving
+from fastflower.campaign import launch, plan
 from fastflower.data import unlabelled
 from fastflower.data.augment import augment
 from fastflower.data.decode import Crop, decode_train
@@ -394,6 +395,8 @@ def test_the_food_recipe_converts_trains_and_evaluates(repo, tmp_path, capsys):
         assert picture.height > 5 * 32  # two rows more: the views
     assert not evaluate.main(small)
     assert list(Path("results/results/food").glob("oof/*.npz"))
+    (task,) = plan.tasks(["food.yaml"], plan.read_words(small[1:]))
+    assert launch.Finished(1)(task), "a campaign keeps it"
 
 
 @pytest.mark.dist

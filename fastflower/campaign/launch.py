@@ -60,16 +60,18 @@ class Finished:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.manifests: dict[tuple[str, int], dict[str, Any]] = {}
+        self.manifests: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
 
     def __call__(self, task: Task) -> bool:
-        place = task.recipe.data.home, task.run.fold
+        data = task.recipe.data
+        place = data.home, task.run.fold, data.unlabelled if task.recipe.semi.enabled else ""
         if place not in self.manifests:
-            self.manifests[place] = sets.open_fold(task.recipe, task.run.fold).train.manifest
+            fold = sets.open_fold(task.recipe, task.run.fold)
+            self.manifests[place] = [beton.manifest for beton in (fold.train, fold.unlabelled) if beton]
         then = read_end(task).get("identity")
         if then is None or not task.run.files("last"):
             return False
-        now = identity(task.recipe, derive(task.recipe, self.ranks), self.manifests[place])
+        now = identity(task.recipe, derive(task.recipe, self.ranks), *self.manifests[place])
         return not differences(then, now)
 
 
