@@ -9,7 +9,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import numpy as np
 
 from fastflower import runs
 from fastflower.data import sets, spool, workers
-from fastflower.data.betons import BetonWriter, manifest_path
+from fastflower.data.betons import JPEG, RAW, BetonWriter, Picture, manifest_path
+from fastflower.data.corruptions import corrupt, image_key, jpeg_bytes
 from fastflower.data.folds import Folds
+from fastflower.data.pixels import encode_jpeg
+from fastflower.errors import EnvironmentFault
 
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
 
@@ -28,6 +31,8 @@ EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
 def new_set(home: Path) -> Iterator[Path]:
     """An empty folder in which a set grows; gone afterwards, with what is left of the old set."""
     place = _place(home)
+    if place.exists() and not place.is_dir():
+        raise EnvironmentFault(f"{home / 'betons'} is no folder; move it away, or choose another data.home")
     folder, old = _beside(place, "new"), _beside(place, "old")
     if old.exists() and not place.exists():  # killed between the two renames of `put_in_place`
         os.rename(old, place)
@@ -72,23 +77,34 @@ def write_betons(
     images: spool.Spool,
     good: np.ndarray,
     count: int,
+    meanwhile: Callable[[], object],
 ) -> None:
-    """Write the betons that the manifests describe, each by one of `count` processes."""
+    """Write the betons that the manifests describe, each by one of `count` processes; `meanwhile` is for this one.
+
+    Corrupted copies are made here: an image validates one fold, so each is made once.
+    """
+
+    def pictures(wanted: dict[str, Any], combo: list[str] | None, row: int) -> list[Picture]:
+        at = int(good[row])
+        if combo is None:
+            return images.read(at, spool.TRAIN if wanted["split"] == "train" else spool.VAL)
+        return corrupted(images.read(at, spool.PIXELS), folds.filenames[row], combo, wanted["settings"])
 
     def write(wanted: dict[str, Any]) -> None:
-        split, fold = wanted["split"], wanted["fold"]
-        rows, columns = rows_of(folds, wanted), columns_of(wanted)
-        path = folder / sets.beton_name(fold, split)
-        with BetonWriter(path, len(rows) * len(columns), images.blobs.shape[1]) as writer:
-            for column in columns:
+        rows, combos = rows_of(folds, wanted), wanted["combos"] or [None]
+        path = folder / sets.beton_name(wanted["fold"], wanted["split"])
+        with BetonWriter(path, len(rows) * len(combos), images.blobs.shape[1]) as writer:
+            for combo in combos:
                 for row in rows.tolist():
-                    writer.append(int(folds.class_idx[row]), row, *images.read(int(good[row]), column))
+                    writer.append(int(folds.class_idx[row]), row, *pictures(wanted, combo, row))
                     workers.beat()
             writer.commit(wanted)
 
-    total = sum(len(rows_of(folds, wanted)) * len(columns_of(wanted)) for wanted in manifests)
+    # the longest work first, for an even end
+    manifests = sorted(manifests, key=lambda wanted: ("val_corrupt", "train", "val").index(wanted["split"]))
+    total = sum(len(rows_of(folds, wanted)) * max(1, len(wanted["combos"])) for wanted in manifests)
     tasks = ((wanted,) for wanted in manifests)
-    for _ in workers.run(write, tasks, min(count, len(manifests)), spool.Progress("rows", total)):
+    for _ in workers.run(write, tasks, min(count, len(manifests)), spool.Progress("rows", total), meanwhile):
         pass
 
 
@@ -96,11 +112,23 @@ def rows_of(folds: Folds, wanted: dict[str, Any]) -> np.ndarray:
     return folds.train_rows(wanted["fold"]) if wanted["split"] == "train" else folds.val_rows(wanted["fold"])
 
 
-def columns_of(wanted: dict[str, Any]) -> list[int]:
-    """The columns of the spool that a beton holds, one after the other."""
-    if wanted["split"] == "val_corrupt":
-        return [spool.CORRUPT + position for position in range(len(wanted["combos"]))]
-    return [spool.TRAIN if wanted["split"] == "train" else spool.VAL]
+def corrupted(
+    pictures: list[Picture], name: str, combo: list[str], settings: dict[str, Any]
+) -> list[Picture]:
+    """The disturbed copies of a row's raw pictures, as its settings store them; the two of a pair differ."""
+    (kind, level), made = combo, []
+    for place, picture in enumerate(pictures):
+        pixels = np.frombuffer(picture.data, np.uint8).reshape(picture.height, picture.width, 3)
+        key = image_key(name if place == 0 else f"{name}:{place}")
+        data: bytes | memoryview
+        if settings["store"] == "raw":
+            mode, data = RAW, corrupt(pixels, kind, level, key).data.cast("B")
+        elif kind == "jpeg":  # a file as it is
+            mode, data = JPEG, jpeg_bytes(pixels, level)
+        else:
+            mode, data = JPEG, encode_jpeg(corrupt(pixels, kind, level, key), settings["jpeg_quality"])
+        made.append(Picture(mode, data, picture.height, picture.width))
+    return made
 
 
 def _place(home: Path) -> Path:

@@ -187,6 +187,9 @@ class BetonWriter:
             raise self._refusal(error) from None
         self._allocation[len(self._crc)] = (row, start, size)
         self._crc.append(zlib.crc32(data) if crc is None else crc)
+        if (start + size) // PAGE != self._offset // PAGE and hasattr(os, "posix_fadvise"):
+            # the disk writes while we work, and fsync finds little left to do
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._offset = start + size
         return start
 

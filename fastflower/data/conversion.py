@@ -7,6 +7,7 @@ the set in place, and exchanged for it when all of them are finished.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shutil
 import time
@@ -91,12 +92,14 @@ def convert(
             for fold in folds.numbers:
                 check_leaks(folds, fold)
             wanted = [one for one in _manifests(made, table, folds) if not assembly.keep(home, aside, one)]
-            assembly.write_betons(aside, wanted, folds, images, good, decode.cores(recipe.data.workers))
+            drawn = functools.cache(lambda: distribution(table))
+            workers = decode.cores(recipe.data.workers)
+            assembly.write_betons(aside, wanted, folds, images, good, workers, meanwhile=drawn)
         if unlabelled and not assembly.keep(home, aside, unlabelled.manifest(made)):
             _convert_unlabelled(recipe, unlabelled, made, home, aside)
         write_classes(home / "classes.csv", table)
         write_csv(home / "class_stats.csv", class_stats(table))
-        runs.write_atomic(home / "class_stats.png", distribution(table))
+        runs.write_atomic(home / "class_stats.png", drawn())
         if pairs is not None:
             write_csv(home / "duplicates.csv", pairs, PAIRS)
             save_folds(home / "folds.csv", folds)
@@ -207,7 +210,7 @@ def _encoded(
         side=made["stored_side"],
         raw=made["store"] == "raw",
         quality=made["jpeg_quality"],
-        combos=tuple((kind, level) for kind, level in made["combos"]),
+        corrupting=bool(made["combos"]),
         hashing=hashing,
     )
     images = None

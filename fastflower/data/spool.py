@@ -22,7 +22,6 @@ from PIL import Image
 
 from fastflower.data import workers
 from fastflower.data.betons import JPEG, RAW, Picture
-from fastflower.data.corruptions import corrupt, image_key, jpeg_bytes
 from fastflower.data.decode import decode_file
 from fastflower.data.duplicates import phash
 from fastflower.data.pixels import LONGEST, decode, encode_jpeg, inspect, stored, stored_size
@@ -42,7 +41,8 @@ BLOB = np.dtype(
         ("crc", "u4"),
     ]
 )
-TRAIN, VAL, CORRUPT = 0, 1, 2  # columns of Spool.blobs; corruptions from the third on
+TRAIN, VAL, PIXELS = 0, 1, 2  # columns of Spool.blobs: as trainings see it, as validation does, without loss
+COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Encoding:
     side: int
     raw: bool
     quality: int
-    combos: tuple[tuple[str, str], ...]
+    corrupting: bool  # corrupted copies will be made of the pixels of rows that may validate
     hashing: bool
 
 
 @dataclass
 class Spool:
-    """What the pass left, by row: places of the encoded images (N, count, 2 + K), content and perceptual hashes."""
+    """What the pass left, by row: places of the encoded images (N, count, 3), content and perceptual hashes."""
 
     folder: Path
     blobs: np.ndarray
@@ -115,7 +115,7 @@ def run(
     count: int,
     tell: Callable[[int], None],
 ) -> Spool:
-    """Encode every file; `validating` (bool (N,)) says which may validate and so get corrupted copies.
+    """Encode every file; `validating` (bool (N,)) says which may validate.
 
     `tell` hears of rows done.
 
@@ -125,7 +125,7 @@ def run(
     n = len(filenames)
     spool = Spool(
         Path(encoding.folder),
-        np.zeros((n, encoding.source.count, CORRUPT + len(encoding.combos)), BLOB),
+        np.zeros((n, encoding.source.count, COLUMNS), BLOB),
         [""] * n,
         np.zeros(n, np.uint64),
         np.zeros(n, bool),
@@ -148,7 +148,7 @@ def run(
 def _encode_files(encoding: Encoding, filenames: list[str], validating: list[bool]) -> _Part:
     path = _spool_path(Path(encoding.folder), os.getpid())
     n, count = len(filenames), encoding.source.count
-    part = _Part(np.zeros((n, count, CORRUPT + len(encoding.combos)), BLOB), [], [None] * n, [""] * n)
+    part = _Part(np.zeros((n, count, COLUMNS), BLOB), [], [None] * n, [""] * n)
     try:
         with open(path, "ab") as file:
             for row, (name, validates) in enumerate(zip(filenames, validating, strict=True)):
@@ -181,21 +181,15 @@ def _encode_image(
         part.hashes[row] = phash(small)
     blobs = part.blobs[row, place]
     if encoding.raw:
-        blobs[TRAIN] = blobs[VAL] = _write(file, RAW, pixels)
+        blobs[:] = _write(file, RAW, pixels)
     elif kept and isinstance(data, bytes):
-        blobs[TRAIN] = blobs[VAL] = _write(file, JPEG, pixels, data)
+        blobs[[TRAIN, VAL]] = _write(file, JPEG, pixels, data)
+        if validates and encoding.corrupting:
+            blobs[PIXELS] = _write(file, RAW, pixels)
     else:
         blobs[TRAIN] = _write(file, JPEG, pixels, encode_jpeg(pixels, encoding.quality))
         if validates:  # its pixels are never lossy a second time
-            blobs[VAL] = _write(file, RAW, pixels)
-    key = image_key(name if place == 0 else f"{name}:{place}")
-    for column, (kind, level) in enumerate(encoding.combos if validates else (), CORRUPT):
-        if kind == "jpeg" and not encoding.raw:
-            blobs[column] = _write(file, JPEG, pixels, jpeg_bytes(pixels, level))
-            continue
-        bad = corrupt(pixels, kind, level, key)
-        packed = None if encoding.raw else encode_jpeg(bad, encoding.quality)
-        blobs[column] = _write(file, RAW if encoding.raw else JPEG, bad, packed)
+            blobs[[VAL, PIXELS]] = _write(file, RAW, pixels)
     return content
 
 

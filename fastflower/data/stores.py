@@ -28,10 +28,11 @@ def choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
     n, count, held_out = len(table), fold_count(recipe), int(candidates(table, recipe).sum())
     in_use = one_raw * (n + held_out / count * kinds)
     corrupt = held_out * kinds
-    # the spool holds each image once, the betons each image once a fold
+    # the spool holds each image once, the betons each image once a fold; held-out pixels are never lossy
+    plain = (kinds > 0) if kept else 2
     disk = {
-        "raw": one_raw * (n * (count + 1) + 2 * corrupt),
-        "jpeg": one_jpeg * (n * (count + 1) + 2 * corrupt) + (0 if kept else 2 * one_raw) * held_out,
+        "raw": one_raw * (n * (count + 1) + corrupt),
+        "jpeg": one_jpeg * (n * (count + 1) + corrupt) + plain * one_raw * held_out,
     }
     store = recipe.data.store
     why = "as data.store says"

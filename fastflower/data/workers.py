@@ -34,15 +34,21 @@ def beat(items: int = 1) -> None:
 
 
 def run(
-    work: Callable[..., T], tasks: Iterator[tuple[Any, ...]], count: int, tell: Callable[[int], None]
+    work: Callable[..., T],
+    tasks: Iterator[tuple[Any, ...]],
+    count: int,
+    tell: Callable[[int], None],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[T]:
     """`work(*task)` of every task, in order, by `count` processes with a bounded number of tasks under way.
 
-    `tell` hears how many items have had their beat. An exception of `work` is raised here. EnvironmentFault when a
-    worker dies, or when no item is done for PATIENCE seconds.
+    `tell` hears how many items have had their beat; `meanwhile` is a piece of work for this process, which would only
+    wait. An exception of `work` is raised here. EnvironmentFault when a worker dies, or when no item is done for
+    PATIENCE seconds.
     """
     _done.value = 0
     if count <= 1:
+        meanwhile()
         for task in tasks:
             yield work(*task)
             tell(_done.value)
@@ -51,6 +57,7 @@ def run(
     pool = ProcessPoolExecutor(count, _fork, _start, (os.getpid(), work))
     try:
         waiting = deque(pool.submit(_call, *task) for task in itertools.islice(tasks, 2 * count + 2))
+        meanwhile()
         while waiting:
             yield _result(pool, waiting.popleft(), tell)
             waiting.extend(pool.submit(_call, *task) for task in itertools.islice(tasks, 1))
