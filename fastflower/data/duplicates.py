@@ -1,11 +1,13 @@
 """Near-duplicate images: perceptual hashes or embeddings, and groups of rows that must never straddle folds.
 
 The hash is the 64-bit DCT hash of the imagehash library. Grouping is exact for a Hamming threshold t: two
-hashes at most t bits apart agree in at least one of t + 1 bands of bits, so only pairs within a band are compared.
+hashes at most t bits apart agree in at least k of t + k bands of bits, so only hashes that share k bands are compared.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 
 import imagehash
@@ -18,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 BITS = 64
 SMALLEST = 32  # the hash's own side: below it, a picture is enlarged and few of its bits mean anything
 FLAT = 4.0  # grey-value deviation below which an image has no structure to compare
+SORT = 100  # comparisons that take as long as sorting a hash
 BLOCK = 1024  # rows of embeddings compared at once with as many
 PATIENCE = 60.0  # seconds that hashing may take before data.group=auto leaves it out
 
@@ -59,7 +62,8 @@ def join(content: list[str], rows: np.ndarray, families: np.ndarray, largest: in
     `rows`. A near-duplicate group with more than `largest` rows is none (no fold could hold it): it falls back to
     equal bytes.
     """
-    same = np.unique(np.array(content), return_inverse=True)[1]
+    ids: dict[str, int] = {}
+    same = np.array([ids.setdefault(one, len(ids)) for one in content], np.int64)
     near = same.copy()
     if len(rows):
         near = _join(same, rows, families)
@@ -69,18 +73,31 @@ def join(content: list[str], rows: np.ndarray, families: np.ndarray, largest: in
 
 
 def components(hashes: np.ndarray, threshold: int) -> np.ndarray:
-    """Connected components of distinct hashes, joined where at most `threshold` bits differ: int64 (N,)."""
-    edges = [np.zeros((0, 2), np.int64)]
-    bounds = np.linspace(0, BITS, threshold + 2).astype(int)
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0, True])
-        edges.append(order[_pairs(hashes[order], starts, threshold)])
-    pairs = np.concatenate(edges)
-    n = len(hashes)
-    graph = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    """Connected components of distinct hashes, joined where at most `threshold` bits differ: int64 (N,).
+
+    Memory is that of a few columns of the hashes, whatever is found.
+    """
+    parent = np.arange(len(hashes))
+    for mask in _masks(threshold, len(hashes)):
+        order = np.argsort(hashes & mask, kind="stable")
+        _unite(parent, order, hashes[order], mask, threshold)
+    while (parent[parent] != parent).any():
+        parent = parent[parent]
+    return np.unique(parent, return_inverse=True)[1]
+
+
+def _masks(threshold: int, n: int) -> list[np.uint64]:
+    """Every choice of k among threshold + k bands, as bits; k is what costs n spread-out hashes least."""
+
+    def cost(
+        k: int,
+    ) -> float:  # a hash is sorted in, which is as long as SORT comparisons, and compared with its like
+        return math.comb(threshold + k, k) * (SORT + n / 2 ** (BITS * k / (threshold + k)))
+
+    k = min(range(1, 5), key=cost)
+    bounds = np.linspace(0, BITS, threshold + k + 1).astype(int).tolist()
+    bands = [(1 << high) - (1 << low) for low, high in itertools.pairwise(bounds)]
+    return [np.uint64(sum(some)) for some in itertools.combinations(bands, k)]
 
 
 def similar(vectors: np.ndarray, cosine: float) -> np.ndarray:
@@ -107,34 +124,32 @@ def distance(a: int, b: int) -> int:
 
 
 @numba.njit(cache=True)
-def _close(x, y, threshold):  # type: ignore[no-untyped-def]
-    z = x ^ y
-    bits = 0
-    while z != 0 and bits <= threshold:
-        z &= z - np.uint64(1)
-        bits += 1
-    return bits <= threshold
+def _unite(parent, order, hashes, mask, threshold):  # type: ignore[no-untyped-def]
+    """Join the close ones among hashes that agree under the mask and so lie side by side."""
+    for i in range(len(hashes)):
+        j = i + 1
+        while j < len(hashes) and (hashes[i] ^ hashes[j]) & mask == 0:
+            if _ones(hashes[i] ^ hashes[j]) <= threshold:
+                one, other = _root(parent, order[i]), _root(parent, order[j])
+                parent[max(one, other)] = min(one, other)
+            j += 1
 
 
 @numba.njit(cache=True)
-def _pairs(hashes, starts, threshold):  # type: ignore[no-untyped-def]
-    """Positions of the close pairs inside each run hashes[starts[k]:starts[k + 1]]: int64 (M, 2).
+def _root(parent, row):  # type: ignore[no-untyped-def]
+    while parent[row] != row:
+        parent[row] = parent[parent[row]]
+        row = parent[row]
+    return row
 
-    Twice the work (count, then fill) is cheaper than a list that grows.
-    """
-    pairs = np.empty((0, 2), np.int64)
-    for fill in range(2):
-        found = 0
-        for k in range(len(starts) - 1):
-            for i in range(starts[k], starts[k + 1]):
-                for j in range(i + 1, starts[k + 1]):
-                    if _close(hashes[i], hashes[j], threshold):
-                        if fill == 1:
-                            pairs[found, 0], pairs[found, 1] = i, j
-                        found += 1
-        if fill == 0:
-            pairs = np.empty((found, 2), np.int64)
-    return pairs
+
+@numba.njit(cache=True)
+def _ones(x):  # type: ignore[no-untyped-def]
+    """The number of bits set, in the form that LLVM knows for one instruction."""
+    x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
 def _join(same: np.ndarray, rows: np.ndarray, families: np.ndarray) -> np.ndarray:
