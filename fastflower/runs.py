@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,15 +139,22 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a small file so that readers see the old content or the new, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name under which to write a file that readers see as it was or whole, never a part; in place at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
     try:
-        aside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        yield aside
         replace_atomic(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a small file so that readers see the old content or the new, never a part."""
+    with replacing(path) as aside:
+        aside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -146,8 +146,8 @@ def _convert_unlabelled(
         ) as writer:
             for position, row in enumerate(good):
                 writer.append(-1, position, *images.read(row, spool.TRAIN))
-            rows = [{"filename": found.names[row], "sha256": images.sha256[row]} for row in good]
-            write_csv(home / "unlabelled.csv", rows)
+            rows = ({"filename": found.names[row], "sha256": images.sha256[row]} for row in good)
+            write_csv(home / "unlabelled.csv", rows, ("filename", "sha256"))
             writer.commit(found.manifest(made))
 
 
@@ -278,8 +278,8 @@ def _refuse(rows: list[tuple[str, str, str]], of: int, home: Path, remedy: str) 
 
 def _new_folds(
     recipe: Recipe, table: LabelTable, images: spool.Spool, good: np.ndarray, embed: Embed | None
-) -> tuple[Folds, list[dict[str, str]]]:
-    """Group, split, and say what was found: the folds, and the pairs of duplicates.csv."""
+) -> tuple[Folds, Iterator[dict[str, str]]]:
+    """Group, split, and say what was found: the folds, and the rows of duplicates.csv as they are asked for."""
     content = [images.sha256[row] for row in good]
     hashes, hashed = images.hashes[good], images.hashed[good]
     largest = max(2, len(table) // recipe.data.n_splits)
@@ -293,22 +293,27 @@ def _new_folds(
         groups = duplicates.group(content, hashes, hashed, recipe.data.group_threshold, largest)
     fold = make_folds(table, groups, recipe)
     folds = Folds(table.filenames, table.category_ids, table.class_idx, fold, groups, content)
-    pairs = _pairs(folds, hashes, hashed, vectors)
-    same = [pair for pair in pairs if pair["identical"] == "yes"]
-    conflicts = [pair for pair in same if pair["category_id"] != pair["other_category_id"]]
-    if pairs:
+    first = np.unique(groups, return_index=True)[1][groups]
+    copies = np.flatnonzero(first != np.arange(len(groups)))
+    conflicts = [
+        row
+        for row in copies.tolist()
+        if content[row] == content[first[row]] and table.class_idx[row] != table.class_idx[first[row]]
+    ]
+    if len(copies):
         print(
-            f"{len(pairs)} images are copies or near-copies of another and share its fold: "
+            f"{len(copies)} images are copies or near-copies of another and share its fold: "
             f"{Path(recipe.data.home) / 'duplicates.csv'}"
         )
     if conflicts:
-        one, other = shown(conflicts[0]["filename"]), shown(conflicts[0]["other"])
+        one, other = (shown(table.filenames[row]) for row in (conflicts[0], first[conflicts[0]]))
         print(
             f"warning: {len(conflicts)} images are another's bytes with another label, such as {one} and {other}"
         )
     for line in rare_classes(folds, table):
         print(f"warning: {line}")
-    return folds, pairs
+    cosines = None if vectors is None else (vectors[copies] * vectors[first[copies]]).sum(1)
+    return folds, _pairs(folds, copies, first[copies], hashes, hashed, cosines)
 
 
 PAIRS = (
@@ -324,21 +329,20 @@ PAIRS = (
 
 
 def _pairs(
-    folds: Folds, hashes: np.ndarray, hashed: np.ndarray, vectors: np.ndarray | None
-) -> list[dict[str, str]]:
+    folds: Folds,
+    copies: np.ndarray,
+    others: np.ndarray,
+    hashes: np.ndarray,
+    hashed: np.ndarray,
+    cosines: np.ndarray | None,
+) -> Iterator[dict[str, str]]:
     """Each row of a group beside the group's first: names, labels, distance of hashes or cosine of embeddings."""
-    first: dict[int, int] = {}
-    pairs = []
-    for row, group in enumerate(folds.group.tolist()):
-        one = first.setdefault(group, row)
-        if one == row:
-            continue
+    for at, (row, one) in enumerate(zip(copies.tolist(), others.tolist(), strict=True)):
         apart = str(duplicates.distance(hashes[one], hashes[row])) if hashed[one] and hashed[row] else ""
         identical = "yes" if folds.sha256[one] == folds.sha256[row] else "no"
         names = (folds.filenames[row], folds.category_ids[row], folds.filenames[one], folds.category_ids[one])
-        cosine = "" if vectors is None else f"{vectors[one] @ vectors[row]:.4f}"
-        pairs.append(dict(zip(PAIRS, (str(group), *names, apart, identical, cosine), strict=True)))
-    return pairs
+        cosine = "" if cosines is None else f"{cosines[at]:.4f}"
+        yield dict(zip(PAIRS, (str(folds.group[row]), *names, apart, identical, cosine), strict=True))
 
 
 def _refuse_changed(folds: Folds, images: spool.Spool, home: Path) -> None:

@@ -116,7 +116,7 @@ def save_folds(path: Path, folds: Folds) -> None:
     if path.exists():
         raise InputError(f"{path} exists and is only ever read; move it away to make new folds")
     columns = (folds.filenames, folds.category_ids, folds.class_idx, folds.fold, folds.group, folds.sha256)
-    rows = [dict(zip(COLUMNS, map(str, row), strict=True)) for row in zip(*columns, strict=True)]
+    rows = (dict(zip(COLUMNS, map(str, row), strict=True)) for row in zip(*columns, strict=True))
     write_csv(path, rows, COLUMNS)
 
 
@@ -201,7 +201,7 @@ def check_leaks(folds: Folds, fold: int) -> None:
 
 def write_skipped(path: Path, rows: list[tuple[str, str, str]]) -> None:
     """A list of (filename, category_id, reason)."""
-    write_csv(path, [dict(zip(SKIPPED, row, strict=True)) for row in rows], SKIPPED)
+    write_csv(path, (dict(zip(SKIPPED, row, strict=True)) for row in rows), SKIPPED)
 
 
 def _skipped(home: Path) -> set[str]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastflower.errors import InputError
-from fastflower.runs import write_atomic
+from fastflower.runs import replacing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 Names = dict[str, dict[str, str]]  # column -> category_id -> name
@@ -112,13 +113,21 @@ def image_files(root: Path) -> list[str]:
     return [str(file.relative_to(root)) for file in files]
 
 
-def write_csv(path: Path, rows: list[dict[str, str]], columns: tuple[str, ...] = ()) -> None:
-    """A table of text as UTF-8, atomically; file names that are not UTF-8 keep their bytes."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns or tuple(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+def write_csv(path: Path, rows: Iterable[dict[str, str]], columns: tuple[str, ...] = ()) -> None:
+    """A table of text as UTF-8, atomically; file names that are not UTF-8 keep their bytes.
+
+    Without `columns` they are those of the first row; with them, rows may come one by one and are not kept.
+    """
+    if not columns:
+        rows = list(rows)
+        columns = tuple(rows[0])
+    with (
+        replacing(path) as aside,
+        open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
