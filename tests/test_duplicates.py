@@ -31,8 +31,32 @@ def test_components_equal_brute_force(threshold: int) -> None:
     close = np.bitwise_count(hashes[:, None] ^ hashes[None, :]) <= threshold
     want = connected_components(close, directed=False)[1]
     got = duplicates.components(hashes, threshold)
-    assert np.array_equal(got[:, None] == got[None, :], want[:, None] == want[None, :])
+    assert same_partition(got, want)
     assert threshold < 4 or len(np.unique(got)) < len(hashes)
+
+
+@pytest.mark.parametrize("threshold", [2, 4, 7, 8])
+def test_planted_neighbours_are_found_among_many(threshold: int) -> None:
+    """Brute force over 6000 hashes, for every number of bands that hashes must share."""
+    rng = np.random.default_rng(threshold)
+    hashes = rng.integers(0, 2**64, 6000, dtype=np.uint64)
+    for row in range(500):  # each a random number of bits from another, up to one too many
+        bits = rng.choice(64, rng.integers(1, threshold + 2), replace=False).astype(np.uint64)
+        hashes[row] = hashes[1000 + row] ^ np.bitwise_or.reduce(np.uint64(1) << bits)
+    hashes = rng.permutation(np.unique(hashes))
+    apart = (np.bitwise_count(hashes[at : at + 1000, None] ^ hashes) for at in range(0, len(hashes), 1000))
+    close = np.concatenate([some <= threshold for some in apart])
+    want = connected_components(close, directed=False)[1]
+    for k in (1, 2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(duplicates, "SHARED", (k,))
+            assert same_partition(duplicates.components(hashes, threshold), want)
+    assert 300 < len(hashes) - want.max() - 1 < 500
+
+
+def same_partition(one: np.ndarray, other: np.ndarray) -> bool:
+    pairs = len(np.unique(np.stack([one, other]), axis=1).T)
+    return pairs == len(np.unique(one)) == len(np.unique(other))
 
 
 def test_phash_is_imagehash_and_survives_resizing_and_encoding() -> None:

@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 BITS = 64
 SMALLEST = 32  # the hash's own side: below it, a picture is enlarged and few of its bits mean anything
 FLAT = 4.0  # grey-value deviation below which an image has no structure to compare
+SHARED = (1, 2, 3, 4)  # bands that two hashes must have in common to be compared
 SORT = 100  # comparisons that take as long as sorting a hash
 BLOCK = 1024  # rows of embeddings compared at once with as many
 PATIENCE = 60.0  # seconds that hashing may take before data.group=auto leaves it out
@@ -94,7 +95,7 @@ def _masks(threshold: int, n: int) -> list[np.uint64]:
     ) -> float:  # a hash is sorted in, which is as long as SORT comparisons, and compared with its like
         return math.comb(threshold + k, k) * (SORT + n / 2 ** (BITS * k / (threshold + k)))
 
-    k = min(range(1, 5), key=cost)
+    k = min(SHARED, key=cost)
     bounds = np.linspace(0, BITS, threshold + k + 1).astype(int).tolist()
     bands = [(1 << high) - (1 << low) for low, high in itertools.pairwise(bounds)]
     return [np.uint64(sum(some)) for some in itertools.combinations(bands, k)]
