@@ -87,6 +87,35 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
     assert [path.name for path in runs.MODELS.iterdir() if path.name.startswith(".")] == []
 
 
+def test_images_that_came_as_numbers_are_handed_in_too(capsys):
+    rng = np.random.default_rng(0)
+    images = np.kron(rng.integers(0, 256, (24, 5, 7), dtype=np.uint8), np.ones((1, 8, 8), np.uint8))
+    np.savez("digits.npz", x=images, y=np.arange(24) % 3)
+    words = [*WORDS, "data.root=digits.npz", "tta.scales=[32]"]
+    convert.main(words)
+    members = [make_member(fold) for fold in (0, 1)]
+    export.main(words)
+    said = capsys.readouterr().out
+    assert said.count("passed") == 7 and "FAILED" not in said and "0 of 255 on 24 photographs" in said
+    found = gates.held_out(Path("held out"), load(None, words), bundle.load_members(members, "fp16"))
+    for file, row in zip(found.files, found.index, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), images[row])
+
+
+def test_photographs_of_data_val_are_handed_in_from_there():
+    for number in range(9):
+        folder = Path("train" if number < 6 else "val", "ab"[number % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.jpg")
+    words = [*WORDS, "data.root=train", "data.val=val"]
+    convert.main(words)
+    member = types.SimpleNamespace(meta={"fold": 0})
+    found = gates.held_out(Path("held out"), load(None, words), [member])
+    want = {path.read_bytes() for path in Path("val").rglob("*.jpg")}
+    assert {file.read_bytes() for file in found.files} == want and len(want) == 3
+
+
 def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
     export.main([*WORDS, "tta.scales=[32]"])
     half = sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*"))

@@ -1,7 +1,7 @@
 """What a bundle must pass before it is put in place: size, a bare run, parity with the trainer, scores, latency.
 
 The predictor itself is run, as a process from a copy in another folder (`bare.py`), on the original files of
-photographs that the members validated on.
+photographs that the members validated on; on PNGs where these came as numbers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from fastflower import checkpoint, runs, scores
-from fastflower.data import pixels, sets
+from fastflower.data import pixels, sets, sources
 from fastflower.data.betons import Beton, BetonWriter, open_beton
 from fastflower.data.decode import decode_eval
 from fastflower.evaluation import bare
@@ -49,7 +50,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Photographs:
-    """Original files of validation images: class_idx, row of folds.csv and fold of each, int64 (n,)."""
+    """Files of validation images, as they were given: class_idx, row of folds.csv and fold of each, int64 (n,)."""
 
     files: list[Path]
     class_idx: np.ndarray
@@ -79,7 +80,7 @@ def check(
     gates = [Gate("size", f"{size:.1f} MB", f"<= {recipe.bundle.max_mb:g} MB", size <= recipe.bundle.max_mb)]
     with tempfile.TemporaryDirectory(prefix="hand-in-") as temporary:
         place = Path(temporary)
-        photographs = held_out(recipe, members)
+        photographs = held_out(place / "photographs", recipe, members)
         betons = written(place, bundle, photographs)
         expected = trainer_logits(bundle, members, betons, len(photographs))
         photographs = photographs.first(len(expected))
@@ -107,16 +108,27 @@ def check(
     return gates, lines
 
 
-def held_out(recipe: Recipe, members: list[Member]) -> Photographs:
-    """Photographs spread evenly over the validation parts of the members' folds, folds and classes mixed."""
+def held_out(place: Path, recipe: Recipe, members: list[Member]) -> Photographs:
+    """Photographs spread evenly over the validation parts of the members' folds, folds and classes mixed.
+
+    Their files are copied to a new folder; images that come as numbers become PNGs of the same pixels.
+    """
     folds = sorted({int(member.meta["fold"]) for member in members})
+    source = sources.open_labelled(recipe).source
+    place.mkdir()
     found = []
     for fold in folds:
         opened = sets.open_fold(recipe, fold)
         share = min(opened.val.rows, max(1, MOST_ROWS // len(folds)))
         for row in np.linspace(0, opened.val.rows - 1, share).astype(int).tolist():
             index = int(opened.val.index[row])
-            file = Path(recipe.data.root) / opened.folds.filenames[index]
+            name = opened.folds.filenames[index]
+            image = source.read(name, 0)
+            file = place / f"{index}{Path(name).suffix if isinstance(image, bytes) else '.png'}"
+            if isinstance(image, bytes):
+                file.write_bytes(image)
+            else:
+                Image.fromarray(image).save(file)
             found.append((file, int(opened.val.labels[row]), index, fold))
     found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
     files, *numbers = zip(*found, strict=True)
