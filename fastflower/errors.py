@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -36,8 +37,13 @@ class Diverged(InputError):
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's `main(argv)` as a process: one line on stderr and an exit code instead of a traceback.
 
-    Under a launcher every rank meets the same bad input; only the first says so.
+    Under a launcher every rank meets the same bad input; only the first says so. What a console cannot show is
+    escaped; a closed one hears nothing.
     """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
     except InputError as error:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import io
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +76,71 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused() -> None:
     project({"bad.jpg": bytes(data)})
     with pytest.raises(InputError, match=r"1 of 9 images cannot be used: bad.jpg cannot be decoded"):
         run()
+
+
+# 16 x 16 pixels in arithmetic coding, by libjpeg-turbo
+ARITHMETIC = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBk"
+    "eFxlZ2P/2wBDARESEhgVGC8aGi9jQjhCY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2P/yQARCAAQABAD"
+    "ASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD/AGYIOabr4brQ6LoZdLuq8yJ2VJyijndA/9k="
+)
+
+
+def test_every_kind_of_jpeg_that_libjpeg_reads_is_stored() -> None:
+    files = {
+        "progressive.jpg": jpeg(picture(20, (16, 14)), progressive=True),
+        "cmyk.jpg": jpeg(picture(21, (16, 14)).convert("CMYK"), progressive=True),
+        "arithmetic.jpg": ARITHMETIC,
+    }
+    project(files)
+    run("data.store=raw", "data.group=none")
+    seen = set()
+    for fold in (0, 1):
+        opened = sets.open_fold(recipe.load(None, WORDS), fold)
+        for row, index in enumerate(opened.val.index):
+            name = opened.folds.filenames[index]
+            if name in files:
+                seen.add(name)
+                want = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
+                assert np.array_equal(opened.val.row(row).reshape(want.shape), want)
+    assert seen == set(files)
+
+
+@pytest.mark.parametrize(
+    ("start", "bits", "said"),
+    [
+        (0xC1, 12, "is no image of JPEG, .*, but a JPEG with a broken header or other than 8 bits a colour"),
+        (0xC3, 8, r"cannot be decoded \(Unsupported JPEG process: SOF type 0xc3\)"),  # lossless
+        (0xC5, 8, r"cannot be decoded \(Unsupported JPEG process: SOF type 0xc5\)"),  # hierarchical
+    ],
+)
+def test_other_kinds_of_jpeg_are_named(start: int, bits: int, said: str) -> None:
+    data = bytearray(jpeg(picture(1)))
+    at = data.index(b"\xff\xc0")
+    data[at + 1], data[at + 4] = start, bits
+    project({"odd.jpg": bytes(data)})
+    with pytest.raises(InputError, match=rf"1 of 9 images cannot be used: odd.jpg {said}"):
+        run()
+
+
+def test_consoles_that_show_little_change_nothing(repo: Path) -> None:
+    project({"花.jpg": jpeg(picture(30)), "草.jpg": jpeg(picture(30))})
+    words = [sys.executable, "-m", "fastflower.convert", *WORDS]
+    plain = {
+        **os.environ,
+        "PYTHONPATH": str(repo),
+        "LC_ALL": "C",
+        "COLUMNS": "20",
+        "PYTHONIOENCODING": "ascii",
+    }
+    said = subprocess.run(words, env=plain, capture_output=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    assert b"another's bytes with another label, such as \\u8349.jpg and \\u82b1.jpg" in said.stdout
+    closed = shlex.join([*words, "data.home=other"]) + " >&-"
+    done = subprocess.run(["sh", "-c", closed], env=plain, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    for path in (*Path("data/betons").iterdir(), Path("data/folds.csv"), Path("data/duplicates.csv")):
+        assert path.read_bytes() == Path("other", path.relative_to("data")).read_bytes()
 
 
 def test_every_cut_of_a_jpeg_is_refused_by_the_decoder() -> None:

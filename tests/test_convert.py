@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -408,10 +410,42 @@ def test_hashing_is_left_out_when_it_takes_long(
     assert "hashing takes about 600 s: left out; data.group=phash looks for them" in capsys.readouterr().out
 
 
-def test_a_place_that_cannot_be_written(photographs: dict[str, bytes]) -> None:
+def test_a_place_that_cannot_be_written_is_said_before_an_image_is_read(
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "read_bytes", lambda path: pytest.fail("read an image"))
     Path("file").write_text("")
-    with pytest.raises(EnvironmentFault, match=r"data.home = file: cannot write there"):
-        run("data.home=file")
+    for home in ("file", "file/below"):
+        with pytest.raises(
+            EnvironmentFault, match=rf"data.home = {home}: cannot write there \(.*\); choose another"
+        ):
+            run(f"data.home={home}")
+    Path("data/betons").write_text("")
+    with pytest.raises(EnvironmentFault, match=r"data/betons is no folder; move it away"):
+        run()
+    Path("data/betons").unlink()
+    Path("data/betons").symlink_to("/nowhere/flowers")
+    with pytest.raises(
+        EnvironmentFault, match=r"data.home = data: No such file .*; make room there, or choose"
+    ):
+        run()
+    real: Callable[..., int] = os.open
+
+    def read_only(path: Any, flags: int, *more: int, **others: Any) -> int:
+        if flags & os.O_CREAT and "data/" in os.fspath(path):
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        return real(path, flags, *more, **others)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(
+        EnvironmentFault, match=r"data.home = data: cannot write there \(Read-only file system\)"
+    ):
+        run()
+
+
+def test_a_home_that_is_missing_is_made(photographs: dict[str, bytes]) -> None:
+    run("data.home=some/where/new", "robust.enabled=false")
+    assert len(snapshot("some/where/new")) > 6
 
 
 def limited(size: int) -> Callable[[], None]:
@@ -560,6 +594,42 @@ def test_betons_may_be_a_link_to_another_disk(photographs: dict[str, bytes]) -> 
         assert Path("data/betons").is_symlink()
         assert Path("fast/flowers/fold0_train.beton").is_file()
     assert [path.name for path in Path("fast").iterdir()] == ["flowers"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_the_old_set_and_no_workers(
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+) -> None:
+    run(*SMALLER)
+    old, changed = snapshot(), [*SMALLER, "robust.level=medium", "data.workers=2"]
+    started, real = os.pipe(), spool.inspect
+    monkeypatch.setattr(spool, "CHUNK", 4)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(
+            spool,
+            "inspect",
+            lambda data: (os.write(started[1], b"%d " % os.getpid()), time.sleep(0.3), real(data))[2],
+        )
+        try:
+            run(*changed)
+        except KeyboardInterrupt:
+            os._exit(130)
+        finally:
+            os._exit(1)
+    first = int(os.read(started[0], 64).split()[0])
+    os.kill(child, sent)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (130 if sent == signal.SIGINT else -sent)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{first}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{first}").exists()
+    assert snapshot() == old
+    run(*changed)
+    run(*changed, "data.home=want")
+    assert snapshot() == snapshot("want") != old
+    assert not list(Path("data").glob(".betons.*"))
 
 
 def test_sigkill_while_encoding_leaves_nothing_behind(

@@ -185,7 +185,9 @@ def _locked(home: Path) -> Iterator[None]:
             raise
         except OSError as error:
             what = f"{error.strerror} ({error.filename})"
-            raise EnvironmentFault(f"data.home = {home}: {what}; make room there") from None
+            raise EnvironmentFault(
+                f"data.home = {home}: {what}; make room there, or choose another data.home"
+            ) from None
     finally:
         os.close(handle)
 

@@ -44,6 +44,7 @@ STRANGERS = (
     (b"MM\0*", "a TIFF"),
     (b"8BPS", "a Photoshop file"),
     (b"PK\3\4", "a zip archive"),
+    (b"\xff\xd8", "a JPEG with a broken header or other than 8 bits a colour"),
 )
 
 
