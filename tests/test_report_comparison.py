@@ -330,6 +330,16 @@ def test_the_draft_s_figures_say_what_was_logged(compared: Compared) -> None:
     for said, chart in figures.items():
         for label in re.findall(r"[.;] ([^:;]+): ", said):
             check_words(said, label, {row["epoch"]: logged(row, chart, label) for row in rows})
+    together = dict(re.findall(r"!\[(.*?)\]\(figures/together-(\w+)\.png\)", text))
+    assert len(together) == (3 if 1 < len(data.trainings) <= 12 else 0)
+    for said, stem in together.items():
+        labels = re.findall(r"[.;] ([^:;]+): ", said)
+        for label, (backbone, fold, seed) in zip(labels, data.trainings, strict=True):
+            better = {
+                row["epoch"]: max(row[f"{stem}_raw"], row[f"{stem}_ema"])
+                for row in data.epochs(backbone, seed, fold)
+            }
+            check_words(said, label, better)
     named = re.findall(r"\]\((figures/[^)]+)\)", text)
     assert all((data.folder / name).read_bytes().startswith(b"\x89PNG") for name in named)
     assert len(named) >= 9

@@ -15,7 +15,7 @@ from fastflower.evaluation import comparison, curves, figures, page
 from fastflower.evaluation.experiments import Experiment
 from fastflower.evaluation.figures import Chart
 
-CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the page has the rest
+CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the page has those of the others
 MOST = {"members": 15, "changes": 25, "facts": 20, "others": 10}  # rows of a table, for ten pages in all
 
 
@@ -29,9 +29,11 @@ def write(folder: Path, found: Experiment, experiments: list[Experiment]) -> Pat
     ]
     if fused["corrupted"]:
         charts.append(figures.robustness(fused["corrupted"], fused["single"]["top1"]))
-    training = [chart for run in curves.training(found.events)[:1] for chart in run.charts]
-    training = [chart for chart in training if chart.name.split("-", 1)[1] in CURVES]
-    for chart in [*charts, *training]:
+    runs_of = curves.training(found.events)
+    first = [chart for run in runs_of[:1] for chart in run.charts if chart.name.split("-", 1)[1] in CURVES]
+    together = comparison.charts(curves.apart(found.events), "together")
+    training = {"All runs": together, **({runs_of[0].label: first} if runs_of else {})}
+    for chart in [*charts, *together, *first]:
         runs.write_atomic(folder / "figures" / f"{chart.name}.png", chart.png())
     text = _environment().get_template("report.md.j2").render(_content(found, experiments, charts, training))
     runs.write_atomic(folder / "report.md", text)
@@ -39,7 +41,7 @@ def write(folder: Path, found: Experiment, experiments: list[Experiment]) -> Pat
 
 
 def _content(
-    found: Experiment, experiments: list[Experiment], charts: list[Chart], training: list[Chart]
+    found: Experiment, experiments: list[Experiment], charts: list[Chart], training: dict[str, list[Chart]]
 ) -> dict[str, Any]:
     others = [other.scores for other in experiments if other.name != found.name]
     return {

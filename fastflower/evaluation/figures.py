@@ -145,7 +145,9 @@ def rate_chart(
 
 def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
     """Curves over epochs, their names below; `borders` are the first epochs of the later image sizes."""
-    columns = 4 if max(map(len, lines.series)) < 12 else 3
+    columns = max(
+        1, min(4, int(324 // (28 + 4.2 * max(map(len, lines.series)))))
+    )  # points, of 8.5 point type
     named = len(lines.series) > 1
     rows = -(-len(lines.series) // columns) if named else 0
     with matplotlib.rc_context(STYLE):

@@ -34,7 +34,8 @@ def experiment(found: Experiment) -> str:
         "views": len(scores["members"][0]["views"]),
         "view_names": view_names(scores["members"][0]["views"]),
         "confusions": confusions(scores),
-        "wrong": sum(count for true, guess, count in scores["confusion"] if true != guess),
+        "crossed": sum(true != guess for true, guess, _ in scores["confusion"]),
+        "wrong": len(scores["wrong"]),
         "shown": {
             key: min(SHOWN[key], len(rows))
             for key, rows in (
