@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score
 
-from fastflower import checkpoint, evaluate, recipe, runs, seeding
+from fastflower import checkpoint, evaluate, recipe, report, runs, seeding
 from fastflower.data import sets
 from fastflower.data.conversion import convert
 from fastflower.data.labels import read_labels
@@ -154,6 +157,29 @@ def test_both_folds_and_backbones_become_scores_json(place: Path, capsys: pytest
     again = json.loads((folder / "scores.json").read_text())
     assert again["confusion"] == json.loads(before)["confusion"]
     assert again["fused"]["clean"]["nll"] == pytest.approx(found["fused"]["clean"]["nll"], abs=1e-5)
+
+
+def test_the_page_shows_the_photographs_it_speaks_of(place: Path) -> None:
+    member(0)
+    member(1)
+    evaluate.main(WORDS)
+    settings = recipe.load(None, WORDS)
+    runs.write_atomic(runs.RESULTS / "tiny" / "meta" / "recipe.yaml", recipe.to_yaml(settings))
+    report.main(["tiny"])
+    html = (runs.RESULTS / "tiny" / "report.html").read_text(encoding="utf-8")
+    shown = html.partition('id="mistakes-list"')[2].partition("</ul></section>")[0]
+    pattern = r'<figure><img src="data:image/jpeg;base64,([^"]+)".*?<small>([^<]+)</small></figcaption>'
+    found = re.findall(pattern, shown, flags=re.S)
+    assert len(found) > 10  # an untrained network is wrong about two of three
+    for data, name in found:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=float)
+        own = by_pillow(name, 144, 1.0, "bicubic")[0].permute(1, 2, 0).numpy()
+        assert pixels.shape == own.shape and np.abs(pixels - own).mean() < 12, name  # of 255, noise in a JPEG
+    samples = re.search(r'<section id="samples".*?</section>', html, flags=re.S)[0]
+    assert "training images of fold 0: as stored" in samples and "at 32 × 32 pixels" in samples
+    titles = re.findall(r"<h3>(.*?)</h3>", samples)
+    assert titles == ["Stored", "Epoch 1", "Epoch 2", "MixUp", "CutMix"] and samples.count("<img") == 5 * 6
+    assert not re.search(r'<span class="nopic">', html)
 
 
 def test_a_missing_fold_is_said_and_never_filled_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
