@@ -7,10 +7,9 @@ already and still fits is kept: folds.csv is made once, and a second run has not
 from __future__ import annotations
 
 from fastflower import derived, errors
-from fastflower.data.conversion import Converted, convert
+from fastflower.data.conversion import Converted, Embed, convert
 from fastflower.data.labels import check_num_classes, describe, read_labels, remarks
-from fastflower.model.embeddings import embedder
-from fastflower.recipe import parse_command
+from fastflower.recipe import Recipe, parse_command
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +20,7 @@ def main(argv: list[str]) -> int:
     for notice in (*table.notices, *check_num_classes(recipe, table), *remarks(table)):
         print(f"note: {notice}")
     print(describe(table))
-    print(closing(recipe.data.home, convert(recipe, table, embedder)))
+    print(closing(recipe.data.home, convert(recipe, table, _embedder)))
     return 0
 
 
@@ -38,6 +37,14 @@ def closing(home: str, made: Converted) -> str:
         f"{made.bytes_on_disk / 1e6:.0f} MB in {home}/betons, {made.seconds:.1f} s"
     )
     return "\n".join(lines)
+
+
+def _embedder(recipe: Recipe) -> Embed:
+    from fastflower.model.embeddings import (
+        embedder,
+    )  # torch and timm take seconds, and few conversions need them
+
+    return embedder(recipe)
 
 
 if __name__ == "__main__":

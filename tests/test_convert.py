@@ -148,6 +148,13 @@ def test_each_file_is_read_once_and_encoded_once(
     assert not list(Path("data/betons").glob("*val_corrupt*"))
 
 
+def test_convert_starts_without_what_takes_long_to_import(environment: dict[str, str]) -> None:
+    heavy = "{'torch', 'timm', 'composer', 'ffcv', 'numba', 'matplotlib', 'sklearn', 'pandas'}"
+    code = f"import sys, fastflower.convert; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    assert done.stdout == b"set()\n"
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_bytes_do_not_depend_on_workers_or_on_the_order_of_labels(
     photographs: dict[str, bytes], workers: int

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from fastflower.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROWS = 4096  # converted at a time, so that memory holds the file's own numbers once
 FEWEST = 16  # columns of numbers that make a table one of pixels
@@ -238,6 +240,8 @@ def _npy(path: Path) -> np.ndarray:
 
 def _tables(path: Path, column: int | None) -> Iterator[tuple[int, pd.DataFrame]]:
     """(line of its first row, table) for ROWS rows at a time; one column as text, or all of them."""
+    import pandas as pd  # a second of import, for tables of pixels only
+
     one: dict[str, Any] = {} if column is None else {"usecols": [column], "dtype": str}
     try:
         with pd.read_csv(path, na_filter=False, chunksize=ROWS, **one) as reader:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from fastflower.data.labels import HEAD, TAIL, LabelTable, class_stats
 
@@ -16,6 +14,11 @@ NAMED = 40  # more classes than this have no room for their ids
 
 def distribution(table: LabelTable) -> bytes:
     """A PNG of images a class, largest first, on a log scale when the largest is ten times the smallest."""
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # a second of import that most commands do not need
+    from matplotlib.figure import Figure
+
     rows = class_stats(table)
     order = np.argsort(-table.counts, kind="stable")
     counts = table.counts[order]

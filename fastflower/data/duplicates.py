@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterator
 
 import imagehash
-import numba
 import numpy as np
 from PIL import Image
 from scipy.sparse import coo_array
@@ -21,7 +21,7 @@ BITS = 64
 SMALLEST = 32  # the hash's own side: below it, a picture is enlarged and few of its bits mean anything
 FLAT = 4.0  # grey-value deviation below which an image has no structure to compare
 SHARED = (1, 2, 3, 4)  # bands that two hashes must have in common to be compared
-SORT = 100  # comparisons that take as long as sorting a hash
+SORT = 50  # comparisons that take as long as sorting a hash
 BLOCK = 1024  # rows of embeddings compared at once with as many
 PATIENCE = 60.0  # seconds that hashing may take before data.group=auto leaves it out
 
@@ -78,21 +78,18 @@ def components(hashes: np.ndarray, threshold: int) -> np.ndarray:
 
     Memory is that of a few columns of the hashes, whatever is found.
     """
-    parent = np.arange(len(hashes))
+    families = np.arange(len(hashes), dtype=np.int64)
     for mask in _masks(threshold, len(hashes)):
-        order = np.argsort(hashes & mask, kind="stable")
-        _unite(parent, order, hashes[order], mask, threshold)
-    while (parent[parent] != parent).any():
-        parent = parent[parent]
-    return np.unique(parent, return_inverse=True)[1]
+        order = np.argsort(hashes & mask)
+        for one, other in _close(hashes[order], mask, threshold):
+            families = _joined(families, order[one], order[other])
+    return families
 
 
 def _masks(threshold: int, n: int) -> list[np.uint64]:
     """Every choice of k among threshold + k bands, as bits; k is what costs n spread-out hashes least."""
 
-    def cost(
-        k: int,
-    ) -> float:  # a hash is sorted in, which is as long as SORT comparisons, and compared with its like
+    def cost(k: int) -> float:  # of a hash: to be sorted in, and compared with those that share the bands
         return math.comb(threshold + k, k) * (SORT + n / 2 ** (BITS * k / (threshold + k)))
 
     k = min(SHARED, key=cost)
@@ -108,15 +105,12 @@ def similar(vectors: np.ndarray, cosine: float) -> np.ndarray:
     one block. The cost is N^2 F / 2 multiplications.
     """
     n = len(vectors)
-    families = np.arange(n)
+    families = np.arange(n, dtype=np.int64)
     for top in range(0, n, BLOCK):
         for left in range(top, n, BLOCK):
-            close = vectors[top : top + BLOCK] @ vectors[left : left + BLOCK].T >= cosine
-            one, other = families[top + close.nonzero()[0]], families[left + close.nonzero()[1]]
-            if (one != other).any():
-                graph = coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(n, n))
-                families = connected_components(graph, directed=False)[1][families]
-    return families.astype(np.int64)
+            one, other = (vectors[top : top + BLOCK] @ vectors[left : left + BLOCK].T >= cosine).nonzero()
+            families = _joined(families, top + one, left + other)
+    return families
 
 
 def distance(a: int, b: int) -> int:
@@ -124,33 +118,33 @@ def distance(a: int, b: int) -> int:
     return (int(a) ^ int(b)).bit_count()
 
 
-@numba.njit(cache=True)
-def _unite(parent, order, hashes, mask, threshold):  # type: ignore[no-untyped-def]
-    """Join the close ones among hashes that agree under the mask and so lie side by side."""
-    for i in range(len(hashes)):
-        j = i + 1
-        while j < len(hashes) and (hashes[i] ^ hashes[j]) & mask == 0:
-            if _ones(hashes[i] ^ hashes[j]) <= threshold:
-                one, other = _root(parent, order[i]), _root(parent, order[j])
-                parent[max(one, other)] = min(one, other)
-            j += 1
+def _close(hashes: np.ndarray, mask: np.uint64, threshold: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places of close pairs that agree under the mask, by which the hashes are sorted: neighbours, then next ones."""
+    low: np.ndarray = np.arange(len(hashes))
+    for step in range(1, len(hashes)):
+        low = low[: np.searchsorted(low, len(hashes) - step)]
+        apart = hashes[low] ^ hashes[low + step]
+        alike = apart & mask == 0
+        low, apart = low[alike], apart[alike]
+        if not len(low):
+            return
+        close = low[np.bitwise_count(apart) <= threshold]
+        yield close, close + step
 
 
-@numba.njit(cache=True)
-def _root(parent, row):  # type: ignore[no-untyped-def]
-    while parent[row] != row:
-        parent[row] = parent[parent[row]]
-        row = parent[row]
-    return row
-
-
-@numba.njit(cache=True)
-def _ones(x):  # type: ignore[no-untyped-def]
-    """The number of bits set, in the form that LLVM knows for one instruction."""
-    x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+def _joined(families: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The families int64 (N,) after those of the rows `one` and `other` were made one, pair by pair."""
+    one, other = families[one], families[other]
+    if (one == other).all():
+        return families
+    met, ends = np.unique(np.r_[one, other], return_inverse=True)  # most families have met no other
+    graph = coo_array(
+        (np.ones(len(one), np.bool_), (ends[: len(one)], ends[len(one) :])), shape=2 * met.shape
+    )
+    label = connected_components(graph, directed=False)[1]
+    names = np.arange(len(families))
+    names[met] = met[np.unique(label, return_index=True)[1]][label]
+    return names[families]
 
 
 def _join(same: np.ndarray, rows: np.ndarray, families: np.ndarray) -> np.ndarray:

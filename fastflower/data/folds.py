@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import KFold, StratifiedKFold
 
 from fastflower.data.labels import LabelTable
 from fastflower.data.tables import read_csv, shown, write_csv
@@ -71,6 +70,8 @@ def make_folds(table: LabelTable, groups: np.ndarray, recipe: Recipe) -> np.ndar
     elif recipe.data.split == "ratio":
         fold = _whole_groups(groups, _ratio(len(table), recipe))
     else:
+        from sklearn.model_selection import KFold, StratifiedKFold  # a second of import, for new folds only
+
         kind = KFold if recipe.data.split == "kfold" else StratifiedKFold
         _check_members(table, representative, recipe)
         of_group = np.zeros(len(representative), np.int64)
