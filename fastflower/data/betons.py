@@ -182,14 +182,14 @@ class BetonWriter:
             if start != self._offset or not self._crc:  # a seek empties the buffer
                 self._file.seek(start)
             self._file.write(data)
+            if (start + size) // PAGE != self._offset // PAGE and hasattr(os, "posix_fadvise"):
+                # the disk writes while we work, and fsync finds little left to do
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self.discard()
             raise self._refusal(error) from None
         self._allocation[len(self._crc)] = (row, start, size)
         self._crc.append(zlib.crc32(data) if crc is None else crc)
-        if (start + size) // PAGE != self._offset // PAGE and hasattr(os, "posix_fadvise"):
-            # the disk writes while we work, and fsync finds little left to do
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._offset = start + size
         return start
 

@@ -29,6 +29,8 @@ from fastflower import checkpoint, runs, scores
 from fastflower.data import pixels, sets, sources
 from fastflower.data.betons import Beton, BetonWriter, open_beton
 from fastflower.data.decode import decode_eval
+from fastflower.data.sources import Source
+from fastflower.errors import InputError
 from fastflower.evaluation import bare
 from fastflower.evaluation.bundle import CODE, Member
 from fastflower.evaluation.oof import Logits
@@ -108,13 +110,24 @@ def check(
     return gates, lines
 
 
+def originals(recipe: Recipe) -> Source:
+    """Where the images come from that members validated on; InputError when that is not here, or holds pairs."""
+    source = sources.open_labelled(recipe).source
+    if source.count > 1:
+        raise InputError(
+            f"data.root = {recipe.data.root}: holds pairs, and the predictor reads single images; "
+            "pairs have scores by evaluate and no hand-in"
+        )
+    return source
+
+
 def held_out(place: Path, recipe: Recipe, members: list[Member]) -> Photographs:
     """Photographs spread evenly over the validation parts of the members' folds, folds and classes mixed.
 
     Their files are copied to a new folder; images that come as numbers become PNGs of the same pixels.
     """
     folds = sorted({int(member.meta["fold"]) for member in members})
-    source = sources.open_labelled(recipe).source
+    source = originals(recipe)
     place.mkdir()
     found = []
     for fold in folds:
