@@ -84,19 +84,19 @@ def write_betons(
     Corrupted copies are made here: an image validates one fold, so each is made once.
     """
 
-    def pictures(wanted: dict[str, Any], combo: list[str] | None, row: int) -> list[Picture]:
-        at = int(good[row])
-        if combo is None:
-            return images.read(at, spool.TRAIN if wanted["split"] == "train" else spool.VAL)
-        return corrupted(images.read(at, spool.PIXELS), folds.filenames[row], combo, wanted["settings"])
-
     def write(wanted: dict[str, Any]) -> None:
         rows, combos = rows_of(folds, wanted), wanted["combos"] or [None]
+        column = {"train": spool.TRAIN, "val": spool.VAL, "val_corrupt": spool.PIXELS}[wanted["split"]]
         path = folder / sets.beton_name(wanted["fold"], wanted["split"])
         with BetonWriter(path, len(rows) * len(combos), images.blobs.shape[1]) as writer:
             for combo in combos:
-                for row in rows.tolist():
-                    writer.append(int(folds.class_idx[row]), row, *pictures(wanted, combo, row))
+                stored = images.read(good[rows], column)
+                for row, label, pictures in zip(
+                    rows.tolist(), folds.class_idx[rows].tolist(), stored, strict=True
+                ):
+                    if combo:
+                        pictures = corrupted(pictures, folds.filenames[row], combo, wanted["settings"])
+                    writer.append(label, row, *pictures)
                     workers.beat()
             writer.commit(wanted)
 
@@ -104,6 +104,8 @@ def write_betons(
     manifests = sorted(manifests, key=lambda wanted: ("val_corrupt", "train", "val").index(wanted["split"]))
     total = sum(len(rows_of(folds, wanted)) * max(1, len(wanted["combos"])) for wanted in manifests)
     tasks = ((wanted,) for wanted in manifests)
+    if count > 1:
+        count += 1  # while one waits for the disk
     for _ in workers.run(write, tasks, min(count, len(manifests)), spool.Progress("rows", total), meanwhile):
         pass
 

@@ -144,8 +144,8 @@ def _convert_unlabelled(
         with BetonWriter(
             aside / sets.beton_name(-1, sets.UNLABELLED), len(good), found.source.count
         ) as writer:
-            for position, row in enumerate(good):
-                writer.append(-1, position, *images.read(row, spool.TRAIN))
+            for position, pictures in enumerate(images.read(np.array(good), spool.TRAIN)):
+                writer.append(-1, position, *pictures)
             rows = ({"filename": found.names[row], "sha256": images.sha256[row]} for row in good)
             write_csv(home / "unlabelled.csv", rows, ("filename", "sha256"))
             writer.commit(found.manifest(made))

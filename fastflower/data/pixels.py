@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -152,9 +153,10 @@ def stored(image: Image.Image, side: int) -> Image.Image:
 
 def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
     """A JPEG without chroma subsampling of uint8 (H, W, 3)."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    words = [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling]
+    _, file = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), words)
+    return file.tobytes()
 
 
 def _orientation(image: Image.Image) -> int:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -72,27 +72,30 @@ class Spool:
     def __post_init__(self) -> None:
         self._open: dict[int, int] = {}
 
-    def read(self, row: int, column: int) -> list[Picture]:
-        """The stored image of a row, or the two of a pair."""
-        return [self._read(blob) for blob in self.blobs[row, :, column]]
+    def read(self, rows: np.ndarray, column: int) -> Iterator[list[Picture]]:
+        """The stored image of each of some rows, or the two of a pair."""
+        for at in range(0, len(rows), CHUNK):  # columns of numbers become Python's own some rows at a time
+            for blobs in self.blobs[rows[at : at + CHUNK], :, column].tolist():
+                yield [self._read(*blob) for blob in blobs]
 
     def pixels(self, row: int) -> np.ndarray:
         """What training sees of a row's first image: uint8 (H, W, 3)."""
-        one = self._read(self.blobs[row, 0, TRAIN])
+        one = self._read(*self.blobs[row, 0, TRAIN].tolist())
         if one.mode == RAW:
             return np.frombuffer(one.data, np.uint8).reshape(one.height, one.width, 3)
         return decode_file(bytes(one.data), one.height, one.width, (one.height, one.width))
 
-    def _read(self, blob: np.void) -> Picture:
-        file = int(blob["file"])
+    def _read(
+        self, file: int, mode: int, height: int, width: int, offset: int, size: int, crc: int
+    ) -> Picture:
         if file not in self._open:
             self._open[file] = os.open(_spool_path(self.folder, file), os.O_RDONLY)
-        data = os.pread(self._open[file], int(blob["size"]), int(blob["offset"]))
-        if len(data) != blob["size"]:
+        data = os.pread(self._open[file], size, offset)
+        if len(data) != size:
             raise EnvironmentFault(
                 f"{self.folder}: a spool file is shorter than what was written; run convert again"
             )
-        return Picture(int(blob["mode"]), data, int(blob["height"]), int(blob["width"]), int(blob["crc"]))
+        return Picture(mode, data, height, width, crc)
 
     def close(self) -> None:
         for handle in self._open.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import os
 import signal
@@ -94,6 +95,7 @@ def _start(parent: int, work: Callable[..., Any]) -> None:
     """Workers leave Ctrl-C to the parent and die with it, however it dies."""
     global _work
     _work = work
+    gc.freeze()  # a collection would touch, and so copy, what lies in memory shared with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
