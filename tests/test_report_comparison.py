@@ -85,6 +85,8 @@ def test_scores_of_experiments(compared: Compared) -> None:
             f"{own.nll():.3f}", p(own.ece(own.t)),
         ])  # fmt: skip
     assert tables(html)["experiments"] == expected
+    uneven = len({tuple(data.folds) for data in found}) > 1
+    assert ("cover different folds" in html) == uneven
     drawn, sets = drawings(html)["compare-scores"], [data.fused for data in found]
     for name, shares in (
         ("clean", [own.top1(own.views) for own in sets]),

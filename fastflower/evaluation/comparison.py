@@ -61,8 +61,8 @@ def pairs_chart(rows: list[dict[str, Any]]) -> Chart | None:
     if not known:
         return None
     said = "; ".join(f"{exp} {100 * value:+.2f} points" for exp, _, value, *_ in known)
-    title = f"Change of top-1 against {rows[0]['a']}"
-    return intervals("compare-pairs", f"{title} (dotted: none)", known, 0.0, f"{title}: {said}.")
+    words = f"Change of top-1 against {rows[0]['a']}: {said}."
+    return intervals("compare-pairs", "Change of top-1, image by image", known, 0.0, words)
 
 
 def differing(recipes: dict[str, Recipe]) -> list[dict[str, Any]]:

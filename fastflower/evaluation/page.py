@@ -70,6 +70,7 @@ def compare(experiments: list[Experiment]) -> str:
         "lead": ", ".join(found.name for found in experiments),
         "foot": f"Written by fastflower {fastflower.__version__} from the scores.json of each experiment.",
         "experiments": [found.scores for found in experiments],
+        "uneven": len({tuple(found.scores["fused"]["folds"]) for found in experiments}) > 1,
         "classes": [],
         "pictures": {},
         "pairs": pairs,
