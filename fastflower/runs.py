@@ -139,6 +139,12 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def abandoned(aside: Path) -> bool:
+    """Whether the process that wrote under such a name is gone."""
+    pid = aside.name.split(".")[-2]
+    return not (pid.isdigit() and Path(f"/proc/{pid}").exists())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The name under which to write a file that readers see as it was or whole, never a part; in place at the end."""

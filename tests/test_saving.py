@@ -106,14 +106,34 @@ def test_the_newest_whole_state_is_found():
         load_last(RUN, said.append)
 
 
-def test_half_written_files_of_killed_savings_are_swept():
+def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
+    dead, alive, name = (
+        2**22 + 1,
+        os.getpid(),
+        "convnextv2_atto__fold0_seed42",
+    )  # no process has the first: too large
     save("last", 1, 0.5)
-    mine = RUN.model_dir / ".last__convnextv2_atto__fold0_seed42_epoch2_score0.5000.pth.99.tmp"
-    others = RUN.model_dir / ".last__convnextv2_atto__fold1_seed42_epoch2_score0.5000.pth.99.tmp"
-    for path in (mine, others):
+    RUN.meta_dir.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda aside, path: None)  # killed before the fixed name is in place
+        saving._link(RUN.files("last")[0], RUN.model_dir / "last.pth")
+    mine = [
+        *RUN.model_dir.glob(".*.tmp"),
+        RUN.model_dir / f".last__{name}_epoch2_score0.5000.pth.{dead}.tmp",
+        RUN.meta_dir / f".early_stop_{name}.json.{dead}.tmp",
+        RUN.meta_dir / f".recipe.yaml.{dead}.tmp",
+        RUN.results_dir / f".samples_{name}.png.{dead}.tmp",
+    ]
+    others = [
+        RUN.model_dir / f".last__{name.replace('fold0', 'fold1')}_epoch2_score0.5000.pth.{dead}.tmp",
+        RUN.model_dir / f".last__{name}0_epoch2_score0.5000.pth.{dead}.tmp",  # seed 420
+        RUN.meta_dir / f".recipe.yaml.{alive}.tmp",
+    ]
+    assert len(mine) == 5
+    for path in (*mine, *others):
         path.write_bytes(b"half")
     sweep(RUN)
-    assert not mine.exists() and others.exists()
+    assert not any(path.exists() for path in mine) and all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("text, expected", [("1ep", (1, "ep")), ("200ba", (200, "ba")), ("3ep", (3, "ep"))])

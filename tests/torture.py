@@ -273,7 +273,7 @@ def found(folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
             "files": files,
             "history": rows,
             "end": json.loads(end.read_text()) if end.exists() else None,
-            "left over": [path.name for path in run.model_dir.glob(".*.tmp")],
+            "left over": [path.name for path in Path().rglob(".*.tmp")],
         }
 
 

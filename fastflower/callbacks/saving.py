@@ -31,7 +31,7 @@ from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.writer import Writer
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import PREEMPTED, CorruptionError, EnvironmentFault, InputError
-from fastflower.runs import Run, fsync_folder
+from fastflower.runs import Run, abandoned, aside_of, fsync_folder
 
 LAYOUT = (
     1  # of the state in `last`; another number is refused, so raise it when a part's state changes its keys
@@ -64,8 +64,13 @@ def previous_last(run: Run) -> Path:
 
 
 def sweep(run: Run) -> None:
-    """Remove what killed savings of this run left half-written; the caller holds the run's lock."""
-    for aside in run.model_dir.glob(f".*__{run.stem}*.tmp"):
+    """Remove what this run left half-written when it was killed, and what any run did that is gone.
+
+    The caller holds the run's lock, so a checkpoint that bears its name is nobody's.
+    """
+    own = run.model_dir.glob(f".*__{run.stem}[._]*.tmp")
+    others = (path for folder in (run.results_dir, run.meta_dir) for path in folder.glob(".*.tmp"))
+    for aside in [*own, *filter(abandoned, others)]:
         aside.unlink(missing_ok=True)
 
 
@@ -134,8 +139,11 @@ def _keep_previous(run: Run) -> None:
 
 
 def _link(path: Path, name: Path) -> None:
-    """Let `name` be the same file as `path`, replacing what it was; a copy where the disk has no hard links."""
-    aside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    """Let `name` be the same file as `path`, replacing what it was; a copy where the disk has no hard links.
+
+    Aside it bears the name of `path`, which says whose it is: fixed names are shared by the runs of an experiment.
+    """
+    aside = aside_of(path)
     aside.unlink(missing_ok=True)
     try:
         os.link(path, aside)

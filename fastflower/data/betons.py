@@ -342,6 +342,5 @@ def _start(images: int) -> int:
 def _sweep(path: Path) -> None:
     """Remove what killed conversions to this path left beside it."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = left.name.split(".")[-2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+        if runs.abandoned(left):
             left.unlink(missing_ok=True)
