@@ -484,19 +484,60 @@ def _parse_words(words: list[str]) -> Any:
 
 
 def _explain(source: str, error: Exception) -> str:
-    """OmegaConf's message as one line, with the dotted key first and the nearest real key."""
-    full_key = getattr(error, "full_key", None) or ""
+    """One line for what OmegaConf refuses: the key, what was got, and what is allowed or the nearest real key."""
+    full_key = (getattr(error, "full_key", None) or "").partition("[")[0]
     text = str(error).split("\n")[0]
+    specs = {dotted: spec for dotted, _, spec in fields_of(Recipe())}
     if "not in" in text:
-        names = [dotted for dotted, _, _ in fields_of(Recipe())]
-        tails = {name.rsplit(".", 1)[-1]: name for name in names}
-        near = difflib.get_close_matches(full_key, names, n=1, cutoff=0.5)
-        near = near or [
-            tails[t] for t in difflib.get_close_matches(full_key.rsplit(".")[-1], list(tails), n=1)
-        ]
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{source}: unknown key {full_key}{hint}"
-    return f"{source}: {full_key}: {text}"
+        near = _nearest(full_key, list(specs))
+        return f"{source}: unknown key {full_key}" + (f"; did you mean {near}?" if near else "")
+    if full_key in specs:
+        value = re.search(r"[Vv]alue '(.*?)'", text)
+        got = f" = {value[1].replace('None', 'null')}" if value else ""
+        where = "" if f"{full_key}=" in source else f"{source}: "  # a word says all that itself
+        return f"{where}{full_key}{got}: must be {_allowed(str(specs[full_key].type))}"
+    return f"{source}: a section holds keys, as in opt.lr=1e-3, and no value of its own"
+
+
+def _nearest(wrong: str, names: list[str]) -> str | None:
+    """The key that was meant by an unknown one: of a close name anywhere, or a section, or a key of that name."""
+    tails = {name.rsplit(".", 1)[-1]: name for name in names}
+    sections = {spec.name: spec.name for spec in dataclasses.fields(Recipe)}
+    for candidates, word, cutoff in (
+        (sections, wrong, 0.8),
+        (dict(zip(names, names, strict=True)), wrong, 0.5),
+        (tails, wrong.rsplit(".")[-1], 0.6),
+        (sections, wrong.partition(".")[0], 0.6),
+    ):
+        near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+        if near:
+            return candidates[near[0]]
+    return None
+
+
+def _allowed(annotation: str) -> str:
+    """What an annotation of the schema allows, in words."""
+    words = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "None": "null",
+    }
+    kinds = annotation.replace("Auto", "Literal['auto']").split(" | ")
+    if "float" in kinds and "int" in kinds:
+        kinds.remove("int")
+    said = []
+    for kind in kinds:
+        inner = kind.partition("[")[2].rstrip("]")
+        if kind.startswith("list"):
+            said.append(f"a list, each {words[inner]}")
+        elif kind.startswith("Literal"):
+            choices = re.findall(r"'(.*?)'", inner)
+            said.append(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
+        else:
+            said.append(words[kind])
+    return " or ".join(said)
 
 
 def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
