@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
@@ -34,20 +35,26 @@ class Diverged(InputError):
     exit_code = 1
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(main: Callable[[list[str]], int | None], own_help: bool = False) -> None:
     """Run a command's `main(argv)` as a process: one line on stderr and an exit code instead of a traceback.
 
-    Under a launcher every rank meets the same bad input; only the first says so. What a console cannot show is
-    escaped; a closed one hears nothing.
+    `--help` prints what stands at the top of the command's file, unless its options have help of their own. Under a
+    launcher every rank meets the same bad input; only the first says so. What a console cannot show is escaped; a
+    closed one hears nothing.
     """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if not own_help and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        if first:
+            print(inspect.getdoc(sys.modules[main.__module__]))
+        sys.exit(0)
     try:
         code = main(sys.argv[1:])
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first:
             print(f"fastflower: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,30 @@ def test_a_closed_pipe_is_not_a_failure(repo: Path):
         complaint = child.stderr.read()
         assert child.wait(timeout=60) == 0
     assert complaint == b""
+
+
+COMMANDS = (
+    *("convert", "train", "lrfind", "evaluate", "ensemble", "export", "report"),
+    *("campaign", "demo", "doctor", "sample_data", "bench"),
+)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_command_says_how_it_is_used(module, repo):
+    """Each by the text that `run` shows, and those that start at once by asking them."""
+    source = repo / "fastflower" / module
+    text = (source / "__main__.py" if source.is_dir() else source.with_suffix(".py")).read_text()
+    assert module in ast.get_docstring(ast.parse(text)).splitlines()[0]
+    if module in ("convert", "doctor", "bench"):
+        command = [sys.executable, "-m", f"fastflower.{module}", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == ast.get_docstring(ast.parse(text)) + "\n"
+
+
+def test_help_is_said_once_by_several_ranks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["command", "-h"])
+    with pytest.raises(SystemExit) as stop:
+        errors.run(lambda argv: 5)
+    assert stop.value.code == 0 and capsys.readouterr().out == ""

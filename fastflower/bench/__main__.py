@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from fastflower import errors
 
@@ -22,4 +23,4 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, own_help=sys.argv[1:2] != ["--help"])

@@ -156,4 +156,4 @@ def validation_images(found: list[Result]) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, own_help=True)
