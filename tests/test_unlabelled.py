@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -397,6 +398,31 @@ def test_the_food_recipe_converts_trains_and_evaluates(repo, tmp_path, capsys):
     assert list(Path("results/results/food").glob("oof/*.npz"))
     (task,) = plan.tasks(["food.yaml"], plan.read_words(small[1:]))
     assert launch.Finished(1)(task), "a campaign keeps it"
+
+
+def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo, tmp_path):
+    tiny.project(tmp_path)
+    small = [
+        f"{repo}/recipes/flowers17_fixmatch.yaml", "exp.name=few", "data.root=data/train",
+        "data.csv=data/train_labels.csv", "data.home=few", "data.n_splits=3", "data.group=none", "data.workers=1",
+        "data.img_size=32", "tta.scales=[32]", "train.batch_per_gpu=4", "semi.mu=2", "semi.threshold=0.3",
+        "sched.cosine_epochs=1", "sched.warmup_epochs=0",
+    ]  # fmt: skip
+    assert not tiny.convert.main(small)
+    assert tiny.train.main(small) == 0
+    assert tiny.train.main([*small, "exp.name=alone", "semi.enabled=false"]) == 0
+    few, alone = (
+        next(
+            row for row in runs.read_events(Run(name, "test_resnet", 0, 42).events) if row["event"] == "epoch"
+        )
+        for name in ("few", "alone")
+    )
+    assert few["mask_rate"] > 0 and 0 <= few["pseudo_accuracy"] <= 1 and "mask_rate" not in alone
+    counts = [
+        json.loads(path.read_text())["class_counts"]
+        for path in Path("results/results").glob("*/meta/derived_*.json")
+    ]
+    assert counts == [[5, 5, 5, 5]] * 2
 
 
 @pytest.mark.dist
