@@ -79,9 +79,9 @@ def write_betons(
     count: int,
     meanwhile: Callable[[], object],
 ) -> None:
-    """Write the betons that the manifests describe, each by one of `count` processes; `meanwhile` is for this one.
+    """Write the betons that the manifests describe by `count` processes, and one more that fills waits for the disk.
 
-    Corrupted copies are made here: an image validates one fold, so each is made once.
+    `meanwhile` is work for this process. Corrupted copies are made here: an image validates one fold, so each is made once.
     """
 
     def write(wanted: dict[str, Any]) -> None:
