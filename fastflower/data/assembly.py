@@ -81,7 +81,8 @@ def write_betons(
 ) -> None:
     """Write the betons that the manifests describe by `count` processes, and one more that fills waits for the disk.
 
-    `meanwhile` is work for this process. Corrupted copies are made here: an image validates one fold, so each is made once.
+    `meanwhile` is work for this process. Corrupted copies are made here: an image validates one fold, so each is
+    made once.
     """
 
     def write(wanted: dict[str, Any]) -> None:
