@@ -29,7 +29,8 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     }
     for kind, values in row["per_kind"].items():
         numbers |= {f"corrupt_{name}/{kind}": value for name, value in values.items()}
-    return numbers | {f"lr/{name}": value for name, value in row["lr_groups"].items()}
+    # a name with a comma would cost MLflow the whole epoch
+    return numbers | {f"lr/{name.replace(',', '')}": value for name, value in row["lr_groups"].items()}
 
 
 class Guard(Protocol):

@@ -16,7 +16,8 @@ def check_trackers(recipe: Recipe) -> None:
     for package, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
         if wanted and importlib.util.find_spec(package) is None:
             raise EnvironmentFault(
-                f"log.{package}=true, but {package} is not installed; pip install {package}, or log.{package}=false"
+                f"log.{package}=true, but {package} is not installed; pip install -e '.[{package}]', "
+                f"or log.{package}=false"
             )
 
 
