@@ -106,6 +106,13 @@ def test_the_newest_whole_state_is_found():
         load_last(RUN, said.append)
 
 
+def test_linking_again_leaves_one_file_and_nothing_aside():
+    path = save("last", 1, 0.5)
+    saving._link(path, RUN.model_dir / "last.pth")
+    assert path.samefile(RUN.model_dir / "last.pth")
+    assert sorted(file.name for file in RUN.model_dir.iterdir()) == sorted({path.name, "last.pth"})
+
+
 def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
     dead, alive, name = (
         2**22 + 1,

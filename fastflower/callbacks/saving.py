@@ -150,6 +150,7 @@ def _link(path: Path, name: Path) -> None:
     except OSError:
         aside.write_bytes(path.read_bytes())
     os.replace(aside, name)
+    aside.unlink(missing_ok=True)  # rename does nothing between two names of one file, as after a resume
     fsync_folder(name.parent)
 
 
