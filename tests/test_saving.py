@@ -33,6 +33,10 @@ from fastflower.runs import Run, find_members
 RUN = Run("exp", "convnextv2_atto", 0, 42)
 
 
+def killed(path: Path, name: Path) -> None:
+    raise KeyboardInterrupt
+
+
 def save(kind: str, epoch: int, score: float) -> Path:
     write = partial(checkpoint.save, tensors={"w": torch.full((3,), float(epoch))}, meta={"epoch": epoch})
     return place(RUN, kind, epoch, score, write)
@@ -122,8 +126,9 @@ def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
     save("last", 1, 0.5)
     RUN.meta_dir.mkdir(parents=True)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda aside, path: None)  # killed before the fixed name is in place
-        saving._link(RUN.files("last")[0], RUN.model_dir / "last.pth")
+        patch.setattr(os, "replace", killed)  # before the fixed name is in place
+        with pytest.raises(KeyboardInterrupt):
+            saving._link(RUN.files("last")[0], RUN.model_dir / "last.pth")
     mine = [
         *RUN.model_dir.glob(".*.tmp"),
         RUN.model_dir / f".last__{name}_epoch2_score0.5000.pth.{dead}.tmp",
@@ -241,9 +246,6 @@ def test_a_kept_epoch_is_the_last_of_its_epoch_and_nothing_removes_it():
 
 
 def test_a_run_that_is_killed_before_last_follows_its_kept_epoch_writes_both_again(monkeypatch):
-    def killed(path: Path, name: Path) -> None:
-        raise KeyboardInterrupt
-
     save("last", 1, 0.5)
     write = partial(checkpoint.save, tensors={}, meta={"epoch": 2})
     with monkeypatch.context() as patch:
