@@ -613,6 +613,10 @@ def test_a_signal_leaves_the_old_set_and_no_workers(
     monkeypatch.setattr(spool, "CHUNK", 4)
     child = os.fork()
     if not child:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # as in a command that has not imported Composer,
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which puts its own there
         monkeypatch.setattr(
             spool,
             "inspect",
