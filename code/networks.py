@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
@@ -102,10 +103,7 @@ class Networks:
         """Bring everything to a device and run the self-test: what is wrong there, or None."""
         try:
             self.device, self.half = torch.device(name), half
-            self.programs = {
-                file: torch.jit.load(io.BytesIO(data), map_location=self.device)
-                for file, data in self.files.items()
-            }
+            self.programs = {file: program(data, self.device) for file, data in self.files.items()}
             for member in self.members:
                 member["inputs"] = [
                     self._inputs(member["tensors"], view["program"]) for view in member["views"]
@@ -196,6 +194,13 @@ def choices(device: str) -> list[tuple[str, bool]]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return [("cpu", False)] if device == "cpu" else [(device, True), (device, False), ("cpu", False)]
+
+
+def program(data: bytearray, device: torch.device) -> Any:
+    """A TorchScript program. torch 2.15 calls it deprecated, but what is to replace it runs on the same torch only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
+        return torch.jit.load(io.BytesIO(data), map_location=device)
 
 
 DTYPES = {

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -330,6 +331,21 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     want = {n: float(code.pictures.prepare(b"some/%d.png" % n, crop)[0].sum()) for n in range(8) if n != 4}
     assert found == want and list(table.unreadable) == [4]
     assert members.sizes[0] == 1 and max(members.sizes) <= batch
+
+
+def test_a_torch_that_calls_torchscript_deprecated_says_nothing(code, exported, monkeypatch):
+    """As torch 2.15 words it; warnings are errors here."""
+    load = torch.jit.load
+
+    def deprecated(*args, **kwargs):
+        warnings.warn(
+            "`torch.jit.load` is deprecated. Please switch to `torch.export`.", FutureWarning, stacklevel=2
+        )
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch.jit, "load", deprecated)
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    assert code.networks.Networks(str(exported[0]), description, hashes, "cpu").notes == []
 
 
 def test_short_memory_halves_the_batch(code, exported, monkeypatch):
