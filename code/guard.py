@@ -77,7 +77,8 @@ def _watch(child: int, table: Any) -> tuple[int, bool]:
         now = time.monotonic()
         if table.done() > done:
             done, since = table.done(), now
-        reading = table.reading[table.reading > 0]
+        reading = np.array(table.reading)  # as of one moment: a row that ends while it is asked began at 0
+        reading = reading[reading > 0]
         if now - since > STILL or (len(reading) and now - reading.min() > SLOW):
             return -signal.SIGKILL, True
         time.sleep(nap)

@@ -644,6 +644,22 @@ def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
     assert [row[1] for row in rows_of(Path("out.csv"))[1:] if "crash" in row[0]] == ["012"]
 
 
+def test_a_picture_that_ends_while_it_is_watched_is_not_slow(code):
+    """Whenever it is asked which rows are being read, they end before the answer can be used."""
+
+    class Ending(np.ndarray):
+        def __gt__(self, other):
+            answer = np.asarray(self) > other
+            self[...] = 0
+            return answer
+
+    table = code.table.Table([b"a.jpg", b"b.jpg"], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    table.reading[:] = time.monotonic()
+    table.reading = table.reading.view(Ending)
+    child = os.posix_spawn("/bin/true", ["true"], {})
+    assert code.guard._watch(child, table) == (0, False)
+
+
 def test_a_full_disk_keeps_the_old_table(code, monkeypatch):
     Path("a.csv").write_text("old")
 
