@@ -72,6 +72,8 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
     assert "fresh venv, no network" in said and "no logits; run python -m fastflower.evaluate" in said
     assert "T = 1.0000 (no results/results/tiny/temperature.json" in said
     assert "logits move by at most" in said
+    modes = {path.stat().st_mode & 0o777 for path in runs.BUNDLE.iterdir()}
+    assert modes == {0o644}  # whoever runs the folder may be another user
     Path("again").mkdir()
     bundle.write(Path("again"), bundle.load_members(members, "fp16"), HALVES, load(None, WORDS), 1.0)
     for path in runs.BUNDLE.iterdir():

@@ -223,6 +223,7 @@ def aside(place: Path = runs.BUNDLE) -> Iterator[Path]:
 def put_in_place(folder: Path, place: Path = runs.BUNDLE) -> None:
     """Rename a finished bundle to its place; the old one is kept until then."""
     for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors leaves 0600, and whoever runs the folder may be another user
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     old = place.with_name(f".{place.name}.old")
