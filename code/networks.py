@@ -197,9 +197,9 @@ def choices(device: str) -> list[tuple[str, bool]]:
 
 
 def program(data: bytearray, device: torch.device) -> Any:
-    """A TorchScript program. torch 2.15 calls it deprecated, but what is to replace it runs on the same torch only."""
+    """A TorchScript program. New torch calls it deprecated, but what is to replace it runs on the same torch only."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit\.")
         return torch.jit.load(io.BytesIO(data), map_location=device)
 
 

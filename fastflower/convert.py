@@ -40,9 +40,8 @@ def closing(home: str, made: Converted) -> str:
 
 
 def _embedder(recipe: Recipe) -> Embed:
-    from fastflower.model.embeddings import (
-        embedder,
-    )  # torch and timm take seconds, and few conversions need them
+    # torch and timm take seconds, and few conversions need them
+    from fastflower.model.embeddings import embedder
 
     return embedder(recipe)
 

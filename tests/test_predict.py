@@ -333,14 +333,13 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     assert members.sizes[0] == 1 and max(members.sizes) <= batch
 
 
-def test_a_torch_that_calls_torchscript_deprecated_says_nothing(code, exported, monkeypatch):
-    """As torch 2.15 words it; warnings are errors here."""
+@pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning])
+def test_a_torch_that_calls_torchscript_deprecated_says_nothing(kind, code, exported, monkeypatch):
+    """As torch 2.13 and 2.15 word it; warnings are errors here."""
     load = torch.jit.load
 
     def deprecated(*args, **kwargs):
-        warnings.warn(
-            "`torch.jit.load` is deprecated. Please switch to `torch.export`.", FutureWarning, stacklevel=2
-        )
+        warnings.warn("`torch.jit.load` is deprecated. Please switch to `torch.export`.", kind, stacklevel=2)
         return load(*args, **kwargs)
 
     monkeypatch.setattr(torch.jit, "load", deprecated)

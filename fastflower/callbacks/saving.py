@@ -33,9 +33,8 @@ from fastflower.checkpoint import Checkpoint
 from fastflower.errors import PREEMPTED, CorruptionError, EnvironmentFault, InputError
 from fastflower.runs import Run, abandoned, aside_of, fsync_folder
 
-LAYOUT = (
-    1  # of the state in `last`; another number is refused, so raise it when a part's state changes its keys
-)
+# of the state in `last`; another number is refused, so raise it when a part's state changes its keys
+LAYOUT = 1
 FIXED = {kind: f"{kind}.pth" for kind in ("best_clean", "best_combo", "ema_best", "swa", "last")}
 
 

@@ -14,9 +14,8 @@ NAMED = 40  # more classes than this have no room for their ids
 
 def distribution(table: LabelTable) -> bytes:
     """A PNG of images a class, largest first, on a log scale when the largest is ten times the smallest."""
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # a second of import that most commands do not need
+    # a second of import that most commands do not need
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = class_stats(table)
