@@ -85,7 +85,8 @@ class BetonWriter:
         self._aside = runs.aside_of(self.path)
         self._metadata = np.zeros(rows, metadata_type(images))
         self._allocation = np.zeros(rows * images, ALLOCATION)
-        self._crc: list[int] = []
+        self._crc = np.zeros(rows * images, np.uint32)
+        self._written = 0  # images
         self._page = PAGE
         self._offset = _start(images) + self._metadata.nbytes
         try:
@@ -108,7 +109,7 @@ class BetonWriter:
 
     def append(self, label: int, index: int, *pictures: Picture) -> None:
         """Append a row of as many images as the beton's rows have."""
-        row = len(self._crc) // self.images
+        row = self._written // self.images
         if row == len(self._metadata):
             raise InputError(f"{self.path}: more rows than the {row} announced")
         if len(pictures) != self.images:
@@ -121,12 +122,12 @@ class BetonWriter:
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Finish the file, read back every row from the disk, and put beton and then manifest in place."""
         rows = len(self._metadata)
-        written = len(self._crc) // self.images
+        written = self._written // self.images
         if written != rows:
             raise InputError(f"{self.path}: {written} rows written, {rows} announced; nothing was committed")
         head = self._head()
         try:
-            self._file.write(self._allocation.tobytes())
+            self._file.write(self._allocation.data.cast("B"))
             self._file.seek(0)
             self._file.write(head)
             self._file.flush()
@@ -138,8 +139,8 @@ class BetonWriter:
                 "rows": rows,
                 "images": self.images,
                 "size": size,
-                "head_crc": zlib.crc32(self._allocation.tobytes(), zlib.crc32(head)),
-                "crc": self._crc,
+                "head_crc": zlib.crc32(self._allocation.data.cast("B"), zlib.crc32(head)),
+                "crc": self._crc.tolist(),
             }
             self._read_back(whole)
             # an old manifest must not vouch for the new file
@@ -179,7 +180,7 @@ class BetonWriter:
         if start // self._page != (start + size - 1) // self._page:
             start = -(-start // self._page) * self._page
         try:
-            if start != self._offset or not self._crc:  # a seek empties the buffer
+            if start != self._offset or not self._written:  # a seek empties the buffer
                 self._file.seek(start)
             self._file.write(data)
             if (start + size) // PAGE != self._offset // PAGE and hasattr(os, "posix_fadvise"):
@@ -188,8 +189,9 @@ class BetonWriter:
         except OSError as error:
             self.discard()
             raise self._refusal(error) from None
-        self._allocation[len(self._crc)] = (row, start, size)
-        self._crc.append(zlib.crc32(data) if crc is None else crc)
+        self._allocation[self._written] = (row, start, size)
+        self._crc[self._written] = zlib.crc32(data) if crc is None else crc
+        self._written += 1
         self._offset = start + size
         return start
 

@@ -240,12 +240,12 @@ def _given_folds(recipe: Recipe, filenames: list[str]) -> np.ndarray:
 
 def _canonical_ids(rows: list[Row], notices: list[str]) -> list[str]:
     """Strip ids and turn 12.0 into 12 where every id is written so; returns the problems."""
-    problems = []
+    problems, known = [], dict[str, str]()
     spaced = 0
     for row in rows:
         stripped = row.category_id.strip()
         spaced += stripped != row.category_id
-        row.category_id = stripped
+        row.category_id = known.setdefault(stripped, stripped)  # one text for all rows of a class
         if not stripped:
             problems.append(f"{row.where}: empty label for '{shown(row.filename)}'")
     if spaced:

@@ -18,7 +18,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 Names = dict[str, dict[str, str]]  # column -> category_id -> name
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """A row of a label file: where it stands, what it says, and what is wrong with it."""
 
