@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastflower import derived, errors, runs
 from fastflower.errors import InputError
-from fastflower.evaluation import bundle, choice, gates
+from fastflower.evaluation import bundle, choice, gates, held_out
 from fastflower.recipe import parse_command
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     recipe = parse_command(options.recipe)
     derived.check_flips(recipe)
     chosen = choice.choose(recipe, options.members)
-    gates.originals(recipe)  # before minutes of work
+    held_out.originals(recipe)  # before minutes of work
     members = bundle.load_members(chosen.paths, recipe.bundle.dtype)
     shares = choice.shares_of(chosen, [m.meta["backbone"] for m in members], recipe.ensembling.weighting)
     print(f"{len(members)} members, T = {chosen.temperature:.4f} ({chosen.source})")
