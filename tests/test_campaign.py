@@ -283,8 +283,8 @@ def test_the_best_region_is_within_one_standard_error(project):
     ends = [ended(t, score[t.settings["opt.lr"], t.settings["train.batch_per_gpu"]]) for t in tasks]
     grid = results.grid(results.combinations(ends), validation=200)
     assert grid is not None and grid.xs == [1e-4, 1e-3, 1e-2] and grid.ys == [4, 8] and grid.best == (0, 0)
-    assert grid.error == pytest.approx(math.sqrt(0.9 * 0.1 / 200))
-    assert grid.framed == "1 training a cell; framed: within one standard error (0.0212) of the best"
+    assert grid.error == pytest.approx(math.sqrt(180.5 * 20.5 / 201**3))  # 180 of 200
+    assert grid.framed == "1 training a cell; framed: within one standard error (0.0213) of the best"
     assert grid.region.tolist() == [[True, True, False], [False, True, False]]
     text = "\n".join(grid.sentences())
     assert "best opt.lr=0.0001 train.batch_per_gpu=4: 0.9000 (n = 1 a cell)" in text
@@ -292,6 +292,13 @@ def test_the_best_region_is_within_one_standard_error(project):
     assert "best opt.lr by train.batch_per_gpu: 4: 0.0001, 8: 0.001" in text
     assert heat_map(grid, "t").png().startswith(b"\x89PNG")
     assert results.grid(results.combinations(ends[:2]), 200) is None, "one key alone is no grid"
+
+
+def test_a_perfect_score_has_an_error_too(project):
+    tasks = planned("opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[8,4]")
+    found = results.combinations([ended(task, 1.0) for task in tasks])
+    grid = results.grid(found, validation=300)
+    assert grid is not None and grid.error == pytest.approx(math.sqrt(300.5 * 0.5 / 301**3))
 
 
 def test_trainings_of_two_recipes_or_backbones_are_no_grid(project):

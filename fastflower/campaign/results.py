@@ -157,7 +157,7 @@ def grid(found: list[Combination], validation: int) -> Grid | None:
 
     The best region is the one-standard-error rule's (Breiman et al. 1984, CART): cells whose mean is at most one
     standard error below the best cell's. The error is that of the best cell's mean over its trainings, or, for a
-    single training, the binomial one of a share of `validation` images.
+    single training, the binomial one of a share of `validation` images (Agresti and Coull 1998, at z = 1).
     """
     keys = list(dict.fromkeys(key for one in found for key in one.settings))
     values = {key: _sorted([one.settings[key] for one in found if key in one.settings]) for key in keys}
@@ -175,8 +175,9 @@ def grid(found: list[Combination], validation: int) -> Grid | None:
     best = cells[int(row), int(column)]
     error, source = best.error, f"of {best.n} trainings"
     if error is None:
-        p = min(max(best.mean, 0.0), 1.0)
-        error, source = math.sqrt(p * (1 - p) / max(validation, 1)), f"binomial, {validation} images"
+        n = validation + 1  # half an image right and half wrong added: a perfect score is not certain either
+        p = (min(max(best.mean, 0.0), 1.0) * validation + 0.5) / n
+        error, source = math.sqrt(p * (1 - p) / n), f"binomial, {validation} images"
     region = np.nan_to_num(mean, nan=-np.inf) >= best.mean - error - 1e-12
     return Grid(x, y, values[x], values[y], mean, (int(row), int(column)), region, error, source, counts)
 
