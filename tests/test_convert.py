@@ -670,14 +670,14 @@ def test_progress_says_speed_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(spool.time, "monotonic", lambda: now[0])
-    progress = spool.Progress("images", 100)
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    progress = workers.Progress("images", 100)
     for done in (10, 20, 50):
         now[0] += 3
         progress(done)
     assert capsys.readouterr().out == "images: 20/100 (20 %), 3 images/s, 24 s left\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    progress = spool.Progress("images", 100)
+    progress = workers.Progress("images", 100)
     for done in (50, 100):
         now[0] += 1
         progress(done)

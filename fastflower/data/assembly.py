@@ -107,7 +107,9 @@ def write_betons(
     tasks = ((wanted,) for wanted in manifests)
     if count > 1:
         count += 1  # while one waits for the disk
-    for _ in workers.run(write, tasks, min(count, len(manifests)), spool.Progress("rows", total), meanwhile):
+    for _ in workers.run(
+        write, tasks, min(count, len(manifests)), workers.Progress("rows", total), meanwhile
+    ):
         pass
 
 

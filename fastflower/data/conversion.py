@@ -37,6 +37,7 @@ from fastflower.data.labels import SHOWN, LabelTable, class_stats, write_classes
 from fastflower.data.sources import Source, open_unlabelled
 from fastflower.data.stores import choose_store
 from fastflower.data.tables import shown, write_csv
+from fastflower.data.workers import Progress
 from fastflower.errors import EnvironmentFault, InputError
 from fastflower.recipe import Recipe
 
@@ -217,7 +218,7 @@ def _encoded(
     )
     images = None
     try:
-        images = spool.run(encoding, names, validating, workers, spool.Progress("images", len(names)))
+        images = spool.run(encoding, names, validating, workers, Progress("images", len(names)))
         yield images
     finally:
         if images:

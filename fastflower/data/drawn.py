@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from fastflower import seeding
-from fastflower.data import corruptions
+from fastflower.data import corruptions, decode, workers
 from fastflower.data.blooms import (
     SIDEWAYS,
     SPECIES,
@@ -137,8 +135,9 @@ def write(
     rng = seeding.generator(seed, len(drafts))
     numbers = rng.permutation(len(drafts)) + 1
     shots = sorted(Shot(f"img_{n:06d}.jpg", *draft) for n, draft in zip(numbers, drafts, strict=True))
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(partial(_take, made, seed), shots, chunksize=16))
+    take, progress = partial(_take, made, seed), workers.Progress("photographs", len(shots))
+    for _ in workers.run(take, zip(shots), decode.cores(0), progress):
+        pass
     known = [shot for shot in shots if not shot.held_out]
     classes = [shot.species for shot in known]
     if shuffle_labels:
@@ -160,6 +159,7 @@ def _take(made: DrawnSet, seed: int, shot: Shot) -> None:
         with Image.open(buffer) as stored:
             pixels = corruptions.corrupt(np.array(stored), kind, level, corruptions.image_key(shot.name))
         Image.fromarray(pixels).save(made.disturbed / shot.name, "JPEG", quality=95, subsampling=0)
+    workers.beat()
 
 
 def _write_labels(path: Path, shots: list[Shot], classes: list[int]) -> None:

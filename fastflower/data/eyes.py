@@ -8,9 +8,7 @@ resolution vary alike in both classes.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fastflower import seeding
+from fastflower.data import decode, workers
 from fastflower.errors import InputError
 
 HEIGHT, WIDTH = 32, 64
@@ -169,11 +168,12 @@ def write(home: Path, rows: int = 20000, held_out: int = 1000, seed: int = 0) ->
     for part, labels, first, count in parts:
         (home / part).mkdir(parents=True, exist_ok=True)
         chunks = [range(first + at, first + min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
-        with (home / labels).open("w", newline="") as file, ProcessPoolExecutor(os.cpu_count()) as pool:
+        draw_chunk, progress = partial(_write, home / part, seed), workers.Progress(part, count)
+        with (home / labels).open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(("filename", "category_id"))
-            for rows_of_chunk in pool.map(partial(_write, home / part, seed), chunks):
-                table.writerows(rows_of_chunk)
+            for made in workers.run(draw_chunk, zip(chunks), decode.cores(0), progress):
+                table.writerows(made)
 
 
 def _write(folder: Path, seed: int, numbers: range) -> list[tuple[str, int]]:
@@ -185,6 +185,7 @@ def _write(folder: Path, seed: int, numbers: range) -> list[tuple[str, int]]:
     qualities = 70 + (seeding.uniform(np.asarray(numbers, np.uint64), seed) * 26).astype(int)
     for name, image, quality in zip(names, images, qualities.tolist(), strict=True):
         Image.fromarray(image).save(folder / name, "JPEG", quality=quality)
+    workers.beat(len(numbers))
     return list(zip(names, is_open.astype(int).tolist(), strict=True))
 
 

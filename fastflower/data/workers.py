@@ -105,3 +105,25 @@ def _start(parent: int, work: Callable[..., Any]) -> None:
 
 def _call(*task: Any) -> Any:
     return _work(*task)
+
+
+class Progress:
+    """Rows done, images/s and time left: on a terminal one line that renews itself, else a line every 5 s."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total = what, total
+        self._live = sys.stdout.isatty()
+        self._every = 0.2 if self._live else 5.0
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._said < self._every and not (self._live and done == self.total):
+            return
+        self._said = now
+        speed = done / max(now - self._start, 1e-9)
+        left = (self.total - done) / max(speed, 1e-9)
+        share = 100 * done // self.total
+        line = f"{self.what}: {done}/{self.total} ({share} %), {speed:.0f} images/s, {left:.0f} s left"
+        end = "" if self._live and done < self.total else "\n"
+        print(f"\r{line:<78}" if self._live else line, end=end, flush=True)
