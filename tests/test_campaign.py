@@ -350,7 +350,10 @@ def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
     assert best.value == pytest.approx(1 - math.log10(best.params["opt.lr"] / 1e-3) ** 2 - 0.005)
     assert best.value > 0.9
     assert f"best of 10 trials is trial {best.number}" in search.summary()[0]
-    assert [task.run.exp for task in Search(["tiny.yaml"], words, 10, journal).tasks()] == []
+    again = play(10)  # every trial is listed once more, for the table, and keeps its value
+    assert [trial.value for trial in again.study.trials] == [trial.value for trial in trials]
+    listed = {task.run.exp for task in Search(["tiny.yaml"], words, 10, journal).tasks()}
+    assert listed == {f"tiny-trial_{number:04}" for number in range(10)}
     with pytest.raises(InputError, match=r"study.journal holds a search of another recipe or other ranges"):
         Search(["tiny.yaml"], plan.read_words(["opt.lr=log:1e-4..1e-1"]), 30, journal)
 
