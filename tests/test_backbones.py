@@ -200,10 +200,12 @@ def test_missing_weights_name_every_path_and_never_start_at_random(tmp_path: Pat
     with pytest.raises(InputError) as refusal:
         build_backbone(NAME, SIZES, pretrained=tmp_path)
     text = str(refusal.value)
+    files = "{model.safetensors,pytorch_model.bin}"
     for stem in (NAME, "test_convnext2"):
-        for place in (".safetensors", ".pth", ".pt", ".bin", "/model.safetensors", "/pytorch_model.bin"):
-            assert f"{tmp_path}/{stem}{place}" in text
-    assert "models--timm--" in text and "model.pretrained=false" in text and "\n" not in text
+        for place in ("{.safetensors,.pth,.pt,.bin}", f"/{files}"):
+            assert f" {stem}{place}, " in text
+        assert f" models--timm--{stem}/snapshots/*/{files}" in text
+    assert f"in {tmp_path};" in text and "model.pretrained=false" in text and "\n" not in text
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path, published: dict[str, Tensor]) -> None:

@@ -122,10 +122,14 @@ def test_pretrained_weights_replace_the_random_start_but_for_the_head(tmp_path: 
 
 
 def test_the_default_folder_is_asked_for_pretrained_weights() -> None:
-    with pytest.raises(
-        InputError, match=r"looked for results/model/pretrained_model/test_convnext2.safetensors"
-    ):
+    with pytest.raises(InputError) as caught:
         training_network(recipe("model.pretrained=true"), CLASSES)
+    assert str(caught.value) == (
+        "no pretrained weights of test_convnext2 in results/model/pretrained_model; looked for "
+        "test_convnext2{.safetensors,.pth,.pt,.bin}, test_convnext2/{model.safetensors,pytorch_model.bin}, "
+        "models--timm--test_convnext2/snapshots/*/{model.safetensors,pytorch_model.bin}; "
+        "put one there or set model.pretrained=false"
+    )
 
 
 def test_views_that_the_backbone_cannot_take_are_refused_before_training() -> None:

@@ -131,21 +131,22 @@ def check_sizes(
 
 
 def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
-    """The file with a backbone's published weights; InputError lists every path that was tried."""
-    tried = []
-    for stem in dict.fromkeys((name, name.partition(".")[0])):
-        tried += [folder / (stem + suffix) for suffix in SUFFIXES]
+    """The file with a backbone's published weights; InputError says every path that was tried."""
+    stems = dict.fromkeys((name, name.partition(".")[0]))
+    for stem in stems:
+        snapshots = folder / f"models--timm--{stem}" / "snapshots"  # of a Hugging Face cache
+        tried = [folder / (stem + suffix) for suffix in SUFFIXES]
         tried += [folder / stem / file for file in FOLDER_FILES]
-        cache = folder / f"models--timm--{stem}" / "snapshots"
-        tried += [
-            path for file in FOLDER_FILES for path in sorted(cache.glob(f"*/{file}")) or [cache / "*" / file]
-        ]
-    for path in tried:
-        if path.is_file():
-            return path
-    paths = ", ".join(map(str, tried))
+        tried += [path for file in FOLDER_FILES for path in sorted(snapshots.glob(f"*/{file}"))]
+        for path in tried:
+            if path.is_file():
+                return path
+    files, suffixes = (f"{{{','.join(ends)}}}" for ends in (FOLDER_FILES, SUFFIXES))
+    paths = ", ".join(
+        f"{stem}{suffixes}, {stem}/{files}, models--timm--{stem}/snapshots/*/{files}" for stem in stems
+    )
     raise InputError(
-        f"no pretrained weights of {name}; looked for {paths}; put one there or set model.pretrained=false"
+        f"no pretrained weights of {name} in {folder}; looked for {paths}; put one there or set model.pretrained=false"
     )
 
 
