@@ -56,10 +56,18 @@ class Networks:
         the pictures are run in halves, a single one alone; where a GPU fails the CPU goes on.
         """
         try:
-            return self._run(pictures)
+            found = self._run(pictures)
         except (RuntimeError, MemoryError) as error:
             full = isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY)
             reason = str(error).strip().split("\n")[-1]
+        else:
+            if not self.half or np.isfinite(found).all():
+                return found
+            self.notes.append(
+                f"{self.device}: logits that are not finite in half precision; going on in fp32"
+            )
+            self._place(str(self.device), False)
+            return self.logits(pictures)
         # outside the except block, whose traceback keeps the tensors alive
         if full and self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -94,7 +102,7 @@ class Networks:
                 tensors = read_tensors(checked(folder, member["weights"], hashes))
                 if "checkpoint" in member:
                     tensors.update(read_checkpoint(checked(folder, member["checkpoint"], hashes)))
-            except (OSError, ValueError, MemoryError) as error:
+            except (OSError, ValueError, MemoryError, LookupError, RuntimeError, TypeError) as error:
                 self.notes.append(f"member {member['name']} left out: {error}")
             else:
                 self.members.append({**member, "tensors": tensors})
@@ -157,7 +165,7 @@ class Networks:
                 :count
             ]:
                 crop = self.bundle["crops"][view["crop"]]
-                image = torch.from_numpy(test_picture(crop["height"], crop["width"])[None]).to(self.device)
+                image = to_tensor(test_picture(crop["height"], crop["width"])[None]).to(self.device)
                 error = np.abs(
                     self._forward(image, view, inputs)[0] - np.array(expected, dtype=np.float32)
                 ).max()
@@ -165,7 +173,7 @@ class Networks:
         return worst
 
     def _run(self, pictures: list[list[np.ndarray]]) -> np.ndarray:
-        crops = [torch.from_numpy(np.stack(arrays)).to(self.device) for arrays in zip(*pictures)]
+        crops = [to_tensor(np.stack(arrays)).to(self.device) for arrays in zip(*pictures)]
         count = len(pictures)
         flips = (False, True) if self.bundle["hflip"] else (False,)
         found = []
@@ -186,7 +194,12 @@ class Networks:
         spec = self.bundle["programs"][view["program"]]
         with torch.jit.optimized_execution(False):  # else the first two runs are spent on profiling
             logits = self.programs[spec["file"]](images.permute(0, 3, 1, 2).to(self._floats(spec)), *inputs)
-        return logits.float().cpu().numpy()
+        return np.array(logits.tolist(), dtype=np.float32)
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """A uint8 array's memory as a tensor, without torch's own bridge to NumPy: torch before 2.3 has none to NumPy 2."""
+    return torch.frombuffer(array, dtype=torch.uint8).reshape(array.shape)
 
 
 def choices(device: str) -> list[tuple[str, bool]]:
@@ -212,11 +225,15 @@ DTYPES = {
 def read_tensors(data: bytearray) -> dict[str, torch.Tensor]:
     """A safetensors file: eight bytes that hold the header's length, the header as JSON, the tensors' memory."""
     start = 8 + int.from_bytes(data[:8], "little")
+    if start > len(data):
+        raise ValueError("weights that end within their header")
     header = json.loads(bytes(data[8:start]))
     header.pop("__metadata__", None)
     found = {}
     for name, spec in header.items():
         (first, last), dtype = spec["data_offsets"], DTYPES[spec["dtype"]]
+        if not 0 <= first <= last <= len(data) - start:
+            raise ValueError(f"weights whose {name} lies outside of them")
         flat = torch.empty(0, dtype=dtype)
         if last > first:
             count = (last - first) // flat.element_size()
