@@ -19,22 +19,25 @@ import numpy as np
 SLOW = 60.0  # seconds in which one picture must have been read
 STILL = 900.0  # seconds in which something must have become known
 FRUITLESS = 3  # deaths in a row without a new row
+PAUSED = 5.0  # seconds without being asked: the machine or the container stood still, not a picture
+ERROR = 70  # exit code of work that ended with an error of its own
 
 
-def run(work: Callable[[int], int], table: Any, say: Callable[[str], None]) -> int:
-    """The exit code of `work(deaths)`, started again where it dies, each time knowing how often it did.
+def run(work: Callable[[int, int], int], table: Any, say: Callable[[str], None]) -> int:
+    """The exit code of `work(deaths, unexplained)`, started again where it dies while rows are waiting.
 
-    Rows that were being read at a death are read alone afterwards, and given up when that kills again.
-    Exit code 4 when it dies over and over. Without fork, or with torch already loaded, it is a plain call.
+    It is told how often it died, and how often while no picture was being read. Rows that were being read at a
+    death are read alone afterwards, and given up when that kills again. Exit code 4 when it dies over and over.
+    Where nothing can be forked, or with torch already loaded, it is a plain call.
     """
-    if not hasattr(os, "fork") or "torch" in sys.modules:
-        return work(0)
-    deaths = fruitless = 0
-    while fruitless < FRUITLESS:
+    deaths = unexplained = fruitless = 0
+    while fruitless < FRUITLESS and (table.waiting() or not deaths):
         done = table.done()
-        child = os.fork()
+        child = _fork()
+        if child is None:
+            return 4 if (code := _tried(work, deaths, unexplained, say)) == ERROR else code
         if child == 0:
-            _live(work, deaths)
+            _live(work, deaths, unexplained, say)
         try:
             code, late = _watch(child, table)
         finally:
@@ -42,44 +45,69 @@ def run(work: Callable[[int], int], table: Any, say: Callable[[str], None]) -> i
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
             table.sweep(child)
-        if code >= 0:
+        if code >= 0 and code != ERROR:
             return code
         deaths += 1
-        name = "it stood still" if late else signal.Signals(-code).name
-        blamed = _blame(table, name, late)
+        name = "it stood still" if late else "an error" if code == ERROR else signal.Signals(-code).name
+        blamed = code != ERROR and _blame(table, name, late)
+        table.reading[:] = 0
+        unexplained += not blamed
         fruitless = 0 if blamed or table.done() > done else fruitless + 1
         say(f"the working process died ({name}) with {table.done()} rows done; going on")
-    table.write()
+    if not table.waiting():
+        return 0
     say(f"giving up after {deaths} deaths; the other rows of {table.path} are the class prior")
     return 4
 
 
-def _live(work: Callable[[int], int], deaths: int) -> None:
+def _fork() -> int | None:
+    """A child's id, 0 inside of it; None where there is none, or where torch would not survive it.
+
+    Apple's frameworks, which NumPy and torch compute with, may abort after a fork.
+    """
+    if not hasattr(os, "fork") or sys.platform == "darwin" or "torch" in sys.modules:
+        return None
+    try:
+        return os.fork()
+    except OSError:  # no more processes allowed, or no memory for one
+        return None
+
+
+def _live(work: Callable[[int, int], int], deaths: int, unexplained: int, say: Callable[[str], None]) -> None:
     """The child: default signals, no clean-up that belongs to the parent, never past this line."""
-    code = 1
+    code = ERROR
     try:
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-        code = work(deaths)
-    except BaseException as error:
-        print(f"predict: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        code = _tried(work, deaths, unexplained, say)
     finally:
         os._exit(code)
+
+
+def _tried(work: Callable[[int, int], int], deaths: int, unexplained: int, say: Callable[[str], None]) -> int:
+    """The exit code of work; ERROR and a line for an error that nobody foresaw."""
+    try:
+        return work(deaths, unexplained)
+    except Exception as error:
+        say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return ERROR
 
 
 def _watch(child: int, table: Any) -> tuple[int, bool]:
     """Wait for the child: its exit code, minus a signal's number for a death; and whether it stood still."""
     done, since, nap = table.done(), time.monotonic(), 0.01
+    awake = asked = since
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return (-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), False
         now = time.monotonic()
+        awake, asked = now if now - asked > PAUSED else awake, now
         if table.done() > done:
             done, since = table.done(), now
         reading = np.array(table.reading)  # as of one moment: a row that ends while it is asked began at 0
         reading = reading[reading > 0]
-        if now - since > STILL or (len(reading) and now - reading.min() > SLOW):
+        if now - max(since, awake) > STILL or (len(reading) and now - max(reading.min(), awake) > SLOW):
             return -signal.SIGKILL, True
         time.sleep(nap)
         nap = min(0.2, nap * 1.5)
@@ -96,5 +124,4 @@ def _blame(table: Any, name: str, late: bool) -> bool:
         table.fail(int(rows[0]), f"reading it killed the process ({name})")
     else:
         table.alone[rows] = True
-    table.reading[:] = 0
     return len(rows) > 0

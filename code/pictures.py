@@ -17,6 +17,7 @@ from PIL import Image
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 MOST_PIXELS = 64_000_000  # a header that claims more is refused before anything is decoded
+MOST_BYTES = 1 << 29  # of a file; so many pixels take half of it at most, not compressed at all
 MOST_SCANS = 500  # a progressive JPEG of 40 kB can hold thousands and cost a minute
 LONGEST = 4  # stored pictures are cut to this many stored sides
 TURNS = {
@@ -33,23 +34,33 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: the picture counts, not its notes
 
 
-def find(folder: bytes) -> list[bytes]:
-    """Every regular file below a folder with an image suffix, relative with '/', sorted by bytes.
+def find(folder: bytes) -> tuple[list[bytes], list[bytes]]:
+    """Every regular file below a folder with an image suffix, relative with '/', sorted by bytes; and the others.
 
     Bytes, not text: names come out of the disk and go into the table unchanged under any locale. What macOS
-    adds to archives (`__MACOSX/`, `._name` beside `name`) is no photograph.
+    adds to archives (`__MACOSX/`, `._name` beside `name`) is no photograph. Folders that are links, which may lead
+    in circles, or cannot be read are others.
     """
-    found = []
-    for parent, folders, files in os.walk(folder):
+    found: list[bytes] = []
+    others: list[bytes] = []
+
+    def unread(error: OSError) -> None:
+        others.append(error.filename)
+
+    for parent, folders, files in os.walk(folder, onerror=unread):
         folders[:] = [name for name in folders if name != b"__MACOSX"]
+        others += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
         present = set(files)
         for name in files:
+            path = os.path.join(parent, name)
             shadow = name.startswith(b"._") and name[2:] in present
-            if name.lower().endswith(SUFFIXES) and not shadow and _regular(os.path.join(parent, name)):
-                found.append(
-                    os.path.relpath(os.path.join(parent, name), folder).replace(os.sep.encode(), b"/")
-                )
-    return sorted(found)
+            photograph = name.lower().endswith(SUFFIXES) and not shadow and _regular(path)
+            (found if photograph else others).append(path)
+    own, rest = (
+        [os.path.relpath(path, folder).replace(os.sep.encode(), b"/") for path in paths]
+        for paths in (found, others)
+    )
+    return sorted(own), sorted(rest)
 
 
 def prepare(path: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
@@ -63,6 +74,8 @@ def read(path: bytes) -> Image.Image:
     """The first frame as RGB: upright by EXIF, alpha over white, 16 bits scaled to 8."""
     if not _regular(path):
         raise ValueError("not a regular file")
+    if os.path.getsize(path) > MOST_BYTES:
+        raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
     with open(path, "rb") as file:
         data = file.read()
     if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:

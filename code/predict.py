@@ -18,8 +18,9 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,14 +38,17 @@ try:
 
     import guard
     import pictures
-    from table import Table, columns, ordered, read_sample
-except ModuleNotFoundError as missing:
-    sys.exit(f"predict: {missing}; needed are torch, numpy and pillow: pip install torch numpy pillow")
+    from table import Sample, Table, columns, ordered, read_sample
+except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Image.Transpose
+    sys.exit(f"predict: {missing}; needed are torch, numpy and pillow: pip install -U torch numpy pillow")
 
 FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
 TOGETHER = 8  # pictures that a CPU thread takes at once, at most
 PIXELS = 300_000  # of the largest views of those that it takes
+SHOWN = (
+    40  # unreadable pictures named: who reads only at the end must not find the pipe full and all at a halt
+)
 
 
 class Problem(Exception):
@@ -57,7 +61,7 @@ class Problem(Exception):
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    names = pictures.find(os.fsencode(options.folder))
+    names, others = pictures.find(os.fsencode(options.folder))
     sample = read_sample(nearest("ref/predictions_sample.csv"))
     fault, hashes = None, {}
     try:
@@ -76,32 +80,44 @@ def main(argv: list[str]) -> int:
     table = Table(files, bundle["class_ids"], bundle["prior"], header, shown)
     code = 0
     if names or not os.path.exists(options.csv):  # never an empty table over a good one
-        code = 0 if table.open(options.csv) else 4
+        code = put(table, options.csv)
+    if others and names:
+        say(f"{len(others)} others below {options.folder} get no row, first {os.fsdecode(others[0])!r}")
     if fault:
         raise Problem(f"{fault}; every row of {table.path} is the class prior", fault.code)
     if not names:
         kinds = b" ".join(pictures.SUFFIXES).decode()
         raise Problem(f"no photographs below {options.folder}; give a folder with {kinds}")
-    if code:
-        say(f"{options.csv} cannot be written; the table goes to {table.path}", sys.stderr)
 
-    def work(deaths: int) -> int:
-        # memory may be what killed it
+    def work(deaths: int, unexplained: int) -> int:
+        # memory may be what killed it, or the driver of a GPU
         options.threads = max(1, (options.threads or usable_cores()) >> deaths)
+        options.device = "cpu" if unexplained else options.device
         try:
             predict(options, bundle, hashes, table)
         except Problem as problem:
             say(str(problem), sys.stderr)
             return problem.code
         finally:
-            table.write()
+            table.update()
         return 0
 
     try:
-        return guard.run(work, table, lambda text: say(text, sys.stderr)) or code
-    except (SystemExit, KeyboardInterrupt):
-        table.write()  # what is known when a time limit or a key ends the run
-        raise
+        code = guard.run(work, table, lambda text: say(text, sys.stderr)) or code
+    finally:  # also what is known when a time limit or a key ends the run
+        moved = put(table, table.path)
+    late = len(set(pictures.find(os.fsencode(options.folder))[0]) - set(names))
+    if late:
+        say(f"{late} photographs came while it ran; run it again for their rows", sys.stderr)
+    return code or moved
+
+
+def put(table: Table, place: str) -> int:
+    """Write the table there; 4 and a line when it had to go elsewhere."""
+    if table.open(place):
+        return 0
+    say(f"{place} cannot be written; the table goes to {table.path}", sys.stderr)
+    return 4
 
 
 def predict(
@@ -117,8 +133,10 @@ def predict(
 
         torch.set_num_threads(threads)
         members = networks.Networks(options.bundle, bundle, hashes, options.device)
-    except ImportError as error:
-        raise Problem(f"{error}; every row of {table.path} is the class prior", 4) from None
+    except (ImportError, OSError) as error:  # a library of torch that is missing or does not fit into memory
+        raise Problem(
+            f"torch cannot be loaded ({error}); every row of {table.path} is the class prior", 4
+        ) from None
     except networks.Unusable as error:
         table.about = {"notes": [str(error)]}
         raise Problem(f"{error}; every row of {table.path} is the class prior", 3) from None
@@ -144,12 +162,13 @@ def predict(
         warm = spent if first else warm
         own = done - before
         pace = spent / own if first else (spent - warm) / (own - 1)  # the first picture pays for warming up
+        pace = max(pace, 1e-6)  # the clock of Windows stands still for 16 ms
         about.update(
             first_row_s=loaded - start + warm, seconds=loaded - start + spent, ms_per_image=1000 * pace
         )
         table.about = about
         if first or time.monotonic() - table.written > WRITE_EVERY:
-            table.write()
+            table.update()
             left = pace * (len(table.names) - done)
             say(f"{done} of {len(table.names)}, {1 / pace:.1f} images/s, {left:.0f} s left")
     if options.logits and kept:
@@ -169,7 +188,7 @@ def predicted(
     """
     import torch
 
-    crops, parent = members.bundle["crops"], os.getppid()
+    crops, parent, alone = members.bundle["crops"], os.getppid(), threading.Lock()
     on_cpu = members.device.type == "cpu"
 
     def work(rows: list[int]) -> list[tuple[int, Any]]:
@@ -178,7 +197,7 @@ def predicted(
         for row in rows:
             table.reading[row] = time.monotonic()
             try:
-                found.append((row, pictures.prepare(os.path.join(folder, table.names[row]), crops)))
+                found.append((row, views(os.path.join(folder, table.names[row]))))
             except Exception as error:  # whatever a hostile file makes Pillow raise costs one row
                 refuse(row, error)
             finally:
@@ -192,10 +211,18 @@ def predicted(
                 refuse(row, error)
             return []
 
+    def views(path: bytes) -> list[np.ndarray]:
+        try:
+            return pictures.prepare(path, crops)
+        except (MemoryError, OSError):  # all threads at once may want more memory or handles than there are
+            with alone:
+                return pictures.prepare(path, crops)
+
     def refuse(row: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         table.fail(row, reason)
-        say(f"{os.fsdecode(table.names[row])!r}: {reason}; its row is the class prior", sys.stderr)
+        if np.count_nonzero(table.failed) <= SHOWN:
+            say(f"{os.fsdecode(table.names[row])!r}: {reason}; its row is the class prior", sys.stderr)
 
     def gather(some: list[list[tuple[int, Any]]]) -> tuple[list[int], np.ndarray]:
         found = [pair for part in some for pair in part]
@@ -242,33 +269,40 @@ def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
         if hashlib.sha256(data).hexdigest() != hashes.get("bundle.json"):
             raise ValueError("bundle.json is not the one that was exported")
         bundle = json.loads(data)
+        if not isinstance(bundle, dict):
+            raise ValueError("bundle.json holds no description")
     except (OSError, ValueError) as error:
         raise Problem(f"{folder} is damaged ({error}); copy it again", 3) from None
-    if bundle["format"] != FORMAT:
+    if bundle.get("format") != FORMAT:
         raise Problem(
-            f"{folder} has format {bundle['format']}, this predictor reads {FORMAT}; take its own code/"
+            f"{folder} has format {bundle.get('format')}, this predictor reads {FORMAT}; take its own code/"
         )
     return bundle, hashes
 
 
-def substitute(folder: str, sample: Any) -> dict[str, Any] | None:
+def substitute(folder: str, sample: Sample | None) -> dict[str, Any] | None:
     """Classes and prior for a table without networks: the bundle's, those of the training data, the sample's."""
+    counts: dict[str, float] = {}
     for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
-        with contextlib.suppress(OSError, ValueError, KeyError, csv.Error):
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file))
-            if rows:
-                prior = [float(row["n"]) for row in rows]
-                ids = [row["category_id"] for row in rows]
-                return {"class_ids": ids, "prior": [n / sum(prior) for n in prior], "columns": "sample"}
-    return None
+        damaged = contextlib.suppress(OSError, ValueError, KeyError, csv.Error)
+        with damaged, open(path, encoding="utf-8-sig", newline="") as file:
+            counts = {row["category_id"]: float(row["n"]) for row in csv.DictReader(file)}
+        if counts:
+            break
+    counts = counts or Counter(sample.ids if sample else ())
+    if not counts:
+        return None
+    prior = [count / max(1, sum(counts.values())) for count in counts.values()]
+    return {"class_ids": list(counts), "prior": prior, "columns": "sample"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     about = "Name the class of every photograph in a folder."
     parser = argparse.ArgumentParser(prog="predict.py", description=about, allow_abbrev=False)
     parser.add_argument("folder", nargs="?", help="photographs, also in subfolders (test_dataset)")
-    parser.add_argument("csv", nargs="?", help="the table to write (results/results/submission.csv)")
+    parser.add_argument(
+        "csv", nargs="?", help="the table to write, or its folder (results/results/submission.csv)"
+    )
     parser.add_argument("--bundle", help="exported members (results/model/bundle, else those evaluated last)")
     parser.add_argument("--two-columns", action="store_true", help="leave out the confidence")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
@@ -281,7 +315,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     options.folder = options.folder or nearest("test_dataset")
-    options.csv = options.csv or os.path.join(ROOT, "results", "results", "submission.csv")
+    options.csv = options.csv or os.path.join(ROOT, "results", "results", "")
+    if options.csv.endswith(("/", os.sep)) or os.path.isdir(options.csv):
+        options.csv = os.path.join(options.csv, "submission.csv")
     options.bundle = options.bundle or default_bundle()
     return options
 
@@ -308,13 +344,18 @@ def nearest(name: str) -> str:
     return next((path for path in places if os.path.exists(path)), places[0])
 
 
-def usable_cores(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
+def usable_cores(groups: str = "/sys/fs/cgroup") -> int:
     """Cores that this process may use: those it may run on, or fewer where a container has a share of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit
-        with open(quota, encoding="ascii") as file:
-            share, period = map(int, file.read().split())
-        cores = min(cores, max(1, round(share / period)))
+
+    def words(name: str) -> list[str]:
+        with open(os.path.join(groups, name), encoding="ascii") as file:
+            return file.read().split()
+
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of version 2, and of 1
+        with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit, or -1
+            share, period = (int(word) for name in names for word in words(name))
+            cores = min(cores, max(1, round(share / period))) if share > 0 else cores
     return cores
 
 

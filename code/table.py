@@ -10,7 +10,7 @@ import os
 import stat
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Table:
         return [int(row) for row in rows[np.argsort(~self.alone[rows], kind="stable")]]
 
     def open(self, wanted: str) -> bool:
-        """Write the first table to the path wanted, or where that cannot be, in other places; False: elsewhere."""
+        """Write the table to the path wanted, or where that cannot be, in other places; False: elsewhere."""
         name = os.path.basename(wanted)
         others = [os.path.join(os.getcwd(), name), os.path.join(tempfile.gettempdir(), name)]
         for path in [wanted, *others]:
@@ -113,12 +113,18 @@ class Table:
 
     def sweep(self, process: int) -> None:
         """Remove what a killed process had not put in place."""
-        for path in (self.path, os.path.splitext(self.path)[0] + ".json"):
+        for path in (self.path, beside(self.path)):
             with contextlib.suppress(OSError):
                 os.unlink(aside_of(path, process))
 
+    def update(self) -> None:
+        """Write what is known; a place that refuses it now may take it later."""
+        with contextlib.suppress(OSError):
+            self.write()
+
     def write(self) -> None:
         """Replace the table, then `submission.json` beside it, each in one rename."""
+        self.written = time.monotonic()
         replace(self.path, self.text())
         names = [name.decode("utf-8", "surrogateescape") for name in self.names]
         unreadable = {names[row]: reason for row, reason in self.unreadable.items()}
@@ -128,8 +134,7 @@ class Table:
             "unreadable": unreadable,
             **self.about,
         }
-        replace(os.path.splitext(self.path)[0] + ".json", json.dumps(words, indent=1).encode())
-        self.written = time.monotonic()
+        replace(beside(self.path), json.dumps(words, indent=1).encode())
 
 
 def shared(count: int, dtype: str) -> np.ndarray:
@@ -155,6 +160,12 @@ def replace(path: str, data: bytes) -> None:
             os.unlink(aside)
 
 
+def beside(path: str) -> str:
+    """Where the words about a table lie: `a.json` of `a.csv`, never the table itself."""
+    found = os.path.splitext(path)[0] + ".json"
+    return path + ".json" if found.lower() == path.lower() else found
+
+
 def aside_of(path: str, process: int) -> str:
     return f"{path}.{process}.tmp"
 
@@ -164,8 +175,16 @@ def quoted(field: bytes) -> bytes:
     return b'"' + field.replace(b'"', b'""') + b'"' if special else field
 
 
-def read_sample(path: str) -> tuple[list[str], list[bytes]] | None:
-    """Header and file names of the organiser's sample, or None when there is none that says anything."""
+class Sample(NamedTuple):
+    """The organiser's sample: its header, its file names, and the classes that it gives them."""
+
+    header: list[str]
+    names: list[bytes]
+    ids: list[str]
+
+
+def read_sample(path: str) -> Sample | None:
+    """None when there is no sample that says anything."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
@@ -174,26 +193,25 @@ def read_sample(path: str) -> tuple[list[str], list[bytes]] | None:
     if not rows or len(rows[0]) not in (2, 3):
         return None
     header = [field.strip() for field in rows[0]]
-    return header, [row[0].encode("utf-8", "surrogateescape") for row in rows[1:]]
+    names = [row[0].encode("utf-8", "surrogateescape") for row in rows[1:]]
+    return Sample(header, names, [row[1] for row in rows[1:] if len(row) > 1])
 
 
-def columns(kind: str, sample: tuple[list[str], list[bytes]] | None) -> list[str]:
+def columns(kind: str, sample: Sample | None) -> list[str]:
     """The header: `two`, `three`, or `sample` for the organiser's, else three."""
     if kind == "sample" and sample:
-        return sample[0]
+        return sample.header
     return list(COLUMNS[:2] if kind == "two" else COLUMNS)
 
 
-def ordered(
-    names: list[bytes], sample: tuple[list[str], list[bytes]] | None
-) -> tuple[list[bytes], list[bytes]]:
+def ordered(names: list[bytes], sample: Sample | None) -> tuple[list[bytes], list[bytes]]:
     """Files in the table's order, and what it calls them.
 
     Both are the organiser's when the sample lists exactly these files, with their endings or without (ids).
     """
-    if sample and sorted(sample[1]) == names:
-        return sample[1], sample[1]
+    if sample and sorted(sample.names) == names:
+        return sample.names, sample.names
     files = {os.path.splitext(name)[0]: name for name in names}
-    if sample and len(files) == len(names) and sorted(sample[1]) == sorted(files):
-        return [files[shown] for shown in sample[1]], sample[1]
+    if sample and len(files) == len(names) and sorted(sample.names) == sorted(files):
+        return [files[shown] for shown in sample.names], sample.names
     return names, names

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import importlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +52,7 @@ def member(
     seed: int = 0,
     size: int = 32,
     name: str = "",
+    **changes: object,
 ) -> Path:
     """A checkpoint with random weights, named as train names it."""
     torch.manual_seed(seed)
@@ -56,6 +61,7 @@ def member(
         "size": [size, size], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
         "interpolation": "bicubic", "resize_factor": 1.14, "stored_side": 73, "class_ids": IDS, "class_hash": "c1a55",
         "class_counts": [3, 9, 4], "fold": seed, "seed": 42, "epoch": 1, "weights": "ema",
+        **changes,
     }  # fmt: skip
     network = build_network(NetworkSpec.from_meta(meta))
     for own, buffer in network.named_buffers():
@@ -110,6 +116,26 @@ def run(code, exported):
 
     Path("test_dataset").mkdir()
     return call
+
+
+@pytest.fixture
+def guessed(code, monkeypatch):
+    """Run the predictor where there are classes and photographs but no networks: exit code 4 and rows."""
+    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    know_classes(Path.cwd())
+
+    def call(csv_path: str) -> None:
+        with pytest.raises(code.predict.Problem, match="no bundle in nowhere") as problem:
+            code.predict.main(["test_dataset", csv_path, "--bundle", "nowhere"])
+        assert problem.value.code == 4
+
+    Path("test_dataset").mkdir()
+    return call
+
+
+def know_classes(root: Path) -> None:
+    (root / "data").mkdir()
+    (root / "data/classes.csv").write_text("class_idx,category_id,n\n0,7,3\n1,007,6\n2,x,1\n")
 
 
 def rows_of(path: Path) -> list[list[str]]:
@@ -225,7 +251,34 @@ def test_fused_logits_over_t_give_the_confidence(run, code, exported):
     np.testing.assert_allclose(logits[0, 1, 0], want, atol=1e-4)
 
 
-def test_a_row_for_every_name(run):
+def test_each_member_sees_pictures_as_it_was_trained(tmp_path, code):
+    """Two backbones with sizes, mean, cut and resampling of their own."""
+    other = {
+        "mean": [0.1, 0.5, 0.9],
+        "std": [0.5, 0.4, 0.3],
+        "interpolation": "bilinear",
+        "resize_factor": 1.0,
+    }
+    paths = [member(tmp_path), member(tmp_path, "test_resnet", seed=1, stored_side=60, **other)]
+    made = write_bundle(tmp_path / "bundle", paths, "tta.scales=[32]", "tta.hflip=false")
+    description, hashes = code.predict.read_bundle(str(tmp_path / "bundle"))
+    networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
+    assert networks.notes == []
+    flower(3, (200, 150)).save(tmp_path / "picture.png")
+    got = networks.logits(
+        [code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), description["crops"])]
+    )
+    for row, own in enumerate(made):
+        crop = {"height": 32, "width": 32, "factor": own.meta["resize_factor"]}
+        crop |= {name: own.meta[name] for name in ("interpolation", "stored_side")}
+        (array,) = code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), [crop])
+        with torch.inference_mode():
+            want = own.network(torch.from_numpy(array).permute(2, 0, 1)[None].float())[0].numpy()
+        np.testing.assert_allclose(got[0, row, 0], want, atol=1e-4)
+    assert len(description["crops"]) == 2
+
+
+def test_a_row_for_every_name(run, capsys):
     names = [
         "a b.jpg",
         "comma,.jpg",
@@ -236,7 +289,16 @@ def test_a_row_for_every_name(run):
         "e\u0301.jpg",
         "é.jpg",
     ]
-    names += ["a.JPG", "a.jpg", "sub/deep/a.jpg", ".hidden.jpg", "bad\udcff\udc80.jpg", "x" * 200 + ".jpg"]
+    names += [
+        "a.JPG",
+        "a.jpg",
+        "a.jpeg",
+        "sub/deep/a.jpg",
+        ".hidden.jpg",
+        "bad\udcff\udc80.jpg",
+        "x" * 251 + ".jpg",
+    ]
+    names += [" lead.jpg", "trail .jpg", "\ufeffmark.jpg"]
     for name in names:
         path = os.path.join(b"test_dataset", os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -247,12 +309,93 @@ def test_a_row_for_every_name(run):
     for junk in ("Thumbs.db", "__MACOSX/a.jpg", "._a.jpg", "notes.txt"):
         Path("test_dataset", junk).write_bytes(b"junk")
     Path("test_dataset/linked.jpg").symlink_to("a.jpg")
+    Path("test_dataset/dangling.jpg").symlink_to("nothing")
+    Path("test_dataset/circle").symlink_to(".")
     number, rows = run()
     assert number == 0
+    others = ["._a.jpg", "Thumbs.db", "circle", "dangling.jpg", "notes.txt", "pipe.jpg"]
+    assert f"{len(others)} others below test_dataset get no row, first '._a.jpg'" in capsys.readouterr().out
     assert [row[0] for row in rows[1:]] == sorted([*names, "linked.jpg"], key=os.fsencode)
     data = Path("out/submission.csv").read_bytes()
     assert b"\r" not in data and data.endswith(b"\n") and not data.startswith(b"\xef\xbb\xbf")
     assert json.loads(Path("out/submission.json").read_text())["unreadable"] == {}
+
+
+def png_bomb() -> bytes:
+    """65536 x 65536 pixels by its header, which is whole; its data inflates to a gigabyte."""
+    sides, data = (1 << 16).to_bytes(4, "big") * 2, zlib.compress(bytes(1 << 24)) * 64
+    chunks = [(b"IHDR", sides + b"\x08\x02\0\0\0"), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(own).to_bytes(4, "big") + name + own + zlib.crc32(name + own).to_bytes(4, "big")
+        for name, own in chunks
+    )
+
+
+LOCALES = [
+    {"LC_ALL": "C.UTF-8"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    {"LC_ALL": "POSIX", "PYTHONIOENCODING": "gbk"},
+    {"LANG": "zh_CN.GBK", "PYTHONIOENCODING": "utf-16"},
+]
+
+
+def test_names_are_those_of_the_disk_under_any_locale(tmp_path):
+    know_classes(tmp_path)
+    names = [
+        "花.jpg".encode(),
+        "花.jpg".encode("gbk"),
+        "\ufeff花.jpg".encode(),
+        b"\xff\xfe.jpg",
+        b"cr\rlf\n.jpg",
+    ]
+    names += [b'"=1+1".jpg', b",.JPG", b" .jpg", b"z" * 251 + b".jpg"]
+    os.mkdir("test_dataset")
+    for name in names:
+        Path(os.fsdecode(os.path.join(b"test_dataset", name))).write_bytes(b"")
+    words = [sys.executable, str(CODE / "predict.py"), "test_dataset", "out.csv", "--bundle", "nowhere"]
+    for number, locale in enumerate(LOCALES):
+        environment = {"PATH": os.environ["PATH"], **locale}
+        assert subprocess.run(words, env=environment, capture_output=True).returncode == 4
+        found = [os.fsencode(row[0]) for row in rows_of(Path("out.csv"))]
+        assert found == [b"filename", *sorted(names)], locale
+        os.rename("out.csv", f"{number}.csv")
+    assert len({Path(f"{number}.csv").read_bytes() for number in range(len(LOCALES))}) == 1
+
+
+def test_photographs_are_found_once_each_in_the_order_of_their_bytes(code):
+    rng = random.Random(0)
+    for number in range(120):
+        folder = Path("photos", *rng.choices("ab", k=rng.randrange(4)))
+        folder.mkdir(parents=True, exist_ok=True)
+        name = (
+            rng.choice("éaZ_ ")
+            + str(number)
+            + rng.choice([".jpg", ".JPEG", ".Png", ".gif", ".txt", "", ".jpg.zip"])
+        )
+        (folder / name).write_bytes(b"")
+    files = [
+        os.fsencode(path.relative_to("photos").as_posix())
+        for path in Path("photos").rglob("*")
+        if path.is_file()
+    ]
+    endings = (b".jpg", b".jpeg", b".png", b".gif")
+    found, others = code.pictures.find(b"photos")
+    assert found == sorted(name for name in files if name.lower().endswith(endings)) and len(found) > 40
+    assert sorted([*found, *others]) == sorted(files)
+
+
+def test_a_folder_that_cannot_be_read_is_told(code, monkeypatch):
+    honest = os.scandir
+
+    def scandir(path):
+        if path.endswith(b"locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return honest(path)
+
+    Path("photos/locked").mkdir(parents=True)
+    Path("photos/a.jpg").write_bytes(b"")
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert code.pictures.find(b"photos") == ([b"a.jpg"], [b"locked"])
 
 
 def test_unreadable_pictures_get_the_prior(run, capsys):
@@ -264,7 +407,7 @@ def test_unreadable_pictures_get_the_prior(run, capsys):
         "tiff.png": b"II*\0" + bytes(90),
     }
     bad["scans.jpg"] = b"\xff\xd8" + b"\xff\xda\0\0" * 501
-    bad["bomb.png"] = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\0\0\0\1\0\0\x08\x02\0\0\0" + bytes(80)
+    bad["bomb.png"] = png_bomb()
     for name, data in bad.items():
         Path("test_dataset", name).write_bytes(data)
     number, rows = run()
@@ -276,6 +419,57 @@ def test_unreadable_pictures_get_the_prior(run, capsys):
     assert set(about["unreadable"]) == set(bad) and about["predicted"] == 2
     said = capsys.readouterr().err
     assert all(f"'{name}': " in said for name in bad)
+
+
+MEASURED = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import pictures
+crop = {"height": 32, "width": 32, "factor": 1.0, "interpolation": "bicubic", "stored_side": 73}
+pictures.prepare(b"plain.jpg", [crop])
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+for name in sys.argv[2:]:
+    try:
+        print(name, pictures.prepare(name.encode(), [crop])[0].shape)
+    except Exception as error:
+        print(name, type(error).__name__)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, time.process_time() - start)
+"""
+
+
+def test_bombs_cost_neither_memory_nor_time():
+    """65536 pixels a side by their headers, 501 scans, a file of a tebibyte; and pictures of one pixel's width."""
+    Path("plain.jpg").write_bytes(jpeg(1))
+    side = (65535).to_bytes(2, "little")
+    bombs = {
+        "bomb.png": png_bomb(),
+        "bomb.gif": b"GIF89a"
+        + 2 * side
+        + b"\x80\0\0"
+        + bytes(6)
+        + b","
+        + bytes(4)
+        + 2 * side
+        + b"\0\2\2D\1\0;",
+        "bomb.bmp": b"BM" + bytes(8) + b"6\0\0\0(\0\0\0" + 2 * (side + bytes(2)) + b"\1\0\x18\0" + bytes(24),
+        "bomb.jpg": jpeg(1).replace(b"\0\x46\0\x5a", b"\xff\xff\xff\xff"),
+        "scans.jpg": b"\xff\xd8" + b"\xff\xda\0\0" * 501,
+        "sparse.jpg": b"\xff\xd8",
+    }
+    for name, data in bombs.items():
+        Path(name).write_bytes(data)
+    os.truncate("sparse.jpg", 1 << 40)
+    thin = {"1x5000.png": (1, 5000), "5000x1.jpg": (5000, 1), "1x1.png": (1, 1)}
+    for name, size in thin.items():
+        flower(1, size).save(name)
+    words = [sys.executable, "-c", MEASURED, str(CODE), *bombs, *thin]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    *said, last = done.stdout.splitlines()
+    refused = [line.split() for line in said[: len(bombs)]]
+    assert [name for name, _ in refused] == list(bombs), done.stderr
+    assert {kind for _, kind in refused} <= {"ValueError", "DecompressionBombError"}, said
+    assert said[len(bombs) :] == [f"{name} (32, 32, 3)" for name in thin]
+    assert float(last.split()[0]) < 40 and float(last.split()[1]) < 2  # MiB, seconds of processor
 
 
 def test_hostile_files_cost_one_row_each(run, code):
@@ -303,20 +497,73 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bytes(run):
     assert tables[0] == tables[1] == tables[2]
 
 
+def test_neither_order_nor_company_change_a_row(run):
+    """All at once, in three parts, and in the opposite order: the same classes, and confidences to rounding."""
+    fill(36)
+    files = sorted(Path("test_dataset").iterdir())
+    data = [file.read_bytes() for file in files]
+
+    def rows(chosen: list[int]) -> list[tuple[str, float]]:
+        shutil.rmtree("test_dataset")
+        Path("test_dataset").mkdir()
+        for place, number in enumerate(chosen):
+            Path(f"test_dataset/{place:03d}.jpg").write_bytes(data[number])
+        return [(row[1], float(row[2])) for row in run("--threads", "3")[1][1:]]
+
+    whole = rows(list(range(36)))
+    parts = [row for start in (0, 12, 24) for row in rows(list(range(start, start + 12)))]
+    for other in (parts, rows(list(range(36))[::-1])[::-1]):
+        assert [row[0] for row in other] == [row[0] for row in whole]
+        np.testing.assert_allclose([row[1] for row in other], [row[1] for row in whole], atol=1e-5)
+
+
+def test_a_clock_that_stands_still_stops_nothing(run, code, monkeypatch):
+    """As Windows' does for 16 ms at a time."""
+    fill(2)
+    monkeypatch.setattr(code.predict, "time", types.SimpleNamespace(monotonic=lambda: 1.0))
+    assert run()[0] == 0
+
+
+class Sums:
+    """In place of the networks on a GPU: the sum of a picture's pixels."""
+
+    def __init__(self, crops):
+        self.device, self.bundle, self.sizes = torch.device("cuda"), {"crops": crops}, []
+
+    def logits(self, pictures):
+        self.sizes.append(len(pictures))
+        return np.array([[[[array.sum()]]] for (array,) in pictures], dtype=np.float32)
+
+
+def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
+    """Too little memory or too few handles for all threads at once is no fault of the picture."""
+    faults = {b"0": MemoryError(), b"2": OSError(errno.EMFILE, "Too many open files")}
+
+    def prepare(path, crops):
+        if fault := faults.pop(path, None):
+            raise fault
+        return [np.full((2, 2, 3), 1, np.uint8)]
+
+    monkeypatch.setattr(code.pictures, "prepare", prepare)
+    table = code.table.Table([b"%d" % n for n in range(4)], IDS, [1, 0, 0], ["filename", "category_id"])
+    found = [row for rows, _ in code.predict.predicted(Sums([]), b"", table, 2, 2) for row in rows]
+    assert found == [0, 1, 2, 3] and not table.unreadable and not faults
+
+
+def test_words_on_unreadable_pictures_fit_into_a_pipe(code, monkeypatch, capfd):
+    """Who starts it and reads what it says only at the end would else wait for ever: a pipe holds 64 KiB."""
+    names = [b"%0200d.jpg" % n for n in range(2000)]
+    table = code.table.Table(names, IDS, [1, 0, 0], ["filename", "category_id"])
+    assert all(rows == [] for rows, _ in code.predict.predicted(Sums([]), b"nowhere", table, 2, 16))
+    assert len(table.unreadable) == 2000
+    said = capfd.readouterr().err
+    assert len(said.splitlines()) > 20 and len(said) < 1 << 15
+
+
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_batches_for_a_gpu_keep_rows_together(code, batch):
     """The path of a GPU with a stand-in that gives the sum of a picture's pixels."""
-
     crop = [{"height": 8, "width": 8, "factor": 1.0, "interpolation": "bicubic", "stored_side": None}]
-
-    class Members:
-        def __init__(self):
-            self.device, self.bundle, self.sizes = torch.device("cuda"), {"crops": crop}, []
-
-        def logits(self, pictures):
-            self.sizes.append(len(pictures))
-            return np.array([[[[array.sum()]]] for (array,) in pictures], dtype=np.float32)
-
     Path("some").mkdir()
     for number in range(8):
         flower(number).save(f"some/{number}.png")
@@ -324,7 +571,7 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     table = code.table.Table(
         [b"%d.png" % n for n in range(8)], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"]
     )
-    members = Members()
+    members = Sums(crop)
     found = {}
     for rows, logits in code.predict.predicted(members, b"some", table, 2, batch):
         found.update(zip(rows, logits.ravel().tolist(), strict=True))
@@ -347,6 +594,18 @@ def test_a_torch_that_calls_torchscript_deprecated_says_nothing(kind, code, expo
     assert code.networks.Networks(str(exported[0]), description, hashes, "cpu").notes == []
 
 
+def test_a_torch_that_does_not_know_this_numpy_is_enough(code, exported, monkeypatch):
+    """As torch before 2.3 beside NumPy 2: `RuntimeError: Numpy is not available`."""
+
+    def missing(*_):
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch, "from_numpy", missing)
+    monkeypatch.setattr(torch.Tensor, "numpy", missing)
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    assert code.networks.Networks(str(exported[0]), description, hashes, "cpu").notes == []
+
+
 def test_short_memory_halves_the_batch(code, exported, monkeypatch):
     description, hashes = code.predict.read_bundle(str(exported[0]))
     networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
@@ -363,6 +622,19 @@ def test_short_memory_halves_the_batch(code, exported, monkeypatch):
 
     monkeypatch.setattr(networks, "_run", short)
     np.testing.assert_allclose(networks.logits(crops), want, atol=1e-5)
+
+    def full(pictures):
+        if networks.device.type == "cuda":
+            sizes.append(len(pictures))
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(pictures)
+
+    sizes, networks.device = [], torch.device("cuda")
+    monkeypatch.setattr(networks, "_run", full)
+    np.testing.assert_allclose(networks.logits(crops), want, atol=1e-5)
+    assert sizes == [5, 2, 1] and networks.notes == [
+        "cuda: CUDA out of memory. Tried to allocate 2.00 GiB; going on with the CPU"
+    ]
 
 
 def test_a_member_without_finite_logits_has_no_say(code, exported):
@@ -398,6 +670,18 @@ def test_columns_and_order_are_the_samples(run, code, monkeypatch):
     assert rows[0] == ["filename", "category_id"] and all(len(row) == 2 for row in rows)
 
 
+@pytest.mark.parametrize("place", ["absent", "test_dataset", "a.jpg"])
+def test_a_folder_without_photographs_gives_a_header(code, exported, place):
+    Path("test_dataset").mkdir()
+    Path("a.jpg").write_bytes(jpeg(1))
+    with pytest.raises(
+        code.predict.Problem, match=f"no photographs below {place}; give a folder with"
+    ) as problem:
+        code.predict.main([place, "out.csv", "--bundle", str(exported[0])])
+    assert problem.value.code == 2
+    assert Path("out.csv").read_bytes() == b"filename,category_id,confidence\n"
+
+
 def test_no_photographs_is_said_and_never_replaces_a_table(run, capsys):
     number, rows = run()
     assert (number, rows) == (2, [["filename", "category_id", "confidence"]])
@@ -421,13 +705,19 @@ def test_without_a_bundle_one_line_says_what_to_do(code, monkeypatch):
     assert problem.value.code == 4 and not Path("b.csv").exists()
 
 
-def test_without_a_bundle_every_row_is_the_training_datas_commonest_class(run, code, monkeypatch):
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+def test_without_a_bundle_every_row_is_the_training_datas_commonest_class(guessed):
     fill(2)
-    Path("data").mkdir()
-    Path("data/classes.csv").write_text("class_idx,category_id,n\n0,7,3\n1,007,6\n2,x,1\n")
-    number, rows = run("--bundle", "nowhere")
-    assert number == 4 and [row[1:] for row in rows[1:]] == [["007", "0.600000"]] * 2
+    guessed("out.csv")
+    assert [row[1:] for row in rows_of(Path("out.csv"))[1:]] == [["007", "0.600000"]] * 2
+
+
+def test_without_any_classes_every_row_is_the_samples_commonest(guessed):
+    fill(2)
+    shutil.rmtree("data")
+    Path("ref").mkdir()
+    Path("ref/predictions_sample.csv").write_text("filename,category_id\nx.jpg,7\ny.jpg,007\nz.jpg,007\n")
+    guessed("out.csv")
+    assert rows_of(Path("out.csv")) == [["filename", "category_id"], ["000.jpg", "007"], ["001.jpg", "007"]]
 
 
 @pytest.fixture
@@ -482,8 +772,40 @@ def test_a_member_that_is_not_the_evaluated_one_is_left_out(run, code, evaluated
 class Payload:
     """What runs a command when it is unpickled."""
 
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("executed",)
+    def __init__(self, call: object = os.mkdir, *words: object) -> None:
+        self.call, self.words = call, words or ("executed",)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call, self.words
+
+
+PAYLOADS = {
+    "mkdir": Payload(),
+    "exec": Payload(exec, "import os; os.mkdir('executed')"),
+    "eval": Payload(eval, "__import__('os').mkdir('executed')"),
+    "process": Payload(subprocess.call, ["mkdir", "executed"]),
+    "import": Payload(importlib.import_module, "executed"),
+    "pickle": Payload(pickle.loads, pickle.dumps(Payload())),
+    "load": Payload(torch.load, "executed.pt"),
+}
+
+
+@pytest.mark.parametrize("place", ["alone", "tensors", "meta", "key", "raw"])
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_nothing_in_a_checkpoint_is_run(code, name, place):
+    Path("executed.py").write_text("import os; os.mkdir('executed')")
+    own, buffer = PAYLOADS[name], io.BytesIO()
+    whole = {"alone": own, "tensors": {"tensors": {"a": own}}, "meta": {"tensors": {}, "meta": own}}
+    whole["key"] = {"tensors": {}, "more": [{"x": (own, torch.zeros(1))}]}
+    if place == "raw":
+        pickle.dump(own, buffer)
+    else:
+        torch.save(whole[place], buffer)
+    with pytest.raises(
+        ValueError, match=r"no plain checkpoint; nothing in it was run|is no checkpoint of training"
+    ):
+        code.networks.read_checkpoint(bytearray(buffer.getvalue()))
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -517,6 +839,77 @@ def test_a_damaged_description_is_refused(code, exported, name):
     assert rows_of(Path("b.csv"))[1] == ["a.jpg", "012", f"{9 / 16:.6f}"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "number"),
+    [
+        ("bundle.json", None, 4),
+        ("SHA256", None, 3),
+        ("SHA256", "caf\u00e9", 3),
+        ("bundle.json", "{", 3),
+        ("bundle.json", "[]", 3),
+        ("bundle.json", "{}", 2),
+    ],
+)
+def test_a_description_that_is_missing_or_none_is_one_line_and_a_table(code, exported, name, text, number):
+    """Also where whoever wrote it also wrote its hash down."""
+    shutil.copytree(exported[0], "copy")
+    Path("photos").mkdir()
+    Path("photos/a.jpg").write_bytes(jpeg(1))
+    path, sums = Path("copy", name), Path("copy/SHA256")
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text, encoding="utf-8")
+    if text and path != sums:
+        sums.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  bundle.json\n")
+    with pytest.raises(code.predict.Problem, match=r"^\S.*every row of .* is the class prior$") as problem:
+        code.predict.main(["photos", "b.csv", "--bundle", "copy"])
+    assert problem.value.code == number
+    assert rows_of(Path("b.csv"))[1] == ["a.jpg", "012", f"{9 / 16:.6f}"]
+
+
+def header(**words: object) -> bytes:
+    """Weights with one tensor, described wrongly."""
+    own = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **words}}).encode()
+    return len(own).to_bytes(8, "little") + own + bytes(4)
+
+
+WEIGHTS = {
+    "empty": b"",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "long header": (1 << 62).to_bytes(8, "little") + b"{}",
+    "no header": (2).to_bytes(8, "little") + b"[]",
+    "beyond": header(data_offsets=[0, 1 << 40]),
+    "before": header(data_offsets=[-4, 0]),
+    "shape": header(shape=[7]),
+    "kind": header(dtype="F33"),
+    "words": header(shape="1"),
+}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", ["absent", "cut", "flipped", *WEIGHTS])
+def test_weights_that_are_none_leave_their_member_out(code, exported, monkeypatch, name, known):
+    """Even where whoever wrote them also wrote their hash down."""
+    shutil.copytree(exported[0], "copy")
+    path = Path("copy/weights_0.safetensors")
+    path.write_bytes(WEIGHTS.get(name, path.read_bytes()[:-1]))
+    if name == "flipped":
+        shutil.copy(exported[0] / path.name, path)
+        flip(path)
+    description, hashes = code.predict.read_bundle("copy")
+    if known and name in WEIGHTS:
+        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if name == "absent":
+        path.unlink()
+    monkeypatch.setattr(code.networks.Networks, "_place", lambda *_: None)
+    networks = code.networks.Networks("copy", description, hashes, "cpu")
+    assert [own["name"] for own in networks.members] == [exported[1][1].path.stem]
+    assert len(networks.notes) == 1 and networks.notes[0].startswith(
+        f"member {exported[1][0].path.stem} left out: "
+    )
+
+
 def test_a_bundle_of_another_format_is_refused(code, exported, monkeypatch):
     monkeypatch.setattr(code.predict, "FORMAT", 99)
     with pytest.raises(code.predict.Problem, match="has format 2, this predictor reads 99"):
@@ -542,12 +935,181 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_another_place_is_found_for_the_table(run, capsys):
+@pytest.fixture
+def guarded(code, monkeypatch):
+    """Run work in place of the networks: it gets the table and the numbers of deaths. Exit code and rows follow."""
+    monkeypatch.setattr(code.guard, "sys", types.SimpleNamespace(modules={}, platform="linux"))
+
+    def call(work: object, rows: int = 6) -> tuple[int, object, list[str]]:
+        said: list[str] = []
+        names = [b"%d.jpg" % number for number in range(rows)]
+        table = code.table.Table(names, IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+        table.open("guarded.csv")
+        return code.guard.run(lambda *numbers: work(table, *numbers), table, said.append), table, said
+
+    return call
+
+
+def know(table: object, rows: list[int]) -> int:
+    for row in rows:
+        table.fill([row], np.eye(3)[:1])
+    return 0
+
+
+def test_an_error_nobody_foresaw_is_tried_again_with_less(guarded):
+    """No more threads, say: no picture is blamed for it, not even one that was being read."""
+
+    def work(table, deaths, unexplained):
+        table.reading[3] = time.monotonic()
+        know(table, [deaths])
+        if deaths < 2:
+            raise RuntimeError("can't start new thread")
+        return know(table, table.waiting()) if unexplained == 2 else 9
+
+    number, table, said = guarded(work)
+    assert (
+        number == 0
+        and table.known.all()
+        and all("died (an error)" in line for line in said)
+        and len(said) == 2
+    )
+
+
+def test_what_dies_over_and_over_is_given_up(guarded):
+    def work(table, deaths, unexplained):
+        if (deaths, unexplained) != (2, 2):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        os._exit(70)
+
+    number, table, said = guarded(work)
+    assert number == 4 and table.done() == 0
+    assert [line.split("(")[-1].split(")")[0] for line in said[:3]] == ["SIGSEGV", "SIGSEGV", "an error"]
+    assert said[3].startswith("giving up after 3 deaths; the other rows of")
+
+
+def test_the_last_row_may_be_the_one_that_kills(guarded):
+    def work(table, *_):
+        for row in table.waiting():
+            table.reading[row] = time.monotonic()
+            if row == 5:
+                os.abort()
+            table.reading[row] = know(table, [row])
+
+    number, table, said = guarded(work)
+    assert (
+        number == 0 and table.unreadable == {5: "reading it killed the process (SIGABRT)"} and len(said) == 1
+    )
+
+
+@pytest.mark.parametrize("kind", ["refused", "apple"])
+def test_where_nothing_can_be_forked_the_work_is_done_all_the_same(guarded, code, monkeypatch, kind):
+    def fork():
+        assert kind == "refused"
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    if kind == "apple":
+        code.guard.sys.platform = "darwin"
+    number, table, said = guarded(lambda table, *_: know(table, table.waiting()))
+    assert number == 0 and table.known.all() and not said
+    number, _, said = guarded(lambda *_: {}["absent"])
+    assert number == 4 and said == ["KeyError: 'absent'"]
+
+
+def test_after_a_death_that_no_picture_explains_the_cpu_does_it(run, code, monkeypatch):
+    """A driver that crashes or stands still would do so again."""
+    fill(1)
+    seen = []
+    monkeypatch.setattr(
+        code.predict, "predict", lambda options, *_: seen.append((options.device, options.threads))
+    )
+    for deaths, unexplained in ((0, 0), (1, 0), (2, 1)):
+        monkeypatch.setattr(code.guard, "run", lambda work, *_, told=(deaths, unexplained): work(*told))
+        run("--device", "cuda", "--threads", "8")
+    assert seen == [("cuda", 8), ("cuda", 4), ("cpu", 2)]
+
+
+def test_a_machine_that_was_paused_has_no_slow_pictures(code, monkeypatch):
+    """A container that is frozen for an hour: the clock goes on, and a picture that was being read is not at fault."""
+    table = code.table.Table([b"a.jpg"], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    begin, end = os.pipe()
+    child = os.posix_spawn(
+        "/bin/cat", ["cat"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, begin, 0), (os.POSIX_SPAWN_CLOSE, end)]
+    )
+    clock, naps = [time.monotonic()], iter([0.1, 3600.0, 30.0])
+
+    def sleep(_):
+        clock[0] += next(naps, 0.0)
+        if clock[0] - table.reading[0] > 3620:
+            os.close(end)  # cat ends
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+    table.reading[0] = clock[0]
+    monkeypatch.setattr(code.guard, "time", types.SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    assert code.guard._watch(child, table) == (0, False)
+    os.close(begin)
+
+
+@pytest.mark.parametrize("place", ["file/table.csv", "/dev/full", "/proc/table.csv", "folder.csv/table.csv/"])
+def test_another_place_is_found_for_the_table(guessed, capsys, place):
     fill(1)
     Path("file").write_text("")
-    number, _ = run(csv_path="file/table.csv")
-    assert number == 4 and len(rows_of(Path("table.csv"))) == 2
-    assert "cannot be written; the table goes to" in capsys.readouterr().err
+    Path("folder.csv").mkdir()
+    Path("folder.csv/table.csv").write_text("")
+    guessed(place)
+    found = Path(Path(place).name if not place.endswith("/") else "submission.csv")
+    assert len(rows_of(found)) == 2
+    assert f"cannot be written; the table goes to {found.absolute()}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "found"), [("folder", "folder/submission.csv"), ("new/", "new/submission.csv")]
+)
+def test_a_table_may_be_asked_for_by_its_folder(guessed, place, found):
+    fill(1)
+    Path("folder").mkdir()
+    guessed(place)
+    assert len(rows_of(Path(found))) == 2
+
+
+def test_words_about_a_table_never_take_its_place(guessed):
+    fill(1)
+    guessed("out.JSON")
+    assert len(rows_of(Path("out.JSON"))) == 2 and json.loads(Path("out.JSON.json").read_text())["rows"] == 1
+
+
+def test_a_place_that_is_lost_on_the_way_costs_nothing(run, code, monkeypatch, capsys):
+    """The first table is written, later ones cannot be: all rows are in another place at the end."""
+    fill(3)
+
+    def work(_, table, say):
+        os.rename("out", "gone")
+        Path("out").write_text("")
+        table.update()
+        return know(table, table.waiting())
+
+    monkeypatch.setattr(code.guard, "run", work)
+    number, _ = run()
+    assert number == 4 and [row[1] for row in rows_of(Path("submission.csv"))[1:]] == ["7", "7", "7"]
+    assert [row[1] for row in rows_of(Path("gone/submission.csv"))[1:]] == ["012", "012", "012"]
+    assert f"the table goes to {Path('submission.csv').absolute()}" in capsys.readouterr().err
+
+
+def test_a_limit_on_the_size_of_files_keeps_the_old_table(tmp_path):
+    know_classes(tmp_path)
+    os.mkdir("test_dataset")
+    for number in range(300):
+        Path(f"test_dataset/{number}.jpg").write_bytes(b"")
+    Path("out.csv").write_text("old")
+    words = f"ulimit -f 1; exec {sys.executable} {CODE / 'predict.py'} test_dataset out.csv --bundle nowhere"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(["sh", "-c", words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 4 and "File too large" in done.stderr and done.stderr.count("\n") == 1
+    assert Path("out.csv").read_text() == "old"
+    assert sorted(os.listdir()) == ["data", "out.csv", "test_dataset"]
+
+
+def test_what_is_no_regular_file_is_never_replaced(code):
     os.mkfifo("pipe")
     with pytest.raises(FileExistsError, match="not a regular file"):
         importlib.import_module("table").replace("pipe", b"")
@@ -611,6 +1173,75 @@ def test_a_run_that_is_stopped_leaves_a_whole_table(tmp_path, exported, number):
         assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
 
 
+KILLED = """
+import itertools, json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from table import Table
+table = Table([b"a.jpg", b"b.jpg"], ["7", "x"], [0.4, 0.6], ["filename", "category_id"])
+table.open("out.csv")
+old = table.text()
+table.fill([1], np.eye(2)[:1])
+for points in itertools.count(1):
+    with open("out.csv", "wb") as file:
+        file.write(old)
+    child = os.fork()
+    if child == 0:
+        left = iter(range(points))
+        sys.setprofile(lambda *_: next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL))
+        table.write()
+        sys.setprofile(None)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    table.sweep(child)
+    assert open("out.csv", "rb").read() in (old, table.text()), points
+    assert json.load(open("out.json"))["rows"] == 2
+    assert sorted(os.listdir()) == ["out.csv", "out.json"]
+    if status == 0:
+        break
+assert open("out.csv", "rb").read() == table.text() != old
+print(points)
+"""
+
+
+def test_a_kill_at_any_point_of_writing_leaves_the_old_table_or_the_new():
+    """Killed before each call into Python or C that writing makes and after it, one after the other."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(CODE)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
+
+
+STOPPED = """
+import os, signal, sys, time
+sys.path.insert(0, {code!r})
+import predict
+def half(options, bundle, hashes, table):
+    for row in range(int(options.batch)):
+        table.fill([row], predict.np.eye(3)[:1])
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(600)
+predict.predict = half
+sys.exit(predict.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("share", [5, 50, 95])
+def test_a_time_limit_keeps_what_is_known(exported, share):
+    """SIGTERM after so many of a hundred rows, of which no table was yet written."""
+    os.mkdir("test_dataset")
+    for number in range(100):
+        Path(f"test_dataset/{number:02d}.jpg").write_bytes(b"")
+    code = STOPPED.replace("{code!r}", repr(str(CODE)))
+    words = ["test_dataset", "out.csv", "--bundle", str(exported[0]), "--batch", str(share)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143, done.stderr
+    assert [row[1] for row in rows_of(Path("out.csv"))[1:]] == ["7"] * share + ["012"] * (100 - share)
+    assert json.loads(Path("out.json").read_text())["predicted"] == share
+    assert sorted(os.listdir()) == ["out.csv", "out.json", "test_dataset"]
+
+
 BENT = """
 import os, sys, time
 sys.path.insert(0, {code!r})
@@ -627,10 +1258,10 @@ sys.exit(predict.main(sys.argv[1:]))
 
 
 def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
-    """The decoder aborts on one file and sleeps on another while a second thread reads what is beside them."""
+    """The decoder aborts on one file while a second thread reads what is beside it, and sleeps on the last."""
     Path("test_dataset").mkdir()
     fill(5)
-    for name in ("001crash.jpg", "003slow.jpg"):
+    for name in ("001crash.jpg", "zslow.jpg"):
         Path("test_dataset", name).write_bytes(jpeg(1))
     words = ["test_dataset", "out.csv", "--bundle", str(exported[0]), "--threads", "2"]
     code = BENT.replace("{code!r}", repr(str(CODE)))
@@ -638,7 +1269,7 @@ def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
     assert done.returncode == 0, done.stderr
     about = json.loads(Path("out.json").read_text())
     assert about["rows"] == 7 and about["predicted"] == 5 and len(about["unreadable"]) == 2
-    assert about["unreadable"]["003slow.jpg"] == "not read within 2 s"
+    assert about["unreadable"]["zslow.jpg"] == "not read within 2 s"
     assert "killed the process (SIGABRT)" in about["unreadable"]["001crash.jpg"]
     assert [row[1] for row in rows_of(Path("out.csv"))[1:] if "crash" in row[0]] == ["012"]
 
@@ -705,6 +1336,41 @@ def test_a_gpu_that_does_not_work_leaves_the_work_to_the_cpu(code, exported, mon
     assert len(networks.notes) == 1 and networks.notes[0].startswith("cuda:9 in half precision: ")
 
 
+@pytest.mark.parametrize(
+    ("off", "device", "half"),
+    [((0.2, 0.0, 0.0), "cuda", False), ((np.inf, 0.1, 0.0), "cpu", False), ((0.01, 1, 1), "cuda", True)],
+)
+def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypatch, off, device, half):
+    """By how much the test picture's logits are off in half precision, in fp32, on the CPU."""
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    errors = iter(off)
+    monkeypatch.setattr(code.networks, "program", lambda *_: None)
+    monkeypatch.setattr(code.networks.Networks, "_inputs", lambda *_: [])
+    monkeypatch.setattr(code.networks.Networks, "_self_test", lambda _: next(errors))
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cuda")
+    assert (str(networks.device), networks.half) == (device, half)
+    passed = [f"logits of the test picture are {error:.2g} off" for error in off[: len(networks.notes)]]
+    assert [note.split(": ")[1] for note in networks.notes] == passed
+
+
+def test_what_half_precision_cannot_hold_is_computed_in_fp32(code, exported, monkeypatch):
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    white = [np.full((crop["height"], crop["width"], 3), 255, np.uint8) for crop in description["crops"]]
+    plain = code.networks.Networks(str(exported[0]), description, hashes, "cpu").logits([white])
+    honest = code.networks.Networks._forward
+
+    def forward(self, images, view, inputs):
+        found = honest(self, images, view, inputs)
+        return found * np.inf if self.half and images.min() == 255 else found
+
+    monkeypatch.setattr(code.networks.Networks, "_forward", forward)
+    monkeypatch.setattr(code.networks, "choices", lambda _: [("cpu", True), ("cpu", False)])
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
+    assert networks.half and networks.notes == []
+    np.testing.assert_array_equal(networks.logits([white]), plain)
+    assert networks.notes == ["cpu: logits that are not finite in half precision; going on in fp32"]
+
+
 def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatch):
     """The logits are those of fp32; bf16 and TF32 are never used."""
     description, hashes = code.predict.read_bundle(str(exported[0]))
@@ -738,9 +1404,17 @@ def test_a_network_that_says_something_else_than_at_export_is_noticed(code, expo
 def test_threads_keep_to_the_cores_and_the_share_of_them(code, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48)))
     Path("cpu.max").write_text("250000 100000\n")
-    assert code.predict.usable_cores("cpu.max") == 2
+    assert code.predict.usable_cores(".") == 2
     Path("cpu.max").write_text("max 100000\n")
-    assert code.predict.usable_cores("cpu.max") == 48 == code.predict.usable_cores("absent")
+    assert code.predict.usable_cores(".") == 48 == code.predict.usable_cores("absent")
+    Path("cpu").mkdir()
+    for quota, cores in (("400000", 4), ("-1", 48), ("1000", 1)):
+        Path("cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        Path("cpu/cpu.cfs_period_us").write_text("100000\n")
+        assert code.predict.usable_cores(".") == cores
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert code.predict.usable_cores("absent") == 1
 
 
 def test_a_picture_that_vanishes_keeps_its_row(run, code, monkeypatch):
@@ -749,13 +1423,23 @@ def test_a_picture_that_vanishes_keeps_its_row(run, code, monkeypatch):
 
     def find(folder):
         names = found(folder)
-        os.unlink("test_dataset/001.jpg")
+        Path("test_dataset/001.jpg").unlink(missing_ok=True)
         return names
 
     monkeypatch.setattr(code.pictures, "find", find)
     number, rows = run()
     assert number == 0 and [row[0] for row in rows[1:]] == ["000.jpg", "001.jpg", "002.jpg"]
     assert rows[2][1] == "012"
+
+
+def test_a_picture_that_comes_later_is_told(run, code, monkeypatch, capsys):
+    fill(2)
+    monkeypatch.setattr(
+        code.guard, "run", lambda *_: bool(os.link("test_dataset/000.jpg", "test_dataset/late.jpg"))
+    )
+    number, rows = run()
+    assert number == 0 and [row[0] for row in rows[1:]] == ["000.jpg", "001.jpg"]
+    assert "1 photographs came while it ran; run it again for their rows" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
@@ -767,15 +1451,9 @@ def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
         waiting += 1
         return [np.zeros((2, 2, 3), np.uint8)]
 
-    class Members:
-        device, bundle = torch.device("cuda"), {"crops": []}
-
-        def logits(self, pictures):
-            return np.zeros((len(pictures), 1, 1, 1), np.float32)
-
     monkeypatch.setattr(code.pictures, "prepare", prepare)
     table = code.table.Table([b"%d" % n for n in range(5000)], IDS, [1, 0, 0], ["filename", "category_id"])
-    for rows, _ in code.predict.predicted(Members(), b"", table, 2, 16):
+    for rows, _ in code.predict.predicted(Sums([]), b"", table, 2, 16):
         waiting -= len(rows)
         most = max(most, waiting)
         table.known[rows] = True
@@ -791,12 +1469,95 @@ def test_two_runs_at_once_and_nobody_listening_leave_whole_tables(tmp_path, expo
     assert len(rows_of(path)) == 5 and len(os.listdir(path.parent)) == 2
 
 
-def test_a_missing_package_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "words", [["code/predict.py"], ["-I", "{root}/code/predict.py"], ["link.py"], ["linked/code/predict.py"]]
+)
+def test_its_own_folder_is_found_however_it_is_started(tmp_path, words):
+    root = tmp_path / "some where"
+    know_classes((root / "test_dataset").mkdir(parents=True) or root)
+    shutil.copytree(CODE, root / "code", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "test_dataset/a.jpg").write_bytes(b"")
+    Path("link.py").symlink_to("some where/code/predict.py")
+    Path("linked").symlink_to(root)
+    place = root if words == ["code/predict.py"] else tmp_path
+    done = subprocess.run(
+        [sys.executable, *(word.format(root=root) for word in words)], cwd=place, capture_output=True
+    )
+    assert done.returncode == 4, done.stderr
+    assert rows_of(root / "results/results/submission.csv")[1] == ["a.jpg", "007", "0.600000"]
+    assert not (root / "code/__pycache__").exists()
+
+
+PACKAGES = {
+    "numpy.py": ("raise ModuleNotFoundError(\"No module named 'numpy'\")", "No module named 'numpy'"),
+    "PIL/Image.py": ("", "module 'PIL.Image' has no attribute 'Transpose'"),
+}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_that_is_missing_or_too_old_is_one_line(tmp_path, name):
+    text, fault = PACKAGES[name]
     shutil.copytree(CODE, tmp_path / "code")
-    (tmp_path / "code/numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    path = tmp_path / "code" / name
+    path.parent.mkdir(exist_ok=True)
+    (path.parent / "__init__.py").touch()
+    path.write_text(text)
     done = subprocess.run([sys.executable, str(tmp_path / "code/predict.py")], capture_output=True, text=True)
     assert done.stderr == (
-        "predict: No module named 'numpy'; needed are torch, numpy and pillow: pip install torch numpy pillow\n"
+        f"predict: {fault}; needed are torch, numpy and pillow: pip install -U torch numpy pillow\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", ["ModuleNotFoundError('No module named \"torch\"')", "OSError('c10.dll')", "MemoryError()"]
+)
+def test_without_torch_every_row_is_the_prior(tmp_path, exported, error):
+    shutil.copytree(CODE, tmp_path / "code")
+    (tmp_path / "code/torch.py").write_text(f"raise {error}")
+    os.mkdir("test_dataset")
+    fill(2)
+    words = [sys.executable, "code/predict.py", "test_dataset", "out.csv", "--bundle", str(exported[0])]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 4 and "Traceback" not in done.stderr
+    assert ("torch cannot be loaded (" in done.stderr) == ("Memory" not in error)
+    assert [row[1] for row in rows_of(Path("out.csv"))[1:]] == ["012", "012"]
+
+
+def test_little_memory_leaves_a_whole_table(exported):
+    """An address space into which torch does not fit."""
+    os.mkdir("test_dataset")
+    fill(2)
+    words = f"ulimit -v 700000; exec {sys.executable} {CODE / 'predict.py'} test_dataset out.csv --bundle {exported[0]}"
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(["sh", "-c", words], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 4, done.stderr
+    assert [row[1] for row in rows_of(Path("out.csv"))[1:]] == ["012", "012"]
+
+
+def test_an_old_processor_gives_the_same_rows(run, exported):
+    """Without AVX: torch's plain kernels, and those of oneDNN for SSE 4.1."""
+    fill(3)
+    rows = run()[1]
+    words = [
+        sys.executable,
+        str(CODE / "predict.py"),
+        "test_dataset",
+        "old.csv",
+        "--bundle",
+        str(exported[0]),
+    ]
+    environment = {
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    }
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    old = rows_of(Path("old.csv"))
+    assert [row[:2] for row in old] == [row[:2] for row in rows]
+    np.testing.assert_allclose(
+        [float(row[2]) for row in old[1:]], [float(row[2]) for row in rows[1:]], atol=1e-4
     )
 
 
