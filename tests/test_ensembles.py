@@ -199,7 +199,10 @@ def test_hand_set_weights_are_by_run_or_shared_by_a_backbones_seeds() -> None:
         (None, "must be a map of weights, one for each of convnextv2_atto"),
         ({"resnet": 1}, "no run is called resnet; give one for each of"),
         ({BACKBONES[0]: 1}, f"none for {BACKBONES[1]} seed 1"),
-        ({BACKBONES[0]: 1, BACKBONES[1]: -1}, "-1 for .*; weights are numbers from 0"),
+        *[
+            ({BACKBONES[0]: 1, BACKBONES[1]: value}, rf"{value} for .*; weights are numbers from 0")
+            for value in (-1, float("nan"), float("inf"), True, "1", None)
+        ],
         ({BACKBONES[0]: 0, BACKBONES[1]: 0}, "all are 0; at least one run must count"),
     ],
 )

@@ -182,6 +182,45 @@ def test_the_page_shows_the_photographs_it_speaks_of(place: Path) -> None:
     assert not re.search(r'<span class="nopic">', html)
 
 
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batches_change_no_label(place: Path, batch: int) -> None:
+    path = member(0)
+    words = [*WORDS, "tta.scales=[32]", "robust.enabled=false"]
+    want = views.predict(path, recipe.load(None, words), torch.device("cpu"))
+    got = views.predict(path, recipe.load(None, [*words, f"eval.batch={batch}"]), torch.device("cpu"))
+    np.testing.assert_array_equal(got.logits.argmax(1), want.logits.argmax(1))
+    np.testing.assert_allclose(got.logits, want.logits, atol=1e-4)
+
+
+def test_a_run_that_is_cut_leaves_the_scores_of_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two members, then between two files; the next run ends as if nothing had been."""
+    member(0), member(1)
+    words = [*WORDS, "tta.scales=[32]", "tta.hflip=false", "robust.enabled=false"]
+    folder = runs.RESULTS / "tiny"
+
+    def found() -> dict[str, object]:
+        return json.loads(re.sub(r'"ms": [\d.]+', '"ms": 0', (folder / "scores.json").read_text()))
+
+    evaluate.main(words)
+    before, first = (folder / "scores.json").read_bytes(), found()
+    for module, name in ((views, "predict"), (runs, "write_json")):
+        honest, turns = getattr(module, name), iter([True])
+
+        def cut(*args: object, honest: object = honest, turns: object = turns) -> object:
+            if not next(turns, False):
+                raise KeyboardInterrupt
+            return honest(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, cut)
+            evaluate.main(words)
+        if module is views:
+            assert (folder / "scores.json").read_bytes() == before
+        assert not list(folder.rglob(".*.tmp"))
+    evaluate.main(words)
+    assert found() == first
+
+
 def test_a_missing_fold_is_said_and_never_filled_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     member(1)
     words = [*WORDS, "tta.scales=[32]", "tta.hflip=false"]
@@ -215,10 +254,19 @@ class Refusal:
     "case",
     [
         Refusal({"class_hash": "other"}, r"trained with other classes \(other\) than data holds"),
+        Refusal({"class_hash": None}, r"trained with other classes \(None\) than data holds"),
+        Refusal(
+            {"class_hash": "b", "class_ids": ["rose", "10", "9"]},
+            r"other classes \(b, in another order\) than",
+        ),
+        Refusal(
+            {"class_hash": "b", "class_ids": ["10", "rose"]},
+            r"other classes \(b, without 9\) than data holds",
+        ),
         Refusal({"folds_hash": "other"}, r"trained with other folds \(other\) than data holds"),
         Refusal({"num_classes": 4}, "its tensors are not those of resnet10t"),
     ],
-    ids=["classes", "folds", "tensors"],
+    ids=["classes", "no classes", "order", "fewer", "folds", "tensors"],
 )
 def test_members_that_do_not_fit_are_refused(place: Path, case: Refusal) -> None:
     member(0, **case.changes)

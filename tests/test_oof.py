@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import BACKBONES, folds, labels, member
+from made_up import BACKBONES, IDS, folds, labels, member
 
 from fastflower.errors import CorruptionError, InputError
 from fastflower.evaluation import oof
@@ -36,6 +36,9 @@ def test_damaged_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptionError, match=r"not readable .*evaluate again"):
+        oof.load(path)
+    oof.save(path, member(0, kind="probabilities"))
+    with pytest.raises(InputError, match=r"holds probabilities, not logits; run python -m"):
         oof.load(path)
     np.savez(path, logits=np.zeros(3))
     with pytest.raises(CorruptionError, match="not readable"):
@@ -76,6 +79,15 @@ def test_sets_that_do_not_belong_together_are_refused() -> None:
         oof.assemble([member(0), member(0)], folds())
     with pytest.raises(InputError, match="different class maps"):
         oof.assemble([member(0), member(1, class_hash="other")], folds())
+    for ids, how in (
+        (IDS[:3], "without rose, tulip, x & <y>"),
+        (IDS[1:] + IDS[:1], "in another order"),
+        ([*IDS[1:], "8"], "without 7 and also with 8"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"different class maps \(c0ffee, other, {how}\); evaluate only"
+        ):
+            oof.assemble([member(0), member(1, class_hash="other", class_ids=ids)], folds())
     with pytest.raises(InputError, match=r"different folds \(f01d, other\)"):
         oof.assemble([member(0), member(1, folds_hash="other")], folds())
     other = member(1)

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,17 @@ class ClassMap:
                 + (f"; the nearest is '{near[0]}'" if near else "")
             )
         return self._index[category_id]
+
+
+def differing(mine: Sequence[str], others: Sequence[str]) -> str:
+    """How the classes of others differ from mine, in words; nothing where they do not."""
+    known, theirs = set(mine), set(others)
+    parts = [
+        ("without", [own for own in mine if own not in theirs]),
+        ("also with", [other for other in others if other not in known]),
+    ]
+    said = [f"{word} {', '.join(ids[:SHOWN])}{' ...' * (len(ids) > SHOWN)}" for word, ids in parts if ids]
+    return " and ".join(said) or ("in another order" if list(mine) != list(others) else "")
 
 
 @dataclass(frozen=True)

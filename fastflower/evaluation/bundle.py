@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import fastflower
 from fastflower import checkpoint, runs
+from fastflower.data.labels import differing
 from fastflower.errors import InputError
 from fastflower.evaluation.programs import TOLERANCE, logits_of_test_picture, trace
 from fastflower.evaluation.views import load_network, views_of
@@ -64,9 +65,11 @@ def load_members(paths: list[Path], dtype: str) -> list[Member]:
         file = checkpoint.load(path)
         first = members[0] if members else None
         if first and file.meta["class_hash"] != first.meta["class_hash"]:
+            how = differing(first.meta["class_ids"], file.meta["class_ids"])
             raise InputError(
                 f"{first.path.name} has class map {first.meta['class_hash']}, {path.name} has "
-                f"{file.meta['class_hash']}; a bundle holds members of one class map, choose with --members"
+                f"{file.meta['class_hash']}{how and f', {how}'}; a bundle holds members of one class map, "
+                "choose with --members"
             )
         tensors = pack(file.tensors, dtype)
         network = load_network(checkpoint.Checkpoint(unpack(tensors), file.meta), path, torch.device("cpu"))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastflower import runs
+from fastflower.data.labels import differing
 from fastflower.errors import CorruptionError, InputError
 
 BY_IMAGE = ("logits", "single", "class_idx", "index", "fold", "filename")
@@ -88,6 +89,10 @@ def load(path: Path) -> Logits:
         raise CorruptionError(
             f"{path}: not readable ({error}); run python -m fastflower.evaluate again"
         ) from None
+    if member.about.get("kind", "logits") != "logits":
+        raise InputError(
+            f"{path} holds {member.about['kind']}, not logits; run python -m fastflower.evaluate again"
+        )
     check_finite(member)
     return member
 
@@ -105,15 +110,20 @@ def check_finite(member: Logits) -> None:
 
 
 def check_alike(members: list[Logits]) -> None:
-    """Refuse members of different class maps, folds, corruptions or heads whose logits are not of one kind."""
+    """Refuse members of different class maps, folds or corruptions."""
     first = members[0]
     what = {"class_hash": "class maps", "folds_hash": "folds"}
     for other in members[1:]:
         for key, noun in what.items():
             if first.about.get(key) != other.about.get(key):
+                how = (
+                    differing(first.about["class_ids"], other.about["class_ids"])
+                    if key == "class_hash"
+                    else ""
+                )
                 raise InputError(
                     f"{first.name} and {other.name} have different {noun} ({first.about.get(key)}, "
-                    f"{other.about.get(key)}); evaluate only members of one conversion"
+                    f"{other.about.get(key)}{how and f', {how}'}); evaluate only members of one conversion"
                 )
         if first.logits.shape[1] != other.logits.shape[1]:
             raise InputError(

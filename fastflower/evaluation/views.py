@@ -18,6 +18,7 @@ from fastflower import checkpoint
 from fastflower.checkpoint import Checkpoint
 from fastflower.data import sets
 from fastflower.data.betons import Beton
+from fastflower.data.labels import differing
 from fastflower.data.loaders import EvalLoader
 from fastflower.errors import InputError
 from fastflower.evaluation.oof import Logits, average
@@ -91,13 +92,14 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> Logits:
     member = checkpoint.load(path)
     meta, fold = member.meta, int(member.meta["fold"])
     opened = sets.open_fold(recipe, fold)
-    for noun, then, now in (
-        ("classes", meta["class_hash"], opened.classes.hash),
-        ("folds", meta["folds_hash"], opened.folds.hash),
+    own = differing(opened.classes.ids, meta.get("class_ids") or ())
+    for noun, then, now, how in (
+        ("classes", meta.get("class_hash"), opened.classes.hash, own and f", {own}"),
+        ("folds", meta.get("folds_hash"), opened.folds.hash, ""),
     ):
         if then != now:
             raise InputError(
-                f"{path.name} was trained with other {noun} ({then}) than {recipe.data.home} holds ({now}); "
+                f"{path.name} was trained with other {noun} ({then}{how}) than {recipe.data.home} holds ({now}); "
                 "point data.home at its conversion, or train again"
             )
     clean, corrupted = opened.val, opened.val_corrupt
@@ -123,6 +125,7 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> Logits:
     combos = np.array(corrupted.manifest["combos"] if corrupted else [], dtype=str).reshape(-1, 2)
     corrupt = run(corrupted, size, (False,))[0] if corrupted else np.empty((0, n, classes), np.float32)
     about: dict[str, Any] = {
+        "kind": "logits",
         "name": path.name,
         "checkpoint": path.name,
         "backbone": meta["backbone"],
