@@ -89,6 +89,15 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(content["tensors"], json.loads(content["meta"]), content["more"])
 
 
+def seal(path: Path) -> int | None:
+    """The checksum that ends a file, by which another one of the same name is known; None where there is none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - SEAL.size))
+        tail = file.read()
+    mark, crc = SEAL.unpack(tail) if len(tail) == SEAL.size else (b"", 0)
+    return int(crc) if mark == MARK else None
+
+
 def snapshot(tree: Any) -> Any:
     """A tree of dicts, lists and tensors with every tensor copied to the CPU; the rest as it is."""
     return _each(tree, lambda tensor: tensor.detach().to("cpu", copy=True))

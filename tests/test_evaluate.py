@@ -23,7 +23,7 @@ from fastflower.data import sets
 from fastflower.data.conversion import convert
 from fastflower.data.labels import read_labels
 from fastflower.errors import CorruptionError, InputError
-from fastflower.evaluation import oof, views
+from fastflower.evaluation import choice, oof, views
 from fastflower.model.network import NetworkSpec, build_network
 
 WORDS = [
@@ -219,6 +219,16 @@ def test_a_run_that_is_cut_leaves_the_scores_of_before(place: Path, monkeypatch:
         assert not list(folder.rglob(".*.tmp"))
     evaluate.main(words)
     assert found() == first
+
+
+def test_logits_of_another_member_of_the_same_name_are_not_taken(place: Path) -> None:
+    paths = [member(0), member(1)]
+    words = [*WORDS, "tta.scales=[32]", "tta.hflip=false", "robust.enabled=false"]
+    evaluate.main(words)
+    settings = recipe.load(None, words)
+    assert set(choice.out_of_fold(settings, paths)) == {path.name for path in paths}
+    member(1, epoch=9)
+    assert set(choice.out_of_fold(settings, paths)) == {paths[0].name}
 
 
 def test_a_missing_fold_is_said_and_never_filled_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

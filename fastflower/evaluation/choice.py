@@ -155,13 +155,17 @@ def cost(member: Logits, recipe: Recipe) -> float:
 
 
 def out_of_fold(recipe: Recipe, paths: list[Path]) -> dict[str, Logits]:
-    """What evaluate saved of these members, by file name; those it did not see are missing."""
+    """What evaluate saved of these members, by file name; those it did not see, as they now are, are missing."""
     folder = runs.RESULTS / recipe.exp.name
     if not (folder / "scores.json").is_file():
         return {}
-    names = {path.name for path in paths}
+    seals = {path.name: checkpoint.seal(path) for path in paths}
     known = {str(member.about["checkpoint"]): member for member in summary.evaluated(folder)}
-    return {name: member for name, member in known.items() if name in names}
+    return {
+        name: member
+        for name, member in known.items()
+        if name in seals and member.about.get("seal", seals[name]) == seals[name]
+    }
 
 
 def shares_of(chosen: Choice, backbones: list[str], weighting: str) -> np.ndarray:

@@ -128,6 +128,7 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> Logits:
         "kind": "logits",
         "name": path.name,
         "checkpoint": path.name,
+        "seal": checkpoint.seal(path),
         "backbone": meta["backbone"],
         "fold": fold,
         "seed": int(meta["seed"]),
