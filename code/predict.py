@@ -40,7 +40,8 @@ try:
     import pictures
     from table import Sample, Table, columns, ordered, read_sample
 except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Image.Transpose
-    sys.exit(f"predict: {missing}; needed are torch, numpy and pillow: pip install -U torch numpy pillow")
+    reason = " ".join(str(missing).split())  # NumPy's fills a screen
+    sys.exit(f"predict: {reason}; needed are torch, numpy and pillow: pip install -U torch numpy pillow")
 
 FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
@@ -340,7 +341,7 @@ def default_bundle() -> str:
 
 def nearest(name: str) -> str:
     """A path below the folder that holds code/, or if it is not there, below the current one."""
-    places = [os.path.join(place, *name.split("/")) for place in (ROOT, os.getcwd())]
+    places = [os.path.join(place, *name.split("/")) for place in (ROOT, os.curdir)]
     return next((path for path in places if os.path.exists(path)), places[0])
 
 
@@ -367,7 +368,7 @@ def say(text: str, stream: Any = None) -> None:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if hasattr(stream, "reconfigure"):  # a notebook's has it not
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])

@@ -74,16 +74,17 @@ class Table:
     def open(self, wanted: str) -> bool:
         """Write the table to the path wanted, or where that cannot be, in other places; False: elsewhere."""
         name = os.path.basename(wanted)
-        others = [os.path.join(os.getcwd(), name), os.path.join(tempfile.gettempdir(), name)]
-        for path in [wanted, *others]:
-            self.path = os.path.realpath(path)  # a link stays a link
+        # asked for one by one: there may be no temporary folder, and the current one may be gone
+        for folder in (None, os.getcwd, tempfile.gettempdir):
             try:
+                path = os.path.join(folder(), name) if folder else wanted
+                self.path = os.path.realpath(path)  # a link stays a link
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 self.write()
             except OSError as error:
                 fault = error
             else:
-                return path == wanted
+                return folder is None
         raise fault
 
     def fill(self, rows: list[int], fused: np.ndarray) -> None:

@@ -1001,13 +1001,15 @@ def test_the_last_row_may_be_the_one_that_kills(guarded):
     )
 
 
-@pytest.mark.parametrize("kind", ["refused", "apple"])
+@pytest.mark.parametrize("kind", ["refused", "apple", "windows"])
 def test_where_nothing_can_be_forked_the_work_is_done_all_the_same(guarded, code, monkeypatch, kind):
     def fork():
         assert kind == "refused"
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", fork)
+    if kind == "windows":
+        monkeypatch.delattr(os, "fork")
     if kind == "apple":
         code.guard.sys.platform = "darwin"
     number, table, said = guarded(lambda table, *_: know(table, table.waiting()))
@@ -1060,6 +1062,27 @@ def test_another_place_is_found_for_the_table(guessed, capsys, place):
     found = Path(Path(place).name if not place.endswith("/") else "submission.csv")
     assert len(rows_of(found)) == 2
     assert f"cannot be written; the table goes to {found.absolute()}" in capsys.readouterr().err
+
+
+def test_places_that_there_are_not_are_no_hindrance(code, monkeypatch):
+    """A container that is read-only but for the folder of the table, started from a folder that is gone."""
+
+    def gone():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    place = Path.cwd()
+    know_classes(place)
+    (place / "data").rename(place / "nowhere")
+    Path("test_dataset").mkdir()
+    fill(1)
+    monkeypatch.setattr(os, "getcwd", gone)
+    monkeypatch.setattr(code.table.tempfile, "gettempdir", gone)
+    words = [str(place / name) for name in ("test_dataset", "out.csv", "nowhere")]
+    with pytest.raises(code.predict.Problem, match=r"every row of .*out.csv is the class prior"):
+        code.predict.main([*words[:2], "--bundle", words[2]])
+    assert len(rows_of(place / "out.csv")) == 2
+    with pytest.raises(FileNotFoundError, match="No usable temporary"):
+        code.predict.main([words[0], "/proc/out.csv", "--bundle", words[2]])
 
 
 @pytest.mark.parametrize(
@@ -1489,6 +1512,7 @@ def test_its_own_folder_is_found_however_it_is_started(tmp_path, words):
 
 
 PACKAGES = {
+    "numpy/__init__.py": ("raise ImportError('\\n\\nIMPORTANT:\\n\\nREAD THIS')", "IMPORTANT: READ THIS"),
     "numpy.py": ("raise ModuleNotFoundError(\"No module named 'numpy'\")", "No module named 'numpy'"),
     "PIL/Image.py": ("", "module 'PIL.Image' has no attribute 'Transpose'"),
 }
@@ -1500,7 +1524,8 @@ def test_a_package_that_is_missing_or_too_old_is_one_line(tmp_path, name):
     shutil.copytree(CODE, tmp_path / "code")
     path = tmp_path / "code" / name
     path.parent.mkdir(exist_ok=True)
-    (path.parent / "__init__.py").touch()
+    if path.parent.name != "code":
+        (path.parent / "__init__.py").touch()
     path.write_text(text)
     done = subprocess.run([sys.executable, str(tmp_path / "code/predict.py")], capture_output=True, text=True)
     assert done.stderr == (
@@ -1566,3 +1591,13 @@ def test_help_is_one_screen():
         [sys.executable, str(CODE / "predict.py"), "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and len(done.stdout.splitlines()) <= 24
+
+
+def test_a_stream_that_cannot_be_reconfigured_is_enough():
+    """A notebook's."""
+    script = (
+        "import io, runpy, sys; sys.stdout = io.StringIO(); path = sys.argv.pop(1); "
+        "runpy.run_path(path, run_name='__main__')"
+    )
+    words = [sys.executable, "-c", script, str(CODE / "predict.py"), "--help"]
+    assert subprocess.run(words, capture_output=True).returncode == 0
