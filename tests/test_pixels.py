@@ -3,14 +3,20 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import socket
 import struct
+import time
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from painted import YCCK, YCCK_COLOURS
 from PIL import Image
 
 from fastflower.data import pixels
+from fastflower.data.sources import Files
 from fastflower.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -57,6 +63,14 @@ def test_orientation_is_applied_once(turn: int) -> None:
     assert (pixels.inspect(encoded(picture(), exif=exif)).turn is None) is (turn == 1)
 
 
+@pytest.mark.parametrize("turn", [0, 9, 65535])
+def test_an_orientation_that_is_none_is_ignored(turn: int) -> None:
+    exif, image = Image.Exif(), picture()
+    exif[pixels.ORIENTATION] = turn
+    assert pixels.inspect(encoded(image, exif=exif)).turn is None
+    assert np.array_equal(pixels.read_rgb(encoded(image, exif=exif)), pixels.read_rgb(encoded(image)))
+
+
 @pytest.mark.parametrize("block", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0"])
 def test_a_broken_note_is_ignored(block: bytes) -> None:
     image = picture()
@@ -91,6 +105,13 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert np.abs(got - np.asarray(source.convert("RGB"))).mean() < 3
 
 
+def test_inks_of_adobe_are_colours() -> None:
+    want = np.array(YCCK_COLOURS).reshape(2, 2, 3).repeat(8, 0).repeat(8, 1)
+    for data in (YCCK, encoded(Image.fromarray(want.astype(np.uint8)).convert("CMYK"), quality=95)):
+        assert b"Adobe" in data and not pixels.inspect(data).jpeg
+        assert np.abs(pixels.read_rgb(data).astype(int) - want).mean() < 3
+
+
 def test_only_grey_and_rgb_jpegs_keep_their_bytes() -> None:
     assert pixels.inspect(encoded(picture())).jpeg
     assert pixels.inspect(encoded(picture().convert("L"))).jpeg
@@ -101,16 +122,28 @@ def test_only_grey_and_rgb_jpegs_keep_their_bytes() -> None:
 
 def test_every_cut_is_detected() -> None:
     data = encoded(picture(), quality=90)
-    for cut in np.random.default_rng(1).integers(0, len(data) - 2, 100):
+    for cut in np.random.default_rng(1).integers(0, len(data) - 2, 300):
         with pytest.raises(InputError):
             pixels.decode(data[:cut])
 
 
-def header_bomb() -> bytes:
-    data = bytearray(encoded(picture()))
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = struct.pack(">HH", 65500, 65500)
+def header_bomb(form: str = "JPEG", side: int = 65500) -> bytes:
+    """A small file whose header claims a square of a side."""
+    data = bytearray(encoded(picture(), form))
+    if form == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", side, side)
+    else:
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
+
+
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan, a refinement, comes again and again."""
+    data = encoded(picture(200, 300), progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
 
 
 @pytest.mark.parametrize(
@@ -123,36 +156,79 @@ def header_bomb() -> bytes:
         (b"%PDF-1.4", "but a PDF"),
         (encoded(picture(), "TIFF"), "is no image of JPEG, PNG, BMP, GIF, WEBP, but a TIFF"),
         (header_bomb(), "more than 64 million"),
+        (header_bomb("PNG"), "more than 64 million"),
+        (header_bomb("JPEG", 12_000), "has 12000 x 12000 pixels, more than 64 million"),
+        (header_bomb("PNG", 12_000), "has 12000 x 12000 pixels, more than 64 million"),
         (encoded(picture())[:400], "image bytes cannot be decoded"),
-        (encoded(picture()) + b"\xff\xda" * 600, "is a JPEG of more than 500 scans"),
+        (many_scans(5000), "is a JPEG of more than 500 scans"),
     ],
 )
 def test_what_is_no_picture_is_said_in_one_line(data: bytes, said: str) -> None:
     said = said.replace("image bytes ", "")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts anew
+    before, start = peak(), time.monotonic()
     with pytest.raises(InputError, match=said) as error:
         pixels.read_rgb(data)
     assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 2
+    assert peak() - before < 300 * 1024
 
 
-def test_foreign_parsers_are_never_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.preinit()
+def peak() -> int:
+    """The most memory that this process has held, in kB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+FOREIGN = {
+    form: encoded(picture(), form) for form in ("TIFF", "PPM", "ICO", "TGA", "PCX", "SGI", "DDS", "EPS")
+}
+FOREIGN |= {
+    "PSD": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + bytes(300),
+    "FITS": b"SIMPLE  =                    T".ljust(80) + b"END".ljust(2800),
+    "PDF": b"%PDF-1.4\n%\xe2\xe3\n",
+    "float TIFF": encoded(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_foreign_parsers_are_never_started(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.init()
-    monkeypatch.setattr(
-        "PIL.TiffImagePlugin.TiffImageFile._open", lambda self: pytest.fail("the TIFF parser ran")
-    )
-    with pytest.raises(InputError, match=r"but a TIFF"):
-        pixels.decode(encoded(picture(), "TIFF"))
+    own = {name: Image.OPEN[name] for name in pixels.FORMATS}
+    foreign = dict.fromkeys(Image.OPEN, (lambda *a: pytest.fail("a foreign parser ran"), None))
+    monkeypatch.setattr(Image, "OPEN", foreign | own)
+    Path("named.jpg").write_bytes(FOREIGN[form])
+    for read in (pixels.decode, pixels.inspect):
+        with pytest.raises(InputError, match=r"is no image of JPEG, PNG, BMP, GIF, WEBP"):
+            read(FOREIGN[form])
+    assert Files(Path()).size("named.jpg") is None
 
 
-def test_pipes_folders_and_missing_files_do_not_wait() -> None:
+def test_a_header_alone_says_the_size() -> None:
+    for form in pixels.FORMATS:
+        Path("named.jpg").write_bytes(encoded(picture(), form))
+        assert Files(Path()).size("named.jpg") == (60, 80)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Path("large.jpg").write_bytes(header_bomb("PNG", 12_000))
+        assert Files(Path()).size("large.jpg") == (12_000, 12_000)
+
+
+def test_what_is_no_file_is_refused_without_waiting() -> None:
     os.mkfifo("pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket.jpg")
+    start = time.monotonic()
     for name, said in (
         ("pipe.jpg", "is not a regular file"),
-        (".", "is not a regular"),
-        ("no.jpg", "No such file"),
+        ("socket.jpg", "cannot be read: No such device or address"),
+        ("/dev/zero", "is not a regular file"),
+        (".", "is not a regular file"),
+        ("no.jpg", "cannot be read: No such file"),
     ):
         with pytest.raises(InputError, match=said):
             pixels.read_rgb(Path(name))
+    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize(
@@ -201,6 +277,7 @@ def test_the_predictor_reads_the_same_pixels(repo: Path) -> None:
     odd = [
         encoded(picture(200, 300), exif=exif),
         encoded(picture().convert("CMYK")),
+        YCCK,
         encoded(picture().convert("RGBA"), "WEBP"),
         encoded(Image.fromarray(RNG.integers(0, 65536, (90, 70)).astype(np.uint16)), "PNG"),
         encoded(picture().quantize(7), "GIF"),

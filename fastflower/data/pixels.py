@@ -111,6 +111,12 @@ def inspect(data: bytes) -> Header:
         return Header(image, TURNS.get(_orientation(image)))
 
 
+def header_size(path: str) -> tuple[int, int]:
+    """(height, width) of an image file by its header alone. InputError when it is no image."""
+    with _explained(b""), Image.open(path, formats=FORMATS) as image:
+        return image.height, image.width
+
+
 def decode(data: bytes) -> Image.Image:
     """The first frame as an upright RGB picture.
 

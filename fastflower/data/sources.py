@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from fastflower.data import arrays
 from fastflower.data.arrays import Stack
-from fastflower.data.pixels import read_bytes
+from fastflower.data.pixels import header_size, read_bytes
 from fastflower.data.tables import Names, Row, csv_rows, folder_rows, image_files
 from fastflower.errors import InputError
 from fastflower.recipe import Recipe
@@ -100,8 +99,7 @@ class Files:
 
     def size(self, name: str) -> tuple[int, int] | None:
         try:
-            with Image.open(os.path.join(self._inside, name.removeprefix(self.prefix))) as image:
-                return image.height, image.width
+            return header_size(os.path.join(self._inside, name.removeprefix(self.prefix)))
         except Exception:  # the pass over the images will say what is wrong with it
             return None
 
