@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import random
+import socket
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from painted import ODD_NAMES
 
 from fastflower import recipe
 from fastflower.data import labels
@@ -48,6 +54,7 @@ def test_ids_stay_byte_exact_and_sort_numbers_before_text() -> None:
     [
         b"\xef\xbb\xbffilename,category_id\na.jpg,1\nb.jpg,2\n",
         b"filename,category_id\r\na.jpg,1\r\n\r\nb.jpg,2",
+        b"\n\r\nfilename,category_id\r\na.jpg,1\n\n\rb.jpg,2\r",
         b"filename,category_id\ra.jpg,1\rb.jpg,2\r",
         b'"filename","category_id"\n"b.jpg","2"\n"a.jpg","1"\n',
         b"filename;category_id\na.jpg;1\nb.jpg;2\n",
@@ -56,7 +63,7 @@ def test_ids_stay_byte_exact_and_sort_numbers_before_text() -> None:
         b"filename,category_id\na.jpg,1.0\nb.jpg,2.0\n",
         b"filename,category_id\na.jpg,1\na.jpg,1\nb.jpg,2\n",
     ],
-    ids=["bom", "crlf", "cr", "quoted", "semicolon", "tab", "spaces", "floats", "repeated"],
+    ids=["bom", "crlf", "mixed", "cr", "quoted", "semicolon", "tab", "spaces", "floats", "repeated"],
 )
 def test_every_sane_file_gives_the_same_table(root: Path, data: bytes) -> None:
     plain = read("filename,category_id\na.jpg,1\nb.jpg,2\n")
@@ -84,25 +91,48 @@ def test_columns_are_configurable_and_names_are_kept(root: Path) -> None:
 def test_gb18030_is_read_only_if_its_files_exist(root: Path) -> None:
     (root / "花.jpg").write_bytes(b"1")
     text = "filename,category_id,name\n花.jpg,1,花\nb.jpg,2,草\n"
-    assert read(text.encode("gb18030")).hash == read(text).hash
-    with pytest.raises(InputError, match=r"is not UTF-8; save it as UTF-8 .*names do not exist"):
-        read("filename,category_id\n树.jpg,1\nb.jpg,2\n".encode("gb18030"))
+    table = read(text.encode("gb18030"))
+    assert (table.hash, table.names) == (read(text).hash, read(text).names)
+    assert table.notices == ("labels.csv is not UTF-8; it was read as GB18030, and so every file exists",)
+
+
+@pytest.mark.parametrize(
+    ("data", "byte"),
+    [
+        ("树.jpg,1\nb.jpg,2\n".encode("gb18030"), 21),  # no such file
+        ("é.jpg,1\nb.jpg,2\n".encode("latin-1"), 21),
+        ("a.jpg,é\nb.jpg,2\n".encode("latin-1"), 27),
+        ("花.jpg,1\nb.jpg,2\n".encode().replace("花".encode(), "花".encode()[:2]), 21),
+        ("花.jpg,1\nb.jpg,2\n".encode()[2:], 21),
+    ],
+    ids=["gb18030", "latin-1", "latin-1 ids", "cut", "begins inside"],
+)
+def test_other_encodings_are_refused_at_their_byte(root: Path, data: bytes, byte: int) -> None:
+    (root / "花.jpg").write_bytes(b"1")
+    with pytest.raises(InputError, match=rf"^labels.csv: byte {byte} is not UTF-8; save it as UTF-8"):
+        read(b"filename,category_id\n" + data)
 
 
 def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
     rows = [f"{name},{k % 2}\n" for k, name in enumerate(NAMES)]
     want = read("filename,category_id\n" + "".join(rows))
-    for seed in range(5):
+    for seed in range(20):
         random.Random(seed).shuffle(rows)
         got = read("filename,category_id\n" + "".join(rows))
-        assert (got.filenames, got.hash) == (want.filenames, want.hash)
+        assert (got.filenames, got.hash, got.classes) == (want.filenames, want.hash, want.classes)
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         ("", "empty; its first line must name the columns filename, category_id"),
+        ("\ufeff\n\n", "empty; its first line must name the columns filename, category_id"),
         ("filename,category_id\n", "has a header and no rows"),
+        ("a.jpg,1\nb.jpg,2\n", "no column filename or category_id; it has a.jpg, 1; name yours by"),
+        (
+            "filename|category_id\na.jpg|1\n",
+            r"it has filename\|category_id; separate columns by ',', ';' or a tab",
+        ),
         (
             "file,label\na.jpg,1\n",
             "no column filename or category_id; it has file, label; name yours by data.image_col",
@@ -112,10 +142,19 @@ def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
             "2 problems: line 2: 1 fields, the header has 2; line 3: 3 fields",
         ),
         ("filename,category_id\na.jpg,\nb.jpg, \n", "line 2: empty label for 'a.jpg'; line 3: empty label"),
-        ("filename,category_id\na.jpg,1\nB.JPG,2\n", r"line 3: 'B.JPG' does not exist \(is it 'b.jpg'\?\)"),
         (
-            "filename,category_id\na.jpg,1\na.jpg,2\n",
-            "line 2 and line 3: 'a.jpg' has two labels, '1' and '2'",
+            "filename,category_id\na.jpg,1\nB.JPG,2\nb.jpeg,2\n" + "sub/e\u0301.png,2\n",
+            r"3 problems: line 3: 'B.JPG' does not exist \(is it 'b.jpg'\?\); line 4: 'b.jpeg' does not exist "
+            r"\(is it 'b.jpg'\?\); line 5: 'sub/e\u0301.png' does not exist \(is it '\u00e9.png'\?\)$",
+        ),
+        (
+            'filename,category_id\n"n\nl.jpg",1\nnothing.jpg,2\n',
+            r"line 2: 'n\\nl.jpg' does not exist; line 4: 'nothing.jpg' does not exist$",
+        ),
+        (
+            "filename,category_id\na.jpg,1\na.jpg,2\nb.jpg,1\nsub/c.jpg,1\nb.jpg,3\n",
+            "2 problems: line 2 and line 3: 'a.jpg' has two labels, '1' and '2'; "
+            "line 4 and line 6: 'b.jpg' has two labels, '1' and '3'$",
         ),
         ("filename,category_id\na.jpg,1\n./a.jpg,2\n", "has two labels"),
         (
@@ -123,6 +162,7 @@ def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
             "labels are written both as '1.0' .line 2. and as '2' .line 3.",
         ),
         ("filename,category_id\na.jpg,1\nb.jpg,1\n", "2 images of 1 class; training needs two classes"),
+        ("filename,category_id\na.jpg,1\n", "1 images of 1 class; training needs two classes"),
         ('filename,category_id\n"a.jpg,1\n', "quotes must be closed"),
         ("filename,category_id\na\0.jpg,1\n", "labels.csv:2: has a NUL byte"),
         ("filename,category_id\na.jpg,1\n".encode("utf-16"), "looks like UTF-16"),
@@ -130,41 +170,87 @@ def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
     ],
 )
 def test_bad_files_are_refused_in_one_line(root: Path, data: bytes | str, said: str) -> None:
+    (root / "sub/\u00e9.png").write_bytes(b"1")
     with pytest.raises(InputError, match=said) as error:
         read(data)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "/etc/passwd",
+OUTSIDE = [
+    *("/etc/passwd", "//etc/passwd", "/", "/dev/zero", "/proc/self/environ", "{here}/train/a.jpg"),
+    *(
+        "..",
         "../x.jpg",
+        "../train/a.jpg",
+        "../../../../../etc/passwd",
         "sub/../../x.jpg",
-        "~/a.jpg",
-        "C:a.jpg",
-        "file:a.jpg",
-        "http://x/a.jpg",
-        "a\\b.jpg",
-        "",
-    ],
-)
-def test_paths_never_leave_the_root(root: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"must be a path below data.root|is no file name"):
-        read(f"filename,category_id\na.jpg,1\n{name},2\n")
+        "sub/..",
+        "./../x.jpg",
+    ),
+    *("sub/../a.jpg", "..//x.jpg", ".../../../x.jpg", "a.jpg/../../x.jpg", "~", "~/a.jpg", "~root/a.jpg"),
+    *("C:a.jpg", "C:/a.jpg", "C:\\a.jpg", "c:\\..\\x.jpg", "..\\x.jpg", "a\\b.jpg", "\\\\host\\share\\a.jpg"),
+    *("file:a.jpg", "file:///etc/passwd", "FILE:/etc/passwd", "http://x/a.jpg", "s3://x/a.jpg", "data:x", ""),
+]
 
 
-def test_links_and_pipes_are_refused_without_waiting(root: Path) -> None:
-    Path("outside.jpg").write_bytes(b"1")
-    (root / "link.jpg").symlink_to(Path("outside.jpg").resolve())
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The paths that are opened while a test runs."""
+    paths: list[str] = []
+    hooks = [lambda event, what: paths.append(os.fsdecode(what[0])) if event == "open" else None]
+    sys.addaudithook(lambda event, what: [hook(event, what) for hook in hooks])  # which none can take back
+    yield paths
+    hooks.clear()
+
+
+def test_paths_never_leave_the_root(root: Path, opened: list[str]) -> None:
+    Path("x.jpg").write_bytes(b"1")
+    for name in OUTSIDE:
+        opened.clear()
+        with pytest.raises(
+            InputError, match=r"line 3: '.*' (must be a path below data.root|is no file name)"
+        ):
+            read(f"filename,category_id\na.jpg,1\n{name.format(here=Path.cwd())},2\n")
+        assert set(opened) == {"labels.csv"}, name
+
+
+def test_links_and_pipes_are_refused_without_waiting(root: Path, opened: list[str]) -> None:
+    Path("outside").mkdir()
+    Path("outside/o.jpg").write_bytes(b"1")
+    opened.clear()
+    (root / "link.jpg").symlink_to(Path("outside/o.jpg").resolve())
+    (root / "folder").symlink_to(Path("outside").resolve())
+    (root / "up").symlink_to("..")
     (root / "loop.jpg").symlink_to("loop.jpg")
+    (root / "round").symlink_to(".")
+    (root / "null.jpg").symlink_to("/dev/null")
+    (root / "sub/out.jpg").symlink_to(Path("outside/o.jpg").resolve())
     os.mkfifo(root / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(root):
+        listener.bind("socket.jpg")
+    faults = {
+        "link.jpg": "is a link that leaves data.root",
+        "folder/o.jpg": "is a link that leaves data.root",
+        "up/outside/o.jpg": "is a link that leaves data.root",
+        "null.jpg": "is a link that leaves data.root",
+        "loop.jpg": "cannot be read: Too many levels of symbolic links",
+        "pipe.jpg": "is not a regular file",
+        "socket.jpg": "is not a regular file",
+        "sub": "is not a regular file",
+    }
+    start = time.monotonic()
     with pytest.raises(InputError) as error:
-        read("filename,category_id\na.jpg,1\nlink.jpg,2\nloop.jpg,2\npipe.jpg,2\n")
-    said = str(error.value)
-    assert "'link.jpg' is a link that leaves data.root" in said
-    assert "'loop.jpg' cannot be read" in said
-    assert "'pipe.jpg' is not a regular file" in said
+        read("filename,category_id\na.jpg,1\n" + "".join(f"{name},2\n" for name in faults))
+    for name, fault in faults.items():
+        assert f"'{name}' {fault}" in str(error.value)
+    table = read("filename,category_id\na.jpg,1\nround/round/b.jpg,2\nb.jpg,2\n")
+    assert len(table) == 2 and "1 rows repeat an earlier one and were left out" in table.notices
+    with pytest.raises(
+        InputError, match=r"^train: sub/out.jpg: 'sub/out.jpg' is a link that leaves data.root$"
+    ):
+        read("", "data.form=folders")
+    assert time.monotonic() - start < 2
+    assert not [path for path in opened if path.endswith(".jpg")]
 
 
 def test_all_problems_are_counted_and_ten_are_named(root: Path) -> None:
@@ -174,27 +260,18 @@ def test_all_problems_are_counted_and_ten_are_named(root: Path) -> None:
 
 
 def test_odd_names_survive_byte_exactly() -> None:
-    names = [
-        "a b.jpg",
-        "c,d.jpg",
-        'e"f.jpg',
-        "=g.jpg",
-        "h.jpg ",
-        "花🌸.jpg",
-        "\u00e9.jpg",
-        "e\u0301.jpg",
-        "n\nl.jpg",
-        "x" * 250 + ".jpg",
-    ]
-    for name in names:
+    for name in ODD_NAMES:
         Path("train").mkdir(exist_ok=True)
         Path("train", name).write_bytes(b"1")
-    with open("labels.csv", "w", encoding="utf-8", newline="") as file:
+    with open("labels.csv", "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows(
-            [("filename", "category_id"), *((name, k % 2) for k, name in enumerate(names))]
+            [("filename", "category_id"), *((name, k % 2) for k, name in enumerate(ODD_NAMES))]
         )
     table = labels.read_labels(recipe.load(None, ["data.root=train", "data.csv=labels.csv"]))
-    assert sorted(table.filenames) == sorted(names)
+    assert sorted(table.filenames) == sorted(ODD_NAMES)
+    assert table.notices == (
+        "labels.csv is not UTF-8; it was read as UTF-8 with file names of other bytes, and so every file exists",
+    )
 
 
 def test_folders_are_an_input_form(root: Path) -> None:
@@ -226,6 +303,9 @@ def test_notices_and_number_of_classes(root: Path) -> None:
     assert labels.check_num_classes(chosen[2], table) == ["data.num_classes = 4: classes 2..3 have no images"]
     with pytest.raises(InputError, match=r"data.num_classes = 1: the labels have 2 classes"):
         labels.check_num_classes(chosen[3], table)
+    floats = read("filename,category_id\na.jpg,7.0\nb.jpg,12.0\n")
+    assert floats.classes.ids == ("7", "12")
+    assert floats.notices == ("labels such as 7.0 are taken as whole numbers",)
     with pytest.raises(InputError, match=r"category_id '077' is none of the 2 classes; the nearest is '007'"):
         table.classes.index("077")
 

@@ -118,7 +118,7 @@ def read_labels(recipe: Recipe) -> LabelTable:
     """The labels in any form of `sources`, every image looked at; InputError lists all that is wrong at once."""
     found = sources.open_labelled(recipe)
     problems = [row.problem for row in found.rows if row.problem]
-    notices: list[str] = []
+    notices = list(found.notices)
     rows = [row for row in found.rows if not row.problem]
     problems += _canonical_ids(rows, notices)
     kept = _distinct(rows, found.source, problems, notices)
@@ -161,8 +161,13 @@ def remarks(table: LabelTable) -> list[str]:
         by_name: dict[str, list[str]] = {}
         for category_id in sorted(names.keys() & set(table.classes.ids)):
             by_name.setdefault(names[category_id], []).append(category_id)
-        shared = [(name, ids) for name, ids in by_name.items() if name and len(ids) > 1]
-        if shared and len(by_name) > 2:  # a column of few values names no classes
+        if len(by_name) < 3:  # a column of few values names no classes
+            continue
+        nameless = by_name.pop("", [])
+        if nameless:
+            lines.append(f"{column}: {len(nameless)} classes have no name, such as {nameless[0]}")
+        shared = [(name, ids) for name, ids in by_name.items() if len(ids) > 1]
+        if shared:
             name, ids = shared[0]
             lines.append(
                 f"{column}: {len(shared)} names stand for several classes, such as '{shown(name)}' for {', '.join(ids)}"
@@ -223,7 +228,7 @@ def _given_folds(recipe: Recipe, filenames: list[str]) -> np.ndarray:
     """The fold that data.fold_col gives each image: int64 (N,). InputError lists what is missing or no fold."""
     data = recipe.data
     path = Path(data.fold_csv or data.csv)
-    rows, _ = csv_rows(path, Path(data.root), data.image_col, data.fold_col)
+    rows, *_ = csv_rows(path, Path(data.root), data.image_col, data.fold_col)
     of = {row.filename: row for row in rows}
     lacking = [name for name in filenames if name not in of]
     if lacking:

@@ -175,6 +175,7 @@ class Rows:
     origin: str
     names: Names = field(default_factory=dict)
     held_out: frozenset[str] = frozenset()
+    notices: list[str] = field(default_factory=list)
 
 
 def form_of(recipe: Recipe) -> str:
@@ -252,8 +253,8 @@ def open_unlabelled(recipe: Recipe) -> tuple[Source, list[str]]:
 def _rows(recipe: Recipe, form: str, path: Path, prefix: str) -> Rows:
     data = recipe.data
     if form == "csv":
-        rows, names = csv_rows(Path(data.csv), path, data.image_col, data.label_col)
-        return Rows(Files(path), rows, data.csv, names)
+        rows, names, notices = csv_rows(Path(data.csv), path, data.image_col, data.label_col)
+        return Rows(Files(path), rows, data.csv, names, notices=notices)
     if form == "folders":
         rows = folder_rows(path)
         for row in rows:

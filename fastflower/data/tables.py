@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,11 @@ class Row:
     problem: str = ""
 
 
-def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[list[Row], Names]:
-    """The rows of a label file in its order, and each further column that is constant within classes.
+def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[list[Row], Names, list[str]]:
+    """The rows of a label file in its order, each further column that is constant within classes, and notices.
 
-    UTF-8 with or without its mark; else GB18030, if then every file name exists below `root`.
+    UTF-8 with or without its mark; else, if then every file name exists below `root`, GB18030 or UTF-8 with file
+    names of other bytes.
     """
     try:
         data = path.read_bytes()
@@ -44,16 +46,20 @@ def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[li
         kind = "looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "has a NUL byte"
         raise InputError(f"{path}:{line}: {kind}; save it as UTF-8 text")
     try:
-        return _parse(data.decode("utf-8-sig"), path, image_col, label_col)
+        return *_parse(data.decode("utf-8-sig"), path, image_col, label_col), []
     except UnicodeDecodeError as error:
         fault = f"{path}: byte {error.start} is not UTF-8; save it as UTF-8"
-    try:
-        rows, names = _parse(data.decode("gb18030"), path, image_col, label_col)
-    except (UnicodeDecodeError, InputError):
-        raise InputError(fault) from None
-    if not rows or not all((root / row.filename).is_file() for row in rows if not row.problem):
-        raise InputError(f"{fault} (read as GB18030, its file names do not exist)")
-    return rows, names
+    for encoding, errors in (("gb18030", "strict"), ("utf-8-sig", "surrogateescape")):
+        try:
+            rows, names = _parse(data.decode(encoding, errors), path, image_col, label_col)
+            # only names of files may be other than text
+            json.dumps([[row.category_id for row in rows], names], ensure_ascii=False).encode()
+        except (UnicodeError, InputError):
+            continue
+        if all((root / row.filename).is_file() for row in rows if not row.problem):
+            read = "GB18030" if errors == "strict" else "UTF-8 with file names of other bytes"
+            return rows, names, [f"{path} is not UTF-8; it was read as {read}, and so every file exists"]
+    raise InputError(f"{fault} (read otherwise, its file names do not exist)")
 
 
 def _parse(text: str, path: Path, image_col: str, label_col: str) -> tuple[list[Row], Names]:
@@ -66,9 +72,11 @@ def _parse(text: str, path: Path, image_col: str, label_col: str) -> tuple[list[
     if not fitting:
         mark = max(headers, key=lambda mark: len(headers[mark]))
         found = ", ".join(shown(name) for name in headers[mark])
+        remedy = "name yours by data.image_col and data.label_col"
+        if len(headers[mark]) == 1:
+            remedy = "separate columns by ',', ';' or a tab"
         raise InputError(
-            f"{path}: no column {' or '.join(n for n in wanted if n not in headers[mark])}; it has {found}; "
-            "name yours by data.image_col and data.label_col"
+            f"{path}: no column {' or '.join(n for n in wanted if n not in headers[mark])}; it has {found}; {remedy}"
         )
     header = headers[fitting[0]]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=fitting[0], strict=True)
