@@ -353,7 +353,8 @@ static void train_row(Scratch *s, const Job *job, const uint8_t *bytes, const Ro
 }
 
 static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *row, uint64_t key, uint8_t *out) {
-    s->own = own;
+    int whole = !job->crop && job->factor == 0 && row->mode == JPEG; /* a file that is judged, not a row of a beton */
+    s->own = own && !whole;
     int code = setjmp(s->errors.escape);
     if (code) jpeg_abort_decompress(&s->jpeg);
     if (code == AGAIN) s->own = 0; /* whether it is damage, libjpeg decides */
@@ -371,6 +372,7 @@ static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *
         ff_eval_box(row->height, row->width, job->h, job->w, job->factor, box);
         resample(s, bytes, row, box, job->cubic, job->h, job->w, out);
     }
+    if (whole) jpeg_finish_decompress(&s->jpeg); /* damaged codes often meet again, and leave bytes over at the end */
     jpeg_abort_decompress(&s->jpeg);
     return OK;
 }
