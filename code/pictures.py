@@ -54,7 +54,7 @@ def find(folder: bytes) -> tuple[list[bytes], list[bytes]]:
         for name in files:
             path = os.path.join(parent, name)
             shadow = name.startswith(b"._") and name[2:] in present
-            photograph = name.lower().endswith(SUFFIXES) and not shadow and _regular(path)
+            photograph = name.lower().rstrip().endswith(SUFFIXES) and not shadow and _regular(path)
             (found if photograph else others).append(path)
     own, rest = (
         [os.path.relpath(path, folder).replace(os.sep.encode(), b"/") for path in paths]

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from painted import ODD_NAMES
 from PIL import Image
 
 from fastflower import checkpoint, recipe
@@ -279,26 +280,8 @@ def test_each_member_sees_pictures_as_it_was_trained(tmp_path, code):
 
 
 def test_a_row_for_every_name(run, capsys):
-    names = [
-        "a b.jpg",
-        "comma,.jpg",
-        'quote".JPG',
-        "new\nline.jpg",
-        "花.jpeg",
-        "=1.png",
-        "e\u0301.jpg",
-        "é.jpg",
-    ]
-    names += [
-        "a.JPG",
-        "a.jpg",
-        "a.jpeg",
-        "sub/deep/a.jpg",
-        ".hidden.jpg",
-        "bad\udcff\udc80.jpg",
-        "x" * 251 + ".jpg",
-    ]
-    names += [" lead.jpg", "trail .jpg", "\ufeffmark.jpg"]
+    names = [*ODD_NAMES, 'quote".JPG', "花.jpeg", "=1.png", "trail .jpg", "\ufeffmark.jpg"]
+    names += ["a.JPG", "a.jpg", "a.jpeg", "sub/deep/a.jpg", ".hidden.jpg"]
     for name in names:
         path = os.path.join(b"test_dataset", os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)

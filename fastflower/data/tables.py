@@ -117,7 +117,7 @@ def folder_rows(root: Path) -> list[Row]:
 
 def image_files(root: Path) -> list[str]:
     """Every image file below a folder, at any depth, as a path relative to it, in order."""
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower().rstrip() in SUFFIXES)
     return [str(file.relative_to(root)) for file in files]
 
 
