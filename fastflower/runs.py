@@ -140,9 +140,15 @@ def aside_of(path: Path) -> Path:
 
 
 def abandoned(aside: Path) -> bool:
-    """Whether the process that wrote under such a name is gone."""
+    """Whether it is such a name, and the process that wrote under it is gone."""
     pid = aside.name.split(".")[-2]
-    return not (pid.isdigit() and Path(f"/proc/{pid}").exists())
+    return pid.isdigit() and not Path(f"/proc/{pid}").exists()
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files of a name."""
+    for left in filter(abandoned, folder.glob(f".{name}.*.tmp")):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -47,6 +50,16 @@ YCCK = base64.b64decode(
     "vr9WK/5uz/P894r+f+v+oA/kM9Qr/9k="
 )
 YCCK_COLOURS = [[200, 40, 40], [40, 180, 60], [50, 60, 210], [230, 200, 90]]  # row by row
+
+
+def predictor_pictures() -> Any:
+    """code/pictures.py, which the predictor reads images by."""
+    path = Path(__file__).resolve().parents[1] / "code/pictures.py"
+    spec = importlib.util.spec_from_file_location("pictures", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 48)) -> Image.Image:

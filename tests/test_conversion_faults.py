@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import base64
 import builtins
+import errno
 import io
 import os
+import random
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from painted import jpeg, picture
+from painted import ODD_NAMES, jpeg, picture, predictor_pictures
 from PIL import Image
 
 from fastflower import convert, recipe
-from fastflower.data import folds, sets, sources, workers
-from fastflower.data.betons import BetonWriter, open_beton
-from fastflower.data.decode import decode_file
+from fastflower.bench.fuzz import mutated
+from fastflower.data import folds, labels, pixels, sets, sources, workers
+from fastflower.data.decode import Crop, decode_file
+from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.errors import EnvironmentFault, InputError
 
 WORDS = [
@@ -59,14 +63,24 @@ def test_files_without_a_label_are_counted(capsys: pytest.CaptureFixture[str]) -
     assert "note: 1 images below data.root have no label, such as loose.jpg" in capsys.readouterr().out
 
 
+def test_files_of_another_format_than_their_names_say_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    forms = {"a.jpg": "PNG", "b.JPEG": "GIF", "c.png": "WEBP", "d.png": "PNG", "e.jpeg": "JPEG", "f": "BMP"}
+    for name, form in forms.items():
+        picture(len(name) + ord(name[0])).save(name, form)
+    project({name: Path(name).read_bytes() for name in forms})
+    run()
+    said = capsys.readouterr().out
+    assert "note: 3 images are of another format than their names say, such as a.jpg (PNG)" in said
+
+
 def test_classes_of_one_name_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     names = project()
-    rows = [f"{n},{k % 4},{['rose', 'lily', 'rose', 'iris'][k % 4]}" for k, n in enumerate(names)]
+    rows = [f"{n},{k % 4},{['rose', 'lily', 'rose', ''][k % 4]}" for k, n in enumerate(names)]
     Path("data/train_labels.csv").write_text("filename,category_id,english_name\n" + "\n".join(rows) + "\n")
     run()
-    assert (
-        "english_name: 1 names stand for several classes, such as 'rose' for 0, 2" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "english_name: 1 names stand for several classes, such as 'rose' for 0, 2" in said
+    assert "english_name: 1 classes have no name, such as 3" in said
 
 
 def test_a_header_that_promises_more_than_the_file_holds_is_refused() -> None:
@@ -124,87 +138,163 @@ def test_other_kinds_of_jpeg_are_named(start: int, bits: int, said: str) -> None
 
 
 def test_consoles_that_show_little_change_nothing(repo: Path) -> None:
-    project({"花.jpg": jpeg(picture(30)), "草.jpg": jpeg(picture(30))})
-    words = [sys.executable, "-m", "fastflower.convert", *WORDS]
-    plain = {
-        **os.environ,
-        "PYTHONPATH": str(repo),
-        "LC_ALL": "C",
-        "COLUMNS": "20",
-        "PYTHONIOENCODING": "ascii",
-    }
-    said = subprocess.run(words, env=plain, capture_output=True, timeout=120)
-    assert said.returncode == 0, said.stderr
-    assert b"another's bytes with another label, such as \\u8349.jpg and \\u82b1.jpg" in said.stdout
-    closed = shlex.join([*words, "data.home=other"]) + " >&-"
-    done = subprocess.run(["sh", "-c", closed], env=plain, capture_output=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, b"")
-    for path in (*Path("data/betons").iterdir(), Path("data/folds.csv"), Path("data/duplicates.csv")):
-        assert path.read_bytes() == Path("other", path.relative_to("data")).read_bytes()
+    project({"花.jpg": jpeg(picture(30)), "🌸.jpg": jpeg(picture(30))})
+    plain = {**os.environ, "PYTHONPATH": str(repo), "LC_ALL": "C", "COLUMNS": "20"}
+
+    def converted(home: str, encoding: str, more: str = "") -> bytes:
+        words = [sys.executable, "-m", "fastflower.convert", *WORDS, f"data.home={home}"]
+        done = subprocess.run(
+            ["sh", "-c", shlex.join(words) + more],
+            env={**plain, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout
+
+    shown = {"ascii": "\\u82b1", "gbk": "花"}
+    for encoding, flower in shown.items():
+        line = f"another's bytes with another label, such as \\U0001f338.jpg and {flower}.jpg"
+        assert line.encode(encoding) in converted(encoding, encoding)
+    assert converted("closed", "ascii", " >&-") == b""
+    for path in (*Path("gbk/betons").iterdir(), Path("gbk/folds.csv"), Path("gbk/duplicates.csv")):
+        for home in ("ascii", "closed"):
+            assert path.read_bytes() == Path(home, path.relative_to("gbk")).read_bytes()
 
 
 def test_every_cut_of_a_jpeg_is_refused_by_the_decoder() -> None:
     data = jpeg(picture(2, (64, 48)))
     decode_file(data, 48, 64, (48, 64))
-    for cut in range(data.index(b"\xff\xda") + 20, len(data) - 2):
+    for cut in range(data.index(b"\xff\xda") + 20, len(data)):
         with pytest.raises(InputError, match="cannot be decoded"):
             decode_file(data[:cut], 48, 64, (48, 64))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 63), (63, 2), (7, 1), (70_000, 2)])
-def test_extreme_shapes_are_stored_and_opened(size: tuple[int, int]) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (9, 99, 199)).save(buffer, "PNG")
-    names = project({"odd.png": buffer.getvalue()})
-    run("data.group=none")
+def test_a_conversion_refuses_every_cut_jpeg() -> None:
+    data = jpeg(picture(2, (64, 48)))
+    cuts = np.random.default_rng(0).choice(np.arange(1, len(data)), 300, replace=False)
+    project({f"cut{at}.jpg": data[:at] for at in cuts})
+    with pytest.raises(InputError, match=r"^300 of 308 images cannot be used: cut"):
+        run()
+    run("data.on_bad=skip")
+    assert folds.read_folds(Path("data/folds.csv")).filenames == [f"{k}.jpg" for k in range(8)]
+
+
+def test_most_damage_that_shows_is_noticed() -> None:
+    """Of what Pillow decodes without a word and is far from the picture; the rest is valid JPEG of another picture."""
+    rng, shows, noticed = random.Random(0), 0, 0
+    for k in range(900):
+        smooth = np.asarray(picture(k % 6, (160, 120)))
+        grain = np.random.default_rng(k % 6).normal(0, 12 * (k % 2), smooth.shape)
+        whole = jpeg(Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)), subsampling=k % 3)
+        data, want = mutated(whole, rng), pixels.read_rgb(whole).astype(int)
+        try:
+            got = pixels.read_rgb(data)
+        except InputError:
+            continue
+        if got.shape != want.shape or np.abs(got - want).mean() > 2:
+            shows += 1
+            try:
+                decode_file(data, *got.shape[:2], got.shape[:2])
+            except InputError:
+                noticed += 1
+    assert shows > 300 and noticed / shows > 0.85, f"{noticed} of {shows}"
+
+
+SIZES = [(width, height) for width in (1, 2, 7, 63) for height in (1, 2, 7, 63)] + [(1, 5000), (5000, 1)]
+
+
+@pytest.mark.parametrize("store", ["raw", "jpeg"])
+def test_images_of_any_size_go_through_conversion_loaders_and_predictor(store: str) -> None:
+    files = {}
+    for width, height in [*SIZES, (70_000, 2)]:
+        for form in ("PNG", "JPEG")[: 1 + (width < 1 << 16)]:
+            buffer = io.BytesIO()
+            picture(width + height, (width, height)).save(buffer, form)
+            files[f"{width}x{height}.{form.lower()}"] = buffer.getvalue()
+    project(files)
+    run("data.group=none", f"data.store={store}")
+    crop = {"height": 16, "width": 16, "factor": 1.14, "interpolation": "bicubic", "stored_side": 18}
+    prepare, seen = predictor_pictures().prepare, set()
     for fold in (0, 1):
         opened = sets.open_fold(recipe.load(None, WORDS), fold)
-        for beton in (opened.train, opened.val):
-            for row in np.flatnonzero(beton.index == names.index("odd.png")):
-                assert 1 <= min(beton.heights[row], beton.widths[row]) <= 18
-                assert max(beton.heights[row], beton.widths[row]) <= 4 * 18
+        rows = np.arange(opened.train.rows)
+        train = TrainLoader(
+            opened.train,
+            lambda epoch, rows=rows: rows,
+            3,
+            lambda epoch: 1,
+            lambda epoch: (16, 16),
+            Crop(),
+            threads=1,
+        )
+        train.cursor = lambda: (0, 0)
+        assert sum(len(batch["image"]) for batch in train) == opened.train.rows
+        assert opened.val_corrupt is not None
+        for beton in (opened.val, opened.val_corrupt):
+            assert max(beton.heights.max(), beton.widths.max()) <= 4 * 18
+            images = np.concatenate(
+                [batch["image"][batch["valid"]] for batch in EvalLoader(
+                    beton, 8, lambda: (16, 16), 1.14, "bicubic", threads=1
+                )]
+            )  # fmt: skip
+            assert len(images) == beton.rows
+            for image, index in zip(images, beton.index, strict=True):
+                name = opened.folds.filenames[index]
+                if beton is opened.val:
+                    seen.add(name)
+                    assert np.array_equal(image, prepare(os.fsencode(f"data/train/{name}"), [crop])[0])
+    assert seen > set(files)
 
 
 def test_odd_names_go_through_a_conversion_byte_by_byte() -> None:
-    odd = [
-        "a b.jpg",
-        "c,d.jpg",
-        'e"f.jpg',
-        "=g.jpg",
-        "花🌸.jpg",
-        "e\u0301.jpg",
-        "\u00e9.jpg",
-        "x" * 250 + ".jpg",
-        "n\nl.jpg",
-    ]
-    project({name: jpeg(picture(20 + k)) for k, name in enumerate(odd)})
+    project({name: jpeg(picture(20 + k)) for k, name in enumerate(ODD_NAMES)})
     run()
     found = folds.read_folds(Path("data/folds.csv"))
-    assert set(odd) < set(found.filenames)
+    assert set(ODD_NAMES) < set(found.filenames)
     sets.open_fold(recipe.load(None, WORDS), 0)
 
 
 def test_words_and_odd_numbers_are_ordinary_labels() -> None:
-    tokens = ["nan", "NA", "null", "None", "-3", "9" * 40, "1e5", "１２"]
-    project(ids=lambda k: tokens[k % 8])
+    tokens = ["nan", "NA", "null", "None", "-3", "9" * 40, "1e5", "１２", "007", "7"]
+    project({name: jpeg(picture(ord(name[0]))) for name in ("8.jpg", "9.jpg")}, ids=lambda k: tokens[k])
     run("data.split=ratio")
-    assert set(folds.read_folds(Path("data/folds.csv")).category_ids) == set(tokens)
+    found = folds.read_folds(Path("data/folds.csv"))
+    assert (found.filenames, found.category_ids) == ([f"{k}.jpg" for k in range(10)], tokens)
+    assert set(labels.read_classes(Path("data/classes.csv")).ids) == set(tokens)
 
 
-def test_a_read_error_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error")]
+)
+def test_a_read_error_is_listed_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    """At opening, as of a file of another user, and at reading, as of a broken disk."""
     project()
-    real = sources.read_bytes
 
-    def broken(path: str) -> bytes:
-        if str(path).endswith("3.jpg"):
-            raise InputError("cannot be read: Input/output error")
-        return real(path)
+    class Broken(io.FileIO):
+        def readall(self) -> bytes:
+            raise OSError(number, said)
 
-    monkeypatch.setattr(sources, "read_bytes", broken)
-    with pytest.raises(
-        InputError, match=r"1 of 8 images cannot be used: 3.jpg cannot be read: Input/output error"
-    ):
-        run()
+    def refuse(path: Any, *more: Any, **options: Any) -> int:
+        if number == errno.EACCES and str(path).endswith("/3.jpg"):
+            raise OSError(number, said, path)
+        return opened(path, *more, **options)
+
+    def broken(handle: int, *more: Any, **options: Any) -> Any:
+        wrong = number == errno.EIO and os.readlink(f"/proc/self/fd/{handle}").endswith("/3.jpg")
+        return io.BufferedReader(Broken(handle)) if wrong else file_of(handle, *more, **options)
+
+    opened, file_of = os.open, os.fdopen
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "fdopen", broken)
+    for count in (1, 2):
+        with pytest.raises(
+            InputError,
+            match=rf"^1 of 8 images cannot be used: 3.jpg cannot be read: {said}; replace them, or",
+        ):
+            run(f"data.workers={count}")
 
 
 def test_a_file_that_changes_after_it_was_read_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,57 +310,99 @@ def test_a_file_that_changes_after_it_was_read_changes_nothing(monkeypatch: pyte
 
     monkeypatch.setattr(sources, "read_bytes", read_then_swap)
     run()
-    for path in Path("want/betons").glob("*.beton"):
-        assert path.read_bytes() == Path("data/betons", path.name).read_bytes()
+    assert snapshot() == snapshot("want")
 
 
-@pytest.mark.parametrize("number", [0, 1, 5, 9])
-def test_a_full_disk_at_any_write_leaves_the_old_set(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def snapshot(home: str = "data") -> dict[str, bytes]:
+    """The set of betons there and its folds, by content."""
+    return {
+        path.name: path.read_bytes() for path in (*Path(home, "betons").iterdir(), Path(home, "folds.csv"))
+    }
+
+
+def write_by(kind: type[io.FileIO], patch: pytest.MonkeyPatch) -> None:
+    """Let every file that is opened to be written be one of a kind."""
+    real = io.open
+
+    def opened(path: Any, mode: str = "r", buffering: int = -1, *more: Any, **options: Any) -> Any:
+        if not set(mode) & set("wax"):
+            return real(path, mode, buffering, *more, **options)
+        file = io.BufferedWriter(kind(path, mode.strip("bt")), 1 << 12)
+        return file if "b" in mode else io.TextIOWrapper(file, *more, **options)
+
+    patch.setattr(io, "open", opened)
+    patch.setattr(builtins, "open", opened)
+
+
+ONE_SPLIT = ["data.split=ratio", "robust.enabled=false", "data.group=none"]
+
+
+def test_a_full_disk_at_any_write_leaves_the_old_set_or_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     project()
-    run()
-    before = {path.name: path.read_bytes() for path in Path("data/betons").iterdir()}
-    count, real = iter(range(10_000)), BetonWriter.append
+    run(*ONE_SPLIT)
+    run(*ONE_SPLIT, "data.img_size=24", "data.home=want")
+    old, new, number, count = snapshot(), snapshot("want"), 0, iter("")
 
-    def append(writer: BetonWriter, *row: Any) -> None:
-        if next(count) == number:
-            raise OSError(28, "No space left on device", "beton")
-        real(writer, *row)
+    def room(*what: Any) -> None:
+        if next(count, None) is None:  # from the number-th write on there is none
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
 
-    monkeypatch.setattr(BetonWriter, "append", append)
-    with pytest.raises(
-        EnvironmentFault, match=r"data.home = data: No space left on device .*; make room there"
-    ):
-        run("robust.level=medium")
-    assert {path.name: path.read_bytes() for path in Path("data/betons").iterdir()} == before
-    assert not list(Path("data").glob(".betons.*"))
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            room()
+            return super().write(data)
+
+    while True:
+        count = iter(range(number))
+        with monkeypatch.context() as patch:
+            write_by(Full, patch)
+            for name in ("fsync", "mkdir", "replace"):
+                real = getattr(os, name)
+                patch.setattr(os, name, lambda *a, real=real, **k: (room(), real(*a, **k))[1])
+            try:
+                run(*ONE_SPLIT, "data.img_size=24")
+                break
+            except EnvironmentFault as error:
+                assert "No space left on device" in str(error) and "\n" not in str(error)
+        assert snapshot() in (old, new)
+        assert [path.name for path in Path("data").rglob(".*")] == [".convert.lock"]
+        number += 1
+    assert number > 20
+    assert snapshot() == new
 
 
-def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Short(io.FileIO):
         def write(self, data: Any) -> int:
-            return super().write(memoryview(data).cast("B")[:7])
+            return super().write(memoryview(data).cast("B")[:499])
 
-    rows = [np.full((4, 5, 3), k, np.uint8) for k in range(6)]
-    real = Path.open
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Path,
-            "open",
-            lambda path, mode, buffering: io.BufferedWriter(Short(path, "w"), 64),  # type: ignore[arg-type]
-        )
-        writer = BetonWriter(tmp_path / "a.beton", 6)
-    assert Path.open is real
-    with writer:
-        for k, pixels in enumerate(rows):
-            writer.raw(pixels, k, k)
-        writer.commit({})
-    beton = open_beton(tmp_path / "a.beton")
-    beton.verify()
-    assert [int(beton.row(k)[0]) for k in range(6)] == list(range(6))
+    project()
+    run("data.home=want")
+    write_by(Short, monkeypatch)
+    run()
+    assert snapshot() == snapshot("want")
+
+
+def test_what_killed_conversions_left_is_removed() -> None:
+    project()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = Path(f"data/.folds.csv.{gone.pid}.tmp")
+    kept = [
+        Path(f"data/.folds.csv.{os.getppid()}.tmp"),
+        Path("data/.my.notes.tmp"),
+        Path(f"data/{gone.pid}.tmp"),
+    ]
+    for path in (left, *kept):
+        path.write_text("")
+    run()
+    assert not left.exists() and all(path.exists() for path in kept)
 
 
 def test_inputs_are_never_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     project()
+    for path in (*Path("data/train").iterdir(), Path("data/train")):
+        path.chmod(path.stat().st_mode & 0o555)
     real = builtins.open
 
     def watched(path: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
@@ -283,13 +415,22 @@ def test_inputs_are_never_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(os.listdir("data/train")) == before
 
 
-def test_clocks_decide_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_clocks_decide_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     names = project()
     run()
     for name in names:
         os.utime(Path("data/train", name), (4e9, 4e9))
     run()
     assert "up to date" in capsys.readouterr().out
+    jumps = iter(range(2**40, 0, -(10**6)))
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Pacific/Kiritimati")
+        time.tzset()
+        patch.setattr(time, "time", lambda: float(next(jumps)))
+        patch.setattr(time, "time_ns", lambda: next(jumps) * 10**9)
+        run("data.home=again")
+    time.tzset()
+    assert snapshot() == snapshot("again")
 
 
 def test_an_error_of_the_work_itself_reaches_the_caller() -> None:

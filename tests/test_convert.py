@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -155,11 +154,12 @@ def test_convert_starts_without_what_takes_long_to_import(environment: dict[str,
     assert done.stdout == b"set()\n"
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, 3, 8])
 def test_bytes_do_not_depend_on_workers_or_on_the_order_of_labels(
-    photographs: dict[str, bytes], workers: int
+    photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     run("data.store=jpeg")
+    monkeypatch.setattr(spool, "CHUNK", 2)  # enough tasks for all
     want = snapshot()
     rows = [(name, [164, 9, 10][k % 3]) for k, name in enumerate(photographs)]
     label(rows[::-1])
@@ -297,10 +297,12 @@ def test_an_image_of_the_folds_that_broke_or_changed_is_refused(photographs: dic
 
 
 def test_odd_pictures_are_stored_upright_and_undistorted(photographs: dict[str, bytes]) -> None:
-    exif = Image.Exif()
-    exif[pixels.ORIENTATION] = 6
-    odd = {
-        "turned.jpg": jpeg(picture(50, (35, 30)), exif=exif),
+    exif, turned = Image.Exif(), {}
+    for turn in range(10):  # 0 and 9 mean nothing
+        exif[pixels.ORIENTATION] = turn
+        turned[f"turned{turn}.jpg"] = jpeg(picture(60 + turn, (35, 30)), exif=exif)
+    odd = turned | {
+        "broken_note.jpg": jpeg(picture(50, (35, 30)), exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
         "grey.jpg": jpeg(picture(51, (35, 30)).convert("L")),
         "cmyk.jpg": jpeg(picture(52, (35, 30)).convert("CMYK")),
         "dot.jpg": jpeg(picture(53, (1, 1))),
@@ -325,7 +327,7 @@ def test_odd_pictures_are_stored_upright_and_undistorted(photographs: dict[str, 
                 assert np.array_equal(
                     pixels_of(Path(f"data/betons/fold{fold}_val.beton"), row), np.asarray(want)
                 )
-    assert sizes["turned.jpg"] == (35, 30)
+    assert [sizes[name] == (35, 30) for name in turned] == [turn in (5, 6, 7, 8) for turn in range(10)]
     assert sizes["strip.jpg"] == (1, 4 * SIDE)
     assert sizes["dot.jpg"] == (1, 1)
 
@@ -371,14 +373,40 @@ def test_open_fold_refuses_what_does_not_belong_together(photographs: dict[str, 
     sets.open_fold(settings, 0)
 
 
-def test_two_conversions_at_once(photographs: dict[str, bytes]) -> None:
+def test_two_conversions_at_once(photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     run()
-    before = snapshot()
-    with open("data/.convert.lock", "rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(EnvironmentFault, match=r"another convert \(process \d+\) is writing there"):
+    before, started, go = snapshot(), os.pipe(), os.pipe()
+    real = spool.inspect
+    first = os.fork()
+    if not first:
+        monkeypatch.setattr(
+            spool, "inspect", lambda data: (os.write(started[1], b"."), os.read(go[0], 1), real(data))[2]
+        )
+        try:
             run("data.img_size=48")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.read(started[0], 1)
+    with pytest.raises(EnvironmentFault, match=rf"another convert \(process {first}\) is writing there"):
+        run("data.img_size=48")
     assert snapshot() == before
+    os.write(go[1], b"." * len(photographs))
+    assert os.waitpid(first, 0)[1] == 0
+    run("data.img_size=48", "data.home=want")
+    assert snapshot() == snapshot("want") != before
+
+
+def test_a_training_keeps_the_set_that_it_opened(photographs: dict[str, bytes]) -> None:
+    run()
+    opened, old = sets.open_fold(recipe.load(None, WORDS), 0), snapshot()
+    content = opened.train.data.tobytes()
+    run("data.img_size=48", "robust.level=medium")
+    assert snapshot() != old
+    assert opened.train.data.tobytes() == content
+    for beton in (opened.train, opened.val, opened.val_corrupt):
+        assert beton is not None
+        beton.verify()
 
 
 def test_the_disk_is_asked_first(photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,15 +511,20 @@ def test_a_full_disk_stops_cleanly(photographs: dict[str, bytes], environment: d
 def test_a_killed_worker_ends_the_conversion(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent = os.getpid()
+    parent, told = os.getpid(), os.pipe()
+
+    def die(data: bytes) -> None:
+        assert os.getpid() != parent
+        os.write(told[1], b"%f " % time.monotonic())
+        os.kill(os.getpid(), signal.SIGKILL)
+
     monkeypatch.setattr(spool, "CHUNK", 4)
-    monkeypatch.setattr(
-        spool, "inspect", lambda data: os.kill(os.getpid(), signal.SIGKILL if os.getpid() != parent else 0)
-    )
+    monkeypatch.setattr(spool, "inspect", die)
     with pytest.raises(
         EnvironmentFault, match=r"a worker process was killed, most likely for memory; lower data.workers"
     ):
         run("data.workers=2")
+    assert time.monotonic() - float(os.read(told[0], 64).split()[0]) < 5
     assert not snapshot()
 
 
@@ -554,7 +587,7 @@ def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new_one(photographs: dic
     assert step > 15 and seen == {True, False}
     run(*SMALLER, *changed)
     assert snapshot() == snapshot("want")
-    assert not list(Path("data").glob(".betons.*"))
+    assert [path.name for path in Path("data").rglob(".*")] == [".convert.lock"]
 
 
 def test_a_kill_at_any_moment_of_the_first_conversion_is_made_good(photographs: dict[str, bytes]) -> None:
@@ -567,6 +600,7 @@ def test_a_kill_at_any_moment_of_the_first_conversion_is_made_good(photographs: 
         if step % 4 == 0:
             run(*words)
             assert snapshot() == snapshot("want")
+            assert [path.name for path in Path("data").rglob(".*")] == [".convert.lock"]
         shutil.rmtree("data/betons", ignore_errors=True)
         for path in {*Path("data").glob("*.csv")} - {Path("data/train_labels.csv")}:
             path.unlink()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from painted import YCCK, YCCK_COLOURS
+from painted import YCCK, YCCK_COLOURS, predictor_pictures
 from PIL import Image
 
 from fastflower.data import pixels
@@ -266,12 +265,8 @@ def test_reencoding_keeps_colour_at_full_resolution() -> None:
         assert [tuple(layer[1:3]) for layer in again.layer] == [(1, 1)] * 3  # type: ignore[attr-defined]
 
 
-def test_the_predictor_reads_the_same_pixels(repo: Path) -> None:
-    spec = importlib.util.spec_from_file_location("pictures", repo / "code/pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
+def test_the_predictor_reads_the_same_pixels() -> None:
+    pictures = predictor_pictures()
     exif = Image.Exif()
     exif[pixels.ORIENTATION] = 6
     odd = [

@@ -91,7 +91,7 @@ class BetonWriter:
         self._offset = _start(images) + self._metadata.nbytes
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(self.path)
+            runs.sweep(self.path.parent, self.path.name)
             self._file: IO[bytes] = self._aside.open("wb", buffering=1 << 20)
         except OSError as error:
             raise self._refusal(error) from None
@@ -339,10 +339,3 @@ def open_beton(path: Path) -> Beton:
 def _start(images: int) -> int:
     """Where the metadata begin."""
     return HEADER.itemsize + (images + len(FIELDS)) * FIELD.itemsize
-
-
-def _sweep(path: Path) -> None:
-    """Remove what killed conversions to this path left beside it."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        if runs.abandoned(left):
-            left.unlink(missing_ok=True)

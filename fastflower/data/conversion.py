@@ -180,6 +180,7 @@ def _locked(home: Path) -> Iterator[None]:
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
+        runs.sweep(home)
         try:
             yield
         except BrokenPipeError:  # of whoever read our output
@@ -219,6 +220,12 @@ def _encoded(
     images = None
     try:
         images = spool.run(encoding, names, validating, workers, Progress("images", len(names)))
+        odd = [row for row, form in enumerate(images.misnamed) if form]
+        if odd:
+            print(
+                f"note: {len(odd)} images are of another format than their names say, such as "
+                f"{shown(names[odd[0]])} ({images.misnamed[odd[0]]})"
+            )
         yield images
     finally:
         if images:

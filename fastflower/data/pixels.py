@@ -73,9 +73,14 @@ class Header:
     turn: Image.Transpose | None
 
     @property
+    def form(self) -> str:
+        """Which of FORMATS it is; an MPO is several JPEGs, of which the first counts."""
+        return "JPEG" if self.image.format == "MPO" else str(self.image.format)
+
+    @property
     def jpeg(self) -> bool:
         """Whether it is a JPEG of colours or greys, which betons can hold as it is."""
-        return self.image.format in ("JPEG", "MPO") and self.image.mode in ("RGB", "L")
+        return self.form == "JPEG" and self.image.mode in ("RGB", "L")
 
 
 @contextmanager
@@ -109,6 +114,12 @@ def inspect(data: bytes) -> Header:
         if image.format not in ("JPEG", "MPO"):
             image.load()  # others may keep their orientation behind the pixels
         return Header(image, TURNS.get(_orientation(image)))
+
+
+def suits(name: str, form: str) -> bool:
+    """Whether a file's name says its format, or none."""
+    said = Path(name).suffix[1:].upper().replace("JPG", "JPEG")
+    return said == form or said not in FORMATS
 
 
 def header_size(path: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from fastflower.data import workers
 from fastflower.data.betons import JPEG, RAW, Picture
 from fastflower.data.decode import decode_file
 from fastflower.data.duplicates import phash
-from fastflower.data.pixels import LONGEST, decode, encode_jpeg, inspect, stored, stored_size
+from fastflower.data.pixels import LONGEST, decode, encode_jpeg, inspect, stored, stored_size, suits
 from fastflower.data.sources import Source
 from fastflower.errors import EnvironmentFault, InputError
 from fastflower.runs import digest
@@ -66,6 +66,7 @@ class Spool:
     hashes: np.ndarray
     hashed: np.ndarray
     problems: list[str]
+    misnamed: list[str]  # the format of a file whose name says another, else ''
 
     def __post_init__(self) -> None:
         self._open: dict[int, int] = {}
@@ -107,6 +108,7 @@ class _Part:
     sha256: list[str]
     hashes: list[int | None]
     problems: list[str]
+    misnamed: list[str]
 
 
 def run(
@@ -131,6 +133,7 @@ def run(
         np.zeros(n, np.uint64),
         np.zeros(n, bool),
         [""] * n,
+        [""] * n,
     )
     tasks = ((filenames[at : at + CHUNK], validating[at : at + CHUNK].tolist()) for at in range(0, n, CHUNK))
     at = 0
@@ -140,6 +143,7 @@ def run(
         size = len(part.sha256)
         span = slice(at, at + size)
         spool.blobs[span], spool.sha256[span], spool.problems[span] = part.blobs, part.sha256, part.problems
+        spool.misnamed[span] = part.misnamed
         spool.hashed[span] = [one is not None for one in part.hashes]
         spool.hashes[span] = [one or 0 for one in part.hashes]
         at += size
@@ -149,7 +153,7 @@ def run(
 def _encode_files(encoding: Encoding, filenames: list[str], validating: list[bool]) -> _Part:
     path = _spool_path(Path(encoding.folder), os.getpid())
     n, count = len(filenames), encoding.source.count
-    part = _Part(np.zeros((n, count, COLUMNS), BLOB), [], [None] * n, [""] * n)
+    part = _Part(np.zeros((n, count, COLUMNS), BLOB), [], [None] * n, [""] * n, [""] * n)
     try:
         with open(path, "ab") as file:
             for row, (name, validates) in enumerate(zip(filenames, validating, strict=True)):
@@ -172,7 +176,11 @@ def _encode_image(
     """Everything about one image; returns its hash, taken of the very bytes that are decoded and stored."""
     try:
         data = encoding.source.read(name, place)
-        small, content, kept = _numbers(data) if isinstance(data, np.ndarray) else _file(data, encoding.side)
+        if isinstance(data, np.ndarray):
+            small, content, kept = _numbers(data)
+        else:
+            small, content, kept, form = _file(data, encoding.side)
+            part.misnamed[row] = "" if suits(name, form) else form
     except InputError as error:
         part.problems[row] = str(error)
         return ""
@@ -194,20 +202,21 @@ def _encode_image(
     return content
 
 
-def _file(data: bytes, side: int) -> tuple[Image.Image, str, bool]:
-    """A file's picture, not larger than it is stored if that is cheap; its hash; whether its bytes can be kept.
+def _file(data: bytes, side: int) -> tuple[Image.Image, str, bool, str]:
+    """A file's picture, not larger than it is stored if that is cheap; its hash; whether it is kept; its format.
 
     JPEGs go through the training's own decoder, so a beton never holds one that it would refuse.
     """
     header, content = inspect(data), hashlib.sha256(data).hexdigest()
     if not header.jpeg:
-        return decode(data), content, False
+        return decode(data), content, False, header.form
     size = (header.image.height, header.image.width)
     if header.turn is not None:
-        return Image.fromarray(decode_file(data, *size, size)).transpose(header.turn), content, False
+        upright = Image.fromarray(decode_file(data, *size, size)).transpose(header.turn)
+        return upright, content, False, header.form
     wanted = stored_size(*size, side)
     kept = wanted == size and max(size) <= LONGEST * side
-    return Image.fromarray(decode_file(data, *size, wanted)), content, kept
+    return Image.fromarray(decode_file(data, *size, wanted)), content, kept, header.form
 
 
 def _numbers(pixels: np.ndarray) -> tuple[Image.Image, str, bool]:
