@@ -228,7 +228,7 @@ def training(
         recipe, d, network, data.train.steps, lambda: float(getattr(scoring, recipe.sched.monitor))
     )
     labeller = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
-    semi = {"semi": FixMatch(recipe, len(counts), fill(spec), labeller)} if recipe.semi.enabled else {}
+    semi = {"semi": FixMatch(recipe, counts.tolist(), fill(spec), labeller)} if recipe.semi.enabled else {}
     recorder = Recorder(run, d, guard, scoring, recipe.log.tensorboard, [part.row for part in semi.values()])
     parts: dict[str, Stateful] = {
         **averages,

@@ -227,6 +227,7 @@ class Semi:
         "fixmatch", "what learns a weak view's label: the strong view, or (pseudo) the weak view itself"
     )
     threshold: float = key(0.95, "confidence from which a weak view's prediction is a label", ge=0, le=1)
+    align: bool = key(False, "pull the weak views' predictions to the labels' shares of classes")
     mu: int = key(7, "unlabelled images beside each labelled one", ge=1)
     lambda_u: float = key(1.0, "weight of the loss on unlabelled images", ge=0)
     ramp_epochs: int = key(0, "epochs over which lambda_u rises from 0", ge=0)

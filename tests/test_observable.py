@@ -142,7 +142,7 @@ def batches(recipe: Recipe) -> Any:
 def unlabelled(recipe: Recipe) -> Any:
     """What unlabelled images add to the loss of a fixed network, and to what it is shown."""
     found, pictures = (
-        FixMatch(recipe, 3, (0.0, 0.0, 0.0)),
+        FixMatch(recipe, [1, 1, 1], (0.0, 0.0, 0.0)),
         torch.arange(2 * 3 * 8 * 8 * 3).view(2, 3, 8, 8, 3),
     )
     pictures, keys = (pictures % 251).to(torch.uint8), torch.arange(6).view(2, 3)
@@ -151,6 +151,7 @@ def unlabelled(recipe: Recipe) -> Any:
         batch={**batch, "strong": pictures, "strong_key": keys}, loss=torch.zeros(()), dataloader_len=4,
         timestamp=Timestamp(epoch=0, batch_in_epoch=1),
     )  # fmt: skip
+    found.mean = torch.tensor([1e-4, 0.1, 0.9], dtype=torch.float64)  # as if the first class were never predicted
     found.apply(Event.BEFORE_FORWARD, state, None)
     state.outputs = state.batch["image"].mean((2, 3)) * torch.tensor([0.05, 0.06, 0.07])
     for event in (Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):
@@ -449,6 +450,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "semi.enabled": (batches, "true", "semi.mu=1 data.labels_per_class=3"),
     "semi.method": (unlabelled, "pseudo", SEMI),
     "semi.threshold": (unlabelled, "1", SEMI),
+    "semi.align": (unlabelled, "true", SEMI),
     "semi.mu": (batches, "2", SEMI),
     "semi.lambda_u": (unlabelled, "0.5", SEMI),
     "semi.ramp_epochs": (unlabelled, "2", SEMI),

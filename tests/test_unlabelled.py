@@ -42,6 +42,7 @@ SEMI = (
     "model.drop_path=0",
     "ema.decay=0.9",
 )
+ALIGNED = ("semi.teacher=ema", "semi.align=true")
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -173,6 +174,9 @@ def test_a_loader_carries_them_beside_its_own_and_starts_where_it_is_told(opened
 # --- the algorithm --------------------------------------------------------------------------------------------------
 
 
+SHARES = [1, 2, 3, 4]  # labelled images of each class
+
+
 class Small(nn.Module):
     """A network with BatchNorm that remembers what it was shown."""
 
@@ -199,7 +203,7 @@ def one_step(words: list[str], teacher: nn.Module | None = None):
         "strong_key": torch.arange(6).view(3, 2),
     }
     network = Small().train()
-    algorithm = FixMatch(recipe, 4, (1.0, 2.0, 3.0), teacher)
+    algorithm = FixMatch(recipe, SHARES, (1.0, 2.0, 3.0), teacher)
     state = types.SimpleNamespace(
         batch=batch, timestamp=Timestamp(epoch=1, batch_in_epoch=2), dataloader_len=4,
         precision=Precision.FP32, precision_config=None, outputs=None, loss=None,
@@ -276,6 +280,30 @@ def test_nothing_above_the_threshold_leaves_the_supervised_loss():
     assert (row["mask_rate"], row["pseudo_accuracy"]) == (0.0, None)
 
 
+def test_aligned_labels_follow_the_labelled_classes_shares():
+    """ReMixMatch's formula by hand: the first step's mean is the shares themselves, the second divides by the mean."""
+    algorithm, network, state, _, _ = one_step(["semi.threshold=0", "semi.align=true"])
+    shares = np.array(SHARES) / 10
+    logits = Small()
+    logits.load_state_dict(network.state_dict())
+    p = logits.train()(network.seen)[3:9].detach().double().softmax(1).numpy()
+    plain = torch.from_numpy(p.argmax(1)).bincount(minlength=4).tolist()
+    assert algorithm.row()["pseudo_counts"] == plain
+    mean = 0.99 * shares + 0.01 * p.mean(0)
+    np.testing.assert_allclose(algorithm.mean.numpy(), mean, rtol=1e-6)
+
+    before = np.array([0.9, 0.08, 0.01, 0.01])
+    algorithm.mean = torch.from_numpy(before)
+    algorithm._forget(state)
+    state.loss = torch.zeros(())
+    algorithm.apply(Event.AFTER_LOSS, state, None)
+    algorithm.apply(Event.BATCH_END, state, None)
+    aligned = p * shares / before
+    aligned /= aligned.sum(1, keepdims=True)
+    expected = torch.from_numpy(aligned.argmax(1)).bincount(minlength=4).tolist()
+    assert algorithm.row()["pseudo_counts"] == expected != plain
+
+
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +352,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
     home = Path.cwd()
     os.chdir(tiny.project(tmp_path_factory.mktemp("whole")))
     try:
-        assert tiny.fit(*SEMI, "semi.teacher=ema", "train.save_every=1ba") == 0
+        assert tiny.fit(*SEMI, *ALIGNED, "train.save_every=1ba") == 0
         return {"last": tiny.last(), "epochs": tiny.epochs(), "place": Path.cwd()}
     finally:
         os.chdir(home)
@@ -352,8 +380,8 @@ def test_a_run_killed_inside_an_epoch_ends_in_the_same_bits(whole, tmp_path, mon
     original = Saving.batch_checkpoint
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Saving, "batch_checkpoint", killed)
-        tiny.fit(*SEMI, "semi.teacher=ema", "train.save_every=1ba")
-    assert tiny.fit(*SEMI, "semi.teacher=ema", "train.save_every=1ba") == 0
+        tiny.fit(*SEMI, *ALIGNED, "train.save_every=1ba")
+    assert tiny.fit(*SEMI, *ALIGNED, "train.save_every=1ba") == 0
     assert tiny.different(whole["last"].tensors, tiny.last().tensors) == []
     assert tiny.different(whole["last"].more, tiny.last().more) == []
     assert whole["epochs"] == tiny.epochs()
@@ -430,9 +458,17 @@ def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo
 def test_two_ranks_learn_what_one_learns(tmp_path):
     tiny.project(tmp_path)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(Path(tiny.train.__file__))]
-    words = ["tiny.yaml", *SEMI, *tiny.ONE, "exp.name=two", "train.batch_per_gpu=2", "train.world_size=2"]
+    words = [
+        "tiny.yaml",
+        *SEMI,
+        *tiny.ONE,
+        "semi.align=true",
+        "exp.name=two",
+        "train.batch_per_gpu=2",
+        "train.world_size=2",
+    ]
     subprocess.run([*launcher, *words], check=True, timeout=300)
-    assert tiny.fit(*SEMI, *tiny.ONE, "exp.name=one") == 0
+    assert tiny.fit(*SEMI, *tiny.ONE, "semi.align=true", "exp.name=one") == 0
     for name, tensor in tiny.last("one").tensors.items():
         torch.testing.assert_close(tiny.last("two").tensors[name], tensor, rtol=0, atol=1e-4)
     (one,), (two,) = tiny.epochs("one"), tiny.epochs("two")

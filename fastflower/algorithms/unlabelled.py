@@ -1,4 +1,4 @@
-"""FixMatch (Sohn et al., arXiv:2001.07685) and pseudo-labels (Lee 2013) on Composer's events.
+"""FixMatch (Sohn et al., arXiv:2001.07685), with ReMixMatch's distribution alignment, and pseudo-labels (Lee 2013).
 
 Labelled images and the views of unlabelled ones go through the network in one forward pass, so that BatchNorm's
 statistics are those of all of them, as in the authors' code. MixUp and CutMix have touched the labelled ones only.
@@ -6,6 +6,7 @@ statistics are those of all of them, as in the authors' code. MixUp and CutMix h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fastflower.model.losses import consistency
 from fastflower.recipe import Recipe
 
 SUMS = ("seen", "loss", "known", "right")  # images; their loss; labels made whose truth is known; right ones
+MEMORY = 0.99  # a step, of the predictions' mean: about the 128 batches of the paper
 
 
 def weight(epoch: int, step: int, steps: int, lambda_u: float, ramp_epochs: int) -> float:
@@ -35,20 +37,30 @@ class FixMatch(Algorithm):
 
     All of it works on a microbatch: "weak" and "strong" uint8 (b, mu, H, W, 3), "strong_key", "truth" int64
     (b, mu). `teacher`, in eval mode, labels the weak views apart from the network's pass; None: the network
-    itself, as the paper has it. `fill` (3,) is what erasing paints. State: the epoch's counts.
+    itself, as the paper has it. `fill` (3,) is what erasing paints.
+
+    With semi.align the probabilities p of the weak views become p * shares / mean, normalised (Berthelot et al.,
+    arXiv:1911.09785, section 3.1): `shares` of the labels' classes over the running mean of what was predicted, so
+    that a class which looks likely everywhere does not take the others' images. State: the epoch's counts, the mean.
     """
 
     def __init__(
-        self, recipe: Recipe, num_classes: int, fill: tuple[float, ...], teacher: nn.Module | None = None
+        self,
+        recipe: Recipe,
+        class_counts: Sequence[int],
+        fill: tuple[float, ...],
+        teacher: nn.Module | None = None,
     ) -> None:
         self.semi = recipe.semi
         self.aug, self.erase_p = strong_augmentation(recipe)
         self.fill = fill
         self.teacher = teacher
         self.lambda_u = 0.0
-        self.counts = torch.zeros(num_classes, dtype=torch.float64)
+        self.counts = torch.zeros(len(class_counts), dtype=torch.float64)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        self._step: list[Tensor] = []  # of the microbatches: (C + 4,)
+        self.shares = torch.tensor(class_counts, dtype=torch.float64) / sum(class_counts)
+        self.mean = self.shares.clone()
+        self._step: list[Tensor] = []  # of the microbatches: (C + C + 4,)
         self._made: Tensor = torch.empty(0)
         self._learned: Tensor = torch.empty(0)
 
@@ -92,7 +104,10 @@ class FixMatch(Algorithm):
             self._made = views[0]
 
     def _learn(self, state: State) -> None:
-        loss, labels, mask = consistency(self._made, self._learned, self.semi.threshold)
+        made, predicted = self._made.detach().float(), self._made.detach().double().softmax(1).sum(0)
+        if self.semi.align:
+            made = made + (self.shares.clamp_min(1e-6) / self.mean.clamp_min(1e-6)).log().to(made)
+        loss, labels, mask = consistency(made, self._learned, self.semi.threshold)
         now, steps = state.timestamp, int(state.dataloader_len or 1)
         semi, epoch, step = self.semi, now.epoch.value, now.batch_in_epoch.value
         self.lambda_u = weight(epoch, step, steps, semi.lambda_u, semi.ramp_epochs)
@@ -100,19 +115,20 @@ class FixMatch(Algorithm):
         state.loss = state.loss + self.lambda_u * loss
         truth = state.batch["truth"].flatten()
         known = mask & (truth >= 0)
-        made = F.one_hot(labels, len(self.counts)) * mask[:, None]
+        counts = (F.one_hot(labels, len(self.counts)) * mask[:, None]).sum(0)
         images = torch.ones_like(labels).sum()
         numbers = [images, images * loss.detach(), known.sum(), (known & (labels == truth)).sum()]
-        self._step.append(torch.cat([made.sum(0).double(), torch.stack([n.double() for n in numbers])]))
+        self._step.append(torch.cat([counts, predicted, torch.stack([n.double() for n in numbers])]))
 
     def _count(self, state: State) -> None:
         step = torch.stack(self._step).sum(0)
         self._step = []
         if dist.get_world_size() > 1:  # each step, so that a checkpoint holds all ranks' counts
             dist.all_reduce(step)
-        step = step.cpu()
-        self.counts += step[: len(self.counts)]
-        self.sums += step[len(self.counts) :]
+        counts, predicted, sums = step.cpu().split([len(self.counts), len(self.mean), len(self.sums)])
+        self.counts += counts
+        self.sums += sums
+        self.mean = MEMORY * self.mean + (1 - MEMORY) * predicted / sums[0]
 
     def _forget(self, state: State) -> None:
         self.counts.zero_()
@@ -133,8 +149,9 @@ class FixMatch(Algorithm):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts.clone(), "sums": self.sums.clone(), "lambda_u": self.lambda_u}
+        counts, sums, mean = self.counts.clone(), self.sums.clone(), self.mean.clone()
+        return {"counts": counts, "sums": sums, "mean": mean, "lambda_u": self.lambda_u}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
-        self.counts, self.sums = state["counts"].clone(), state["sums"].clone()
+        self.counts, self.sums, self.mean = (state[name].clone() for name in ("counts", "sums", "mean"))
         self.lambda_u = state["lambda_u"]
