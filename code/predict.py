@@ -47,9 +47,7 @@ FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
 TOGETHER = 8  # pictures that a CPU thread takes at once, at most
 PIXELS = 300_000  # of the largest views of those that it takes
-SHOWN = (
-    40  # unreadable pictures named: who reads only at the end must not find the pipe full and all at a halt
-)
+SHOWN = 40  # unreadable pictures named: a pipe that is read only at the end must not fill and halt all
 
 
 class Problem(Exception):

@@ -151,7 +151,8 @@ def unlabelled(recipe: Recipe) -> Any:
         batch={**batch, "strong": pictures, "strong_key": keys}, loss=torch.zeros(()), dataloader_len=4,
         timestamp=Timestamp(epoch=0, batch_in_epoch=1),
     )  # fmt: skip
-    found.mean = torch.tensor([1e-4, 0.1, 0.9], dtype=torch.float64)  # as if the first class were never predicted
+    # as if the first class were hardly ever predicted
+    found.mean = torch.tensor([1e-4, 0.1, 0.9], dtype=torch.float64)
     found.apply(Event.BEFORE_FORWARD, state, None)
     state.outputs = state.batch["image"].mean((2, 3)) * torch.tensor([0.05, 0.06, 0.07])
     for event in (Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):

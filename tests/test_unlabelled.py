@@ -303,6 +303,12 @@ def test_aligned_labels_follow_the_labelled_classes_shares():
     expected = torch.from_numpy(aligned.argmax(1)).bincount(minlength=4).tolist()
     assert algorithm.row()["pseudo_counts"] == expected != plain
 
+    kept = algorithm.mean
+    algorithm._made = torch.full_like(algorithm._made, torch.nan)
+    algorithm.apply(Event.AFTER_LOSS, state, None)
+    algorithm.apply(Event.BATCH_END, state, None)
+    assert torch.equal(algorithm.mean, kept), "a step that is not finite is forgotten"
+
 
 # --- recipes --------------------------------------------------------------------------------------------------------
 

@@ -128,7 +128,8 @@ class FixMatch(Algorithm):
         counts, predicted, sums = step.cpu().split([len(self.counts), len(self.mean), len(self.sums)])
         self.counts += counts
         self.sums += sums
-        self.mean = MEMORY * self.mean + (1 - MEMORY) * predicted / sums[0]
+        if predicted.isfinite().all():  # a step that the gradient guard skips leaves no trace here either
+            self.mean = MEMORY * self.mean + (1 - MEMORY) * predicted / sums[0]
 
     def _forget(self, state: State) -> None:
         self.counts.zero_()
