@@ -17,6 +17,7 @@ from fastflower.data.decode import Crop, decode_eval, decode_train
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.sets import open_fold
 from fastflower.errors import InputError
+from fastflower.evaluation import programs
 from fastflower.model.backbones import build_backbone, profile
 from fastflower.model.compare import FEATURES, FUSIONS, CompareNet
 from fastflower.runs import Run, read_events
@@ -96,6 +97,16 @@ def test_fusions_are_their_formulas(fusion):
         with torch.no_grad():
             terms = network(pairs).unflatten(1, (6, FEATURES))
         assert (terms[:, 0] / a).mean() == pytest.approx(6 * torch.softmax(network.shares, 0)[0].item())
+
+
+def test_norms_of_the_trunk_are_multiplied_in_once_though_it_runs_twice():
+    network = CompareNet([1, 1, 1], "adaptive", cbam=True, width=0.25)
+    network(torch.randn(8, 3, 16, 32))  # statistics that are not those of a new network
+    pairs = torch.randn(3, 3, 16, 32)
+    made, norms = programs.without_norms(network.eval(), pairs)
+    assert not [norm for norm in made.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+    assert len({norm["norm"] for norm in norms}) == len(norms) == 12  # stem, blocks, shortcuts, attention
+    torch.testing.assert_close(made(pairs), network(pairs), atol=1e-4, rtol=0)
 
 
 def test_recipes_name_layers_fusion_attention_and_width():

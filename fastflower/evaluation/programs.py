@@ -116,7 +116,7 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     network(images)
     for handle in handles:
         handle.remove()
-    return found
+    return list(dict.fromkeys(found))  # once, however often the network runs them
 
 
 def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
