@@ -52,8 +52,9 @@ class Networks:
     def logits(self, pictures: list[list[np.ndarray]]) -> np.ndarray:
         """Float32 (N, members, views, C) of N pictures, each one uint8 array (h, w, 3) for each crop of the bundle.
 
-        Views are in the member's own order, plain then mirrored. Threads may call it at once. Where memory is short
-        the pictures are run in halves, a single one alone; where a GPU fails the CPU goes on.
+        Those of pairs are (h, 2w, 3). Views are in the member's own order, plain then mirrored. Threads may call it at
+        once. Where memory is short the pictures are run in halves, a single one alone; where a GPU fails the CPU goes
+        on.
         """
         try:
             found = self._run(pictures)
@@ -158,14 +159,15 @@ class Networks:
 
         On a CPU one view a member is enough to know the arithmetic, and the first row comes sooner.
         """
-        worst = 0.0
+        worst, beside = 0.0, 2 if self.bundle.get("pairs") else 1
         for member in self.members:
             count = 1 if self.device.type == "cpu" else len(member["views"])
             for view, inputs, expected in list(zip(member["views"], member["inputs"], member["expected"]))[
                 :count
             ]:
                 crop = self.bundle["crops"][view["crop"]]
-                image = to_tensor(test_picture(crop["height"], crop["width"])[None]).to(self.device)
+                picture = test_picture(crop["height"], beside * crop["width"])
+                image = to_tensor(picture[None]).to(self.device)
                 error = np.abs(
                     self._forward(image, view, inputs)[0] - np.array(expected, dtype=np.float32)
                 ).max()

@@ -65,7 +65,11 @@ def find(folder: bytes) -> tuple[list[bytes], list[bytes]]:
 
 def prepare(path: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
     """Decode a file once and cut every view: uint8 (h, w, 3) each. Raises whatever makes it unreadable."""
-    image = read(path)
+    return views(read(path), crops)
+
+
+def views(image: Image.Image, crops: list[dict[str, Any]]) -> list[np.ndarray]:
+    """Every view of a picture, which is brought to each stored size once."""
     sized = {side: stored(image, side) for side in {crop["stored_side"] for crop in crops}}
     return [view(sized[crop["stored_side"]], crop) for crop in crops]
 

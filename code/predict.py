@@ -1,4 +1,4 @@
-"""Name the class of every photograph in a folder: `python code/predict.py [<folder> <csv>]`.
+"""Name the class of every photograph in a folder, or pair in a .npz: `python code/predict.py [<folder or .npz> <csv>]`.
 
 Needs Python 3.9 or newer, torch, NumPy and Pillow, and the bundle that `python -m fastflower.export` writes; without
 one it takes the members as `python -m fastflower.evaluate` left them.
@@ -37,6 +37,7 @@ try:
     import numpy as np
 
     import guard
+    import inputs
     import pictures
     from table import Sample, Table, columns, ordered, read_sample
 except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Image.Transpose
@@ -60,7 +61,6 @@ class Problem(Exception):
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    names, others = pictures.find(os.fsencode(options.folder))
     sample = read_sample(nearest("ref/predictions_sample.csv"))
     fault, hashes = None, {}
     try:
@@ -69,6 +69,11 @@ def main(argv: list[str]) -> int:
         fault, bundle = problem, substitute(options.bundle, sample)
         if not bundle:
             raise
+    try:
+        given = inputs.guess(options.folder) if fault else inputs.find(options.folder, bundle.get("pairs"))
+        names = given.names
+    except inputs.Unfit as unfit:
+        raise fault or Problem(str(unfit)) from None
     if any("checkpoint" in member for member in bundle.get("members", ())):
         say(f"no bundle; taking the members above {options.bundle}, which passed no gate of export")
     header = columns("two" if options.two_columns else bundle["columns"], sample)
@@ -80,8 +85,10 @@ def main(argv: list[str]) -> int:
     code = 0
     if names or not os.path.exists(options.csv):  # never an empty table over a good one
         code = put(table, options.csv)
-    if others and names:
-        say(f"{len(others)} others below {options.folder} get no row, first {os.fsdecode(others[0])!r}")
+    if given.others and names:
+        say(
+            f"{len(given.others)} others below {options.folder} get no row, first {os.fsdecode(given.others[0])!r}"
+        )
     if fault:
         raise Problem(f"{fault}; every row of {table.path} is the class prior", fault.code)
     if not names:
@@ -93,7 +100,7 @@ def main(argv: list[str]) -> int:
         options.threads = max(1, (options.threads or usable_cores()) >> deaths)
         options.device = "cpu" if unexplained else options.device
         try:
-            predict(options, bundle, hashes, table)
+            predict(options, bundle, hashes, given, table)
         except Problem as problem:
             say(str(problem), sys.stderr)
             return problem.code
@@ -105,9 +112,8 @@ def main(argv: list[str]) -> int:
         code = guard.run(work, table, lambda text: say(text, sys.stderr)) or code
     finally:  # also what is known when a time limit or a key ends the run
         moved = put(table, table.path)
-    late = len(set(pictures.find(os.fsencode(options.folder))[0]) - set(names))
-    if late:
-        say(f"{late} photographs came while it ran; run it again for their rows", sys.stderr)
+    if late := given.late():
+        say(f"{late} {given.noun} came while it ran; run it again for their rows", sys.stderr)
     return code or moved
 
 
@@ -120,11 +126,15 @@ def put(table: Table, place: str) -> int:
 
 
 def predict(
-    options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[str, str], table: Table
+    options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[str, str], given: Any, table: Table
 ) -> None:
     """Fill the rows of the table, which is written after the first picture, every half minute and at the end."""
     start = time.monotonic()
     threads = options.threads
+    try:
+        given.load()
+    except inputs.Unfit as error:
+        raise Problem(f"{error}; every row of {table.path} is the class prior", 3) from None
     try:
         import torch  # here, because it takes seconds and the first table need not wait
 
@@ -143,14 +153,14 @@ def predict(
     about = {"device": device, "torch": torch.__version__, "threads": threads}
     about.update(members=[member["name"] for member in members.members], notes=members.notes)
     say(
-        f"{len(table.names)} photographs, {len(members.members)} members on {device}, T = {bundle['temperature']:.3f}"
+        f"{len(table.names)} {given.noun}, {len(members.members)} members on {device}, T = {bundle['temperature']:.3f}"
     )
     loaded = time.monotonic()
     kept: dict[int, np.ndarray] = {}
     told = 0
     before, warm = table.done(), 0.0
     done = before
-    for rows, logits in predicted(members, os.fsencode(options.folder), table, threads, options.batch or 64):
+    for rows, logits in predicted(members, given, table, threads, options.batch or 64):
         if rows:
             table.fill(rows, members.fuse(logits))
             kept.update(zip(rows, logits) if options.logits else ())
@@ -169,15 +179,15 @@ def predict(
         if first or time.monotonic() - table.written > WRITE_EVERY:
             table.update()
             left = pace * (len(table.names) - done)
-            say(f"{done} of {len(table.names)}, {1 / pace:.1f} images/s, {left:.0f} s left")
+            say(f"{done} of {len(table.names)}, {1 / pace:.1f} {given.noun}/s, {left:.0f} s left")
     if options.logits and kept:
         missing = np.full_like(next(iter(kept.values())), np.nan)
         np.savez(options.logits, logits=np.stack([kept.get(row, missing) for row in range(len(table.names))]))
-    say(f"{done} rows in {table.path}, {1 / pace:.1f} images/s, {len(table.unreadable)} unreadable")
+    say(f"{done} rows in {table.path}, {1 / pace:.1f} {given.noun}/s, {len(table.unreadable)} unreadable")
 
 
 def predicted(
-    members: Any, folder: bytes, table: Table, threads: int, batch: int
+    members: Any, given: Any, table: Table, threads: int, batch: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Rows and their logits in order; pictures that cannot be read are left out and marked in the table.
 
@@ -196,7 +206,7 @@ def predicted(
         for row in rows:
             table.reading[row] = time.monotonic()
             try:
-                found.append((row, views(os.path.join(folder, table.names[row]))))
+                found.append((row, views(table.names[row])))
             except Exception as error:  # whatever a hostile file makes Pillow raise costs one row
                 refuse(row, error)
             finally:
@@ -210,12 +220,12 @@ def predicted(
                 refuse(row, error)
             return []
 
-    def views(path: bytes) -> list[np.ndarray]:
+    def views(name: bytes) -> list[np.ndarray]:
         try:
-            return pictures.prepare(path, crops)
+            return given.views(name, crops)
         except (MemoryError, OSError):  # all threads at once may want more memory or handles than there are
             with alone:
-                return pictures.prepare(path, crops)
+                return given.views(name, crops)
 
     def refuse(row: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -296,9 +306,11 @@ def substitute(folder: str, sample: Sample | None) -> dict[str, Any] | None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    about = "Name the class of every photograph in a folder."
+    about = "Name the class of every photograph in a folder, or of every pair in a .npz."
     parser = argparse.ArgumentParser(prog="predict.py", description=about, allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", help="photographs, also in subfolders (test_dataset)")
+    parser.add_argument(
+        "folder", nargs="?", help="photographs, also in subfolders, or pairs in a .npz (test_dataset)"
+    )
     parser.add_argument(
         "csv", nargs="?", help="the table to write, or its folder (results/results/submission.csv)"
     )
@@ -313,7 +325,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--logits", metavar="NPZ", help="also write logits (photographs, members, views, classes)"
     )
     options = parser.parse_args(argv)
-    options.folder = options.folder or nearest("test_dataset")
+    options.folder = options.folder or nearest("test_dataset", "test_dataset.npz")
     options.csv = options.csv or os.path.join(ROOT, "results", "results", "")
     if options.csv.endswith(("/", os.sep)) or os.path.isdir(options.csv):
         options.csv = os.path.join(options.csv, "submission.csv")
@@ -337,9 +349,9 @@ def default_bundle() -> str:
     return os.path.dirname(max(left, key=os.path.getmtime))
 
 
-def nearest(name: str) -> str:
-    """A path below the folder that holds code/, or if it is not there, below the current one."""
-    places = [os.path.join(place, *name.split("/")) for place in (ROOT, os.curdir)]
+def nearest(*names: str) -> str:
+    """The first path that is there, below the folder that holds code/ or else below the current one."""
+    places = [os.path.join(place, *name.split("/")) for name in names for place in (ROOT, os.curdir)]
     return next((path for path in places if os.path.exists(path)), places[0])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastflower import checkpoint, derived, errors, recipe, runs
+from fastflower.data import sources
 from fastflower.data.folds import read_folds
 from fastflower.data.tables import read_csv
 from fastflower.errors import InputError
@@ -60,7 +61,8 @@ def leave_programs(settings: recipe.Recipe) -> list[str]:
         chosen = choice.choose(settings, [])
         names = [choice.about(path)["backbone"] for path in chosen.paths]
         shares = choice.shares_of(chosen, names, settings.ensembling.weighting)
-        bundle.leave_programs(chosen.paths, shares, settings, chosen.temperature)
+        arrays = sources.pair_arrays(settings)
+        bundle.leave_programs(chosen.paths, shares, settings, chosen.temperature, arrays)
     except InputError as error:
         return [f"{error}; code/predict.py needs an export"]
     return []

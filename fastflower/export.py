@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastflower import derived, errors, runs
+from fastflower.data import sources
 from fastflower.errors import InputError
 from fastflower.evaluation import bundle, choice, gates, held_out
 from fastflower.recipe import parse_command
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> None:
     for path, share in zip(chosen.paths, shares, strict=True):
         print(f"  {share:.3f}  {path}")
     with bundle.aside() as folder:
-        made = bundle.write(folder, members, shares, recipe, chosen.temperature)
+        arrays = sources.pair_arrays(recipe)
+        made = bundle.write(folder, members, shares, recipe, chosen.temperature, arrays)
         known = choice.out_of_fold(recipe, chosen.paths)
         found, lines = gates.check(folder, made, members, recipe, known)
         gates.table(found)
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> None:
         if failed:
             raise InputError("; ".join(f"{gate.name}: {gate.got}, allowed {gate.allowed}" for gate in failed))
         bundle.put_in_place(folder)
-    print(f"bundle in {runs.BUNDLE}; run python code/predict.py <folder> <csv>")
+    print(f"bundle in {runs.BUNDLE}; run python code/predict.py {'<.npz>' if arrays else '<folder>'} <csv>")
     if options.zip:
         bundle.zip_hand_in(options.zip, options.top)
         print(f"hand-in in {options.zip}")

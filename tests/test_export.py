@@ -104,14 +104,6 @@ def test_images_that_came_as_numbers_are_handed_in_too(capsys):
         assert np.array_equal(np.asarray(Image.open(file)), images[row])
 
 
-def test_pairs_have_no_hand_in(members):
-    numbers = np.zeros((6, 8, 8), np.uint8)
-    np.savez("pairs.npz", xa=numbers, xb=numbers + 1, y=np.arange(6) % 2)
-    with pytest.raises(InputError, match=r"data.root = pairs.npz: holds pairs, .* no hand-in"):
-        export.main([*WORDS, "data.root=pairs.npz"])
-    assert not runs.BUNDLE.exists()
-
-
 def test_photographs_of_data_val_are_handed_in_from_there():
     for number in range(9):
         folder = Path("train" if number < 6 else "val", "ab"[number % 2])

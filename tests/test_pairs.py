@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +17,16 @@ import timm
 import torch
 from timm.layers.cbam import CbamModule
 
-from fastflower import convert, derived, sample_data, seeding, train
+from fastflower import convert, derived, evaluate, export, runs, sample_data, seeding, train
 from fastflower import recipe as recipes
+from fastflower.data import sources
 from fastflower.data.augment import augment, augment_pairs
 from fastflower.data.decode import Crop, decode_eval, decode_train
+from fastflower.data.folds import read_folds
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.sets import open_fold
 from fastflower.errors import InputError
-from fastflower.evaluation import programs
+from fastflower.evaluation import bundle, gates, held_out, oof, programs
 from fastflower.model.backbones import build_backbone, profile
 from fastflower.model.compare import FEATURES, FUSIONS, CompareNet
 from fastflower.runs import Run, read_events
@@ -130,9 +139,118 @@ def test_the_recipe_is_the_seeds(repo):
     assert derived.derive(r, 1).epochs == 100 and r.aug.hflip_p == 0 and not r.tta.hflip
 
 
-def test_the_recipe_trains(recipe, repo):
-    assert train.main([str(repo / "recipes/pairs_small.yaml"), *SMALL]) == 0
+@pytest.fixture
+def trained(recipe, repo) -> list[str]:
+    """The words of the recipe after a short training of it."""
+    words = [
+        str(repo / "recipes/pairs_small.yaml"),
+        *SMALL,
+        "opt.lr=0.01",
+        "bundle.dtype=fp32",
+        "bundle.max_ms=60000",
+    ]
+    assert train.main(words) == 0
+    return words
+
+
+def test_the_recipe_trains_and_is_handed_in(recipe, trained, capsys):
     run = Run("pairs", recipe.model.backbone, 0, 42)
     (row,) = [row for row in read_events(run.events) if row["event"] == "epoch"]
     assert 0 <= row["clean_raw"] <= 1 and 0 <= row["f1_raw"] <= 1
     assert len(run.files("best_clean")) == 1
+    assert evaluate.main(trained) == 0
+    capsys.readouterr()
+    export.main([*trained, "--zip", "hand-in.zip"])
+    said = capsys.readouterr().out
+    assert said.count("passed") == 7 and "FAILED" not in said and "not seen" not in said
+    assert "0 of 255 on 24 pairs" in said and re.search(r"ms a pair on .* <= 60000 ms", said)
+    assert "run python code/predict.py <.npz> <csv>" in said
+    shutil.unpack_archive("hand-in.zip", "stranger")
+    predict = [sys.executable, "stranger/code/predict.py", "--threads", "1", "--logits", "logits.npz"]
+    subprocess.run([*predict, "data/pairs/val.npz", "out.csv"], check=True, capture_output=True)
+    known = oof.load(runs.RESULTS / f"pairs/oof/{recipe.model.backbone}__fold0_seed42.npz")
+    got = np.load("logits.npz")["logits"][:, 0].mean(1)
+    assert np.ptp(got, axis=0).min() > 0.01  # else nothing tells one pair from another
+    np.testing.assert_allclose(got, known.logits, atol=1e-4)
+    with open("out.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["filename", "category_id", "confidence"]
+    assert [row[0] for row in rows] == known.filename.tolist()
+    assert [row[1] for row in rows] == [str(label) for label in known.logits.argmax(1)]
+    t = json.loads(Path("stranger/results/model/bundle/bundle.json").read_text())["temperature"]
+    odds = np.exp(known.logits / t)
+    want = (odds / odds.sum(1, keepdims=True)).max(1)
+    np.testing.assert_allclose([float(row[2]) for row in rows], want, atol=1e-4)
+    labels = np.load("data/pairs/val.npz")
+    np.savez("unlabelled.npz", xb=labels["xb"], xa=labels["xa"])
+    subprocess.run([*predict, "unlabelled.npz", "other.csv"], check=True, capture_output=True)
+    assert Path("other.csv").read_text() == Path("out.csv").read_text().replace("val/", "unlabelled/")
+
+
+def test_what_evaluate_leaves_predicts_pairs(recipe, trained):
+    evaluate.main(trained)
+    folder = runs.MODELS / "pairs/programs"
+    code = Path(bundle.CODE, "predict.py")
+    words = [sys.executable, str(code), "data/pairs/val.npz", "out.csv", "--bundle", str(folder)]
+    done = subprocess.run([*words, "--logits", "logits.npz"], check=True, capture_output=True, text=True)
+    assert "no bundle; taking the members above" in done.stdout and "24 pairs, 1 members" in done.stdout
+    known = oof.load(runs.RESULTS / f"pairs/oof/{recipe.model.backbone}__fold0_seed42.npz")
+    np.testing.assert_allclose(np.load("logits.npz")["logits"][:, 0].mean(1), known.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_gate_sees_pairs_that_the_predictor_reads_otherwise(trained, monkeypatch, side):
+    """The two swapped, and one image for both."""
+    honest = gates.trained_view
+
+    def other(*words):
+        halves = np.split(honest(*words), 2, axis=2)
+        return np.concatenate([halves[1], halves[side]], axis=2)
+
+    monkeypatch.setattr(gates, "trained_view", other)
+    with pytest.raises(InputError, match=r"^pixels: \d+ of 255 on 24 pairs, allowed <= 0"):
+        export.main(trained)
+    assert not runs.BUNDLE.exists()
+
+
+def test_the_gates_take_the_numbers_as_they_are(recipe, repo):
+    """Channels first, as shares of 1, under the names of the training file."""
+    for part in ("train", "val"):
+        made = dict(np.load(f"data/pairs/{part}.npz"))
+        names = ("xa", "xb", "y") if part == "train" else ("left", "right", "same")
+        floats = [np.repeat(made[name][:, None], 3, 1) / np.float32(255) for name in ("xa", "xb")]
+        np.savez(f"data/pairs/{part}.npz", **dict(zip(names, [*floats, made["y"]], strict=True)))
+    words = [str(repo / "recipes/pairs_small.yaml"), *SMALL]
+    convert.main(words)
+    member = types.SimpleNamespace(meta={"fold": 0})
+    found = held_out.held_out(Path("held out"), recipes.parse_command(words), [member])
+    val = np.load("data/pairs/val.npz")
+    names = read_folds(Path("data/pairs/folds.csv")).filenames
+    for file, index in zip(found.files, found.index, strict=True):
+        one, row = np.load(file), int(names[index].removeprefix("val/"))
+        assert one.files == ["xa", "xb"] and one["xa"].dtype == np.float32
+        assert np.array_equal(one["xa"], val["left"][[row]]) and np.array_equal(
+            one["xb"], val["right"][[row]]
+        )
+    pairs = {"arrays": ["xa", "xb"], "shape": "auto"}
+    betons = held_out.written(Path("."), {"crops": [{"stored_side": 16}], "pairs": pairs}, found)
+    opened = open_fold(recipes.parse_command(words), 0).val
+    order = np.argsort(opened.index)[np.searchsorted(np.sort(opened.index), found.index)]
+    for ours, theirs in ((betons[16], opened), (betons[16].second, opened.second)):
+        assert all(np.array_equal(ours.row(k), theirs.row(int(row))) for k, row in enumerate(order))
+
+
+def test_arrays_of_pairs_are_those_of_the_training_file():
+    numbers = np.zeros((6, 8, 8), np.uint8)
+    np.savez("pairs.npz", b=numbers, a=numbers, y=np.arange(6) % 2)
+    np.savez("single.npz", a=numbers, y=np.arange(6) % 2)
+
+    def arrays(*words: str) -> list[str]:
+        return sources.pair_arrays(recipes.load(None, list(words)))
+
+    assert arrays("data.root=pairs.npz") == ["a", "b"]
+    assert arrays("data.root=pairs.npz", "data.arrays=[b,a,y]") == ["b", "a"]
+    assert arrays("data.root=single.npz") == arrays("data.root=photos") == []
+    assert arrays("data.root=lost.npz", "data.form=arrays") == []
+    with pytest.raises(InputError, match=r"lost.npz: no such file, and it says whether its images are pairs"):
+        arrays("data.root=lost.npz")

@@ -95,7 +95,7 @@ def code(monkeypatch):
     """The predictor's modules, as `python code/predict.py` sees them."""
     monkeypatch.syspath_prepend(str(CODE))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    names = ("predict", "guard", "pictures", "networks", "table")
+    names = ("predict", "guard", "inputs", "pictures", "networks", "table")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield type("code", (), {name: importlib.import_module(name) for name in names})
@@ -529,7 +529,11 @@ def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
     table = code.table.Table([b"%d" % n for n in range(4)], IDS, [1, 0, 0], ["filename", "category_id"])
-    found = [row for rows, _ in code.predict.predicted(Sums([]), b"", table, 2, 2) for row in rows]
+    found = [
+        row
+        for rows, _ in code.predict.predicted(Sums([]), code.inputs.Folder(b"."), table, 2, 2)
+        for row in rows
+    ]
     assert found == [0, 1, 2, 3] and not table.unreadable and not faults
 
 
@@ -537,7 +541,10 @@ def test_words_on_unreadable_pictures_fit_into_a_pipe(code, monkeypatch, capfd):
     """Who starts it and reads what it says only at the end would else wait for ever: a pipe holds 64 KiB."""
     names = [b"%0200d.jpg" % n for n in range(2000)]
     table = code.table.Table(names, IDS, [1, 0, 0], ["filename", "category_id"])
-    assert all(rows == [] for rows, _ in code.predict.predicted(Sums([]), b"nowhere", table, 2, 16))
+    assert all(
+        rows == []
+        for rows, _ in code.predict.predicted(Sums([]), code.inputs.Folder(b"nowhere"), table, 2, 16)
+    )
     assert len(table.unreadable) == 2000
     said = capfd.readouterr().err
     assert len(said.splitlines()) > 20 and len(said) < 1 << 15
@@ -556,7 +563,7 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     )
     members = Sums(crop)
     found = {}
-    for rows, logits in code.predict.predicted(members, b"some", table, 2, batch):
+    for rows, logits in code.predict.predicted(members, code.inputs.Folder(b"some"), table, 2, batch):
         found.update(zip(rows, logits.ravel().tolist(), strict=True))
     want = {n: float(code.pictures.prepare(b"some/%d.png" % n, crop)[0].sum()) for n in range(8) if n != 4}
     assert found == want and list(table.unreadable) == [4]
@@ -1459,7 +1466,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
     table = code.table.Table([b"%d" % n for n in range(5000)], IDS, [1, 0, 0], ["filename", "category_id"])
-    for rows, _ in code.predict.predicted(Sums([]), b"", table, 2, 16):
+    for rows, _ in code.predict.predicted(Sums([]), code.inputs.Folder(b"."), table, 2, 16):
         waiting -= len(rows)
         most = max(most, waiting)
         table.known[rows] = True

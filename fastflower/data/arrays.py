@@ -27,7 +27,10 @@ REMEDY = "name them by data.arrays=[images, labels], or [first, second, labels] 
 
 @dataclass(frozen=True)
 class Stack:
-    """`rows` of one image, or of the two of a pair, all of one height and width; labels as text, if there are any."""
+    """`rows` of one image, or of the two of a pair, all of one height and width; labels as text, if there are any.
+
+    `names` are those of the images' arrays in a .npz.
+    """
 
     rows: int
     height: int
@@ -35,6 +38,7 @@ class Stack:
     count: int
     labels: list[str] | None
     load: Callable[[], tuple[np.ndarray, ...]]
+    names: tuple[str, ...] = ()
 
     @cached_property
     def images(self) -> tuple[np.ndarray, ...]:
@@ -66,7 +70,7 @@ def open_npz(path: Path, wanted: Any, shape: Any, labelled: bool) -> Stack:
 
     rows, height, width, _ = layouts[0]
     labels = None if values is None else _labels(values, f"{path}: {label}", rows)
-    return Stack(rows, height, width, len(names), labels, load)
+    return Stack(rows, height, width, len(names), labels, load, tuple(names))
 
 
 def open_npy(path: Path, shape: Any, labels: Callable[[int], list[str]] | None) -> Stack:

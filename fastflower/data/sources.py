@@ -250,6 +250,17 @@ def open_unlabelled(recipe: Recipe) -> tuple[Source, list[str]]:
     return source, [source.name(row) for row in range(source.stack.rows)]
 
 
+def pair_arrays(recipe: Recipe, path: str = "") -> list[str]:
+    """The names of the two arrays in data.root, or another .npz like it; none for single images."""
+    file = Path(path or recipe.data.root)
+    if file.suffix != ".npz" or recipe.data.form == "arrays":
+        return []
+    if not file.is_file():
+        raise InputError(f"{file}: no such file, and it says whether its images are pairs; bring it here")
+    stack = _open_arrays(recipe, file, True)
+    return list(stack.names) if stack.count == 2 else []
+
+
 def _rows(recipe: Recipe, form: str, path: Path, prefix: str) -> Rows:
     data = recipe.data
     if form == "csv":

@@ -10,6 +10,7 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from packaging.requirements import Requirement
 
 from fastflower import runs
@@ -87,9 +88,18 @@ def parts(name: str) -> Iterator[tuple[str, Path]]:
 
 
 def copy_hand_in(root: Path, bundle: Path, files: list[Path]) -> Path:
-    """code/, the bundle and the photographs as they lie at the evaluator's; names give the order."""
+    """code/, the bundle and what is to be predicted as they lie at the evaluator's.
+
+    That is test_dataset/ of photographs whose names give the order, or test_dataset.npz of pairs, put together from
+    a .npz of each.
+    """
     shutil.copytree(CODE, root / "code", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(bundle, root / runs.BUNDLE)
+    if files and files[0].suffix == ".npz":
+        parts = [dict(np.load(file)) for file in files]
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        np.savez(root / "test_dataset.npz", **whole)
+        return root
     (root / "test_dataset").mkdir()
     for number, file in enumerate(files):
         shutil.copyfile(file, root / "test_dataset" / f"{number:06d}{file.suffix}")

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,15 +117,17 @@ def write(
     shares: np.ndarray,
     recipe: Recipe,
     temperature: float,
+    arrays: Sequence[str] = (),
     whole: bool = True,
 ) -> dict[str, Any]:
     """Write programs, weights, classes.csv, bundle.json and SHA256 into an empty folder; what bundle.json says.
 
-    `shares` (M,) is the say of each member; they sum to 1. One that is not `whole` names the members' own files,
+    `shares` (M,) is the say of each member; they sum to 1. `arrays` are the names of the two that hold the pairs of a
+    .npz, whose images the networks see side by side. One that is not `whole` names the members' own files,
     which lie above the folder, and stores of their weights only those that training does not have.
     """
     first = members[0].meta
-    hflip = recipe.tta.hflip
+    hflip, beside = recipe.tta.hflip, 2 if arrays else 1
     crops: list[dict[str, Any]] = []
     programs: list[dict[str, Any]] = []
     files: dict[bytes, str] = {}
@@ -136,12 +138,12 @@ def write(
         for height, width in dict.fromkeys((view.height, view.width) for view in asked):
             crop = crop_of(member.meta, height, width)
             crops += [] if crop in crops else [crop]
-            program = trace(member.path, member.network, height, width, tensors)
+            program = trace(member.path, member.network, height, beside * width, tensors)
             file = files.setdefault(program.pop("data"), f"program_{len(files)}.pt")
             program = {"file": file, **program}
             programs += [] if program in programs else [program]
             views.append({"crop": crops.index(crop), "program": programs.index(program)})
-            expected.append(logits_of_test_picture(member.network, height, width))
+            expected.append(logits_of_test_picture(member.network, height, beside * width))
         weights = f"weights_{number}.safetensors"
         extra = {name: tensor for name, tensor in tensors.items() if name not in member.stored}
         own = {**member.stored, **extra} if whole else extra
@@ -169,6 +171,7 @@ def write(
         "columns": recipe.bundle.columns,
         "temperature": temperature,
         "hflip": hflip,
+        "pairs": {"arrays": list(arrays), "shape": recipe.data.shape} if arrays else None,
         "tolerance": TOLERANCE,
         "pixel_tolerance": PIXEL_TOLERANCE,
         "crops": crops,
@@ -202,11 +205,13 @@ def crop_of(meta: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     }
 
 
-def leave_programs(paths: list[Path], shares: np.ndarray, recipe: Recipe, temperature: float) -> Path:
+def leave_programs(
+    paths: list[Path], shares: np.ndarray, recipe: Recipe, temperature: float, arrays: Sequence[str] = ()
+) -> Path:
     """Write what a predictor that finds no bundle needs beside an experiment's members; the folder."""
     place = runs.MODELS / recipe.exp.name / PROGRAMS
     with aside(place) as folder:
-        write(folder, load_members(paths, "fp32"), shares, recipe, temperature, whole=False)
+        write(folder, load_members(paths, "fp32"), shares, recipe, temperature, arrays, whole=False)
         put_in_place(folder, place)
     return place
 

@@ -1,17 +1,17 @@
 """What a bundle must pass before it is put in place: size, a bare run, parity with the trainer, scores, latency.
 
 The predictor itself is run, as a process from a copy in another folder (`bare.py`), on the original files of
-photographs that the members validated on; on PNGs where these came as numbers.
+photographs that the members validated on; on PNGs where these came as numbers, and on a .npz of pairs.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import runpy
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from fastflower import checkpoint, runs, scores
+from fastflower.data import loaders
 from fastflower.data.betons import Beton
 from fastflower.data.decode import decode_eval
 from fastflower.evaluation import bare
@@ -81,13 +82,13 @@ def check(
         fault = submission_fault(root, bundle, len(expected))
         gates.append(Gate("submission", fault or f"{len(expected)} rows", "valid", fault is None))
         got = np.load(root / "logits.npz")["logits"]
-        gates.append(parity(got, expected, bundle["tolerance"]))
+        gates.append(parity(got, expected, bundle))
         lines: list[str] = []
         if recipe.bundle.dtype != "fp32":
             gate, lines = rounding(members, bundle, betons, expected, photographs.class_idx, recipe)
             gates.append(gate)
         gates.append(agreement(got, bundle, members, photographs, out_of_fold, recipe.bundle.max_loss))
-        gates.append(latency(root, recipe.bundle.max_ms, python))
+        gates.append(latency(root, bundle, recipe.bundle.max_ms, python))
     return gates, lines
 
 
@@ -115,32 +116,46 @@ def trainer_logits(
 def views_logits(
     network: nn.Module, betons: dict[int, Beton], row: int, crop: dict[str, Any], hflip: bool
 ) -> np.ndarray:
-    """Logits (1 or 2, C) of a photograph as training evaluates it, plain and mirrored."""
+    """Logits (1 or 2, C) of a row as training evaluates it, plain and mirrored."""
     image = torch.from_numpy(trained_view(betons, row, crop))
     images = torch.cat([image, image.flip(2)]) if hflip else image
     return network(images.permute(0, 3, 1, 2).float()).numpy()
 
 
 def trained_view(betons: dict[int, Beton], row: int, crop: dict[str, Any]) -> np.ndarray:
-    """A photograph as the trainer's evaluation cuts it: uint8 (1, h, w, 3)."""
-    out = np.empty((1, crop["height"], crop["width"], 3), dtype=np.uint8)
-    beton = betons[crop["stored_side"]]
-    decode_eval(beton, np.array([row]), out, crop["factor"], crop["interpolation"], 1)
-    return out
+    """A row as the trainer's evaluation cuts it: uint8 (1, h, w, 3), of pairs (1, h, 2w, 3)."""
+    images = []
+    for beton, _ in loaders.sides(betons[crop["stored_side"]]):
+        images.append(np.empty((1, crop["height"], crop["width"], 3), dtype=np.uint8))
+        decode_eval(beton, np.array([row]), images[-1], crop["factor"], crop["interpolation"], 1)
+    return np.concatenate(images, axis=2)
 
 
 def pixel_parity(root: Path, bundle: dict[str, Any], betons: dict[int, Beton]) -> Gate:
-    """Largest difference of a pixel over photographs and views: the copy's predictor against the trainer."""
-    with warnings.catch_warnings():  # the predictor's modules silence Pillow
-        prepare = runpy.run_path(str(root / "code/pictures.py"))["prepare"]
-    gap, files = 0, sorted((root / "test_dataset").iterdir())
-    for row, file in enumerate(files):
-        views = prepare(os.fsencode(file), bundle["crops"])
+    """Largest difference of a pixel over rows and views: the copy's predictor against the trainer."""
+    given = predictors_input(root, bundle)
+    gap = 0
+    for row, name in enumerate(given.names):
+        views = given.views(name, bundle["crops"])
         for view, crop in zip(views, bundle["crops"], strict=True):
             apart = view.astype(np.int64) - trained_view(betons, row, crop)[0]
             gap = max(gap, int(np.abs(apart).max()))
     allowed = bundle["pixel_tolerance"]
-    return Gate("pixels", f"{gap} of 255 on {len(files)} photographs", f"<= {allowed}", gap <= allowed)
+    return Gate("pixels", f"{gap} of 255 on {len(given.names)} {given.noun}", f"<= {allowed}", gap <= allowed)
+
+
+def predictors_input(root: Path, bundle: dict[str, Any]) -> Any:
+    """What the copy's predictor makes of its input, by its own code."""
+    sys.path.insert(0, str(root / "code"))
+    try:
+        with warnings.catch_warnings():  # the predictor's modules silence Pillow
+            find = runpy.run_path(str(root / "code/inputs.py"))["find"]
+    finally:
+        sys.path.pop(0)
+        sys.modules.pop("pictures", None)
+    given = find(str(root / ("test_dataset.npz" if bundle["pairs"] else "test_dataset")), bundle["pairs"])
+    given.load()
+    return given
 
 
 def rounding(
@@ -215,25 +230,35 @@ def submission_fault(root: Path, bundle: dict[str, Any], rows: int) -> str | Non
     width = 2 if bundle["columns"] == "two" else 3
     if len(header) != width or any(len(row) != width for row in table):
         return f"columns {header}"
-    names = sorted(path.name for path in (root / "test_dataset").iterdir())
+    if bundle.get("pairs"):
+        names = [f"test_dataset/{row:0{len(str(rows - 1))}d}" for row in range(rows)]
+    else:
+        names = sorted(path.name for path in (root / "test_dataset").iterdir())
     if [row[0] for row in table] != names or len(names) != rows:
-        return f"{len(table)} rows for {rows} photographs"
+        return f"{len(table)} rows for {rows} {noun(bundle)}"
     if not {row[1] for row in table} <= set(bundle["class_ids"]):
         return "category ids that are not in the training labels"
     if width == 3 and not all(0 < float(row[2]) <= 1 for row in table):
         return "a confidence outside (0, 1]"
     unreadable = about(root)["unreadable"]
-    return f"{len(unreadable)} photographs unreadable" if unreadable else None
+    return f"{len(unreadable)} {noun(bundle)} unreadable" if unreadable else None
 
 
-def parity(got: np.ndarray, expected: np.ndarray, tolerance: float) -> Gate:
-    """Largest difference of a logit over photographs, members and views."""
+def parity(got: np.ndarray, expected: np.ndarray, bundle: dict[str, Any]) -> Gate:
+    """Largest difference of a logit over rows, members and views."""
+    tolerance = bundle["tolerance"]
     gap = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("nan")
-    return Gate("parity", f"{gap:.2g} on {len(expected)} photographs", f"<= {tolerance:g}", gap <= tolerance)
+    return Gate(
+        "parity", f"{gap:.2g} on {len(expected)} {noun(bundle)}", f"<= {tolerance:g}", gap <= tolerance
+    )
 
 
-def latency(root: Path, allowed: float, python: Path | None) -> Gate:
-    """Milliseconds a photograph, start-up apart, on the device that the predictor chooses, with its name.
+def noun(bundle: dict[str, Any]) -> str:
+    return "pairs" if bundle.get("pairs") else "photographs"
+
+
+def latency(root: Path, bundle: dict[str, Any], allowed: float, python: Path | None) -> Gate:
+    """Milliseconds a photograph or pair, start-up apart, on the device that the predictor chooses, with its name.
 
     Tried up to three times: that a machine is busy is not the bundle's fault.
     """
@@ -250,7 +275,8 @@ def latency(root: Path, allowed: float, python: Path | None) -> Gate:
         else f"{cpu_name()}, {run['threads']} threads"
     )
     spent = run["ms_per_image"]
-    return Gate("latency", f"{spent:.1f} ms an image on {where}", f"<= {allowed:g} ms", spent <= allowed)
+    what = "a pair" if bundle["pairs"] else "an image"
+    return Gate("latency", f"{spent:.1f} ms {what} on {where}", f"<= {allowed:g} ms", spent <= allowed)
 
 
 def about(root: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Beside them lies what convert would store of each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from fastflower.data import pixels, sets, sources
-from fastflower.data.betons import Beton, BetonWriter, open_beton
+from fastflower.data.arrays import open_npz
+from fastflower.data.betons import RAW, Beton, BetonWriter, Picture, open_beton
 from fastflower.data.sources import Source
-from fastflower.errors import InputError
 from fastflower.evaluation.bundle import Member
 from fastflower.recipe import Recipe
 
@@ -24,7 +25,10 @@ MOST_ROWS = 64
 
 @dataclass(frozen=True)
 class Photographs:
-    """Files of validation images, as they were given: class_idx, row of folds.csv and fold of each, int64 (n,)."""
+    """Files of validation images, as they were given: class_idx, row of folds.csv and fold of each, int64 (n,).
+
+    The file of a pair is a .npz of one row.
+    """
 
     files: list[Path]
     class_idx: np.ndarray
@@ -39,20 +43,15 @@ class Photographs:
 
 
 def originals(recipe: Recipe) -> Source:
-    """Where the images come from that members validated on; InputError when that is not here, or holds pairs."""
-    source = sources.open_labelled(recipe).source
-    if source.count > 1:
-        raise InputError(
-            f"data.root = {recipe.data.root}: holds pairs, and the predictor reads single images; "
-            "pairs have scores by evaluate and no hand-in"
-        )
-    return source
+    """Where the images come from that members validated on; InputError when that is not here."""
+    return sources.open_labelled(recipe).source
 
 
 def held_out(place: Path, recipe: Recipe, members: list[Member]) -> Photographs:
     """Photographs spread evenly over the validation parts of the members' folds, folds and classes mixed.
 
-    Their files are copied to a new folder; images that come as numbers become PNGs of the same pixels.
+    Their files are copied to a new folder; images that come as numbers become PNGs of the same pixels, or a .npz of
+    the same numbers where they are pairs.
     """
     folds = sorted({int(member.meta["fold"]) for member in members})
     source = originals(recipe)
@@ -63,28 +62,56 @@ def held_out(place: Path, recipe: Recipe, members: list[Member]) -> Photographs:
         share = min(opened.val.rows, max(1, MOST_ROWS // len(folds)))
         for row in np.linspace(0, opened.val.rows - 1, share).astype(int).tolist():
             index = int(opened.val.index[row])
-            name = opened.folds.filenames[index]
-            image = source.read(name, 0)
-            file = place / f"{index}{Path(name).suffix if isinstance(image, bytes) else '.png'}"
-            if isinstance(image, bytes):
-                file.write_bytes(image)
-            else:
-                Image.fromarray(image).save(file)
-            found.append((file, int(opened.val.labels[row]), index, fold))
+            found.append((opened.folds.filenames[index], int(opened.val.labels[row]), index, fold))
     found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-    files, *numbers = zip(*found, strict=True)
-    return Photographs(list(files), *(np.array(column) for column in numbers))
+    names, *numbers = zip(*found, strict=True)
+    files = single_pairs(place, recipe, names) if source.count == 2 else singles(place, source, names)
+    return Photographs(files, *(np.array(column) for column in numbers))
+
+
+def singles(place: Path, source: Source, names: Sequence[str]) -> list[Path]:
+    """A file of each of some photographs."""
+    files = []
+    for number, name in enumerate(names):
+        image = source.read(name, 0)
+        files.append(place / f"{number}{Path(name).suffix if isinstance(image, bytes) else '.png'}")
+        if isinstance(image, bytes):
+            files[-1].write_bytes(image)
+        else:
+            Image.fromarray(image).save(files[-1])
+    return files
+
+
+def single_pairs(place: Path, recipe: Recipe, names: Sequence[str]) -> list[Path]:
+    """A .npz of each of some pairs: the numbers as they are where these validate, under the names of data.root."""
+    path, arrays = recipe.data.val or recipe.data.root, sources.pair_arrays(recipe)
+    rows = [int(name.rpartition("/")[2]) for name in names]
+    with np.load(path, allow_pickle=False) as numbers:
+        own = [numbers[name][rows] for name in sources.pair_arrays(recipe, path)]
+    files = [place / f"{number}.npz" for number in range(len(rows))]
+    for number, file in enumerate(files):
+        np.savez(file, **{name: values[[number]] for name, values in zip(arrays, own, strict=True)})
+    return files
 
 
 def written(place: Path, bundle: dict[str, Any], photographs: Photographs) -> dict[int, Beton]:
-    """The photographs as convert stores them without loss, for each stored side that a member knows."""
+    """The images as convert stores them without loss, for each stored side that a member knows."""
     betons = {}
     for side in sorted({crop["stored_side"] for crop in bundle["crops"]}):
         path = place / f"photographs_{side}.beton"
-        with BetonWriter(path, len(photographs)) as writer:
+        with BetonWriter(path, len(photographs), 2 if bundle["pairs"] else 1) as writer:
             for row, file in enumerate(photographs.files):
-                image = pixels.decode(pixels.read_bytes(file))
-                writer.raw(np.array(pixels.stored(image, side)), int(photographs.class_idx[row]), row)
+                stored = [np.array(pixels.stored(image, side)) for image in images_of(file, bundle["pairs"])]
+                own = [Picture(RAW, image.data.cast("B"), *image.shape[:2]) for image in stored]
+                writer.append(int(photographs.class_idx[row]), row, *own)
             writer.commit({})
         betons[side] = open_beton(path)
     return betons
+
+
+def images_of(file: Path, pairs: dict[str, Any] | None) -> list[Image.Image]:
+    """What convert reads in a file: a photograph, or the two images of a pair."""
+    if not pairs:
+        return [pixels.decode(pixels.read_bytes(file))]
+    stack = open_npz(file, [*pairs["arrays"], ""], pairs["shape"], labelled=False)
+    return [Image.fromarray(images[0]).convert("RGB") for images in stack.images]
