@@ -42,7 +42,6 @@ class Search:
         self.optuna, self.file, self.plain, self.trials = optuna, files[0], words.plain, trials
         self.exp = recipes.load(self.file, self.plain).exp.name
         self.open: dict[int, dict[Task, Result | None]] = {}
-        self.told: set[int] = set()  # trials whose value an earlier command has handed in
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal.parent.mkdir(parents=True, exist_ok=True)
         self.study = self._load(journal)
@@ -55,7 +54,6 @@ class Search:
         state = self.optuna.trial.TrialState
         drawn = {*(choice.key for choice in self.choices), *(own.key for own in self.ranges)}
         for trial in self.study.get_trials(states=[state.COMPLETE]):
-            self.told.add(trial.number)
             yield from self._trainings(trial.number, trial.params)
         for trial in self.study.get_trials(states=[state.RUNNING]):
             if set(trial.params) == drawn:
@@ -81,7 +79,7 @@ class Search:
         if any(one is None for one in own.values()):
             return
         del self.open[number]
-        if number in self.told:
+        if self.study.trials[number].state.is_finished():  # an earlier command has handed in its value
             return
         scores = [one.end["best"]["score"] for one in own.values() if one and one.end]
         if len(scores) < len(own):
