@@ -6,6 +6,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the ranks of a test share few cores
 
+import importlib
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,3 +57,16 @@ def flowers17() -> Path:
     if not (path / "train_labels.csv").is_file():
         pytest.skip(f"no photographs at {path}; set FASTFLOWER_FLOWERS17")
     return path
+
+
+@pytest.fixture
+def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+    """The predictor's modules, as `python code/predict.py` sees them."""
+    monkeypatch.syspath_prepend(str(REPO / "code"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    names = ("predict", "guard", "inputs", "pictures", "networks", "table")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield type("code", (), {name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import json
 import re
-import signal
-import sys
 import zipfile
 from pathlib import Path
 
@@ -23,24 +20,10 @@ from fastflower.data.sets import open_fold
 from fastflower.evaluation import bundle
 from fastflower.model.network import NetworkSpec, build_network
 
-CODE = Path(__file__).resolve().parents[1] / "code"
 BACKBONE = "compare_resnet222_adaptive_cbam_w25"
 NAMES = ["xa", "xb"]
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 9, 7, 3), dtype=np.uint8)
 GREY = NOISE[..., 0]
-
-
-@pytest.fixture
-def code(monkeypatch):
-    """The predictor's modules, as `python code/predict.py` sees them."""
-    monkeypatch.syspath_prepend(str(CODE))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    names = ("predict", "guard", "inputs", "pictures", "networks", "table")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield type("code", (), {name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

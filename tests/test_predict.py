@@ -91,19 +91,6 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture
-def code(monkeypatch):
-    """The predictor's modules, as `python code/predict.py` sees them."""
-    monkeypatch.syspath_prepend(str(CODE))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    names = ("predict", "guard", "inputs", "pictures", "networks", "table")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield type("code", (), {name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
 def run(code, exported):
     """Run the predictor on test_dataset/ in this process: exit code and rows."""
 
