@@ -16,7 +16,7 @@ from scipy import stats
 from fastflower import seeding
 from fastflower.data import decode
 from fastflower.data.betons import Beton, BetonWriter, open_beton
-from fastflower.data.decode import Crop, crop_box, decode_eval, decode_train, eval_box, library
+from fastflower.data.decode import Crop, crop_box, decode_eval, decode_file, decode_train, eval_box, library
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
 
 WHOLE = Crop((1.0, 1.0), (1.0, 1.0), 0.0)
@@ -264,29 +264,41 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return data
 
 
-def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None) -> None:
-    """Our Huffman decoding is in use, accepts what libjpeg's accepts, with its pixels, and refuses in its words."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, whole: bool) -> None:
+    """Our Huffman decoding is in use, accepts what libjpeg's accepts, with its pixels, and refuses in its words.
+
+    Of rows' crops as of whole files, where bytes after the last block count too.
+    """
     rng = np.random.default_rng(0)
-    files = [
+    kinds = [
         jpeg(picture(40, 50, 1)),
         jpeg(picture(40, 50, 2), restart_marker_blocks=2),
         jpeg(picture(40, 50, 3), optimize=True, quality=100),
         jpeg(picture(40, 50, 4).convert("L")),
     ]
-    with BetonWriter(tmp_path / "a.beton", 400) as writer:
-        for i in range(400):
-            writer.jpeg(damaged(files[i % 4], rng), 40, 50, 0, i)
+    files = [damaged(kinds[i % 4], rng) for i in range(400)]
+    for kind in kinds:
+        markers = (b"\xff\0", b"\xff\xd0", b"\xff\xd8", b"\xff\xda", b"\xff\xfe\0\4ab")
+        tails = (b"", b"\0", b"\xff", bytes(99), *markers)
+        files += [kind[:-2] + tail + b"\xff\xd9" + behind for tail in tails for behind in (b"", b"behind")]
+    with BetonWriter(tmp_path / "a.beton", len(files)) as writer:
+        for i, data in enumerate(files):
+            writer.jpeg(data, 40, 50, 0, i)
         writer.commit({})
     beton, refused = open_beton(tmp_path / "a.beton"), 0
-    for row in range(beton.rows):
+    for row, data in enumerate(files):
         found = []
         for on in (1, 0):
             assert library().ff_portable(on) == 1 - on
             out = np.zeros((1, 30, 30, 3), np.uint8)
             try:
-                decode_train(beton, np.array([row]), np.array([row], np.uint64), out, Crop((0.5, 1)), 1)
+                if whole:
+                    out = decode_file(data, 40, 50, (40, 50))
+                else:
+                    decode_train(beton, np.array([row]), np.array([row], np.uint64), out, Crop((0.5, 1)), 1)
                 found.append((out.tobytes(), ""))
-            except CorruptionError as error:
+            except (CorruptionError, InputError) as error:
                 found.append((b"", str(error)))
         assert found[0] == found[1]
         refused += bool(found[0][1])

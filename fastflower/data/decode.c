@@ -220,8 +220,14 @@ static void start_decompress(Scratch *s) {
     struct jpeg_decompress_struct *j = &s->jpeg;
     jpeg_start_decompress(j);
     int baseline = !j->progressive_mode && !j->arith_code && j->data_precision == 8 && !j->Ss && j->Se == DCTSIZE2 - 1;
-    if (s->own && baseline && !jpeg_has_multiple_scans(j) && entropy_start(&s->entropy, j))
-        j->entropy->decode_mcu = bmi2 ? decode_mcu_bmi2 : decode_mcu;
+    s->own = s->own && baseline && !jpeg_has_multiple_scans(j) && entropy_start(&s->entropy, j);
+    if (s->own) j->entropy->decode_mcu = bmi2 ? decode_mcu_bmi2 : decode_mcu;
+}
+
+/* Damaged codes often meet again, and leave bytes over: those before the end are damage too. After the last line. */
+static void finish_decompress(Scratch *s) {
+    if (!s->own) jpeg_finish_decompress(&s->jpeg);
+    else if (!entropy_at(&s->entropy, JPEG_EOI)) longjmp(s->errors.escape, AGAIN);
 }
 
 /* From row `top` on, columns left to right at least; wide loads may run `past` pixels over a line's end. */
@@ -353,8 +359,7 @@ static void train_row(Scratch *s, const Job *job, const uint8_t *bytes, const Ro
 }
 
 static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *row, uint64_t key, uint8_t *out) {
-    int whole = !job->crop && job->factor == 0 && row->mode == JPEG; /* a file that is judged, not a row of a beton */
-    s->own = own && !whole;
+    s->own = own;
     int code = setjmp(s->errors.escape);
     if (code) jpeg_abort_decompress(&s->jpeg);
     if (code == AGAIN) s->own = 0; /* whether it is damage, libjpeg decides */
@@ -372,7 +377,7 @@ static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *
         ff_eval_box(row->height, row->width, job->h, job->w, job->factor, box);
         resample(s, bytes, row, box, job->cubic, job->h, job->w, out);
     }
-    if (whole) jpeg_finish_decompress(&s->jpeg); /* damaged codes often meet again, and leave bytes over at the end */
+    if (row->mode == JPEG && !job->crop && job->factor == 0) finish_decompress(s); /* a file, not a row of a beton */
     jpeg_abort_decompress(&s->jpeg);
     return OK;
 }

@@ -171,9 +171,13 @@ static __attribute__((noinline)) uint32_t entry_long(uint64_t bits, const Huffma
     return entry_of(symbol, length, (uint32_t)(bits << length >> (64 - spare)), spare, 0, 0);
 }
 
+/* Whether no data that nobody asked for lie before a marker, and that is the one. */
+static int entropy_at(const Entropy *e, int marker) {
+    return e->at_marker && 8 * (e->end - e->in.at) + e->in.count < 8 && e->source[1] == marker;
+}
+
 static int entropy_restart(Entropy *e, j_decompress_ptr j) {
-    if (!e->at_marker || 8 * (e->end - e->in.at) + e->in.count >= 8) return 0; /* data that nobody asked for */
-    if (e->source[1] != JPEG_RST0 + e->restart) return 0;
+    if (!entropy_at(e, JPEG_RST0 + (int)e->restart)) return 0;
     e->source += 2;
     e->in = (Bits){0, 0, e->clean};
     e->end = e->clean;
