@@ -121,6 +121,11 @@ static void *take(Scratch *s, size_t size) {
     return b->data;
 }
 
+/* Not aligned: to a line that is, libjpeg-turbo writes past the cache, and who reads it waits for memory. */
+static uint8_t *take_line(Scratch *s, size_t size) {
+    return (uint8_t *)take(s, size + 8) + 8;
+}
+
 /* ---- random numbers: seeding.py's, to the bit ---- */
 
 static uint64_t mix(uint64_t x) {
@@ -232,7 +237,7 @@ static void finish_decompress(Scratch *s) {
 
 /* From row `top` on, columns left to right at least; wide loads may run `past` pixels over a line's end. */
 static Lines lines_open(Scratch *s, const uint8_t *bytes, const Row *row, int top, int left, int right, int past) {
-    uint8_t *line = take(s, 3 * ((size_t)row->width + past));
+    uint8_t *line = take_line(s, 3 * ((size_t)row->width + past));
     if (row->mode == RAW) {
         int stride = 3 * row->width;
         return (Lines){bytes + (size_t)top * stride, line, 0, stride, (int64_t)(row->height - top) * stride,
@@ -480,7 +485,7 @@ API int64_t ff_limit(const uint8_t *bytes, uint64_t size, int64_t entropy_only) 
         j->do_fancy_upsampling = FALSE;
         jpeg_start_decompress(j);
         if (entropy_only) jpeg_skip_scanlines(j, j->output_height - 1);
-        JSAMPROW line = take(s, 3 * (size_t)j->output_width);
+        JSAMPROW line = take_line(s, 3 * (size_t)j->output_width);
         while (j->output_scanline < j->output_height) jpeg_read_scanlines(j, &line, 1);
     }
     jpeg_abort_decompress(&s->jpeg);
