@@ -11,13 +11,13 @@ import json
 import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from fastflower import runs
@@ -158,5 +158,5 @@ def _crc(path: Path, size: int) -> int:
             piece = file.read(min(size, 1 << 24))
             if not piece:
                 break
-            crc, size = zlib.crc32(piece, crc), size - len(piece)
+            crc, size = crc32(piece, crc), size - len(piece)
     return crc

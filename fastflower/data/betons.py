@@ -13,7 +13,6 @@ import copy
 import json
 import mmap
 import os
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from fastflower import runs
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
@@ -139,7 +139,7 @@ class BetonWriter:
                 "rows": rows,
                 "images": self.images,
                 "size": size,
-                "head_crc": zlib.crc32(self._allocation.data.cast("B"), zlib.crc32(head)),
+                "head_crc": crc32(self._allocation.data.cast("B"), crc32(head)),
                 "crc": self._crc.tolist(),
             }
             self._read_back(whole)
@@ -190,7 +190,7 @@ class BetonWriter:
             self.discard()
             raise self._refusal(error) from None
         self._allocation[self._written] = (row, start, size)
-        self._crc[self._written] = zlib.crc32(data) if crc is None else crc
+        self._crc[self._written] = crc32(data) if crc is None else crc
         self._written += 1
         self._offset = start + size
         return start
@@ -277,7 +277,7 @@ class Beton:
 
         def damaged(part: int) -> bool:
             gap, data = self.data[before[part] : starts[part]], self.data[starts[part] : ends[part]]
-            return zlib.crc32(data.data) != self.manifest["crc"][part] or bool(gap.any())
+            return crc32(data.data) != self.manifest["crc"][part] or bool(gap.any())
 
         def first_damaged(span: range) -> int | None:
             low, high = int(before[span[0]]) // mmap.PAGESIZE * mmap.PAGESIZE, int(ends[span[-1]])
@@ -304,7 +304,7 @@ class Beton:
     def _check_head(self) -> None:
         head, tail = self.data[: self._metadata_end].data, self.data[self._allocation_start :].data
         fits = self._allocation_start >= self._metadata_end
-        if not fits or zlib.crc32(tail, zlib.crc32(head)) != self.manifest["head_crc"]:
+        if not fits or crc32(tail, crc32(head)) != self.manifest["head_crc"]:
             raise CorruptionError(
                 f"{self.path}: header, metadata or allocations are damaged; run convert again"
             )

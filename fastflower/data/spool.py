@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from isal.isal_zlib import crc32
 from PIL import Image
 
 from fastflower.data import workers
@@ -229,7 +229,7 @@ def _numbers(pixels: np.ndarray) -> tuple[Image.Image, str, bool]:
 def _write(file: IO[bytes], mode: int, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:
     """Append the file `data`, or the pixels themselves; returns the BLOB record."""
     offset, content = file.tell(), np.ascontiguousarray(pixels).data if data is None else data
-    size, crc = file.write(content), zlib.crc32(content)
+    size, crc = file.write(content), crc32(content)
     return os.getpid(), mode, pixels.shape[0], pixels.shape[1], offset, size, crc
 
 
