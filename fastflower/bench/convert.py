@@ -1,8 +1,7 @@
 """`bench convert`: photographs to betons, ours against FFCV's own DatasetWriter, with the same workers in one run.
 
 Ours is the whole of `convert`: decoding and checking every image, hashing, near-duplicates, folds, every beton of
-every fold with its corrupted copies, read back from the disk; while betons are assembled it runs one process more
-than `--workers`, since one waits for the disk. The stock writer writes every image once.
+every fold with its corrupted copies, read back from the disk. The stock writer writes every image once.
 """
 
 from __future__ import annotations

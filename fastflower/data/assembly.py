@@ -79,10 +79,9 @@ def write_betons(
     count: int,
     meanwhile: Callable[[], object],
 ) -> None:
-    """Write the betons that the manifests describe by `count` processes, and one more that fills waits for the disk.
+    """Write the betons that the manifests describe by `count` processes; `meanwhile` is work for this one.
 
-    `meanwhile` is work for this process. Corrupted copies are made here: an image validates one fold, so each is
-    made once.
+    Corrupted copies are made here: an image validates one fold, so each is made once.
     """
 
     def write(wanted: dict[str, Any]) -> None:
@@ -105,8 +104,6 @@ def write_betons(
     manifests = sorted(manifests, key=lambda wanted: ("val_corrupt", "train", "val").index(wanted["split"]))
     total = sum(len(rows_of(folds, wanted)) * max(1, len(wanted["combos"])) for wanted in manifests)
     tasks = ((wanted,) for wanted in manifests)
-    if count > 1:
-        count += 1  # while one waits for the disk
     for _ in workers.run(
         write, tasks, min(count, len(manifests)), workers.Progress("rows", total), meanwhile
     ):
