@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_, number=number: sys.exit(number))
     files, shown = ordered(names, sample)
-    table = Table(files, bundle["class_ids"], bundle["prior"], header, shown)
+    table = Table(files, bundle["class_ids"], bundle["prior"], header, shown, bundle["columns"] == "binary")
     code = 0
     if names or not os.path.exists(options.csv):  # never an empty table over a good one
         code = put(table, options.csv)

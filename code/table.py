@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 COLUMNS = ("filename", "category_id", "confidence")
+BINARY = ("filename", "category_id", "probability")
 REASON, ABOUT = 160, 1 << 16  # bytes of a row's reason, and of what is said of the run
 
 
@@ -24,6 +25,7 @@ class Table:
     `names` are files, as bytes; `shown` is what the table calls them, byte for byte, by default the same; `path` is
     where the table lies once `open` has found a place. What is known lies in memory that a forked process shares;
     `reading` is when a row's picture began to be read (0: it is not), `alone` marks pictures that may crash it.
+    The third column is the confidence in the class that a row has, or with `binary` the second class's probability.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class Table:
         prior: list[float],
         header: list[str],
         shown: list[bytes] | None = None,
+        binary: bool = False,
     ) -> None:
-        self.names, self.class_ids, self.header = names, class_ids, header
+        self.names, self.class_ids, self.header, self.binary = names, class_ids, header, binary
         self.shown = shown or names
         count = len(names)
         self.best, self.confidence = shared(count, "i8"), shared(count, "f8")
@@ -108,7 +111,10 @@ class Table:
         lines = [b",".join(fields)]
         width = len(self.header)
         for name, best, confidence in zip(self.shown, self.best, self.confidence):
-            number = b"%.6f" % min(max(confidence, 1e-6), 1.0)
+            if self.binary:  # more digits: what is scored by rank must not be tied by rounding
+                number = b"%.9f" % (confidence if best else 1.0 - confidence)
+            else:
+                number = b"%.6f" % min(max(confidence, 1e-6), 1.0)
             lines.append(b",".join((quoted(name), quoted(self.class_ids[best].encode()), number)[:width]))
         return b"\n".join(lines) + b"\n"
 
@@ -199,10 +205,10 @@ def read_sample(path: str) -> Sample | None:
 
 
 def columns(kind: str, sample: Sample | None) -> list[str]:
-    """The header: `two`, `three`, or `sample` for the organiser's, else three."""
-    if kind == "sample" and sample:
+    """The header: `two`, `three`, `binary`, or `sample` for the organiser's, else three."""
+    if sample and (kind == "sample" or (kind == "binary" and len(sample.header) == 3)):
         return sample.header
-    return list(COLUMNS[:2] if kind == "two" else COLUMNS)
+    return list({"two": COLUMNS[:2], "binary": BINARY}.get(kind, COLUMNS))
 
 
 def ordered(names: list[bytes], sample: Sample | None) -> tuple[list[bytes], list[bytes]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastflower import derived, errors
 from fastflower.data.conversion import Converted, Embed, convert
-from fastflower.data.labels import check_num_classes, describe, read_labels, remarks
+from fastflower.data.labels import check_columns, check_num_classes, describe, read_labels, remarks
 from fastflower.recipe import Recipe, parse_command
 
 
@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
     recipe = parse_command(argv)
     derived.check(recipe)
     table = read_labels(recipe)
+    check_columns(recipe, len(table.classes))
     for notice in (*table.notices, *check_num_classes(recipe, table), *remarks(table)):
         print(f"note: {notice}")
     print(describe(table))

@@ -323,8 +323,10 @@ class Bundle:
     )
     dtype: Literal["fp16", "fp32", "int8"] = key("fp16", "stored weights; int8: a scale for each channel")
     max_loss: float = key(0.01, "share of held-out photographs that storing and packing may cost", ge=0, lt=1)
-    columns: Literal["three", "two", "sample"] = key(
-        "sample", "of the submission; sample: as ref/predictions_sample.csv has them, else three"
+    columns: Literal["three", "two", "binary", "sample"] = key(
+        "sample",
+        "of the submission; binary: the second of two classes' probability in the place of the confidence; "
+        "sample: as ref/predictions_sample.csv has them, else three",
     )
 
 

@@ -360,22 +360,31 @@ def test_one_program_serves_all_members_and_convolutions_all_sizes(members):
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("columns", "change", "fault"),
     [
-        (lambda t: t.replace("confidence", "x,y"), "columns"),
-        (lambda t: t.replace("000001.jpg", "other.jpg"), "2 rows for 2 photographs"),
-        (lambda t: t.replace(",17,", ",18,"), "category ids that are not"),
-        (lambda t: t.replace("0.5", "0.0"), r"a confidence outside \(0, 1\]"),
+        ("three", lambda t: t.replace("confidence", "x,y"), "columns"),
+        ("three", lambda t: t.replace("000001.jpg", "other.jpg"), "2 rows for 2 photographs"),
+        ("three", lambda t: t.replace(",17,", ",18,"), "category ids that are not"),
+        ("three", lambda t: t.replace("0.5", "0.0"), r"a confidence outside \(0, 1\]"),
+        ("binary", lambda t: t.replace("0.1", "1.1"), r"a probability outside \[0, 1\]"),
+        (
+            "binary",
+            lambda t: t.replace("0.1", "0.9"),
+            "a probability on the other side of 0.5 than its class",
+        ),
+        ("binary", lambda t: t.replace("0.500000000", "0.4"), "a probability on the other side of 0.5"),
     ],
 )
-def test_a_wrong_submission_is_seen(tmp_path, change, fault):
+def test_a_wrong_submission_is_seen(tmp_path, columns, change, fault):
     (tmp_path / "test_dataset").mkdir()
     (tmp_path / runs.SUBMISSION).parent.mkdir(parents=True)
     (tmp_path / runs.SUBMISSION).with_suffix(".json").write_text('{"unreadable": {}}')
     for number in range(2):
         (tmp_path / f"test_dataset/{number:06d}.jpg").write_bytes(b"")
     text = "filename,category_id,confidence\n000000.jpg,10,0.9\n000001.jpg,17,0.5\n"
-    description = {"columns": "three", "class_ids": ["10", "17"]}
+    if columns == "binary":
+        text = "filename,category_id,probability\n000000.jpg,10,0.1\n000001.jpg,17,0.500000000\n"
+    description = {"columns": columns, "class_ids": ["10", "17"]}
     (tmp_path / runs.SUBMISSION).write_text(text)
     assert gates.submission_fault(tmp_path, description, 2) is None
     (tmp_path / runs.SUBMISSION).write_text(change(text))

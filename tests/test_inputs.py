@@ -29,6 +29,10 @@ GREY = NOISE[..., 0]
 @pytest.fixture
 def exported() -> Path:
     """A bundle of one network for pairs, with random weights."""
+    return export("bundle")
+
+
+def export(folder: str, *words: str) -> Path:
     torch.manual_seed(0)
     meta = {
         "backbone": BACKBONE, "head": "linear", "head_scale": 30.0, "margin": 0.3, "num_classes": 2, "size": [16, 16],
@@ -38,10 +42,10 @@ def exported() -> Path:
     }  # fmt: skip
     file = Path(f"best_combo__{BACKBONE}__fold0_seed42_epoch1_score0.5000.pth")
     checkpoint.save(file, build_network(NetworkSpec.from_meta(meta)).state_dict(), meta)
-    settings = recipe.load(None, ["tta.scales=[16]", "tta.hflip=false"])
-    Path("bundle").mkdir()
-    bundle.write(Path("bundle"), bundle.load_members([file], "fp32"), np.ones(1), settings, 1.0, NAMES)
-    return Path("bundle")
+    settings = recipe.load(None, ["tta.scales=[16]", "tta.hflip=false", *words])
+    Path(folder).mkdir()
+    bundle.write(Path(folder), bundle.load_members([file], "fp32"), np.ones(1), settings, 1.0, NAMES)
+    return Path(folder)
 
 
 @pytest.fixture
@@ -141,6 +145,23 @@ def test_a_pair_that_is_no_image_gets_the_prior(run, capsys):
     assert set(json.loads(Path("out.json").read_text())["unreadable"]) == {
         f"given/0{n}" for n in (0, 3, 5, 7)
     }
+
+
+def test_binary_columns_hold_the_second_classs_probability(run):
+    """A pair that is no image has that of the prior."""
+    binary = export("binary", "bundle.columns=binary")
+    shares = (GREY / 255).astype(np.float32)
+    shares[3] = np.nan
+    np.savez("given.npz", xa=shares, xb=GREY[::-1] / 255)
+    _, three = run("given.npz")
+    assert run("given.npz", binary)[0] == 0
+    header, *lines = Path("out.csv").read_text().splitlines()
+    assert header == "filename,category_id,probability" and lines[3] == "given/03,not,0.625000000"
+    for line, other in zip(lines, three, strict=True):
+        (name, label, probability), (*same, confidence) = line.split(","), other.split(",")
+        assert [name, label] == same
+        want = float(confidence) if label == "not" else 1 - float(confidence)
+        assert float(probability) == pytest.approx(want, abs=1e-6) and (want > 0.5) == (label == "not")
 
 
 @pytest.mark.parametrize(

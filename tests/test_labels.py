@@ -303,6 +303,11 @@ def test_notices_and_number_of_classes(root: Path) -> None:
     assert labels.check_num_classes(chosen[2], table) == ["data.num_classes = 4: classes 2..3 have no images"]
     with pytest.raises(InputError, match=r"data.num_classes = 1: the labels have 2 classes"):
         labels.check_num_classes(chosen[3], table)
+    binary = recipe.load(None, ["bundle.columns=binary"])
+    labels.check_columns(binary, 2)
+    labels.check_columns(chosen[0], 3)
+    with pytest.raises(InputError, match=r"bundle.columns = binary: there are 3 classes, not two; use three"):
+        labels.check_columns(binary, 3)
     floats = read("filename,category_id\na.jpg,7.0\nb.jpg,12.0\n")
     assert floats.classes.ids == ("7", "12")
     assert floats.notices == ("labels such as 7.0 are taken as whole numbers",)

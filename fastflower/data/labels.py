@@ -140,6 +140,12 @@ def read_labels(recipe: Recipe) -> LabelTable:
     return table
 
 
+def check_columns(recipe: Recipe, classes: int) -> None:
+    """Refuse bundle.columns = binary where there are more classes than two."""
+    if recipe.bundle.columns == "binary" and classes != 2:
+        raise InputError(f"bundle.columns = binary: there are {classes} classes, not two; use three or two")
+
+
 def check_num_classes(recipe: Recipe, table: LabelTable) -> list[str]:
     """Refuse a data.num_classes below the classes of the labels; one line of notice when it is above."""
     wanted, found = recipe.data.num_classes, len(table.classes)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import fastflower
 from fastflower import checkpoint, runs
-from fastflower.data.labels import differing
+from fastflower.data.labels import check_columns, differing
 from fastflower.errors import InputError
 from fastflower.evaluation.programs import TOLERANCE, logits_of_test_picture, trace
 from fastflower.evaluation.views import load_network, views_of
@@ -127,6 +127,7 @@ def write(
     which lie above the folder, and stores of their weights only those that training does not have.
     """
     first = members[0].meta
+    check_columns(recipe, len(first["class_ids"]))
     hflip, beside = recipe.tta.hflip, 2 if arrays else 1
     crops: list[dict[str, Any]] = []
     programs: list[dict[str, Any]] = []

@@ -238,7 +238,13 @@ def submission_fault(root: Path, bundle: dict[str, Any], rows: int) -> str | Non
         return f"{len(table)} rows for {rows} {noun(bundle)}"
     if not {row[1] for row in table} <= set(bundle["class_ids"]):
         return "category ids that are not in the training labels"
-    if width == 3 and not all(0 < float(row[2]) <= 1 for row in table):
+    if bundle["columns"] == "binary":
+        second = bundle["class_ids"][1]
+        if not all(0 <= float(row[2]) <= 1 for row in table):
+            return "a probability outside [0, 1]"
+        if any((row[1] == second) != (float(row[2]) > 0.5) for row in table if row[2] != "0.500000000"):
+            return "a probability on the other side of 0.5 than its class"
+    elif width == 3 and not all(0 < float(row[2]) <= 1 for row in table):
         return "a confidence outside (0, 1]"
     unreadable = about(root)["unreadable"]
     return f"{len(unreadable)} {noun(bundle)} unreadable" if unreadable else None
