@@ -214,11 +214,20 @@ def columns(kind: str, sample: Sample | None) -> list[str]:
 def ordered(names: list[bytes], sample: Sample | None) -> tuple[list[bytes], list[bytes]]:
     """Files in the table's order, and what it calls them.
 
-    Both are the organiser's when the sample lists exactly these files, with their endings or without (ids).
+    Both are the organiser's when the sample lists exactly these files, with their endings or without (ids), or
+    numbers the rows of a .npz from 0 or 1.
     """
-    if sample and sorted(sample.names) == names:
+    if sample is None or len(sample.names) != len(names):
+        return names, names
+    if sorted(sample.names) == names:
         return sample.names, sample.names
     files = {os.path.splitext(name)[0]: name for name in names}
-    if sample and len(files) == len(names) and sorted(sample.names) == sorted(files):
+    if sorted(sample.names) == sorted(files):
         return [files[shown] for shown in sample.names], sample.names
+    numbered = all(name.rpartition(b"/")[2].isdigit() for name in names)  # no photograph is: it has a suffix
+    if numbered and all(shown.isdigit() and len(shown) < 19 for shown in sample.names):
+        places = [int(shown) for shown in sample.names]
+        for first in (0, 1):
+            if sorted(places) == list(range(first, first + len(names))):
+                return [names[place - first] for place in places], sample.names
     return names, names

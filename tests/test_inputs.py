@@ -245,6 +245,23 @@ def test_a_damaged_bundle_leaves_the_prior(run):
     assert "bundle is damaged" in ended and lines == [f"given/{row:02d},not,{5 / 8:.6f}" for row in range(40)]
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_sample_may_number_the_rows(run, code, monkeypatch, first):
+    """From 0 or from 1, in any order; other numbers are none of theirs."""
+    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    np.savez("given.npz", xa=GREY, xb=GREY[::-1])
+    _, lines = run("given.npz")
+    order = np.random.default_rng(0).permutation(40)
+    Path("ref").mkdir()
+    Path("ref/predictions_sample.csv").write_text(
+        "id,label\n" + "".join(f"{row + first},0\n" for row in order)
+    )
+    _, numbered = run("given.npz")
+    if first < 2:
+        lines = [",".join([str(row + first), *lines[row].split(",")[1:]]) for row in order]
+    assert numbered == [line.rpartition(",")[0] for line in lines]
+
+
 def test_without_words_test_dataset_npz_is_taken(run, code, monkeypatch):
     monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
     np.savez("test_dataset.npz", xa=GREY, xb=GREY)
