@@ -215,7 +215,7 @@ def test_hand_set_weights_that_cannot_be_used_are_refused(given: object, pattern
 def test_learned_weights_of_an_image_come_from_other_folds() -> None:
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
     settings = recipe.load(None, ["ensembling.weighting=learned"])
-    by_image, final = ensembles.run_weights(sets, settings.ensembling)
+    by_image, final = ensembles.run_weights(sets, settings)
     stack, labels, fold = np.stack([s.logits for s in sets]), sets[0].class_idx, sets[0].fold
     np.testing.assert_allclose(final, ensembles.learned_weights(stack, labels))
     for part in range(3):
@@ -227,6 +227,34 @@ def test_learned_weights_of_an_image_come_from_other_folds() -> None:
     found = summary.summarise(members, folds(), classes_csv(), settings)
     assert sum(found["fused"]["weights"].values()) == pytest.approx(1)
     assert summary.temperatures(found)["weights"] == found["fused"]["weights"]
+
+
+def test_greedy_weights_are_those_of_selection_within_the_limits() -> None:
+    """The third run is too large: without it the two others, whatever it would add."""
+    sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
+    sets[2].about["mb"] = 5000.0
+    settings = recipe.load(None, ["ensembling.weighting=greedy", "bundle.max_ms=1000"])
+    by_image, final = ensembles.run_weights(sets, settings)
+    stack, labels, fold = np.stack([s.logits for s in sets]), sets[0].class_idx, sets[0].fold
+    np.testing.assert_allclose(final, [*ensembles.greedy_weights(stack[:2], labels), 0])
+    for part in range(3):
+        expected = [*ensembles.greedy_weights(stack[:2, fold != part], labels[fold != part]), 0]
+        np.testing.assert_allclose(by_image[:, fold == part].T, [expected] * (fold == part).sum())
+    with pytest.raises(
+        InputError, match=r"weighting = greedy: the smallest run takes .* MB and .* ms, allowed"
+    ):
+        ensembles.run_weights(sets, recipe.load(None, ["ensembling.weighting=greedy", "bundle.max_mb=1"]))
+
+
+@pytest.mark.parametrize(("dtype", "word"), [("fp32", "too large"), ("fp16", "too large"), ("int8", "fits")])
+def test_a_hand_in_is_as_large_as_its_weights_are_stored(dtype: str, word: str) -> None:
+    """Two runs of 30 MB in half precision each; of 50 MB a fiftieth is kept for programs and tables."""
+    sets = runs_of((BACKBONES[0], 1), (BACKBONES[1], 1))
+    limits = recipe.load(None, ["bundle.max_mb=50", f"bundle.dtype={dtype}"]).bundle
+    budget = ensembles.Budget.of(sets, limits)
+    rows = {row["method"]: row for row in ensembles.compare(sets, budget)["rows"]}
+    assert rows["mean of logits"]["mb"] == 60 * {"fp32": 2, "fp16": 1, "int8": 0.5}[dtype]
+    assert tables.handed_in(rows["mean of logits"]) == word and budget.max_mb == pytest.approx(49)
 
 
 def test_a_single_fold_is_cut_into_stratified_parts() -> None:

@@ -210,7 +210,10 @@ def test_nothing_to_export_is_said():
 def test_temperature_is_that_of_the_members():
     recipe, path = load(None, WORDS), runs.RESULTS / "tiny/temperature.json"
     one, two = Path("a.pth"), Path("b.pth")
-    runs.write_json(path, {"fused": {"t": 1.5}, "members": {"a.pth": {"t": 1.2}, "b.pth": {"t": 1.9}}})
+    found = {"fused": {"t": 1.5}, "members": {"a.pth": {"t": 1.2}, "b.pth": {"t": 1.9}}}
+    runs.write_json(path, {**found, "weighting": "family"})
+    assert choice.temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused with the weights of family")
+    runs.write_json(path, {**found, "weighting": "flat"})
     assert choice.temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused")
     assert choice.temperature_of(recipe, [two])[0] == 1.9
     assert choice.temperature_of(recipe, [one, Path("c.pth")]) == (
@@ -300,11 +303,38 @@ def test_members_weigh_what_the_evaluation_found_for_their_run():
     path = runs.RESULTS / "tiny/temperature.json"
     with pytest.raises(InputError, match=r"has no weight for a seed 1; run python -m fastflower\.evaluate"):
         choice.by_run(recipe, members)
-    runs.write_json(path, {"weights": {"a seed 1": 0.2, "b seed 1": 0.6, "c seed 1": 0.2}})
+    weights = {"a seed 1": 0.2, "b seed 1": 0.6, "c seed 1": 0.2}
+    runs.write_json(path, {"weighting": "learned", "weights": weights})
     np.testing.assert_allclose(choice.by_run(recipe, members), [0.125, 0.125, 0.75])
-    runs.write_json(path, {"weights": {"a seed 1": 0, "b seed 1": 0}})
+    asked = {way: load(None, [*WORDS, f"ensembling.weighting={way}"]) for way in ("greedy", "hand")}
+    with pytest.raises(
+        InputError, match=r"= greedy: .* has the weights of learned; run python -m fastflower"
+    ):
+        choice.by_run(asked["greedy"], members)
+    asked["hand"].ensembling.weights = {"a": 1, "b": 2}
+    runs.write_json(path, {"weighting": "hand", "hand": {"a": 1, "b": 1}, "weights": weights})
+    with pytest.raises(
+        InputError, match=r"= hand: .* has the weights of hand {'a': 1, 'b': 1}; run python -m"
+    ):
+        choice.by_run(asked["hand"], members)
+    asked["hand"].ensembling.weights = {"a": 1, "b": 1}
+    np.testing.assert_allclose(choice.by_run(asked["hand"], members), [0.125, 0.125, 0.75])
+    runs.write_json(path, {"weighting": "learned", "weights": {"a seed 1": 0, "b seed 1": 0}})
     with pytest.raises(InputError, match="are 0; choose other members"):
         choice.by_run(recipe, members)
+
+
+@pytest.mark.parametrize("weighting", ["learned", "greedy"])
+def test_a_run_without_a_say_is_not_handed_in(weighting):
+    paths = evaluated()
+    weights = {f"{made_up.BACKBONES[0]} seed 42": 1.0, f"{made_up.BACKBONES[1]} seed 42": 0.0}
+    found = {"weighting": weighting, "weights": weights, "fused": {"t": 1.5}, "members": {}}
+    runs.write_json(runs.RESULTS / "tiny/temperature.json", found)
+    kept = [path for path in paths if made_up.BACKBONES[0] in path.name]
+    for path in paths:
+        checkpoint.save(path, {}, {"backbone": runs.parse_member(path).backbone, "seed": 42})
+    chosen = choice.choose(load(None, [*WORDS, f"ensembling.weighting={weighting}"]), [])
+    assert chosen.paths == sorted(kept) and np.allclose(chosen.shares, 1 / 3)
 
 
 def test_stored_weights_keep_what_half_precision_cannot_hold():

@@ -20,9 +20,6 @@ from fastflower.evaluation import ensembles, oof, summary, temperature
 from fastflower.evaluation.oof import Logits
 from fastflower.recipe import Recipe
 
-ROOM = 0.98  # of bundle.max_mb for weights; programs, code and tables take the rest
-BYTES = {"fp32": 2.0, "fp16": 1.0, "int8": 0.5}  # of a stored weight, against half precision
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -48,7 +45,7 @@ def choose(recipe: Recipe, given: list[Path]) -> Choice:
             raise InputError(f"no member in {folder} matches {pattern}; train first or give --members")
         if recipe.bundle.members == "greedy":
             return greedy(recipe, paths)
-    if recipe.ensembling.weighting not in ("hand", "learned"):
+    if recipe.ensembling.weighting in ("flat", "family"):
         return Choice(paths, None, *temperature_of(recipe, paths))
     shares = by_run(recipe, [(meta["backbone"], meta["seed"]) for meta in map(about, paths)])
     kept = [path for path, share in zip(paths, shares, strict=True) if share]
@@ -63,20 +60,32 @@ def about(path: Path) -> dict[str, Any]:
 def by_run(recipe: Recipe, members: list[tuple[str, int]]) -> np.ndarray:
     """The say of members (M,), given as (backbone, seed), by the weights with which evaluate fused their runs."""
     path = runs.RESULTS / recipe.exp.name / "temperature.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("weights", {}) if path.is_file() else {}
-    names = [f"{backbone} seed {seed}" for backbone, seed in members]
-    for name in names:
-        if name not in found:
-            raise InputError(
-                f"ensembling.weighting = {recipe.ensembling.weighting}: {path} has no weight for {name}; "
-                "run python -m fastflower.evaluate with this recipe"
-            )
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found, names = known.get("weights", {}), [f"{backbone} seed {seed}" for backbone, seed in members]
+    fault = next((f"has no weight for {name}" for name in names if name not in found), "")
+    if not fault and not _fitted_so(recipe, known):
+        fault = f"has the weights of {known.get('weighting')}" + (
+            f" {known.get('hand')}" if known.get("weighting") == "hand" else ""
+        )
+    if fault:
+        raise InputError(
+            f"ensembling.weighting = {recipe.ensembling.weighting}: {path} {fault}; "
+            "run python -m fastflower.evaluate with this recipe"
+        )
     shares = np.array([found[name] / names.count(name) for name in names], dtype=np.float64)
     if not shares.sum():
         raise InputError(
             f"{path}: the weights of {', '.join(dict.fromkeys(names))} are 0; choose other members"
         )
     return shares / shares.sum()
+
+
+def _fitted_so(recipe: Recipe, known: dict[str, Any]) -> bool:
+    """Whether what evaluate left was fused in the way that the recipe asks for."""
+    asked = recipe.ensembling
+    return known.get("weighting") == asked.weighting and (
+        asked.weighting != "hand" or known.get("hand") == asked.weights
+    )
 
 
 def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
@@ -94,18 +103,11 @@ def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
     runs_of = list(summary.by_run(list(members.values())).values())
     column = read_folds(Path(recipe.data.home) / "folds.csv").fold
     sets = oof.common([oof.assemble(own, column) for own in runs_of])
-    price = [[cost(own[0], recipe) for own in runs_of], [own[0].about["ms"] for own in runs_of]]
-    limits = ROOM * recipe.bundle.max_mb, recipe.bundle.max_ms
-    budget = ensembles.Budget(np.array(price[0]), np.array(price[1]), *limits)
+    budget = ensembles.Budget.of([own[0] for own in runs_of], recipe.bundle)
+    budget.check("bundle.members = greedy", "member")
     stack, labels = np.stack([own.logits for own in sets]), sets[0].class_idx
     weights = ensembles.greedy_weights(stack, labels, budget)
-    if not weights.any():
-        raise InputError(
-            f"bundle.members=greedy: the smallest member takes {min(price[0]):.1f} MB and {min(price[1]):.1f} ms, "
-            f"allowed are {limits[0]:.1f} MB and {limits[1]:g} ms; raise bundle.max_mb or bundle.max_ms, "
-            "or store int8"
-        )
-    chosen = folds_within(runs_of, weights, price, limits)
+    chosen = folds_within(runs_of, weights, budget)
     shares = {
         str(member.about["checkpoint"]): weight / len(own)
         for own, weight in zip(chosen, weights, strict=True)
@@ -125,7 +127,7 @@ def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
 
 
 def folds_within(
-    by_run: list[list[Logits]], weights: np.ndarray, price: list[list[float]], limits: tuple[float, float]
+    by_run: list[list[Logits]], weights: np.ndarray, budget: ensembles.Budget
 ) -> list[list[Logits]]:
     """For each run the folds to take, best out-of-fold NLL first: one of each chosen run, then turn by turn.
 
@@ -137,21 +139,18 @@ def folds_within(
     ]
     taken: list[list[Logits]] = [[own.pop(0)] if own else [] for own in waiting]
     while True:
-        used = [sum(len(own) * p for own, p in zip(taken, kind, strict=True)) for kind in price]
+        counts = np.array([len(own) for own in taken])
         fitting = [
             run
             for run, own in enumerate(waiting)
-            if own and all(u + kind[run] <= most for u, kind, most in zip(used, price, limits, strict=True))
+            if own
+            and counts @ budget.mb + budget.mb[run] <= budget.max_mb
+            and counts @ budget.ms + budget.ms[run] <= budget.max_ms
         ]
         if not fitting:
             return taken
         run = max(fitting, key=lambda r: (weights[r] / len(taken[r]), -r))
         taken[run].append(waiting[run].pop(0))
-
-
-def cost(member: Logits, recipe: Recipe) -> float:
-    """Megabytes of a member's weights in the bundle."""
-    return float(member.about["mb"]) * BYTES[recipe.bundle.dtype]
 
 
 def out_of_fold(recipe: Recipe, paths: list[Path]) -> dict[str, Logits]:
@@ -190,7 +189,9 @@ def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
         return float(known[paths[0].name]["t"]), f"{path}, this member's"
     if not (fitted["fused"] or {}).get("t"):
         return 1.0, f"{path} holds none"
-    same = {path.name for path in paths} == set(known)
-    return float(fitted["fused"]["t"]), f"{path}, fused" + (
-        "" if same else f" from other members ({len(known)})"
-    )
+    source = f"{path}, fused"
+    if {path.name for path in paths} != set(known):
+        source += f" from other members ({len(known)})"
+    elif not _fitted_so(recipe, fitted):
+        source += f" with the weights of {fitted.get('weighting')}"
+    return float(fitted["fused"]["t"]), source

@@ -21,7 +21,10 @@ from sklearn.model_selection import StratifiedKFold
 from fastflower import scores
 from fastflower.errors import InputError
 from fastflower.evaluation.oof import Logits, common, family_weights
-from fastflower.recipe import Bundle, Ensembling
+from fastflower.recipe import Bundle, Recipe
+
+ROOM = 0.98  # of bundle.max_mb for weights; programs, code and tables take the rest
+BYTES = {"fp32": 2.0, "fp16": 1.0, "int8": 0.5}  # of a stored weight, against half precision
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Method = Callable[[np.ndarray, np.ndarray], Predict]
@@ -38,14 +41,22 @@ class Budget:
 
     @classmethod
     def of(cls, sets: list[Logits], limits: Bundle) -> Budget:
-        """What runs cost, as evaluate measured it, beside a recipe's limits."""
+        """What runs or members cost, as evaluate measured it and as they are stored, beside a recipe's limits."""
         mb, ms = (np.array([run.about[key] for run in sets]) for key in ("mb", "ms"))
-        return cls(mb, ms, limits.max_mb, limits.max_ms)
+        return cls(mb * BYTES[limits.dtype], ms, ROOM * limits.max_mb, limits.max_ms)
 
     @property
     def any(self) -> bool:
         """Whether any run fits alone."""
         return any(self.allows([m]) for m in range(len(self.mb)))
+
+    def check(self, what: str, noun: str) -> None:
+        """InputError when none fits."""
+        if not self.any:
+            raise InputError(
+                f"{what}: the smallest {noun} takes {self.mb.min():.1f} MB and {self.ms.min():.1f} ms, allowed are "
+                f"{self.max_mb:.1f} MB and {self.max_ms:g} ms; raise bundle.max_mb or bundle.max_ms, or store int8"
+            )
 
     def allows(self, chosen: list[int]) -> bool:
         own = sorted(set(chosen))
@@ -222,28 +233,38 @@ def hand_weights(sets: list[Logits], given: Any) -> np.ndarray:
     return weights / weights.sum()
 
 
-def run_weights(sets: list[Logits], recipe: Ensembling) -> tuple[np.ndarray, np.ndarray]:
+def run_weights(sets: list[Logits], recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """The weights by which an experiment's runs are fused: (M, N) for honest scores, and (M,) to hand in.
 
-    Learned weights of an image's part are fitted on the other parts; those to hand in on all.
+    Learned and greedy weights of an image's part are fitted on the other parts; those to hand in on all. InputError
+    when greedy ones have no run that fits bundle's limits.
     """
-    aligned = common(sets)
+    aligned, weighting = common(sets), recipe.ensembling.weighting
     backbones = [str(run.about["backbone"]) for run in sets]
     fixed = {
         "flat": lambda: np.full(len(sets), 1 / len(sets)),
         "family": lambda: family_weights(backbones),
-        "hand": lambda: hand_weights(sets, recipe.weights),
+        "hand": lambda: hand_weights(sets, recipe.ensembling.weights),
     }
-    if recipe.weighting in fixed or len(sets) == 1:
-        weights = fixed[recipe.weighting]() if len(sets) > 1 else np.ones(1)
+    if weighting in fixed or len(sets) == 1:
+        weights = fixed[weighting]() if len(sets) > 1 else np.ones(1)
         return np.repeat(weights[:, None], len(aligned[0]), axis=1), weights
+    budget = Budget.of(sets, recipe.bundle)
+    if weighting == "greedy":
+        budget.check("ensembling.weighting = greedy", "run")
+
+    def fit(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        if weighting == "greedy":
+            return greedy_weights(stack, labels, budget)
+        return learned_weights(stack, labels)
+
     stack = np.stack([run.logits for run in aligned])
     labels, parts = aligned[0].class_idx, splits(aligned[0])
     by_image = np.empty(stack.shape[:2])
     for part in np.unique(parts):
         own = parts == part
-        by_image[:, own] = learned_weights(stack[:, ~own], labels[~own])[:, None]
-    return by_image, learned_weights(stack, labels)
+        by_image[:, own] = fit(stack[:, ~own], labels[~own])[:, None]
+    return by_image, fit(stack, labels)
 
 
 def methods(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, Method]:

@@ -42,7 +42,7 @@ def summarise(
     _check_members(members)
     runs = by_run(members)
     sets = [assemble(own, folds) for own in runs.values()]
-    by_image, weights = ensembles.run_weights(sets, recipe.ensembling)
+    by_image, weights = ensembles.run_weights(sets, recipe)
     fused = fuse(sets, by_image)
     fit_on = recipe.ts.fit_on if recipe.ts.enabled else None
     alpha, bins = recipe.select.alpha, recipe.eval.ece_bins
@@ -67,6 +67,7 @@ def summarise(
         "alpha": alpha,
         "bins": bins,
         "weighting": recipe.ensembling.weighting,
+        "hand": recipe.ensembling.weights,
         "class_hash": members[0].about["class_hash"],
         "folds_hash": members[0].about["folds_hash"],
         "folds": every,
@@ -119,6 +120,8 @@ def temperatures(summary: dict[str, Any]) -> dict[str, Any]:
     """The content of temperature.json: T of each member, of each run and of the fused logits; weights of runs."""
     return {
         "fused": summary["fused"]["temperature"],
+        "weighting": summary["weighting"],
+        "hand": summary["hand"],
         "weights": summary["fused"]["weights"],
         "folds": summary["fused"]["folds"],
         "missing": summary["missing"],
