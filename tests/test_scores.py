@@ -54,8 +54,11 @@ def test_combined_score():
     assert scores.combined(0.9, None, 0.7) == 0.9
 
 
-def test_two_classes_have_top_k():
-    assert scores.scores(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 0]))["top5"] == 0.5
+@pytest.mark.parametrize(("classes", "want"), [(2, 1.0), (5, 1.0), (6, 0.5), (9, 0.5)])
+def test_top_5_is_that_of_five_classes(classes, want):
+    """The first label is ranked last, the second first."""
+    logits = np.stack([np.arange(classes), -np.arange(classes)]).astype(float)
+    assert scores.scores(logits, np.array([0, 0]))["top5"] == want
 
 
 def test_two_classes_have_precision_recall_and_f1_of_the_second(logits_and_labels):
