@@ -125,7 +125,7 @@ def mix_final_epoch(recipe: Recipe) -> int | None:
     return _stage_ends(recipe, len(sizes))[1] + 1 if len(sizes) > 2 else None
 
 
-def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
+def check(recipe: Recipe) -> list[str]:
     """Refuse contradictions (InputError) and return one line of advice for each doubtful choice."""
     advice: list[str] = []
     derive(recipe, recipe.train.world_size)
@@ -136,14 +136,6 @@ def check(recipe: Recipe, num_classes: int | None = None) -> list[str]:
     _check_ranges(recipe)
     _check_semi(recipe, advice)
     _check_seed_advice(recipe, advice)
-    if (
-        num_classes is not None
-        and recipe.data.num_classes != "auto"
-        and int(recipe.data.num_classes) < num_classes
-    ):
-        raise InputError(
-            f"data.num_classes = {recipe.data.num_classes}: the label file has {num_classes} classes; use auto or more"
-        )
     return advice
 
 

@@ -12,9 +12,9 @@ def make(*words: str) -> recipe.Recipe:
     return recipe.load(None, list(words))
 
 
-def refused(*words: str, num_classes: int | None = None) -> str:
+def refused(*words: str) -> str:
     with pytest.raises(InputError) as caught:
-        derived.check(make(*words), num_classes)
+        derived.check(make(*words))
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -144,12 +144,6 @@ def test_contradictions_are_refused_in_one_line(words, text):
     message = refused(*words)
     assert text in message
     assert words[0].partition("=")[0].split(".")[-1] in message  # names the key
-
-
-def test_too_few_classes_are_refused():
-    assert "has 10 classes" in refused("data.num_classes=9", num_classes=10)
-    derived.check(make("data.num_classes=10"), 10)
-    derived.check(make(), 10)
 
 
 def test_double_correction_can_be_asked_for():

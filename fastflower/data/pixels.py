@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastflower.data.tables import shown
 from fastflower.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
@@ -138,16 +137,6 @@ def decode(data: bytes) -> Image.Image:
         header.image.load()
         image = _rgb(header.image)
     return image if header.turn is None else image.transpose(header.turn)
-
-
-def read_rgb(source: bytes | Path | str) -> np.ndarray:
-    """Pixels of an image file or of its bytes: uint8 (H, W, 3), upright. InputError names the file."""
-    data = source if isinstance(source, bytes) else None
-    try:
-        return np.array(decode(read_bytes(source) if data is None else data))  # type: ignore[arg-type]
-    except InputError as error:
-        name = "image" if data is not None else shown(str(source))
-        raise InputError(f"{name} {error}; replace it") from None
 
 
 def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
