@@ -12,6 +12,7 @@ import contextlib
 import csv
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -39,7 +40,7 @@ try:
     import guard
     import inputs
     import pictures
-    from table import Sample, Table, columns, ordered, read_sample
+    from table import Sample, Table, columns, ordered, read_sample, replace
 except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Image.Transpose
     reason = " ".join(str(missing).split())  # NumPy's fills a screen
     sys.exit(f"predict: {reason}; needed are torch, numpy and pillow: pip install -U torch numpy pillow")
@@ -112,6 +113,9 @@ def main(argv: list[str]) -> int:
         code = guard.run(work, table, lambda text: say(text, sys.stderr)) or code
     finally:  # also what is known when a time limit or a key ends the run
         moved = put(table, table.path)
+    lost = np.count_nonzero(table.known) - table.about.get("logits", 0)
+    if options.logits and lost:
+        say(f"{options.logits} lacks {lost} rows that a process which died had predicted", sys.stderr)
     if late := given.late():
         say(f"{late} {given.noun} came while it ran; run it again for their rows", sys.stderr)
     return code or moved
@@ -181,8 +185,10 @@ def predict(
             left = pace * (len(table.names) - done)
             say(f"{done} of {len(table.names)}, {1 / pace:.1f} {given.noun}/s, {left:.0f} s left")
     if options.logits and kept:
-        missing = np.full_like(next(iter(kept.values())), np.nan)
-        np.savez(options.logits, logits=np.stack([kept.get(row, missing) for row in range(len(table.names))]))
+        missing, buffer = np.full_like(next(iter(kept.values())), np.nan), io.BytesIO()
+        np.savez(buffer, logits=np.stack([kept.get(row, missing) for row in range(len(table.names))]))
+        replace(options.logits, buffer.getvalue())
+        table.about = {**about, "logits": len(kept)}
     say(f"{done} rows in {table.path}, {1 / pace:.1f} {given.noun}/s, {len(table.unreadable)} unreadable")
 
 

@@ -224,6 +224,7 @@ def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
 def test_fused_logits_over_t_give_the_confidence(run, code, exported):
     fill(3)
     number, rows = run("--logits", "logits.npz")
+    assert json.loads(Path("out/submission.json").read_text())["logits"] == 3
     assert number == 0
     logits = np.load("logits.npz")["logits"]
     assert logits.shape == (3, 2, 4, len(IDS))
@@ -1258,12 +1259,15 @@ sys.exit(predict.main(sys.argv[1:]))
 
 
 def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
-    """The decoder aborts on one file while a second thread reads what is beside it, and sleeps on the last."""
+    """The decoder aborts on one file while a second thread reads what is beside it, and sleeps on the last.
+
+    What died takes its logits with it, and that is said.
+    """
     Path("test_dataset").mkdir()
     fill(5)
     for name in ("001crash.jpg", "zslow.jpg"):
         Path("test_dataset", name).write_bytes(jpeg(1))
-    words = ["test_dataset", "out.csv", "--bundle", str(exported[0]), "--threads", "2"]
+    words = ["test_dataset", "out.csv", "--bundle", str(exported[0]), "--threads", "2", "--logits", "l.npz"]
     code = BENT.replace("{code!r}", repr(str(CODE)))
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -1272,6 +1276,7 @@ def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
     assert about["unreadable"]["zslow.jpg"] == "not read within 2 s"
     assert "killed the process (SIGABRT)" in about["unreadable"]["001crash.jpg"]
     assert [row[1] for row in rows_of(Path("out.csv"))[1:] if "crash" in row[0]] == ["012"]
+    assert "l.npz lacks 5 rows that a process which died had predicted" in done.stderr
 
 
 def test_a_picture_that_ends_while_it_is_watched_is_not_slow(code):
