@@ -125,3 +125,18 @@ def _blame(table: Any, name: str, late: bool) -> bool:
     else:
         table.alone[rows] = True
     return len(rows) > 0
+
+
+def usable_cores(groups: str = "/sys/fs/cgroup") -> int:
+    """Cores that this process may use: those it may run on, or fewer where a container has a share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def words(name: str) -> list[str]:
+        with open(os.path.join(groups, name), encoding="ascii") as file:
+            return file.read().split()
+
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of version 2, and of 1
+        with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit, or -1
+            share, period = (int(word) for name in names for word in words(name))
+            cores = min(cores, max(1, round(share / period))) if share > 0 else cores
+    return cores

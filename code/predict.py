@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
 
     def work(deaths: int, unexplained: int) -> int:
         # memory may be what killed it, or the driver of a GPU
-        options.threads = max(1, (options.threads or usable_cores()) >> deaths)
+        options.threads = max(1, (options.threads or guard.usable_cores()) >> deaths)
         options.device = "cpu" if unexplained else options.device
         try:
             predict(options, bundle, hashes, given, table)
@@ -359,21 +359,6 @@ def nearest(*names: str) -> str:
     """The first path that is there, below the folder that holds code/ or else below the current one."""
     places = [os.path.join(place, *name.split("/")) for name in names for place in (ROOT, os.curdir)]
     return next((path for path in places if os.path.exists(path)), places[0])
-
-
-def usable_cores(groups: str = "/sys/fs/cgroup") -> int:
-    """Cores that this process may use: those it may run on, or fewer where a container has a share of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def words(name: str) -> list[str]:
-        with open(os.path.join(groups, name), encoding="ascii") as file:
-            return file.read().split()
-
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of version 2, and of 1
-        with contextlib.suppress(OSError, ValueError):  # "max 100000" where there is no limit, or -1
-            share, period = (int(word) for name in names for word in words(name))
-            cores = min(cores, max(1, round(share / period))) if share > 0 else cores
-    return cores
 
 
 def say(text: str, stream: Any = None) -> None:

@@ -1409,17 +1409,17 @@ def test_a_network_that_says_something_else_than_at_export_is_noticed(code, expo
 def test_threads_keep_to_the_cores_and_the_share_of_them(code, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(48)))
     Path("cpu.max").write_text("250000 100000\n")
-    assert code.predict.usable_cores(".") == 2
+    assert code.guard.usable_cores(".") == 2
     Path("cpu.max").write_text("max 100000\n")
-    assert code.predict.usable_cores(".") == 48 == code.predict.usable_cores("absent")
+    assert code.guard.usable_cores(".") == 48 == code.guard.usable_cores("absent")
     Path("cpu").mkdir()
     for quota, cores in (("400000", 4), ("-1", 48), ("1000", 1)):
         Path("cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
         Path("cpu/cpu.cfs_period_us").write_text("100000\n")
-        assert code.predict.usable_cores(".") == cores
+        assert code.guard.usable_cores(".") == cores
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert code.predict.usable_cores("absent") == 1
+    assert code.guard.usable_cores("absent") == 1
 
 
 def test_a_picture_that_vanishes_keeps_its_row(run, code, monkeypatch):
