@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers.grn import GlobalResponseNorm
 
 from fastflower import checkpoint, convert, export, runs
 from fastflower.data.labels import read_classes
@@ -378,6 +380,24 @@ def test_a_program_that_says_something_else_is_refused(members):
     Program.inlined_graph = 'prim::Constant[value="cpu"]()'
     with pytest.raises(InputError, match="its program is bound to the CPU"):
         programs.check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_quick_response_norm_is_timms(channels_last):
+    """Also in half precision, of inputs whose squares it cannot hold, and where all are zero."""
+    rng = np.random.default_rng(0)
+    plain = GlobalResponseNorm(12, channels_last=channels_last)
+    for weight in (plain.weight, plain.bias):
+        weight.data = torch.from_numpy(rng.normal(size=12).astype(np.float32))
+    quick = copy.deepcopy(plain)
+    quick.__class__ = programs.QuickResponseNorm
+    values = rng.normal(size=(3, 12, 12, 12)).astype(np.float32)
+    for scale in (1, 1e-3, 0):
+        given = torch.from_numpy(values * scale)
+        np.testing.assert_allclose(quick(given).detach(), plain(given).detach(), rtol=1e-5, atol=1e-6)
+    given = torch.from_numpy(values / np.abs(values).max() * 8000)
+    want, got = plain(given).detach(), quick.half()(given.half()).detach().float()
+    assert float((got - want).abs().max()) <= 2e-3 * float(want.abs().max())
 
 
 def test_one_program_serves_all_members_and_convolutions_all_sizes(members):

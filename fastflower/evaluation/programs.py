@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import timm.layers
 import torch
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -139,7 +140,25 @@ def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
     for module in masked:
         del module.get_attn_mask
         module.dynamic_mask = False
+    for module in modules:
+        if type(module) is GlobalResponseNorm:
+            module.__class__ = QuickResponseNorm
     return network.eval()
+
+
+class QuickResponseNorm(GlobalResponseNorm):
+    """ConvNeXt V2's response norm in fewer passes over its input.
+
+    On a CPU torch's norm over two axes takes four times as long as the mean of squares. Those of a 32nd stay within
+    half precision up to inputs of 8000.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (x.shape[axis] for axis in self.spatial_dim)
+        scale = 32 * (height * width) ** 0.5  # not math.sqrt, which would write this size into the program
+        norm = (x / 32).square().mean(self.spatial_dim, keepdim=True).sqrt() * scale
+        share = norm / (norm.mean(self.channel_dim, keepdim=True) + self.eps)
+        return torch.addcmul(self.bias.view(self.wb_shape), x, 1 + self.weight.view(self.wb_shape) * share)
 
 
 def _remembered(module: Any) -> Any:
