@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,10 +146,18 @@ def abandoned(aside: Path) -> bool:
     return pid.isdigit() and not Path(f"/proc/{pid}").exists()
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of files of a name."""
-    for left in filter(abandoned, folder.glob(f".{name}.*.tmp")):
-        left.unlink(missing_ok=True)
+def sweep(folder: Path, name: str = "*", below: bool = False) -> None:
+    """Remove what killed processes left of files and folders of a name, there and in the folders `below`."""
+    for left in filter(abandoned, list(folder.glob(f"{'**/' * below}.{name}.*.tmp"))):
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder and all in it; nothing when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

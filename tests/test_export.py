@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -194,6 +195,22 @@ def test_pixels_that_are_not_the_trainers_fail(members, monkeypatch):
     monkeypatch.setattr(gates, "trained_view", lambda *words: honest(*words) ^ 1)
     with pytest.raises(InputError, match=r"^pixels: 1 of 255 on 24 photographs, allowed <= 0"):
         export.main([*WORDS, "tta.scales=[32]"])
+
+
+def test_what_a_killed_export_left_is_removed():
+    dead, alive = 2**22 + 1, os.getppid()  # no process has the first: too large
+    for place in (runs.BUNDLE, runs.MODELS / "tiny" / bundle.PROGRAMS):
+        left, others = (place.with_name(f".{place.name}.{process}.tmp") for process in (dead, alive))
+        for folder in (left, others):
+            folder.mkdir(parents=True)
+            Path(folder, "weights_0.safetensors").touch()
+        with bundle.aside(place) as folder:
+            assert set(place.parent.glob(".*")) == {folder, others}
+    with bundle.aside() as folder:
+        bundle.put_in_place(folder)
+    Path(f".a.zip.{dead}.tmp").touch()
+    bundle.zip_hand_in(Path("a.zip"))
+    assert {path.name for path in Path().iterdir()} == {"a.zip", "results"}
 
 
 def test_members_of_two_class_maps_are_refused(members):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -49,6 +50,26 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk full"):
         runs.write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    dead, alive = 2**22 + 1, os.getpid()  # no process has the first: too large
+    for name in (f".a.{dead}.tmp", f".b.{dead}.tmp", f".a.{alive}.tmp", "a.5.tmp", f"deep/er/.a.{dead}.tmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / f".c.{dead}.tmp/full").mkdir(parents=True)
+    (tmp_path / f".d.{dead}.tmp").symlink_to(tmp_path / "deep")
+
+    def left() -> list[str]:
+        return sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.tmp"))
+
+    runs.sweep(tmp_path, "a")
+    assert f".a.{dead}.tmp" not in left() and len(left()) == 6
+    runs.sweep(tmp_path)
+    assert left() == [f".a.{alive}.tmp", "a.5.tmp", f"deep/er/.a.{dead}.tmp"]
+    runs.sweep(tmp_path, below=True)
+    assert left() == [f".a.{alive}.tmp", "a.5.tmp"]
+    runs.sweep(tmp_path / "none", below=True)
 
 
 def test_events_last_row_wins_and_cut_lines_are_dropped(tmp_path):

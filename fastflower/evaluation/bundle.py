@@ -221,12 +221,13 @@ def leave_programs(
 def aside(place: Path = runs.BUNDLE) -> Iterator[Path]:
     """A new folder beside the bundle's place, removed unless `put_in_place` took it."""
     folder = runs.aside_of(place)
-    shutil.rmtree(folder, ignore_errors=True)
+    runs.sweep(place.parent, place.name)
+    runs.remove(folder)
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        runs.remove(folder)
 
 
 def put_in_place(folder: Path, place: Path = runs.BUNDLE) -> None:
@@ -249,15 +250,11 @@ def zip_hand_in(path: Path, top: str = "") -> None:
 
     The same bundle gives the same bytes. Nothing is compressed: weights do not get smaller.
     """
-    aside = runs.aside_of(path)
-    try:
-        with zipfile.ZipFile(aside, "w") as archive:
-            for file in [*sorted(CODE.glob("*.py")), *sorted(runs.BUNDLE.iterdir())]:
-                place = Path("code") if file.parent == CODE else runs.BUNDLE
-                entry = zipfile.ZipInfo((Path(top) / place / file.name).as_posix())
-                entry.external_attr = 0o100644 << 16
-                with archive.open(entry, "w") as target, open(file, "rb") as source:
-                    shutil.copyfileobj(source, target, 1 << 20)
-        runs.replace_atomic(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    runs.sweep(path.parent, path.name)
+    with runs.replacing(path) as aside, zipfile.ZipFile(aside, "w") as archive:
+        for file in [*sorted(CODE.glob("*.py")), *sorted(runs.BUNDLE.iterdir())]:
+            place = Path("code") if file.parent == CODE else runs.BUNDLE
+            entry = zipfile.ZipInfo((Path(top) / place / file.name).as_posix())
+            entry.external_attr = 0o100644 << 16
+            with archive.open(entry, "w") as target, open(file, "rb") as source:
+                shutil.copyfileobj(source, target, 1 << 20)
