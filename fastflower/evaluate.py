@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         read_csv(home / "classes.csv", ("class_idx", "category_id", "n")),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs.sweep(folder, below=True)
     print(f"{len(paths)} members of {settings.exp.name} on {device}", flush=True)
 
     members = []

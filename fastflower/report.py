@@ -23,11 +23,13 @@ def main(argv: list[str]) -> None:
         for note in found.notes:
             print(f"note: {found.name}: {note}")
         folder = runs.RESULTS / found.name
+        runs.sweep(folder, below=True)
         if form == "md":
             say(draft.write(folder, found, experiments))
             continue
         say(save(folder / "report.html", page.experiment(found)))
     if len(experiments) > 1 and form == "html":
+        runs.sweep(runs.RESULTS, "compare.html")
         say(save(runs.RESULTS / "compare.html", page.compare(experiments)))
 
 

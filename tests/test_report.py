@@ -377,6 +377,18 @@ def test_the_draft_has_the_same_numbers_and_its_figures() -> None:
     assert len(figures_named) >= 6 and all((runs.RESULTS / "a" / name).is_file() for name in figures_named)
 
 
+def test_what_a_killed_report_left_is_removed() -> None:
+    for name in ("a", "b"):
+        made(name)
+    dead = 2**22 + 1  # no process has this number: too large
+    for place in (".compare.html", "a/.report.html", "b/figures/.loss.png"):
+        left = runs.RESULTS / f"{place}.{dead}.tmp"
+        left.parent.mkdir(exist_ok=True)
+        left.touch()
+    report.main(["a", "b"])
+    assert not list(runs.RESULTS.rglob(".*.tmp"))
+
+
 def test_an_experiment_is_named_by_its_recipe_and_the_changes_to_it() -> None:
     Path("mine.yaml").write_text("seed: 1\n")
     assert report.parse(["mine.yaml", "results/results/other", "mine.yaml"]) == (["mine", "other"], "html")

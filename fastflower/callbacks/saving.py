@@ -26,12 +26,12 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 
-from fastflower import checkpoint
+from fastflower import checkpoint, runs
 from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.writer import Writer
 from fastflower.checkpoint import Checkpoint
 from fastflower.errors import PREEMPTED, CorruptionError, EnvironmentFault, InputError
-from fastflower.runs import Run, abandoned, aside_of, fsync_folder
+from fastflower.runs import Run, aside_of, fsync_folder
 
 # of the state in `last`; another number is refused, so raise it when a part's state changes its keys
 LAYOUT = 1
@@ -67,10 +67,9 @@ def sweep(run: Run) -> None:
 
     The caller holds the run's lock, so a checkpoint that bears its name is nobody's.
     """
-    own = run.model_dir.glob(f".*__{run.stem}[._]*.tmp")
-    others = (path for folder in (run.results_dir, run.meta_dir) for path in folder.glob(".*.tmp"))
-    for aside in [*own, *filter(abandoned, others)]:
+    for aside in run.model_dir.glob(f".*__{run.stem}[._]*.tmp"):
         aside.unlink(missing_ok=True)
+    runs.sweep(run.results_dir, below=True)
 
 
 def load_last(run: Run, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
