@@ -5,6 +5,8 @@ All paths are relative to the current directory: commands run from the repositor
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +23,7 @@ RESULTS = Path("results/results")
 BUNDLE = MODELS / "bundle"
 PRETRAINED = MODELS / "pretrained_model"
 SUBMISSION = RESULTS / "submission.csv"
+EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
 KINDS = ("best_clean", "best_combo", "ema_best", "last")
 
 _MEMBER = re.compile(
@@ -170,6 +173,55 @@ def replacing(path: Path) -> Iterator[Path]:
         replace_atomic(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def growing(folder: Path, place: Path) -> Iterator[Path]:
+    """A new, empty folder that `put_in_place` may take; gone afterwards, with what it replaced.
+
+    What a process killed in `put_in_place` moved away is put back first.
+    """
+    _settle(place)
+    remove(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        _settle(place)
+        remove(folder)
+
+
+def put_in_place(folder: Path, place: Path) -> None:
+    """Make a finished folder the one in place, and what was there the folder, in one step where the disk can."""
+    if not place.exists():
+        os.rename(folder, place)
+    elif not _exchange(folder, place):
+        os.rename(place, _old(place))
+        os.rename(folder, place)
+    fsync_folder(place.parent)
+
+
+def _settle(place: Path) -> None:
+    """Put back what `put_in_place` moved away when it was cut between its two renames; else remove it."""
+    old = _old(place)
+    if old.exists() and not place.exists():
+        os.rename(old, place)
+    remove(old)
+
+
+def _old(place: Path) -> Path:
+    return place.with_name(f".{place.name}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -25,7 +25,6 @@ from scipy.sparse.csgraph import connected_components
 
 from fastflower import convert, recipe, runs
 from fastflower.data import (
-    assembly,
     conversion,
     corruptions,
     folds,
@@ -551,7 +550,7 @@ def killed_at(step: int, *words: str, steps: tuple[str, ...] = STEPS) -> bool:
         try:
             for name in steps:
                 setattr(os, name, counted(getattr(os, name)))
-            assembly._exchange = counted(assembly._exchange)  # type: ignore[assignment]
+            runs._exchange = counted(runs._exchange)  # type: ignore[assignment]
             with open(os.devnull, "w") as sys.stdout:
                 run(*words)
             os._exit(0)
@@ -613,7 +612,7 @@ def test_where_folders_cannot_be_exchanged_the_old_set_comes_back(
 ) -> None:
     run(*SMALLER)
     old = snapshot()
-    monkeypatch.setattr(assembly, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(runs, "_exchange", lambda one, other: False)
     step = 0
     while killed_at(step, *SMALLER, "robust.level=medium", steps=("rename",)):
         if not Path("data/betons").exists():

@@ -213,6 +213,33 @@ def test_what_a_killed_export_left_is_removed():
     assert {path.name for path in Path().iterdir()} == {"a.zip", "results"}
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_while_a_bundle_is_put_in_place_loses_none(monkeypatch, exchange):
+    def put(text: str) -> None:
+        with bundle.aside() as folder:
+            Path(folder, "bundle.json").write_text(text)
+            bundle.put_in_place(folder)
+
+    put("old")
+    if not exchange:
+        monkeypatch.setattr(runs, "_exchange", lambda one, other: False)
+    child = os.fork()
+    if not child:
+        rename, turns = os.rename, iter([True])
+        os.rename = lambda *words: rename(*words) if next(turns, False) else os._exit(9)
+        runs.fsync_folder = lambda folder: os._exit(9)
+        try:
+            put("new")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert runs.BUNDLE.exists() == exchange
+    with pytest.raises(InputError), bundle.aside():  # the next export, whose gates fail
+        raise InputError("size")
+    assert Path(runs.BUNDLE, "bundle.json").read_text() == ("new" if exchange else "old")
+    assert [path.name for path in runs.MODELS.iterdir()] == ["bundle"]
+
+
 def test_members_of_two_class_maps_are_refused(members):
     other = make_member(1, seed=7, class_hash="0ther")
     with pytest.raises(InputError, match=r"a bundle holds members of one class map, choose with --members"):

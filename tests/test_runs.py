@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +72,64 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     runs.sweep(tmp_path, below=True)
     assert left() == [f".a.{alive}.tmp", "a.5.tmp"]
     runs.sweep(tmp_path / "none", below=True)
+
+
+def replace_folder(place: Path, text: str) -> None:
+    with runs.growing(place.with_name(".a.new"), place) as folder:
+        (folder / "text").write_text(text)
+        runs.put_in_place(folder, place)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_replaced_by_a_process_that_is_killed_is_the_old_or_the_new(tmp_path, monkeypatch, exchange):
+    """Killed before each change of a name; where the disk cannot exchange, the next process puts the old one back."""
+    place, missing = tmp_path / "a", 0
+    if not exchange:
+        monkeypatch.setattr(runs, "_exchange", lambda one, other: False)
+    for step in itertools.count():
+        replace_folder(place, "old")
+        child = os.fork()
+        if not child:
+            turns = iter(range(step, -1, -1))
+
+            def counted(real, turns=turns):
+                return lambda *words: real(*words) if next(turns) else os._exit(9)
+
+            for module, name in (
+                (os, "rename"),
+                (runs, "_exchange"),
+                (runs, "fsync_folder"),
+                (runs, "remove"),
+            ):
+                setattr(module, name, counted(getattr(module, name)))
+            try:
+                replace_folder(place, "new")
+            finally:
+                os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        missing += not place.exists()
+        with runs.growing(tmp_path / ".a.new", place) as folder:
+            assert (place / "text").read_text() in ("old", "new") and not list(folder.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        if not killed:
+            break
+    assert (place / "text").read_text() == "new" and missing == (not exchange)
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_exchange", lambda one, other: False)
+    place, rename, turns = tmp_path / "a", os.rename, itertools.count(1)
+
+    def interrupted(*words):
+        if next(turns) == 2:
+            raise KeyboardInterrupt
+        rename(*words)
+
+    replace_folder(place, "old")
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(place, "new")
+    assert (place / "text").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_events_last_row_wins_and_cut_lines_are_dropped(tmp_path):

@@ -5,10 +5,7 @@ A conversion that is killed at any moment leaves the old set or the new one, who
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +21,6 @@ from fastflower.data.folds import Folds
 from fastflower.data.pixels import encode_jpeg
 from fastflower.errors import EnvironmentFault
 
-EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
-
 
 @contextmanager
 def new_set(home: Path) -> Iterator[Path]:
@@ -33,28 +28,13 @@ def new_set(home: Path) -> Iterator[Path]:
     place = _place(home)
     if place.exists() and not place.is_dir():
         raise EnvironmentFault(f"{home / 'betons'} is no folder; move it away, or choose another data.home")
-    folder, old = _beside(place, "new"), _beside(place, "old")
-    if old.exists() and not place.exists():  # killed between the two renames of `put_in_place`
-        os.rename(old, place)
-    for left in (folder, old):
-        shutil.rmtree(left, ignore_errors=True)
-    folder.mkdir()
-    try:
+    with runs.growing(place.with_name(f".{place.name}.new"), place) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def put_in_place(home: Path, folder: Path) -> None:
-    """Make a finished folder the set of `home`, and what was there the folder, in one step where the disk can."""
-    place = _place(home)
-    if not place.exists():
-        os.rename(folder, place)
-    elif not _exchange(folder, place):
-        os.rename(place, _beside(place, "old"))
-        os.rename(folder, place)
-    runs.fsync_folder(place.parent)
+    """Make a finished folder the set of `home`."""
+    runs.put_in_place(folder, _place(home))
 
 
 def keep(home: Path, folder: Path, wanted: dict[str, Any]) -> bool:
@@ -136,18 +116,3 @@ def corrupted(
 def _place(home: Path) -> Path:
     """Where the betons really lie: betons/ may be a link to another disk."""
     return Path(os.path.realpath(home / "betons"))
-
-
-def _beside(place: Path, what: str) -> Path:
-    return place.with_name(f".{place.name}.{what}")
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where the file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(other))

@@ -220,29 +220,19 @@ def leave_programs(
 @contextmanager
 def aside(place: Path = runs.BUNDLE) -> Iterator[Path]:
     """A new folder beside the bundle's place, removed unless `put_in_place` took it."""
-    folder = runs.aside_of(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
     runs.sweep(place.parent, place.name)
-    runs.remove(folder)
-    folder.mkdir(parents=True)
-    try:
+    with runs.growing(runs.aside_of(place), place) as folder:
         yield folder
-    finally:
-        runs.remove(folder)
 
 
 def put_in_place(folder: Path, place: Path = runs.BUNDLE) -> None:
-    """Rename a finished bundle to its place; the old one is kept until then."""
+    """Move a finished bundle to its place; the old one is kept until then."""
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors leaves 0600, and whoever runs the folder may be another user
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.rename(place, old)
-    os.rename(folder, place)
-    runs.fsync_folder(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    runs.put_in_place(folder, place)
 
 
 def zip_hand_in(path: Path, top: str = "") -> None:
