@@ -358,13 +358,46 @@ def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
         Search(["tiny.yaml"], plan.read_words(["opt.lr=log:1e-4..1e-1"]), 30, journal)
 
 
-def test_a_trial_fails_when_one_of_its_trainings_does(project):
-    search = Search(["tiny.yaml"], plan.read_words(["opt.lr=[1e-3,1e-4]", "seed=[1,2]"]), 1, Path("j"))
+def test_a_trial_of_which_a_training_failed_is_tried_again(project):
+    words = plan.read_words(["opt.lr=[1e-3,1e-4]", "seed=[1,2]"])
+    search = Search(["tiny.yaml"], words, 1, Path("j"))
     one, other = search.tasks()
     search.tell(ended(one, 0.9))
     search.tell(Result(other, "failed", "why"))
-    assert [trial.state.name for trial in search.study.trials] == ["FAIL"]
     assert search.summary() == ["search: none of 1 trials has a score"]
+    again = Search(["tiny.yaml"], words, 1, Path("j"))
+    same = list(again.tasks())
+    assert [task.run for task in same] == [one.run, other.run]
+    assert [task.words for task in same] == [one.words, other.words]
+    again.tell(Result(same[0], "kept"))
+    again.tell(ended(same[1], 0.7))
+    assert [(trial.state.name, trial.value) for trial in again.study.trials] == [
+        ("COMPLETE", pytest.approx(0.8))
+    ]
+
+
+def test_a_search_whose_trials_fail_says_so_every_time(project, monkeypatch):
+    commands: list[list[str]] = []
+
+    def run(words: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+        commands[-1].append(words[-1])
+        if len(commands) < 3:
+            return 2, "no images"
+        ended(plan.tasks(["tiny.yaml"], plan.read_words(words[4:]))[0], 0.5)
+        return 0, ""
+
+    monkeypatch.setattr(launch, "run", run)
+    for code in (1, 1, 0):
+        commands.append([])
+        assert main(["tiny.yaml", "opt.lr=log:1e-4..1e-2", "--trials", "2"]) == code
+    assert commands == [["exp.name=tiny-trial_0000", "exp.name=tiny-trial_0001"]] * 3
+
+
+def test_what_was_killed_while_it_was_drawn_is_no_trial(project):
+    words = plan.read_words(["opt.lr=1e-4..1e-3"])
+    Search(["tiny.yaml"], words, 2, Path("j")).study.ask()
+    names = [task.run.exp for task in Search(["tiny.yaml"], words, 2, Path("j")).tasks()]
+    assert names == ["tiny-trial_0001", "tiny-trial_0002"]
 
 
 # Ray

@@ -47,7 +47,7 @@ class Search:
         self.study = self._load(journal)
 
     def tasks(self) -> Iterator[Task]:
-        """The trainings of trial after trial: those with a value, which are kept, then those that were cut short.
+        """The trainings of trial after trial: those with a value, which are kept, then those cut short or failed.
 
         Each new trial is proposed only when it is asked for, so that it knows of those that ended before.
         """
@@ -60,7 +60,7 @@ class Search:
                 yield from self._trainings(trial.number, trial.params)
             else:  # killed while it was drawn
                 self.study.tell(trial.number, state=state.FAIL)
-        while len(self.study.trials) < self.trials:
+        while len(self.study.get_trials(states=[state.COMPLETE, state.RUNNING])) < self.trials:
             trial = self.study.ask()
             for choice in self.choices:
                 trial.suggest_categorical(choice.key, choice.values)
@@ -72,7 +72,10 @@ class Search:
             yield from self._trainings(trial.number, trial.params)
 
     def tell(self, result: Result) -> None:
-        """Hand in a result; the last one of a trial closes it with the mean score, or as failed."""
+        """Hand in a result; the last one of a trial closes it with the mean score.
+
+        A trial of which a training failed stays open: the next command tries that training again.
+        """
         number = next(n for n, own in self.open.items() if result.task in own)
         own = self.open[number]
         own[result.task] = result
@@ -82,9 +85,7 @@ class Search:
         if self.study.trials[number].state.is_finished():  # an earlier command has handed in its value
             return
         scores = [one.end["best"]["score"] for one in own.values() if one and one.end]
-        if len(scores) < len(own):
-            self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
-        else:
+        if len(scores) == len(own):
             self.study.tell(number, float(np.mean(scores)))
 
     def summary(self) -> list[str]:
