@@ -245,6 +245,19 @@ def test_an_interrupted_campaign_keeps_its_table(project, monkeypatch, capfd):
     assert "interrupted; the same command goes on" in capfd.readouterr().out
 
 
+def test_keys_that_end_alike_are_whole_in_the_names_of_files(project, monkeypatch):
+    monkeypatch.setattr(launch, "run", lambda words, *_: ended(tasks[words[-1]], 0.5) and (0, ""))
+    words = ["reg.erase_p=[0,0.1]", "semi.erase_p=[0.5,1]"]
+    tasks = {task.words[-1]: task for task in planned(*words)}
+    assert main(["tiny.yaml", *words]) == 0
+    names = {path.name for path in Path("results/results/tiny").glob("campaign*")}
+    stem = "campaign_reg.erase_p_semi.erase_p"
+    assert names == {f"{stem}.csv", f"{stem}.png"}
+    monkeypatch.setattr(launch, "run", lambda *_: (2, "no images"))
+    assert main(["tiny.yaml", *words, "--trials", "1"]) == 1
+    assert Path(f"results/results/tiny/{stem}.journal").is_file()
+
+
 def test_dry_run_prints_commands(project, capfd):
     assert main(["tiny.yaml", "data.fold=[0,1]", "seed=[1,2]", "--dry-run", "-n", "2"]) == 0
     lines = capfd.readouterr().out.splitlines()

@@ -86,11 +86,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def place_of(recipes: list[str], words: plan.Words) -> Path:
-    """Where the campaign's table lies, less its ending: its name says what varies."""
+    """Where the campaign's table lies: its name says what varies."""
     keys = [axis.key for axis in words.axes] + [own.key for own in words.ranges]
     varied = [plan.short(key, keys) for key in keys] + ["recipe"] * (len(recipes) > 1)
     name = recipe.load(recipes[0], words.plain).exp.name
-    return runs.RESULTS / name / "_".join(["campaign", *varied])
+    return runs.RESULTS / name / ("_".join(["campaign", *varied]) + ".csv")
 
 
 def default_ranks(wanted: int) -> int:
@@ -115,7 +115,7 @@ def collect(ended: Iterator[Result], search: Search | None, place: Path) -> tupl
             texts = [
                 {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
             ]
-            write_csv(place.with_suffix(".csv"), texts)
+            write_csv(place, texts)
             print(results.line(result), flush=True)
     except KeyboardInterrupt:
         return found, False
@@ -135,7 +135,7 @@ def tell(found: list[Result], search: Search | None, place: Path) -> None:
         print("\n".join(["", *grid.sentences(), f"wrote {place.with_suffix('.png')}"]))
     for line in search.summary() if search else []:
         print(line)
-    print(f"wrote {place.with_suffix('.csv')}")
+    print(f"wrote {place}")
     failed = [result for result in found if result.state == "failed"]
     for result in failed:
         print(f"failed: {result.task.name}: {result.reason}", file=sys.stderr)
