@@ -27,7 +27,7 @@ from fastflower.algorithms.sweep import Sweep
 from fastflower.algorithms.unlabelled import FixMatch
 from fastflower.callbacks.events import Recorder
 from fastflower.callbacks.progress import Console, Progress
-from fastflower.callbacks.ranks import TIMEOUT, Machine, on_rank_zero
+from fastflower.callbacks.ranks import TIMEOUT, Machine, fit, on_rank_zero
 from fastflower.callbacks.record import Facts, member_meta
 from fastflower.callbacks.samples import COLUMNS, save_samples
 from fastflower.callbacks.saving import Saving, Stateful, Stop, parse_interval
@@ -271,7 +271,7 @@ def lr_sweep(recipe: Recipe, d: Derived, fold: FoldSet, machine: Machine) -> tup
     )  # fmt: skip
     clock.state = trainer.state
     try:
-        trainer.fit()
+        fit(trainer)
     finally:
         _close(trainer, data)
     return sweep.tried, sweep.losses

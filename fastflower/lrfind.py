@@ -16,19 +16,18 @@ from fastflower.recipe import Recipe, parse_command
 from fastflower.runs import Run
 
 
+@ranks.rank_zero_speaks()
 def main(argv: list[str]) -> int:
     """Sweep, write, suggest."""
     recipe = parse_command(argv)
     derived.check(recipe)
     machine = ranks.prepare(recipe)
-    try:
-        fold = derived.fold_numbers(recipe)[0]
-        d = derived.derive(recipe, machine.world)
-        tried, losses = build.lr_sweep(recipe, d, build.open_data(recipe, fold), machine)
-        if machine.rank == 0:
-            tell(recipe, d, Run(recipe.exp.name, recipe.model.backbone, fold, recipe.seed), tried, losses)
-    finally:
-        machine.close()
+    fold = derived.fold_numbers(recipe)[0]
+    d = derived.derive(recipe, machine.world)
+    tried, losses = build.lr_sweep(recipe, d, build.open_data(recipe, fold), machine)
+    if machine.rank == 0:
+        tell(recipe, d, Run(recipe.exp.name, recipe.model.backbone, fold, recipe.seed), tried, losses)
+    machine.close()  # not after an error: it may wait for a rank that is stuck
     return 0
 
 

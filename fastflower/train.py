@@ -18,32 +18,19 @@ if (
     sys.path[0] = str(HERE.parent)
 
 import torch  # noqa: E402
-from composer.utils import dist  # noqa: E402
 
 from fastflower import build, checkpoint, derived, errors  # noqa: E402
 from fastflower.callbacks import ranks, record  # noqa: E402
 from fastflower.callbacks.progress import Console  # noqa: E402
 from fastflower.callbacks.saving import Stop, adopt, parse_interval, restore  # noqa: E402
 from fastflower.callbacks.trackers import check_trackers  # noqa: E402
-from fastflower.errors import PREEMPTED  # noqa: E402
 from fastflower.identity import identity  # noqa: E402
 from fastflower.recipe import Recipe, parse_command  # noqa: E402
 from fastflower.runs import Run  # noqa: E402
 
 
+@ranks.rank_zero_speaks()
 def main(argv: list[str]) -> int:
-    """Train; when all ranks are refused, the first speaks and its exit code counts."""
-    try:
-        return train(argv)
-    except ranks.Alone:
-        raise
-    except (errors.InputError, SystemExit) as error:
-        if getattr(error, "code", None) != PREEMPTED:
-            ranks.let_rank_zero_speak()
-        raise
-
-
-def train(argv: list[str]) -> int:
     """Train the recipe's folds one after the other, on as many ranks as were launched."""
     recipe = parse_command(argv)
     advice = derived.check(recipe)
@@ -83,7 +70,7 @@ def train_fold(
         else:
             announce(recipe, training, machine, advice)
             with stop.deferred():
-                fit(training)
+                ranks.fit(training.trainer)
         finish(training, machine, advice)
     finally:
         training.close()
@@ -117,25 +104,6 @@ def announce(recipe: Recipe, training: build.Training, machine: ranks.Machine, a
     say()
     row = {"event": "start", "from_epoch": epoch, "from_step": step, **facts.derived.as_dict()}
     training.recorder.write(row)
-
-
-def fit(training: build.Training) -> None:
-    """Train to the end. A rank in trouble of its own says so and leaves at once; the others follow it."""
-    try:
-        training.trainer.fit()
-    except torch.OutOfMemoryError as error:
-        text = str(error).split(". ")[0]
-        advice = "halve train.batch_per_gpu and double train.grad_accum, the global batch stays"
-        ranks.leave(errors.EnvironmentFault(f"{text}; {advice}"))
-    except errors.InputError as error:
-        ranks.leave(error)
-    except Exception as error:
-        if dist.get_world_size() == 1:
-            raise
-        # NCCL's is a DistError, gloo's a RuntimeError
-        if isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
-            ranks.leave(errors.EnvironmentFault("another rank has ended; its own message says why"))
-        ranks.leave_with_trace()
 
 
 def finish(training: build.Training, machine: ranks.Machine, advice: list[str]) -> None:

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
+from composer import Trainer
+from composer.utils import dist
 from PIL import Image
 
-from fastflower import lrfind
-from fastflower.errors import InputError
+from fastflower import build, lrfind, train
+from fastflower.callbacks import ranks
+from fastflower.errors import PREEMPTED, EnvironmentFault, InputError
 from fastflower.optim.sweep import rates, ruined, smoothed, suggest
 
 
@@ -64,3 +68,61 @@ def test_a_sweep_leaves_no_trace_in_the_run(tmp_path, capsys):
     assert np.array_equal(np.loadtxt(f"{stem}.csv", delimiter=",", skiprows=1), table)  # the same every time
     with pytest.raises(InputError, match="did not fall between"):
         lrfind.main(["tiny.yaml", *words, "lrfind.low=1e-12", "lrfind.high=1e-11", "lrfind.steps=10"])
+
+
+@pytest.mark.parametrize("command", [lrfind, train])
+def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, command):
+    waited: list[float] = []
+    monkeypatch.setattr(ranks.time, "sleep", waited.append)
+    monkeypatch.setattr(ranks.signal, "signal", lambda *_: None)
+
+    def end(error: BaseException) -> None:
+        def refuse(argv: list[str]) -> None:
+            raise error
+
+        monkeypatch.setattr(command, "parse_command", refuse)
+        with pytest.raises(type(error)):
+            command.main([])
+
+    end(InputError("bad"))
+    assert waited == []
+    monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
+    for error in (ranks.Alone(4), SystemExit(PREEMPTED)):
+        end(error)
+    assert waited == []
+    for error in (InputError("bad"), SystemExit(2)):
+        end(error)
+    assert waited == [ranks.PATIENCE] * 2
+
+
+def test_the_ranks_part_only_when_all_went_well(tmp_path, monkeypatch):
+    tiny.project(tmp_path)
+    closed: list[bool] = []
+    monkeypatch.setattr(ranks.Machine, "close", lambda self: closed.append(True))
+
+    def fail(*_: object) -> None:
+        raise InputError("bad")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="bad"):
+        patch.setattr(build, "lr_sweep", fail)
+        lrfind.main(["tiny.yaml"])
+    assert closed == []  # a rank that waits for this one would wait on
+    monkeypatch.setattr(build, "lr_sweep", lambda *_: ([1e-4, 1e-3], [2.0, 1.0]))
+    monkeypatch.setattr(lrfind, "tell", lambda *_: None)
+    assert lrfind.main(["tiny.yaml"]) == 0 and closed == [True]
+
+
+def test_a_rank_in_trouble_says_so_and_leaves(tmp_path, monkeypatch, capsys):
+    tiny.project(tmp_path)
+
+    def full(self: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Trainer, "fit", full)
+    advice = "CUDA out of memory; halve train.batch_per_gpu and double train.grad_accum"
+    with pytest.raises(EnvironmentFault, match=advice):
+        lrfind.main(["tiny.yaml", "lrfind.steps=10"])
+    monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
+    with pytest.raises(ranks.Alone):
+        ranks.fit(Trainer.__new__(Trainer))
+    assert f"fastflower: rank 1: {advice}" in capsys.readouterr().err

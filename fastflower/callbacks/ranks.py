@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from composer import Trainer
 from composer.utils import dist
 
 from fastflower.callbacks.progress import Console
 from fastflower.callbacks.saving import sweep
-from fastflower.errors import EnvironmentFault, InputError
+from fastflower.errors import PREEMPTED, EnvironmentFault, InputError
 from fastflower.recipe import Recipe
 from fastflower.runs import Run, digest
 
@@ -159,6 +160,25 @@ def leave_with_trace() -> NoReturn:
     raise Alone(1)
 
 
+def fit(trainer: Trainer) -> None:
+    """Train to the end. A rank in trouble of its own says so and leaves at once; the others follow it."""
+    try:
+        trainer.fit()
+    except torch.OutOfMemoryError as error:
+        text = str(error).split(". ")[0]
+        advice = "halve train.batch_per_gpu and double train.grad_accum, the global batch stays"
+        leave(EnvironmentFault(f"{text}; {advice}"))
+    except InputError as error:
+        leave(error)
+    except Exception as error:
+        if dist.get_world_size() == 1:
+            raise
+        # NCCL's is a DistError, gloo's a RuntimeError
+        if isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
+            leave(EnvironmentFault("another rank has ended; its own message says why"))
+        leave_with_trace()
+
+
 def check_alike(same: dict[str, Any]) -> None:
     """Raise InputError unless all ranks read the same recipe and the same data."""
     seen = dist.all_gather_object(digest(json.dumps(same, sort_keys=True, default=str)))
@@ -166,11 +186,21 @@ def check_alike(same: dict[str, Any]) -> None:
         raise InputError("the ranks read different recipes or data; give every machine the same files")
 
 
-def let_rank_zero_speak() -> None:
-    """Wait, on other ranks: the launcher ends all as soon as one leaves, and rank 0 may not have spoken yet."""
-    if dist.get_global_rank():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(PATIENCE)
+@contextmanager
+def rank_zero_speaks() -> Iterator[None]:
+    """When all ranks are refused, the first says why and its exit code counts.
+
+    The others wait: the launcher ends all as soon as one leaves, and rank 0 may not have spoken yet.
+    """
+    try:
+        yield
+    except Alone:
+        raise
+    except (InputError, SystemExit) as error:
+        if dist.get_global_rank() and getattr(error, "code", None) != PREEMPTED:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PATIENCE)
+        raise
 
 
 @contextmanager
