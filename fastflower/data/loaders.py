@@ -28,6 +28,7 @@ from fastflower.data.decode import Crop, cores, decode_eval, decode_train
 Batch = dict[str, torch.Tensor]
 Size = tuple[int, int]
 Beside = Callable[[int, int], Iterator[Batch]]
+Memory = Callable[[int, int, int], torch.Tensor]
 
 
 class TrainLoader:
@@ -89,20 +90,16 @@ class TrainLoader:
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch from step `start` on, made by whoever asks for the next."""
         order, per_rank = self._order(epoch), self.batch(epoch)
-        height, width = self.size(epoch)
-        step = per_rank * self.world
+        size, step = self.size(epoch), per_rank * self.world
         more = self.beside(epoch, start) if self.beside else itertools.repeat({})
         for first in range(start * step, len(order) // step * step, step):
             positions = np.arange(first + self.rank, first + step, self.world)
             rows = order[positions]
             keys = seeding.row_keys(self.seed, epoch, positions, rows)
-            decoded = []
-            for beton, own in sides(self.beton, keys):
-                decoded.append(self._memory.images(per_rank, height, width))
-                decode_train(beton, rows, own, decoded[-1].numpy(), self.crop, self.threads)
-            image = side_by_side(decoded)
             yield {
-                "image": image,
+                "image": train_images(
+                    self.beton, rows, keys, size, self.crop, self.threads, self._memory.images
+                ),
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
                 "key": torch.from_numpy(keys.view(np.int64)),
@@ -113,7 +110,8 @@ class TrainLoader:
 class EvalLoader:
     """Evaluation batches: every row once over all ranks, in order; image, label, row, and valid bool (B,).
 
-    All ranks give the same number of full batches; rows with valid=False are padding (copies of row 0).
+    All ranks give the same number of full batches; rows with valid=False are padding: black, with row and label of
+    row 0.
     """
 
     def __init__(
@@ -149,29 +147,73 @@ class EvalLoader:
             places = (step * self.batch_size + np.arange(self.batch_size)) * self.world + self.rank
             valid = places < self.beton.rows
             rows = np.where(valid, places, 0)
-            decoded = []
-            for beton, _ in sides(self.beton):
-                decoded.append(self._memory.images(self.batch_size, *size))
-                decoded[-1][torch.from_numpy(~valid)] = 0
-                pixels = decoded[-1].numpy()[: valid.sum()]
-                decode_eval(beton, rows[valid], pixels, self.factor, self.interpolation, self.threads)
-            image = side_by_side(decoded)
             yield {
-                "image": image,
+                "image": eval_images(
+                    self.beton, rows[valid], size, self.factor, self.interpolation, self.threads, self._padded
+                ),
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
                 "valid": torch.from_numpy(valid),
             }
 
+    def _padded(self, count: int, height: int, width: int) -> torch.Tensor:
+        """Memory of a whole batch, black behind its first `count` images."""
+        images = self._memory.images(self.batch_size, height, width)
+        images[count:] = 0
+        return images
 
-def sides(beton: Beton, keys: np.ndarray | None = None) -> list[tuple[Beton, np.ndarray]]:
-    """The images of a beton's rows, first and of pairs the second, with keys of their own (uint64, of each row)."""
-    keys = np.empty(0, np.uint64) if keys is None else keys
-    return [(beton, keys), (beton.second, seeding.mix(keys))] if beton.images == 2 else [(beton, keys)]
+
+def _fresh(count: int, height: int, width: int) -> torch.Tensor:
+    return torch.empty((count, height, width, 3), dtype=torch.uint8)
 
 
-def side_by_side(images: list[torch.Tensor]) -> torch.Tensor:
-    """The two images of pairs side by side: uint8 (B, h, 2w, 3). One alone is left as it is."""
+def train_images(
+    beton: Beton,
+    rows: np.ndarray,
+    keys: np.ndarray,
+    size: Size,
+    crop: Crop,
+    threads: int = 0,
+    memory: Memory = _fresh,
+) -> torch.Tensor:
+    """Rows (B,) as training cuts them by their keys uint64 (B,): uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
+
+    The second image of a pair has a key of its own. `memory` gives the room for B images of a size.
+    """
+    images = []
+    for side in _sides(beton):
+        images.append(memory(len(rows), *size))
+        decode_train(side, rows, keys, images[-1].numpy(), crop, threads)
+        keys = seeding.mix(keys)
+    return _side_by_side(images)
+
+
+def eval_images(
+    beton: Beton,
+    rows: np.ndarray,
+    size: Size,
+    factor: float,
+    interpolation: str,
+    threads: int = 0,
+    memory: Memory = _fresh,
+) -> torch.Tensor:
+    """Rows (B,) as evaluation shows them: uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
+
+    `memory` gives the room for B images of a size, or more of it, which is left as it is.
+    """
+    images = []
+    for side in _sides(beton):
+        images.append(memory(len(rows), *size))
+        decode_eval(side, rows, images[-1].numpy()[: len(rows)], factor, interpolation, threads)
+    return _side_by_side(images)
+
+
+def _sides(beton: Beton) -> list[Beton]:
+    """A beton by the first image of its rows, and of pairs by the second."""
+    return [beton, beton.second] if beton.images == 2 else [beton]
+
+
+def _side_by_side(images: list[torch.Tensor]) -> torch.Tensor:
     return images[0] if len(images) == 1 else torch.cat(images, 2)
 
 

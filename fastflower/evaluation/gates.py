@@ -25,9 +25,8 @@ import torch
 from torch import nn
 
 from fastflower import checkpoint, runs, scores
-from fastflower.data import loaders
 from fastflower.data.betons import Beton
-from fastflower.data.decode import decode_eval
+from fastflower.data.loaders import eval_images
 from fastflower.evaluation import bare
 from fastflower.evaluation.bundle import CODE, Member
 from fastflower.evaluation.held_out import Photographs, held_out, written
@@ -124,11 +123,8 @@ def views_logits(
 
 def trained_view(betons: dict[int, Beton], row: int, crop: dict[str, Any]) -> np.ndarray:
     """A row as the trainer's evaluation cuts it: uint8 (1, h, w, 3), of pairs (1, h, 2w, 3)."""
-    images = []
-    for beton, _ in loaders.sides(betons[crop["stored_side"]]):
-        images.append(np.empty((1, crop["height"], crop["width"], 3), dtype=np.uint8))
-        decode_eval(beton, np.array([row]), images[-1], crop["factor"], crop["interpolation"], 1)
-    return np.concatenate(images, axis=2)
+    beton, size = betons[crop["stored_side"]], (crop["height"], crop["width"])
+    return eval_images(beton, np.array([row]), size, crop["factor"], crop["interpolation"], 1).numpy()
 
 
 def pixel_parity(root: Path, bundle: dict[str, Any], betons: dict[int, Beton]) -> Gate:
