@@ -17,18 +17,36 @@ import timm
 import torch
 from timm.layers.cbam import CbamModule
 
-from fastflower import convert, derived, evaluate, export, runs, sample_data, seeding, train
+from fastflower import (
+    checkpoint,
+    convert,
+    derived,
+    evaluate,
+    export,
+    runs,
+    sample_data,
+    seeding,
+    train,
+)
 from fastflower import recipe as recipes
-from fastflower.data import sources
+from fastflower.data import decode, sources
 from fastflower.data.augment import augment, augment_pairs
 from fastflower.data.decode import Crop, decode_eval, decode_train
 from fastflower.data.folds import read_folds
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.sets import open_fold
 from fastflower.errors import InputError
-from fastflower.evaluation import bundle, gates, held_out, oof, programs
+from fastflower.evaluation import (
+    bundle,
+    gates,
+    held_out,
+    oof,
+    programs,
+    soups,
+)
 from fastflower.model.backbones import build_backbone, profile
 from fastflower.model.compare import FEATURES, FUSIONS, CompareNet
+from fastflower.model.network import Network, NetworkSpec, build_network
 from fastflower.runs import Run, read_events
 
 SMALL = ["exp.name=pairs", "data.workers=1", "sched.cosine_epochs=1", "train.batch_per_gpu=16"]
@@ -254,3 +272,70 @@ def test_arrays_of_pairs_are_those_of_the_training_file():
     assert arrays("data.root=lost.npz", "data.form=arrays") == []
     with pytest.raises(InputError, match=r"lost.npz: no such file, and it says whether its images are pairs"):
         arrays("data.root=lost.npz")
+
+
+@pytest.fixture
+def coloured(repo: Path) -> recipes.Recipe:
+    """Pairs whose first images are shades of red and second ones of blue, converted; data.workers=0."""
+    Path("data/pairs").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, rows in (("train", 24), ("val", 12)):
+        one, other = np.zeros((2, rows, 16, 16, 3), np.uint8)
+        one[..., 0], other[..., 2] = rng.integers(150, 256, (2, rows, 16, 16))
+        np.savez(f"data/pairs/{part}.npz", xa=one, xb=other, y=np.arange(rows) % 2)
+    words = [str(repo / "recipes/pairs_small.yaml"), *SMALL, "data.store=raw", "data.workers=0"]
+    convert.main(words)
+    return recipes.parse_command(words)
+
+
+def red_and_blue(images: np.ndarray) -> bool:
+    """Whether all of images (B, h, 2w, 3) are red to the left and blue to the right."""
+    red, blue = np.split(np.asarray(images, int), 2, axis=2)
+    return bool(
+        (red[..., 0] > 100).all() and (blue[..., 2] > 100).all()
+        and (red[..., 1:] < 50).all() and (blue[..., :2] < 50).all()
+    )  # fmt: skip
+
+
+def checkpointed(recipe: recipes.Recipe, kind: str, seed: int = 0) -> Path:
+    """A checkpoint of random weights of the recipe's network."""
+    fold = open_fold(recipe, 0)
+    spec = NetworkSpec.from_recipe(recipe, 2)
+    seeding.seed_all(seed)
+    meta = {
+        **spec.meta(), "kind": kind, "weights": "raw", "resize_factor": 1.0, "fold": 0, "seed": 42, "scores": {},
+        "epoch": 1, "class_ids": list(fold.classes.ids), "class_hash": fold.classes.hash,
+        "class_counts": [12, 12], "folds_hash": fold.folds.hash, "stored_side": 16,
+    }  # fmt: skip
+    path = Run("pairs", recipe.model.backbone, 0, 42).file(kind, 1, 0.5)
+    checkpoint.save(path, dict(build_network(spec).state_dict()), meta)
+    return path
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[np.ndarray]:
+    """What networks of pairs are given from here on, each (B, h, 2w, 3) in 0..255."""
+    given: list[np.ndarray] = []
+    honest = Network.forward
+
+    def forward(self, images):
+        given.append(images.detach().permute(0, 2, 3, 1).numpy().copy())
+        return honest(self, images)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    return given
+
+
+@pytest.fixture
+def threads(monkeypatch) -> set[int]:
+    """How many threads decoding was asked for from here on; 0 stands for the machine's cores."""
+    asked: set[int] = set()
+    monkeypatch.setattr(decode, "cores", lambda threads, share=1: asked.add(threads) or 2)
+    return asked
+
+
+def test_a_soups_statistics_are_those_of_both_images(coloured, seen, threads):
+    path = checkpointed(coloured, "best_clean")
+    soups.mix(path.with_name("mixed.pth"), [path, path], coloured, 0, torch.device("cpu"))
+    assert sum(map(len, seen)) == 24 and threads == {0}
+    assert all(images.shape[1:] == (16, 32, 3) and red_and_blue(images) for images in seen)

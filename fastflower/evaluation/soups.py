@@ -22,7 +22,7 @@ from torch.optim.swa_utils import update_bn
 from fastflower import checkpoint, runs
 from fastflower.checkpoint import Checkpoint
 from fastflower.data import sets
-from fastflower.data.decode import decode_eval
+from fastflower.data.loaders import eval_images
 from fastflower.errors import InputError
 from fastflower.evaluation import views
 from fastflower.evaluation.oof import Logits
@@ -202,14 +202,13 @@ def refresh_norms(soup: Checkpoint, path: Path, recipe: Recipe, device: torch.de
     beton = sets.open_fold(recipe, int(soup.meta["fold"])).train
     rows = np.random.default_rng(0).permutation(beton.rows)[:NORM_IMAGES]
     height, width = soup.meta["size"]
+    factor, interpolation = float(soup.meta["resize_factor"]), str(soup.meta["interpolation"])
     batch = max(2, recipe.train.batch_per_gpu)
     parts = [part for part in np.array_split(rows, max(1, len(rows) // batch)) if len(part) > 1]
 
     def images(part: np.ndarray) -> Tensor:
-        pixels = np.empty((len(part), height, width, 3), np.uint8)
-        factor, interpolation = float(soup.meta["resize_factor"]), str(soup.meta["interpolation"])
-        decode_eval(beton, part, pixels, factor, interpolation, recipe.data.workers or 1)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+        pixels = eval_images(beton, part, (height, width), factor, interpolation, recipe.data.workers)
+        return pixels.permute(0, 3, 1, 2).float()
 
     update_bn((images(part) for part in parts), network, device)
     return Checkpoint({name: tensor.cpu() for name, tensor in network.state_dict().items()}, soup.meta)
