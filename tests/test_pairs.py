@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.layers.cbam import CbamModule
 
 from fastflower import (
@@ -25,6 +28,7 @@ from fastflower import (
     export,
     runs,
     sample_data,
+    scores,
     seeding,
     train,
 )
@@ -37,12 +41,17 @@ from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.sets import open_fold
 from fastflower.errors import InputError
 from fastflower.evaluation import (
+    attention,
     bundle,
     gates,
+    gradcam,
     held_out,
+    mistakes,
     oof,
+    pictures,
     programs,
     soups,
+    views,
 )
 from fastflower.model.backbones import build_backbone, profile
 from fastflower.model.compare import FEATURES, FUSIONS, CompareNet
@@ -339,3 +348,60 @@ def test_a_soups_statistics_are_those_of_both_images(coloured, seen, threads):
     soups.mix(path.with_name("mixed.pth"), [path, path], coloured, 0, torch.device("cpu"))
     assert sum(map(len, seen)) == 24 and threads == {0}
     assert all(images.shape[1:] == (16, 32, 3) and red_and_blue(images) for images in seen)
+
+
+def test_grad_cam_sees_both_images_and_has_a_map_of_either(coloured, seen, threads):
+    path = checkpointed(coloured, "best_clean")
+    member = views.predict(path, coloured, torch.device("cpu"))
+    rows = [mistakes.image(member, scores.softmax(member.logits), row) for row in range(4)]
+    seen.clear(), threads.clear()
+    found = {"mistakes": rows[:2], "right": rows[2:]}
+    attention.save(Path("gradcam"), [member], found, coloured, torch.device("cpu"))
+    assert seen and all(images.shape[1:] == (16, 32, 3) and red_and_blue(images) for images in seen)
+    assert threads == {0}
+    files = list(Path("gradcam").glob("*.jpg"))
+    assert len(files) >= 4
+    for file in files:
+        with Image.open(file) as picture:
+            assert picture.size == (2 * pictures.SIDE, pictures.SIDE)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_maps_of_a_pair_are_the_formula_for_either_image(side):
+    """The features of one image alone decide: its half of the map is Grad-CAM of the trunk, the other is empty."""
+    network = CompareNet([1, 1, 1], "concat", cbam=False, width=0.25).eval()
+    pairs = torch.rand(2, 3, 32, 64)
+    weight = torch.randn(FEATURES)
+    score = torch.nn.Linear(2 * FEATURES, 1, bias=False)
+    score.weight.data = torch.cat([weight * (side == 0), weight * (side == 1)])[None]
+    whole = torch.nn.Sequential()
+    whole.backbone, whole.head = network, score
+    got = np.split(gradcam.attribute(whole, pairs, torch.zeros(2, dtype=torch.int64)), 2, axis=2)
+    maps = network.stages(network.stem(pairs.chunk(2, 3)[side])).detach().requires_grad_()
+    (network.features(maps.mean((2, 3))) @ weight).sum().backward()
+    coarse = (maps.grad.mean((2, 3), keepdim=True) * maps.detach()).sum(1, keepdim=True).relu()
+    fine = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")[:, 0].numpy()
+    assert (fine.sum((1, 2)) > 0).any()
+    np.testing.assert_allclose(
+        got[side], fine / np.maximum(fine.sum((1, 2), keepdims=True), 1e-12), atol=1e-6
+    )
+    assert not got[1 - side].any()
+
+
+def test_each_image_of_a_pair_has_a_border():
+    inside = np.zeros((1, 64, 128))
+    inside[:, 30:34, 30:34] = 1
+    seam = np.zeros((1, 64, 128))
+    seam[:, 30:34, 62:66] = 1
+    assert gradcam.border_share(np.concatenate([inside, seam]), 2).tolist() == [0, 1]
+    assert gradcam.border_share(np.ones((1, 64, 128)), 2)[0] == pytest.approx(gradcam.EVEN)
+
+
+def test_the_report_shows_both_images(coloured):
+    fold = open_fold(coloured, 0)
+    whole = pictures.whole(fold.val, np.arange(12))
+    assert whole.shape == (12, pictures.SIDE, 2 * pictures.SIDE, 3) and red_and_blue(whole)
+    home = Path(coloured.data.home)
+    (uri,) = pictures.thumbnails(home, fold.folds.hash, {0: {int(fold.val.index[0])}}).values()
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
+        assert picture.size == (2 * pictures.SIDE, pictures.SIDE)

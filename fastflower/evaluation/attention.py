@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from fastflower import checkpoint, runs
 from fastflower.data import sets
 from fastflower.data.betons import open_beton
-from fastflower.data.decode import decode_eval
+from fastflower.data.loaders import eval_images
 from fastflower.evaluation import gradcam
 from fastflower.evaluation.oof import Logits
-from fastflower.evaluation.pictures import SIDE, jpeg
+from fastflower.evaluation.pictures import jpeg, small
 from fastflower.evaluation.views import load_network
 from fastflower.recipe import Recipe
 
@@ -50,16 +49,12 @@ def save(
         shares: dict[bool, list[float]] = {False: [], True: []}
         for member in (member for member in members if member.run == (backbone, seed)):
             own = [example for example in examples if example[0]["fold"] == member.about["fold"]]
-            for row, right, target, cam, pixels in _maps(member, own, shown, settings, device):
-                share = float(gradcam.border_share(cam[None])[0])
+            for row, right, target, cam, share, pixels in _maps(member, own, shown, settings, device):
                 if target == row["guess"] and share == share:
                     shares[right].append(share)
                 if row["index"] in shown:
                     name = f"{backbone}__row{row['index']}_class{target}.jpg"
-                    picture = gradcam.overlay(pixels, cam)
-                    runs.write_atomic(
-                        folder / name, jpeg(np.asarray(Image.fromarray(picture).resize((SIDE, SIDE))))
-                    )
+                    runs.write_atomic(folder / name, jpeg(small(gradcam.overlay(pixels, cam))))
                     about = {key: row[key] for key in ("index", "filename", "label", "guess")}
                     about |= {
                         "backbone": backbone,
@@ -83,8 +78,10 @@ def _maps(
     shown: set[int],
     settings: Recipe,
     device: torch.device,
-) -> Iterable[tuple[dict[str, Any], bool, int, np.ndarray, np.ndarray]]:
-    """(image, right, class_idx, map (H, W), pixels uint8 (H, W, 3)) for every map that is wanted of a member."""
+) -> Iterable[tuple[dict[str, Any], bool, int, np.ndarray, float, np.ndarray]]:
+    """(image, right, class_idx, map (H, W), its share at the border, pixels uint8 (H, W, 3)) for every map that is
+    wanted of a member; of pairs W is that of both images.
+    """
     if not examples:
         return
     beton = open_beton(sets.beton_path(Path(settings.data.home), int(member.about["fold"]), "val"))
@@ -96,15 +93,16 @@ def _maps(
     ]
     for start in range(0, len(tasks), BATCH):
         part = tasks[start : start + BATCH]
-        pixels = np.empty((len(part), height, width, 3), np.uint8)
         rows = np.array([place[row["index"]] for row, _, _ in part], np.int64)
-        decode_eval(
-            beton, rows, pixels, meta["resize_factor"], meta["interpolation"], settings.data.workers or 1
+        pixels = eval_images(
+            beton, rows, (height, width), meta["resize_factor"], meta["interpolation"], settings.data.workers
         )
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
+        images = pixels.to(device).permute(0, 3, 1, 2).float()
         targets = torch.tensor([target for _, _, target in part], device=device)
-        for task, cam, own in zip(part, gradcam.attribute(network, images, targets), pixels, strict=True):
-            yield *task, cam, own
+        cams = gradcam.attribute(network, images, targets)
+        shares = gradcam.border_share(cams, beton.images).tolist()
+        for task, *found in zip(part, cams, shares, pixels.numpy(), strict=True):
+            yield *task, *found
 
 
 def _targets(row: dict[str, Any], both: bool) -> list[int]:

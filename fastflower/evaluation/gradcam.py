@@ -5,6 +5,7 @@ Shows where in the image the network finds a class, and how much of that lies at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
 from fastflower.errors import InputError
+from fastflower.model.compare import CompareNet
 
 COARSEST = 4  # a map of 2 x 2, as small images leave it, shows nothing
 BORDER = 1 / 8  # of each side
@@ -30,18 +32,20 @@ class Probe(nn.Module):
 
 
 @contextmanager
-def probed(network: nn.Module, sample: Tensor) -> Iterator[Probe]:
-    """Put a Probe where the network last has a spatial map, for the length of the block.
+def probed(network: nn.Module, sample: Tensor) -> Iterator[list[Probe]]:
+    """Put a Probe where the network last has a spatial map, for the length of the block; two in a network that
+    compares pairs, which has a map of either image.
 
     Token networks get it before their last block, where every patch still reaches the output.
     """
     backbone: Any = getattr(network, "backbone", network)
-    probe = Probe()
     blocks: Any = getattr(backbone, "blocks", None)
     patched = hasattr(backbone, "patch_embed") and isinstance(blocks, nn.Sequential)
     if patched and _yields_tokens(network, blocks, sample):
         prefix = int(getattr(backbone, "num_prefix_tokens", 1))
         grid = tuple(int(n) for n in backbone.patch_embed.dynamic_feat_size(sample.shape[-2:]))
+        probe = Probe()
+        chosen = [probe]
 
         def tokens(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]  # (B, prefix + h * w, C)
@@ -52,13 +56,18 @@ def probed(network: nn.Module, sample: Tensor) -> Iterator[Probe]:
         handle = blocks[-1].register_forward_pre_hook(tokens)
     else:
         last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        module, times = _last_map(network, sample, channels_last=last)
+        probes = [Probe() for _ in range(times)]
+        turns, each = itertools.cycle(probes), times // (2 if isinstance(backbone, CompareNet) else 1)
+        chosen = probes[each - 1 :: each]
 
         def maps(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            probe = next(turns)
             return probe(out.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else probe(out)
 
-        handle = _last_map(network, sample, channels_last=last).register_forward_hook(maps)
+        handle = module.register_forward_hook(maps)
     try:
-        yield probe
+        yield chosen
     finally:
         handle.remove()
 
@@ -66,21 +75,31 @@ def probed(network: nn.Module, sample: Tensor) -> Iterator[Probe]:
 def attribute(network: nn.Module, images: Tensor, targets: Tensor) -> np.ndarray:
     """Grad-CAM of float images (B, 3, H, W) for class_idx targets (B,): float32 (B, H, W), each image's sum is 1.
 
-    An image in which nothing speaks for its target has a map of zeros.
+    An image in which nothing speaks for its target has a map of zeros. The maps of a pair lie side by side,
+    as its images do.
     """
-    with torch.enable_grad(), probed(network, images[:1]) as probe:
+    with torch.enable_grad(), probed(network, images[:1]) as probes:
         inputs = images.detach().requires_grad_()
-        maps = LayerGradCam(network, probe).attribute(inputs, target=targets, relu_attributions=True)
-    maps = F.interpolate(maps.detach(), images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        cams = [
+            LayerGradCam(network, probe).attribute(inputs, target=targets, relu_attributions=True).detach()
+            for probe in probes
+        ]
+    size = (images.shape[2], images.shape[3] // len(cams))
+    fine = [F.interpolate(cam, size, mode="bilinear", align_corners=False)[:, 0] for cam in cams]
+    maps = torch.cat(fine, 2)
     total = maps.sum((1, 2), keepdim=True)
     return (maps / torch.where(total > 0, total, torch.ones_like(total))).cpu().numpy()
 
 
-def border_share(maps: np.ndarray) -> np.ndarray:
-    """The share (B,) of each map (B, H, W) that lies in the outer eighth on each side; EVEN when spread evenly."""
-    height, width = maps.shape[1:]
+def border_share(maps: np.ndarray, sides: int = 1) -> np.ndarray:
+    """The share (B,) of each map (B, H, W) that lies in the outer eighth on each side; EVEN when spread evenly.
+
+    With `sides` = 2 each is the map of a pair, and either half has a border of its own.
+    """
+    height, width = maps.shape[1], maps.shape[2] // sides
     top, left = round(height * BORDER), round(width * BORDER)
-    inner = maps[:, top : height - top, left : width - left].sum((1, 2))
+    halves = maps.reshape(len(maps), height, sides, width)
+    inner = halves[:, top : height - top, :, left : width - left].sum((1, 2, 3))
     total = maps.sum((1, 2))
     return np.where(total > 0, 1 - inner / np.where(total > 0, total, 1), np.nan)
 
@@ -100,20 +119,23 @@ def _yields_tokens(network: nn.Module, blocks: nn.Sequential, sample: Tensor) ->
     return shapes == [3]
 
 
-def _last_map(network: nn.Module, sample: Tensor, channels_last: bool) -> nn.Module:
-    """The module that last yields a map of COARSEST x COARSEST positions or more; failing that, the finest."""
+def _last_map(network: nn.Module, sample: Tensor, channels_last: bool) -> tuple[nn.Module, int]:
+    """The module that last yields a map of COARSEST x COARSEST positions or more, and how often it runs; failing
+    that, the finest.
+    """
     found: list[tuple[int, nn.Module]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if isinstance(out, Tensor) and out.ndim == 4:
-            found.append((min(out.shape[1:3] if channels_last else out.shape[2:]), module))
+        spatial = isinstance(out, Tensor) and out.ndim == 4
+        found.append((min(out.shape[1:3] if channels_last else out.shape[2:]) if spatial else 0, module))
 
     handles = [module.register_forward_hook(note) for module in network.modules()]
     with torch.no_grad():
         network(sample)
     for handle in handles:
         handle.remove()
-    if not found:
+    finest = max(side for side, _ in found)
+    if not finest:
         raise InputError("Grad-CAM: the network has no spatial map")
-    least = min(COARSEST, max(side for side, _ in found))
-    return [module for side, module in found if side >= least][-1]
+    last = [module for side, module in found if side >= min(COARSEST, finest)][-1]
+    return last, sum(module is last for _, module in found)

@@ -15,7 +15,8 @@ from fastflower import derived, seeding
 from fastflower.data import sets
 from fastflower.data.augment import augment
 from fastflower.data.betons import Beton, open_beton
-from fastflower.data.decode import Crop, decode_eval, decode_train
+from fastflower.data.decode import Crop, decode_train
+from fastflower.data.loaders import eval_images
 from fastflower.data.mixing import Kind, mix
 from fastflower.recipe import Recipe
 
@@ -36,11 +37,16 @@ def data_uri(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
+def small(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) with its short side brought to SIDE."""
+    scale = SIDE / min(pixels.shape[:2])
+    size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
 def whole(beton: Beton, rows: np.ndarray) -> np.ndarray:
-    """The largest centred square of each row: uint8 (B, SIDE, SIDE, 3)."""
-    out = np.empty((len(rows), SIDE, SIDE, 3), np.uint8)
-    decode_eval(beton, rows, out, 1.0, "bicubic", 0)
-    return out
+    """The largest centred square of each row: uint8 (B, SIDE, SIDE, 3), of pairs (B, SIDE, 2 * SIDE, 3)."""
+    return eval_images(beton, rows, (SIDE, SIDE), 1.0, "bicubic").numpy()
 
 
 def thumbnails(home: Path, folds_hash: str, wanted: dict[int, set[int]]) -> dict[int, str]:
@@ -105,9 +111,7 @@ def _keys(recipe: Recipe, epoch: int, rows: np.ndarray) -> np.ndarray:
 def _bytes(images: torch.Tensor) -> np.ndarray:
     """Float (B, 3, H, W), 0..255, as uint8 thumbnails (B, h, w, 3) with a short side of SIDE."""
     pixels = images.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    scale = SIDE / min(pixels.shape[1:3])
-    size = (round(pixels.shape[2] * scale), round(pixels.shape[1] * scale))
-    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pixels])
+    return np.stack([small(own) for own in pixels])
 
 
 def _open(path: Path, folds_hash: str) -> Beton | None:
