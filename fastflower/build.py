@@ -33,7 +33,7 @@ from fastflower.callbacks.samples import COLUMNS, save_samples
 from fastflower.callbacks.saving import Saving, Stateful, Stop, parse_interval
 from fastflower.callbacks.scoring import CLEAN, CORRUPTED, Scoring
 from fastflower.callbacks.trackers import trackers
-from fastflower.data.augment import augment, augment_pairs
+from fastflower.data.augment import augment
 from fastflower.data.decode import Crop
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
@@ -400,8 +400,8 @@ def _averages(
             loader.cursor = lambda: (state.timestamp.epoch.value - 1, 0)
             for batch in itertools.islice(loader, SWA_BATCHES):
                 batch = state.device.batch_to_device(batch)
-                change = augment_pairs if data.train.beton.images == 2 else augment
-                yield change(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, paint)
+                pairs = data.train.beton.images == 2
+                yield augment(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, paint, pairs)
 
         first = min(d.epochs, math.floor(recipe.swa.start * d.epochs) + 1)
         averages["swa"] = Swa(network, first, classifier.shadows, batches, stop.agreed)

@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from composer.core import Event
 from PIL import Image
 from timm.layers.cbam import CbamModule
 
@@ -33,8 +35,10 @@ from fastflower import (
     train,
 )
 from fastflower import recipe as recipes
+from fastflower.algorithms.augmentation import DeviceAugment
+from fastflower.callbacks import samples
 from fastflower.data import decode, sources
-from fastflower.data.augment import augment, augment_pairs
+from fastflower.data.augment import augment
 from fastflower.data.decode import Crop, decode_eval, decode_train
 from fastflower.data.folds import read_folds
 from fastflower.data.loaders import EvalLoader, TrainLoader
@@ -58,6 +62,7 @@ from fastflower.model.compare import FEATURES, FUSIONS, CompareNet
 from fastflower.model.network import Network, NetworkSpec, build_network
 from fastflower.runs import Run, read_events
 
+FILL = (127.5,) * 3  # what the networks' mean of 0.5 makes of erased boxes
 SMALL = ["exp.name=pairs", "data.workers=1", "sched.cosine_epochs=1", "train.batch_per_gpu=16"]
 
 
@@ -110,7 +115,7 @@ def test_batches_hold_both_images_side_by_side(recipe):
 def test_the_halves_are_augmented_as_the_images_they_are():
     images = torch.randint(0, 256, (5, 12, 20, 3), dtype=torch.uint8)
     keys, aug = torch.arange(5) * 977, recipes.load(None, ["aug.photometric_p=0.5"]).aug
-    got = augment_pairs(images, keys, aug, 0.3, (1.0, 2.0, 3.0))
+    got = augment(images, keys, aug, 0.3, (1.0, 2.0, 3.0), pairs=True)
     first = augment(images[:, :, :10].contiguous(), keys, aug, 0.3, (1.0, 2.0, 3.0))
     second = augment(images[:, :, 10:].contiguous(), seeding.mix_tensor(keys), aug, 0.3, (1.0, 2.0, 3.0))
     assert torch.equal(got, torch.cat([first, second], 3))
@@ -405,3 +410,47 @@ def test_the_report_shows_both_images(coloured):
     (uri,) = pictures.thumbnails(home, fold.folds.hash, {0: {int(fold.val.index[0])}}).values()
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
         assert picture.size == (2 * pictures.SIDE, pictures.SIDE)
+
+
+@pytest.fixture
+def first_rows(coloured) -> tuple[recipes.Recipe, TrainLoader]:
+    """A recipe that turns and erases, and a loader of the first eight training pairs."""
+    strong = replace(coloured.aug, rotation_deg=30.0)
+    recipe = replace(coloured, aug=strong, reg=replace(coloured.reg, erase_p=0.7))
+    beton, crop = (
+        open_fold(recipe, 0).train,
+        Crop((0.9, 1.0), (strong.rrc_ratio[0], strong.rrc_ratio[1]), 0.0),
+    )
+    size, order = (lambda epoch: (16, 16)), (lambda epoch: np.arange(8))
+    return recipe, TrainLoader(beton, order, recipe.seed, lambda epoch: 8, size, crop)
+
+
+def trained_on(recipe: recipes.Recipe, loader: TrainLoader) -> torch.Tensor:
+    """What the network is given of the loader's one batch, (B, 3, h, 2w)."""
+    (batch,) = loader
+    algorithm = DeviceAugment(recipe.aug, recipe.reg.erase_p, FILL, pairs=True)
+    device = types.SimpleNamespace(batch_to_device=lambda batch: batch)
+    state = types.SimpleNamespace(batch=batch, device=device)
+    algorithm.apply(Event.AFTER_DATALOADER, state, None)
+    return state.batch["image"]
+
+
+def test_the_reports_augmented_pairs_are_those_of_training(first_rows):
+    recipe, loader = first_rows
+    drawn = pictures.draw(loader.beton, np.arange(8), recipe, 0, (16, 16))
+    assert torch.equal(drawn, trained_on(recipe, loader))
+    found = pictures.augmented(recipe, open_fold(recipe, 0).folds.hash, 0)
+    for group in found["groups"]:
+        for shot in group["shots"]:
+            with Image.open(io.BytesIO(base64.b64decode(shot["uri"].partition(",")[2]))) as picture:
+                assert picture.size == (2 * pictures.SIDE, pictures.SIDE), group["title"]
+
+
+def test_samples_of_pairs_are_what_evaluation_and_training_make_of_them(first_rows):
+    recipe, loader = first_rows
+    found = samples.sample_rows(recipe, loader, 2, "bilinear", FILL)
+    evaluated = found["as evaluated"]
+    assert evaluated.shape == (8, 16, 32, 3) and red_and_blue(evaluated)
+    (batch,) = EvalLoader(loader.beton, 24, lambda: (16, 16), 1.0, "bilinear")
+    assert np.array_equal(evaluated, batch["image"][:8].numpy())
+    assert np.array_equal(found["as trained"], samples.pixels(trained_on(recipe, loader)))

@@ -6,7 +6,7 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from fastflower.data.augment import augment, augment_pairs
+from fastflower.data.augment import augment
 from fastflower.recipe import Aug
 
 
@@ -30,6 +30,5 @@ class DeviceAugment(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         batch = state.device.batch_to_device(state.batch)
         self.fill = self.fill.to(batch["image"].device)
-        change = augment_pairs if self.pairs else augment
-        images = change(batch["image"], batch["key"], self.aug, self.erase_p, self.fill)
+        images = augment(batch["image"], batch["key"], self.aug, self.erase_p, self.fill, self.pairs)
         state.batch = {**batch, "image": images}

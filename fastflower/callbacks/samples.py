@@ -9,8 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from fastflower.data.augment import augment
-from fastflower.data.decode import decode_eval
-from fastflower.data.loaders import TrainLoader
+from fastflower.data.loaders import TrainLoader, eval_images
 from fastflower.data.mixing import Kind, mix
 from fastflower.data.unlabelled import strong_augmentation
 from fastflower.recipe import Recipe
@@ -23,16 +22,18 @@ BAND = 16  # pixels for a row's title
 def sample_rows(
     recipe: Recipe, loader: TrainLoader, num_classes: int, interpolation: str, fill: tuple[float, ...]
 ) -> dict[str, np.ndarray]:
-    """Title -> uint8 (n, h, w, 3) of the first rows of epoch 0: stored, augmented, MixUp, CutMix, unlabelled views."""
+    """Title -> uint8 (n, h, w, 3) of the first rows of epoch 0: stored, augmented, MixUp, CutMix, unlabelled views.
+
+    Of pairs w is that of both images.
+    """
     batch = next(iter(loader))
     keys, labels = batch["key"], batch["label"]
-    crop, height, width, _ = batch["image"].shape
-    stored = np.empty((crop, height, width, 3), np.uint8)
-    decode_eval(
-        loader.beton, batch["row"].numpy(), stored, recipe.eval.resize_factor, interpolation, loader.threads
+    beton, size = loader.beton, loader.size(0)
+    stored = eval_images(
+        beton, batch["row"].numpy(), size, recipe.eval.resize_factor, interpolation, loader.threads
     )
-    images = augment(batch["image"], keys, recipe.aug, recipe.reg.erase_p, fill)
-    rows = {"as evaluated": stored, "as trained": pixels(images)}
+    images = augment(batch["image"], keys, recipe.aug, recipe.reg.erase_p, fill, beton.images == 2)
+    rows = {"as evaluated": stored.numpy(), "as trained": pixels(images)}
     alphas: dict[Kind, float] = {"mixup": recipe.reg.mixup, "cutmix": recipe.reg.cutmix}
     for kind, alpha in alphas.items():
         if alpha and recipe.reg.mix_prob:

@@ -59,13 +59,24 @@ class Stream(enum.IntEnum):
     OPERATION = 2000  # + 4 * step, and the next three: its sign, whether at all, its strength
 
 
-def augment(images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Sequence[float] | Tensor) -> Tensor:
+def augment(
+    images: Tensor,
+    keys: Tensor,
+    aug: Aug,
+    erase_p: float,
+    fill: Sequence[float] | Tensor,
+    pairs: bool = False,
+) -> Tensor:
     """Uint8 images (B, H, W, 3) and int64 keys (B,) to float32 (B, 3, H, W), channels last, 0..255.
 
     `fill` (3, in 0..255; a tensor must be on the same device) is what erasing paints: the network's mean, so
     that it is 0 after normalisation. `aug.strength` multiplies strengths and probabilities; at 0 only the
-    dtype changes.
+    dtype changes. With `pairs` two images lie side by side (B, H, 2W, 3), and each has a key of its own.
     """
+    if pairs:
+        halves = images.unflatten(2, (2, images.shape[2] // 2)).transpose(1, 2).flatten(0, 1)  # (2B, H, W, 3)
+        own = torch.stack([keys, seeding.mix_tensor(keys)], 1).flatten()
+        return torch.cat(augment(halves, own, aug, erase_p, fill).unflatten(0, (len(keys), 2)).unbind(1), 3)
     batch, height, width, _ = images.shape
     if aug.strength == 0:
         return images.permute(0, 3, 1, 2).to(torch.float32)
@@ -76,16 +87,6 @@ def augment(images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Sequen
     for part in (slice(start, start + rows) for start in range(0, batch, rows)):
         out[part] = _augment(images[part], keys[part], aug, erase_p, fill)
     return out
-
-
-def augment_pairs(
-    images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Sequence[float] | Tensor
-) -> Tensor:
-    """`augment` of two images that lie side by side (B, H, 2W, 3), each by a key of its own; (B, 3, H, 2W)."""
-    batch, both = len(images), images.shape[2]
-    halves = images.unflatten(2, (2, both // 2)).transpose(1, 2).flatten(0, 1)  # (2B, H, W, 3)
-    own = torch.stack([keys, seeding.mix_tensor(keys)], 1).flatten()
-    return torch.cat(augment(halves, own, aug, erase_p, fill).unflatten(0, (batch, 2)).unbind(1), 3)
 
 
 def _augment(images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from fastflower import derived, seeding
 from fastflower.data import sets
 from fastflower.data.augment import augment
 from fastflower.data.betons import Beton, open_beton
-from fastflower.data.decode import Crop, decode_train
-from fastflower.data.loaders import eval_images
+from fastflower.data.decode import Crop
+from fastflower.data.loaders import eval_images, train_images
 from fastflower.data.mixing import Kind, mix
 from fastflower.recipe import Recipe
 
@@ -92,16 +92,16 @@ def augmented(recipe: Recipe, folds_hash: str, fold: int) -> dict[str, Any] | No
 
 
 def draw(beton: Beton, rows: np.ndarray, recipe: Recipe, epoch: int, size: tuple[int, int]) -> torch.Tensor:
-    """Rows as training draws them at the start of an epoch (from 0): float32 (B, 3, h, w), 0..255."""
+    """Rows as training draws them at the start of an epoch (from 0): float32 (B, 3, h, w), of pairs (B, 3, h, 2w),
+    0..255.
+    """
     aug, keys = recipe.aug, _keys(recipe, epoch, rows)
     scale, ratio = (aug.rrc_scale[0], aug.rrc_scale[1]), (aug.rrc_ratio[0], aug.rrc_ratio[1])
     crop = Crop(scale, ratio, min(1.0, aug.hflip_p * aug.strength))
-    out = np.empty((len(rows), *size, 3), np.uint8)
-    decode_train(beton, rows, keys, out, crop, 0)
+    images = train_images(beton, rows, keys, size, crop)
     fill = GREY if recipe.data.mean == "auto" else [255 * value for value in recipe.data.mean]
-    return augment(
-        torch.from_numpy(out), torch.from_numpy(keys.view(np.int64)), aug, recipe.reg.erase_p, fill
-    )
+    own = torch.from_numpy(keys.view(np.int64))
+    return augment(images, own, aug, recipe.reg.erase_p, fill, beton.images == 2)
 
 
 def _keys(recipe: Recipe, epoch: int, rows: np.ndarray) -> np.ndarray:
