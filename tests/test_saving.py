@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import types
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastflower import checkpoint
-from fastflower.callbacks import saving
+from fastflower.callbacks import samples, saving
 from fastflower.callbacks.saving import (
     LAYOUT,
     Stop,
@@ -146,6 +149,22 @@ def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
         path.write_bytes(b"half")
     sweep(RUN)
     assert not any(path.exists() for path in mine) and all(path.exists() for path in others)
+
+
+def test_a_kill_leaves_the_samples_of_before(tmp_path, monkeypatch):
+    path = tmp_path / "samples.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(samples, "sample_rows", lambda *_: {"stored": np.zeros((8, 4, 4, 3), np.uint8)})
+    loader = types.SimpleNamespace(close=lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            samples.save_samples(path, None, loader, 2, "bilinear", (0.0, 0.0, 0.0))
+    assert path.read_bytes() == b"old"
+    samples.save_samples(path, None, loader, 2, "bilinear", (0.0, 0.0, 0.0))
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG"
 
 
 @pytest.mark.parametrize("text, expected", [("1ep", (1, "ep")), ("200ba", (200, "ba")), ("3ep", (3, "ep"))])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from fastflower import runs
 from fastflower.data.augment import augment
 from fastflower.data.loaders import TrainLoader, eval_images
 from fastflower.data.mixing import Kind, mix
@@ -74,7 +76,8 @@ def save_samples(
 ) -> None:
     """Write the picture of the loader's first batch and close the loader."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid(sample_rows(recipe, loader, num_classes, interpolation, fill)).save(path)
+        buffer = io.BytesIO()
+        grid(sample_rows(recipe, loader, num_classes, interpolation, fill)).save(buffer, "PNG")
+        runs.write_atomic(path, buffer.getvalue())
     finally:
         loader.close()
