@@ -220,7 +220,7 @@ def training(
     groups = param_groups(network, d.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
     guard = GradientGuard(network, recipe.train.clip_grad, recipe.train.max_nonfinite, console.say)
-    averages = _averages(recipe, d, classifier, data, guard, fill(spec), stop)
+    averages = _averages(recipe, d, classifier, data, guard, spec.fill, stop)
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
     rows = {label: loader.beton.rows for label, loader in data.evaluation.items()}
     scoring = Scoring(recipe, d, networks.values, rows, data.combos)
@@ -228,7 +228,7 @@ def training(
         recipe, d, network, data.train.steps, lambda: float(getattr(scoring, recipe.sched.monitor))
     )
     labeller = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
-    semi = {"semi": FixMatch(recipe, counts.tolist(), fill(spec), labeller)} if recipe.semi.enabled else {}
+    semi = {"semi": FixMatch(recipe, counts.tolist(), spec.fill, labeller)} if recipe.semi.enabled else {}
     recorder = Recorder(run, d, guard, scoring, recipe.log.tensorboard, [part.row for part in semi.values()])
     parts: dict[str, Stateful] = {
         **averages,
@@ -295,7 +295,7 @@ def _trainer(
         train_dataloader=data.train,
         spin_dataloaders=False,  # spinning abandons an iterator for every past epoch
         algorithms=[
-            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill(spec), fold.train.images == 2),
+            DeviceAugment(recipe.aug, recipe.reg.erase_p, spec.fill, fold.train.images == 2),
             Stages(recipe.seed, d, data.train.steps),
             Mix(recipe, spec.num_classes, teacher.probabilities(recipe, fold, spec.num_classes)),
             *algorithms,
@@ -369,12 +369,7 @@ def picture(recipe: Recipe, training: Training) -> None:
         train.beton, train.order, train.seed, lambda epoch: COLUMNS, train.size, train.crop, beside=beside
     )
     path = run.results_dir / f"samples_{run.stem}.png"
-    save_samples(path, recipe, loader, len(training.facts.counts), spec.interpolation, fill(spec))
-
-
-def fill(spec: NetworkSpec) -> tuple[float, ...]:
-    """What erasing paints: 0 after normalisation."""
-    return tuple(255 * value for value in spec.mean)
+    save_samples(path, recipe, loader, len(training.facts.counts), spec.interpolation, spec.fill)
 
 
 def _averages(

@@ -23,7 +23,7 @@ from fastflower.data import sets
 from fastflower.data.conversion import convert
 from fastflower.data.labels import read_labels
 from fastflower.errors import CorruptionError, InputError
-from fastflower.evaluation import choice, oof, views
+from fastflower.evaluation import choice, oof, pictures, views
 from fastflower.model.network import NetworkSpec, build_network
 
 WORDS = [
@@ -180,6 +180,17 @@ def test_the_page_shows_the_photographs_it_speaks_of(place: Path) -> None:
     titles = re.findall(r"<h3>(.*?)</h3>", samples)
     assert titles == ["Stored", "Epoch 1", "Epoch 2", "MixUp", "CutMix"] and samples.count("<img") == 5 * 6
     assert not re.search(r'<span class="nopic">', html)
+
+
+@pytest.mark.parametrize(
+    ("mean", "fill"), [("auto", (123.675, 116.28, 103.53)), ("[0.1,0.2,0.3]", (25.5, 51.0, 76.5))]
+)
+def test_the_page_erases_with_what_training_does(place: Path, mean: str, fill: tuple[float, ...]) -> None:
+    settings = recipe.load(None, [*WORDS, f"data.mean={mean}", "reg.erase_p=1"])
+    beton = sets.open_fold(settings, 0).train
+    drawn = pictures.draw(beton, np.arange(beton.rows), settings, 0, (32, 32))
+    painted = (drawn - torch.tensor(fill)[:, None, None]).abs().amax(1) < 1e-3
+    assert (painted.flatten(1).float().mean(1) > 0.01).all()  # erased boxes take 0.02 of the area or more
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])

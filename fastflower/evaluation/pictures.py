@@ -18,11 +18,11 @@ from fastflower.data.betons import Beton, open_beton
 from fastflower.data.decode import Crop
 from fastflower.data.loaders import eval_images, train_images
 from fastflower.data.mixing import Kind, mix
+from fastflower.model.network import NetworkSpec
 from fastflower.recipe import Recipe
 
 SIDE = 144
 SAMPLES = 6
-GREY = (127.5, 127.5, 127.5)
 
 
 def jpeg(pixels: np.ndarray, quality: int = 80) -> bytes:
@@ -99,7 +99,7 @@ def draw(beton: Beton, rows: np.ndarray, recipe: Recipe, epoch: int, size: tuple
     scale, ratio = (aug.rrc_scale[0], aug.rrc_scale[1]), (aug.rrc_ratio[0], aug.rrc_ratio[1])
     crop = Crop(scale, ratio, min(1.0, aug.hflip_p * aug.strength))
     images = train_images(beton, rows, keys, size, crop)
-    fill = GREY if recipe.data.mean == "auto" else [255 * value for value in recipe.data.mean]
+    fill = NetworkSpec.from_recipe(recipe, int(beton.labels.max()) + 1).fill
     own = torch.from_numpy(keys.view(np.int64))
     return augment(images, own, aug, recipe.reg.erase_p, fill, beton.images == 2)
 

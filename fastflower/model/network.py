@@ -81,6 +81,11 @@ class NetworkSpec:
             values[name] = tuple(values[name])
         return cls(**values)
 
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """What erasing paints, in 0..255: 0 after normalisation."""
+        return tuple(255 * value for value in self.mean)
+
     def meta(self) -> dict[str, Any]:
         """The same as plain JSON values, keyed as in a checkpoint's description."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
