@@ -245,6 +245,12 @@ def rotten(data: bytes) -> bytes:
     pytest.fail("no change of one byte makes libjpeg warn")
 
 
+def test_columns_for_two_classes_are_refused_for_three(photographs: dict[str, bytes]) -> None:
+    with pytest.raises(InputError, match=r"bundle.columns = binary: there are 3 classes, not two; use three"):
+        run("bundle.columns=binary")
+    assert not Path("data/betons").exists()
+
+
 def test_all_bad_images_are_named_at_once(photographs: dict[str, bytes]) -> None:
     damage(photographs)
     assert pixels.decode(pixels.read_bytes("data/train/14.jpg")).size == (60, 48)

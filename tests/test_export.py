@@ -426,6 +426,13 @@ def test_a_program_that_says_something_else_is_refused(members):
         programs.check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
 
 
+def test_columns_for_two_classes_are_refused_for_three(members):
+    Path("made").mkdir()
+    words, packed = load(None, [*WORDS, "bundle.columns=binary"]), bundle.load_members(members, "fp16")
+    with pytest.raises(InputError, match=r"bundle.columns = binary: there are 3 classes, not two; use three"):
+        bundle.write(Path("made"), packed, HALVES, words, 1.0)
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_quick_response_norm_is_timms(channels_last):
     """Also in half precision, of inputs whose squares it cannot hold, and where all are zero."""

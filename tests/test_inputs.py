@@ -245,6 +245,20 @@ def test_a_damaged_bundle_leaves_the_prior(run):
     assert "bundle is damaged" in ended and lines == [f"given/{row:02d},not,{5 / 8:.6f}" for row in range(40)]
 
 
+def test_a_sample_names_the_columns_of_two_classes(run, code, monkeypatch):
+    """Three of them; one of two columns has no place for a probability."""
+    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    binary = export("binary", "bundle.columns=binary")
+    np.savez("given.npz", xa=GREY, xb=GREY[::-1])
+    _, lines = run("given.npz", binary)
+    Path("ref").mkdir()
+    for header in ("id,label,p", "id,label"):
+        Path("ref/predictions_sample.csv").write_text(header + "\n0,0,0\n")
+        assert run("given.npz", binary) == (0, lines)
+        want = header if header.count(",") == 2 else "filename,category_id,probability"
+        assert Path("out.csv").read_text().splitlines()[0] == want
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_sample_may_number_the_rows(run, code, monkeypatch, first):
     """From 0 or from 1, in any order; other numbers are none of theirs."""
