@@ -350,6 +350,9 @@ def test_members_weigh_what_the_evaluation_found_for_their_run():
     with pytest.raises(InputError, match=r"has no weight for a seed 1; run python -m fastflower\.evaluate"):
         choice.by_run(recipe, members)
     weights = {"a seed 1": 0.2, "b seed 1": 0.6, "c seed 1": 0.2}
+    runs.write_json(path, {"weights": weights})
+    with pytest.raises(InputError, match=r"has the weights of an older evaluate; run python -m fastflower"):
+        choice.by_run(recipe, members)
     runs.write_json(path, {"weighting": "learned", "weights": weights})
     np.testing.assert_allclose(choice.by_run(recipe, members), [0.125, 0.125, 0.75])
     asked = {way: load(None, [*WORDS, f"ensembling.weighting={way}"]) for way in ("greedy", "hand")}

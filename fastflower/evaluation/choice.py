@@ -64,9 +64,7 @@ def by_run(recipe: Recipe, members: list[tuple[str, int]]) -> np.ndarray:
     found, names = known.get("weights", {}), [f"{backbone} seed {seed}" for backbone, seed in members]
     fault = next((f"has no weight for {name}" for name in names if name not in found), "")
     if not fault and not _fitted_so(recipe, known):
-        fault = f"has the weights of {known.get('weighting')}" + (
-            f" {known.get('hand')}" if known.get("weighting") == "hand" else ""
-        )
+        fault = f"has the weights of {_way(known)}"
     if fault:
         raise InputError(
             f"ensembling.weighting = {recipe.ensembling.weighting}: {path} {fault}; "
@@ -86,6 +84,12 @@ def _fitted_so(recipe: Recipe, known: dict[str, Any]) -> bool:
     return known.get("weighting") == asked.weighting and (
         asked.weighting != "hand" or known.get("hand") == asked.weights
     )
+
+
+def _way(known: dict[str, Any]) -> str:
+    """How evaluate weighted the runs, in words."""
+    way = str(known.get("weighting", "an older evaluate"))
+    return f"{way} {known['hand']}" if way == "hand" else way
 
 
 def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
@@ -193,5 +197,5 @@ def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
     if {path.name for path in paths} != set(known):
         source += f" from other members ({len(known)})"
     elif not _fitted_so(recipe, fitted):
-        source += f" with the weights of {fitted.get('weighting')}"
+        source += f" with the weights of {_way(fitted)}"
     return float(fitted["fused"]["t"]), source
