@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
@@ -31,7 +32,9 @@ class Networks:
     Members whose files are damaged are left out and devices that compute wrongly are passed over; `notes` says so.
     """
 
-    def __init__(self, folder: str, bundle: dict[str, Any], hashes: dict[str, str], device: str) -> None:
+    def __init__(
+        self, folder: str, bundle: dict[str, Any], hashes: dict[str, str], device: str, half: str = "gpu"
+    ) -> None:
         self.bundle = bundle
         self.notes: list[str] = []
         self.members: list[dict[str, Any]] = []
@@ -42,11 +45,11 @@ class Networks:
             raise Unusable("; ".join(self.notes))
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: logits must be those of the trainer
         torch.backends.cuda.matmul.allow_tf32 = False
-        for name, half in choices(device):
-            fault = self._place(name, half)
+        for name, dtype in choices(device, half):
+            fault = self._place(name, dtype)
             if fault is None:
                 return
-            self.notes.append(f"{name} in {'half precision' if half else 'fp32'}: {fault}")
+            self.notes.append(f"{name} in {NAMES[dtype]}: {fault}")
         raise Unusable("; ".join(self.notes))
 
     def logits(self, pictures: list[list[np.ndarray]]) -> np.ndarray:
@@ -62,12 +65,10 @@ class Networks:
             full = isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY)
             reason = str(error).strip().split("\n")[-1]
         else:
-            if not self.half or np.isfinite(found).all():
+            if self.dtype != torch.float16 or np.isfinite(found).all():  # bf16 ends where fp32 does
                 return found
-            self.notes.append(
-                f"{self.device}: logits that are not finite in half precision; going on in fp32"
-            )
-            self._place(str(self.device), False)
+            self.notes.append(f"{self.device}: logits that are not finite in fp16; going on in fp32")
+            self._place(str(self.device), torch.float32)
             return self.logits(pictures)
         # outside the except block, whose traceback keeps the tensors alive
         if full and self.device.type == "cuda":
@@ -79,7 +80,7 @@ class Networks:
             with self.alone:
                 return self._run(pictures)
         self.notes.append(f"{self.device}: {reason}; going on with the CPU")
-        self._place("cpu", False)
+        self._place("cpu", torch.float32)
         return self.logits(pictures)
 
     def fuse(self, logits: np.ndarray) -> np.ndarray:
@@ -108,10 +109,10 @@ class Networks:
             else:
                 self.members.append({**member, "tensors": tensors})
 
-    def _place(self, name: str, half: bool) -> str | None:
+    def _place(self, name: str, dtype: torch.dtype) -> str | None:
         """Bring everything to a device and run the self-test: what is wrong there, or None."""
         try:
-            self.device, self.half = torch.device(name), half
+            self.device, self.dtype = torch.device(name), dtype
             self.programs = {file: program(data, self.device) for file, data in self.files.items()}
             for member in self.members:
                 member["inputs"] = [
@@ -124,10 +125,11 @@ class Networks:
             AssertionError,
         ) as error:  # torch says "not compiled with CUDA" by assert
             return str(error).strip().split("\n")[-1]
-        if worst <= (0.05 if half else 1e-3):
+        exact = dtype == torch.float32
+        if worst <= (1e-3 if exact else 0.05):
             return None
         fault = f"logits of the test picture are {worst:.2g} off"
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or not exact:
             return fault
         self.notes.append(f"{fault}; another version of torch than at export?")
         return None
@@ -152,7 +154,7 @@ class Networks:
 
     def _floats(self, spec: dict[str, Any]) -> torch.dtype:
         """Half precision where asked for, unless export found the program wrong in it."""
-        return torch.float16 if self.half and spec["half_keeps"] is not None else torch.float32
+        return self.dtype if spec["half_keeps"] is not None else torch.float32
 
     def _self_test(self) -> float:
         """Largest difference, as a share of the largest logit, to what the trainer's own networks said at export.
@@ -204,11 +206,28 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.frombuffer(array, dtype=torch.uint8).reshape(array.shape)
 
 
-def choices(device: str) -> list[tuple[str, bool]]:
-    """Devices to try in turn, each with half precision or not."""
+def choices(device: str, half: str) -> list[tuple[str, torch.dtype]]:
+    """Devices to try in turn and the precision to try there; half precision on a "gpu", on "all" devices or on "none".
+
+    A CPU's is bf16: the one in which some multiply twice as many numbers at a time, and sum them up in fp32.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [("cpu", False)] if device == "cpu" else [(device, True), (device, False), ("cpu", False)]
+    found = [("cpu", torch.float32)]
+    if device != "cpu":
+        found = [*([] if half == "none" else [(device, torch.float16)]), (device, torch.float32), *found]
+    elif half == "all" and multiplies_bf16():
+        found = [("cpu", torch.bfloat16), *found]
+    return found
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for bf16; those that have not are slower in it than in fp32."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(file.read().split())
+    except OSError:
+        return False
 
 
 def program(data: bytearray, device: torch.device) -> Any:

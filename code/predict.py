@@ -145,7 +145,8 @@ def predict(
         import networks
 
         torch.set_num_threads(threads)
-        members = networks.Networks(options.bundle, bundle, hashes, options.device)
+        half = "none" if options.fp32 else bundle.get("half", "gpu")
+        members = networks.Networks(options.bundle, bundle, hashes, options.device, half)
     except (ImportError, OSError) as error:  # a library of torch that is missing or does not fit into memory
         raise Problem(
             f"torch cannot be loaded ({error}); every row of {table.path} is the class prior", 4
@@ -153,7 +154,7 @@ def predict(
     except networks.Unusable as error:
         table.about = {"notes": [str(error)]}
         raise Problem(f"{error}; every row of {table.path} is the class prior", 3) from None
-    device = f"{members.device}, {'half precision' if members.half else 'fp32'}"
+    device = f"{members.device}, {networks.NAMES[members.dtype]}"
     about = {"device": device, "torch": torch.__version__, "threads": threads}
     about.update(members=[member["name"] for member in members.members], notes=members.notes)
     say(
@@ -323,6 +324,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--bundle", help="exported members (results/model/bundle, else those evaluated last)")
     parser.add_argument("--two-columns", action="store_true", help="leave out the confidence")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
+    parser.add_argument("--fp32", action="store_true", help="no half precision, whatever the bundle says")
     parser.add_argument("--batch", type=natural, help="photographs at a time on a GPU (64)")
     parser.add_argument(
         "--threads", type=natural, help="threads that decode, and that compute on a CPU (all cores)"

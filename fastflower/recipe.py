@@ -322,7 +322,15 @@ class Bundle:
         "all", "all that ensembling.find_pattern finds; greedy: the best out of fold within max_mb and max_ms"
     )
     dtype: Literal["fp16", "fp32", "int8"] = key("fp16", "stored weights; int8: a scale for each channel")
-    max_loss: float = key(0.01, "share of held-out photographs that storing and packing may cost", ge=0, lt=1)
+    half: Literal["gpu", "all", "none"] = key(
+        "gpu", "devices that compute in half precision; all: also CPUs with bf16, up to twice as fast"
+    )
+    max_loss: float = key(
+        0.01,
+        "share of held-out photographs that storing, packing and half precision may each cost",
+        ge=0,
+        lt=1,
+    )
     columns: Literal["three", "two", "binary", "sample"] = key(
         "sample",
         "of the submission; binary: the second of two classes' probability in the place of the confidence; "

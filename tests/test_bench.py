@@ -95,3 +95,21 @@ def test_convert_is_compared_with_the_stock_writer(
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == 5 and all(row["seconds"] > 0 and row["ratio_to_stock_ffcv"] > 0 for row in rows)
     assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and "fastflower, one split" in capsys.readouterr().out
+
+
+def test_the_predictor_is_compared_with_the_plain_loop(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: type
+) -> None:
+    """Both name the classes of the same photographs; what the key `--half` asks for is what was measured."""
+    words = ["predict", "--data", str(folder), "--images", "6", "--scales", "32", "48", "--rounds", "1"]
+    for half, precision in (("none", "fp32"), ("all", "bf16" if code.networks.multiplies_bf16() else "fp32")):
+        main([*words, "--half", half, "--json", str(tmp_path / "rows.json")])
+        (row,) = json.loads((tmp_path / "rows.json").read_text())
+        assert (row["images"], row["scales"], row["precision"]) == (6, [32, 48], precision)
+        assert row["ratio"] == pytest.approx(row["ours_per_s"] / row["plain_per_s"], rel=0.02)
+        assert row["same_class"] == 1 or precision != "fp32"
+        assert (
+            f"images/s, predict.py {row['ours_per_s']:.2f} in {precision}, ratio" in capsys.readouterr().out
+        )
+    with pytest.raises(InputError, match=r"--data .*: no folder with JPEG files; give one"):
+        main(["predict", "--data", str(tmp_path / "absent")])

@@ -134,6 +134,52 @@ def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
         assert {name.split("/")[0] for name in archive.namelist()} == {"team 7"}
 
 
+def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
+    export.main([*WORDS, "bundle.half=all"])
+    said = capsys.readouterr().out
+    if code.networks.multiplies_bf16():
+        assert re.search(r"bf16 +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
+        moved = r"cpu, bf16: logits move by at most \S+, the largest is \S+; another class for \d+ of 24"
+        assert re.search(moved, said)
+    else:
+        assert re.search(r"half +computed by cpu, fp32: no such device here +not seen", said)
+    assert said.count("passed") == 7 + code.networks.multiplies_bf16()
+    assert json.loads((runs.BUNDLE / "bundle.json").read_text())["half"] == "all"
+
+
+def test_half_precision_that_costs_answers_is_a_failed_gate(monkeypatch):
+    """Two members of weights 0.8 and 0.2; the heavier turns from right to wrong on some photographs."""
+    exact = np.zeros((40, 2, 1, 3))
+    exact[:, :, :, 1] = 1.0
+    labels = np.ones(40, np.int64)
+    about = {"device": "cuda:0, fp16", "notes": []}
+    monkeypatch.setattr(gates, "about", lambda _: about)
+    weights = {"members": [{"weight": 0.8}, {"weight": 0.2}]}
+
+    def gate(turned: int, member: int) -> tuple[gates.Gate, list[str]]:
+        def run(root: Path, options: list[str], python: Path | None) -> None:
+            got = exact.copy()
+            got[:turned, member, :, 2] = 1.5
+            np.savez(options[options.index("--logits") + 1], logits=got)
+
+        monkeypatch.setattr(bare, "run", run)
+        return gates.halving(Path(), exact, weights, labels, 0.05, None)
+
+    for turned, member, right in ((0, 0, 40), (2, 0, 38), (3, 0, 37), (20, 1, 40)):
+        found, (line,) = gate(turned, member)
+        want = gates.Gate("fp16", f"{right} right of 40, 40 before", ">= 38 right", right >= 38)
+        assert found == want
+        assert line.endswith(f"another class for {40 - right} of 40") and line.startswith(
+            "cuda:0, fp16: logits"
+        )
+    about.update(device="cuda:0, fp32", notes=["cuda:0 in fp16: no kernel"])
+    found, lines = gate(0, 0)
+    assert found.passed is None and "cuda:0 in fp16: no kernel" in found.got and lines == []
+    monkeypatch.setattr(bare, "run", lambda *_: "exit 1: killed")
+    found, lines = gates.halving(Path(), exact, weights, labels, 0.05, None)
+    assert found.passed is False and found.got == "exit 1: killed" and lines == []
+
+
 def test_a_loss_of_score_is_a_failed_gate():
     assert gates.loss_gate("int8", 94, 96, 200, 0.01).passed is True
     assert gates.loss_gate("int8", 93, 96, 200, 0.01).passed is False

@@ -492,6 +492,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "bundle.max_ms": (exported, "0.001", ""),
     "bundle.members": (exported, "greedy", ""),
     "bundle.dtype": (bundled, "fp32", ""),
+    "bundle.half": (bundled, "none", ""),
     "bundle.max_loss": (lost, "0.5", ""),
     "bundle.columns": (bundled, "two", ""),
     "cudnn.deterministic": (machine, "false", ""),

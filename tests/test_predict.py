@@ -215,10 +215,12 @@ def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
                 with torch.inference_mode():
                     want = made.network(image.permute(2, 0, 1)[None].float())[0].numpy()
                 assert np.abs(got[row, 0, view] - want).max() <= 1e-4
-    monkeypatch.setattr(code.networks, "choices", lambda _: [("cpu", True)])
-    half = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
-    assert half.members[0]["inputs"][0][0].dtype == torch.float16
-    assert np.abs(half.logits(noise[:1]) - got[:1]).max() <= 0.02 * max(1, np.abs(got[:1]).max())
+    for dtype, share in ((torch.float16, 0.02), (torch.bfloat16, 0.05)):
+        monkeypatch.setattr(code.networks, "choices", lambda *_, dtype=dtype: [("cpu", dtype)])
+        half = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
+        assert half.members[0]["inputs"][0][0].dtype == dtype and half.notes == []
+        gap = np.abs(half.logits(noise[:1]) - got[:1]).max()
+        assert 0 < gap <= share * max(1, np.abs(got[:1]).max())
 
 
 def test_fused_logits_over_t_give_the_confidence(run, code, exported):
@@ -1335,17 +1337,23 @@ def test_the_bytes_of_a_table(code):
 
 def test_a_gpu_that_does_not_work_leaves_the_work_to_the_cpu(code, exported, monkeypatch):
     description, hashes = code.predict.read_bundle(str(exported[0]))
-    monkeypatch.setattr(code.networks, "choices", lambda _: [("cuda:9", True), ("cpu", False)])
+    monkeypatch.setattr(
+        code.networks, "choices", lambda *_: [("cuda:9", torch.float16), ("cpu", torch.float32)]
+    )
     networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
-    assert str(networks.device) == "cpu" and not networks.half
-    assert len(networks.notes) == 1 and networks.notes[0].startswith("cuda:9 in half precision: ")
+    assert str(networks.device) == "cpu" and networks.dtype == torch.float32
+    assert len(networks.notes) == 1 and networks.notes[0].startswith("cuda:9 in fp16: ")
 
 
 @pytest.mark.parametrize(
-    ("off", "device", "half"),
-    [((0.2, 0.0, 0.0), "cuda", False), ((np.inf, 0.1, 0.0), "cpu", False), ((0.01, 1, 1), "cuda", True)],
+    ("off", "device", "dtype"),
+    [
+        ((0.2, 0.0, 0.0), "cuda", torch.float32),
+        ((np.inf, 0.1, 0.0), "cpu", torch.float32),
+        ((0.01, 1, 1), "cuda", torch.float16),
+    ],
 )
-def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypatch, off, device, half):
+def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypatch, off, device, dtype):
     """By how much the test picture's logits are off in half precision, in fp32, on the CPU."""
     description, hashes = code.predict.read_bundle(str(exported[0]))
     errors = iter(off)
@@ -1353,7 +1361,7 @@ def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypat
     monkeypatch.setattr(code.networks.Networks, "_inputs", lambda *_: [])
     monkeypatch.setattr(code.networks.Networks, "_self_test", lambda _: next(errors))
     networks = code.networks.Networks(str(exported[0]), description, hashes, "cuda")
-    assert (str(networks.device), networks.half) == (device, half)
+    assert (str(networks.device), networks.dtype) == (device, dtype)
     passed = [f"logits of the test picture are {error:.2g} off" for error in off[: len(networks.notes)]]
     assert [note.split(": ")[1] for note in networks.notes] == passed
 
@@ -1366,14 +1374,79 @@ def test_what_half_precision_cannot_hold_is_computed_in_fp32(code, exported, mon
 
     def forward(self, images, view, inputs):
         found = honest(self, images, view, inputs)
-        return found * np.inf if self.half and images.min() == 255 else found
+        return found * np.inf if self.dtype == torch.float16 and images.min() == 255 else found
 
     monkeypatch.setattr(code.networks.Networks, "_forward", forward)
-    monkeypatch.setattr(code.networks, "choices", lambda _: [("cpu", True), ("cpu", False)])
+    monkeypatch.setattr(code.networks, "choices", lambda *_: [("cpu", torch.float16), ("cpu", torch.float32)])
     networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
-    assert networks.half and networks.notes == []
+    assert networks.dtype == torch.float16 and networks.notes == []
     np.testing.assert_array_equal(networks.logits([white]), plain)
-    assert networks.notes == ["cpu: logits that are not finite in half precision; going on in fp32"]
+    assert networks.notes == ["cpu: logits that are not finite in fp16; going on in fp32"]
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "native", "names"),
+    [
+        ("cpu", "gpu", True, ["cpu fp32"]),
+        ("cpu", "none", True, ["cpu fp32"]),
+        ("cpu", "all", True, ["cpu bf16", "cpu fp32"]),
+        ("cpu", "all", False, ["cpu fp32"]),
+        ("cuda:1", "all", True, ["cuda:1 fp16", "cuda:1 fp32", "cpu fp32"]),
+        ("cuda:1", "gpu", True, ["cuda:1 fp16", "cuda:1 fp32", "cpu fp32"]),
+        ("cuda:1", "none", True, ["cuda:1 fp32", "cpu fp32"]),
+    ],
+)
+def test_where_half_precision_is_tried(code, monkeypatch, device, half, native, names):
+    monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: native)
+    found = code.networks.choices(device, half)
+    assert [f"{name} {code.networks.NAMES[dtype]}" for name, dtype in found] == names
+
+
+def test_a_processor_is_asked_for_its_instructions(code, monkeypatch):
+    for flags, native in (
+        ("avx512f avx512_bf16 sse", True),
+        ("amx_bf16", True),
+        ("avx512f bf16_fake", False),
+    ):
+        text = f"model name\t: any\nflags\t\t: {flags}\n\n"
+        monkeypatch.setattr(
+            code.networks, "open", lambda *_, text=text, **__: io.StringIO(text), raising=False
+        )
+        assert code.networks.multiplies_bf16() == native
+
+    def absent(*_, **__):
+        raise FileNotFoundError("no /proc here")
+
+    monkeypatch.setattr(code.networks, "open", absent)
+    assert code.networks.multiplies_bf16() is False
+
+
+def test_bf16_that_is_wrong_leaves_the_work_to_fp32(code, exported, monkeypatch):
+    description, hashes = code.predict.read_bundle(str(exported[0]))
+    monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
+    honest = code.networks.Networks._self_test
+    monkeypatch.setattr(
+        code.networks.Networks,
+        "_self_test",
+        lambda self: 0.2 if self.dtype == torch.bfloat16 else honest(self),
+    )
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    assert networks.dtype == torch.float32
+    assert networks.notes == ["cpu in bf16: logits of the test picture are 0.2 off"]
+
+
+def test_the_bundle_decides_on_half_precision_and_an_option_refuses_it(tmp_path, run, code, monkeypatch):
+    write_bundle(tmp_path / "quick", [member(tmp_path)], "bundle.half=all")
+    fill(9)
+    monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
+    found = {}
+    for name, words in (("bf16", []), ("fp32", ["--fp32"])):
+        number, rows = run(*words, "--bundle", str(tmp_path / "quick"), "--logits", f"{name}.npz")
+        about = json.loads(Path("out/submission.json").read_text())
+        assert number == 0 and len(rows) == 10 and about["device"] == f"cpu, {name}"
+        found[name] = np.load(f"{name}.npz")["logits"]
+    gap = np.abs(found["bf16"] - found["fp32"]).max()
+    assert 1e-4 < gap <= 0.05 * max(1.0, np.abs(found["fp32"]).max())
 
 
 def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatch):
@@ -1385,14 +1458,14 @@ def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatc
 
     def forward(self, images, view, inputs):
         seen.update(value.dtype for value in inputs if value.is_floating_point())
-        if self.half:
+        if self.dtype == torch.float16:
             raise RuntimeError("no kernel for Half")
         return honest(self, images, view, inputs)
 
     monkeypatch.setattr(code.networks.Networks, "_forward", forward)
-    monkeypatch.setattr(code.networks, "choices", lambda _: [("cpu", True), ("cpu", False)])
+    monkeypatch.setattr(code.networks, "choices", lambda *_: [("cpu", torch.float16), ("cpu", torch.float32)])
     networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
-    assert not networks.half and len(networks.notes) == 1
+    assert networks.dtype == torch.float32 and len(networks.notes) == 1
     assert "no kernel for Half" in networks.notes[0]
     np.testing.assert_array_equal(networks.logits([views]), plain)
     assert seen == {torch.float16, torch.float32}

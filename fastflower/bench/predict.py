@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int | None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
+    parser.add_argument("--half", default="gpu", choices=["gpu", "all", "none"], help="the bundle's key")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> int | None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
         for number, name in enumerate(args.backbone):
-            rows.append(measure(Path(work) / str(number), name, files, args.scales, args.rounds, args.device))
+            place = Path(work) / str(number)
+            rows.append(measure(place, name, files, args.scales, args.rounds, args.device, args.half))
             show(rows[-1])
     if args.json:
         runs.write_json(args.json, rows)
@@ -58,21 +60,27 @@ def main(argv: list[str]) -> int | None:
 
 
 def measure(
-    place: Path, backbone: str, files: Sequence[Path], scales: list[int], rounds: int, device: str
+    place: Path,
+    backbone: str,
+    files: Sequence[Path],
+    scales: list[int],
+    rounds: int,
+    device: str,
+    half: str,
 ) -> dict[str, Any]:
     """Images/s of both sides in each round, start-up apart, and how often they name the same class."""
     place.mkdir()
-    network, spec = prepared(place, backbone, scales)
+    network, spec = prepared(place, backbone, scales, half)
     root = bare.copy_hand_in(place / "hand-in", place / "bundle", list(files))
     plain = plain_loop(network, spec, scales, device)
     plain(files[:2])
     ours, theirs, starts = [], [], []
-    labels = np.empty(0)
+    labels, precision = np.empty(0), ""
     for _ in range(rounds):
         start = time.perf_counter()
         labels = plain(files)
         theirs.append(len(files) / (time.perf_counter() - start))
-        first, pace = predictor(root, device)
+        first, pace, precision = predictor(root, device)
         starts.append(first)
         ours.append(pace)
     got = (root / runs.SUBMISSION).read_text().splitlines()[1:]
@@ -88,12 +96,13 @@ def measure(
         "ratios": [round(float(ratio), 2) for ratio in ratios],
         "first_row_s": round(float(np.median(starts)), 1),
         "same_class": round(float(same), 3),
+        "precision": precision,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device != "cpu" else "CPU",
     }
 
 
-def prepared(place: Path, backbone: str, scales: list[int]) -> tuple[Network, NetworkSpec]:
+def prepared(place: Path, backbone: str, scales: list[int], half: str = "gpu") -> tuple[Network, NetworkSpec]:
     """A network with random weights, and a bundle of it in place/bundle."""
     torch.manual_seed(0)
     sizes = [(scales[-1], scales[-1])]
@@ -103,7 +112,7 @@ def prepared(place: Path, backbone: str, scales: list[int]) -> tuple[Network, Ne
     )
     network = build_network(spec).eval()
     path = place / f"best_combo__{backbone}__fold0_seed0_epoch1_score0.0000.pth"
-    words = [f"tta.scales={scales}", f"data.img_size={scales[-1]}"]
+    words = [f"tta.scales={scales}", f"data.img_size={scales[-1]}", f"bundle.half={half}"]
     meta = {
         **spec.meta(), "resize_factor": FACTOR, "stored_side": round(max(scales) * FACTOR),
         "class_ids": [str(number) for number in range(CLASSES)], "class_hash": "", "class_counts": [1] * CLASSES,
@@ -140,7 +149,8 @@ def plain_loop(
     def run(files: Sequence[Path]) -> np.ndarray:
         labels = []
         for file in files:
-            image = Image.open(file).convert("RGB")
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
             logits = [network.head(network.backbone(view(image)[None].to(device))) for view in views]
             labels.append(int(torch.stack(logits).mean(0).argmax()))
         return np.array(labels)
@@ -148,28 +158,29 @@ def plain_loop(
     return run
 
 
-def predictor(root: Path, device: str) -> tuple[float, float]:
-    """Seconds from the start of the process to the first row, and images/s after it."""
+def predictor(root: Path, device: str) -> tuple[float, float, str]:
+    """Seconds from the start of the process to the first row, images/s after it, and the precision it chose."""
     shutil.rmtree(root / "results/results", ignore_errors=True)
     words = [sys.executable, str(root / "code/predict.py"), "--device", device]
     start = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first, lines = 0.0, []
-    for line in process.stdout or ():
-        lines.append(line)
-        if line.startswith("predict: 1 of"):
-            first = time.perf_counter() - start
-    if process.wait():
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.startswith("predict: 1 of"):
+                first = time.perf_counter() - start
+    if process.returncode:
         raise InputError(f"code/predict.py failed ({process.returncode}): {''.join(lines)[-300:]}")
     about = json.loads((root / runs.SUBMISSION).with_suffix(".json").read_text())
-    return first, 1000 / about["ms_per_image"]
+    return first, 1000 / about["ms_per_image"], about["device"].rpartition(", ")[2]
 
 
 def show(row: dict[str, Any]) -> None:
     """Print one network's line."""
     print(
         f"{row['backbone']} at {row['scales']} x 2, {row['images']} photographs, {row['threads']} threads, "
-        f"{row['device']}: plain {row['plain_per_s']:.2f} images/s, predict.py {row['ours_per_s']:.2f}, "
+        f"{row['device']}: plain {row['plain_per_s']:.2f} images/s, "
+        f"predict.py {row['ours_per_s']:.2f} in {row['precision']}, "
         f"ratio {row['ratio']:.2f} {row['ratios']}; first row after {row['first_row_s']:.1f} s; "
         f"same class on {row['same_class']:.1%}",
         flush=True,

@@ -170,6 +170,7 @@ def write(
         "class_hash": first["class_hash"],
         "prior": (counts / counts.sum()).tolist(),
         "columns": recipe.bundle.columns,
+        "half": recipe.bundle.half,
         "temperature": temperature,
         "hflip": hflip,
         "pairs": {"arrays": list(arrays), "shape": recipe.data.shape} if arrays else None,

@@ -74,7 +74,7 @@ def check(
             python, where = bare.environment(place / "venv"), "fresh venv"
         except (OSError, subprocess.CalledProcessError) as error:
             where += f" (no venv: {' '.join(str(error).split())[:60]})"
-        fault = bare.run(root, ["--device", "cpu", "--logits", str(root / "logits.npz")], python)
+        fault = bare.run(root, ["--device", "cpu", "--fp32", "--logits", str(root / "logits.npz")], python)
         gates.append(Gate("bare run", fault or f"{where}, no network", "exit 0", fault is None))
         if fault is not None:
             return gates, []
@@ -87,6 +87,10 @@ def check(
             gate, lines = rounding(members, bundle, betons, expected, photographs.class_idx, recipe)
             gates.append(gate)
         gates.append(agreement(got, bundle, members, photographs, out_of_fold, recipe.bundle.max_loss))
+        if recipe.bundle.half == "all" or (recipe.bundle.half == "gpu" and torch.cuda.is_available()):
+            gate, more = halving(root, got, bundle, photographs.class_idx, recipe.bundle.max_loss, python)
+            gates.append(gate)
+            lines += more
         gates.append(latency(root, bundle, recipe.bundle.max_ms, python))
     return gates, lines
 
@@ -182,6 +186,34 @@ def rounding(
     return loss_gate(recipe.bundle.dtype, right[1], right[0], len(labels), recipe.bundle.max_loss), lines
 
 
+def halving(
+    root: Path,
+    exact: np.ndarray,
+    bundle: dict[str, Any],
+    labels: np.ndarray,
+    max_loss: float,
+    python: Path | None,
+) -> tuple[Gate, list[str]]:
+    """What half precision costs on the device that the predictor chooses, against its own logits in fp32 on the CPU."""
+    fault = bare.run(root, ["--logits", str(root / "half.npz")], python)
+    if fault is not None:
+        return Gate("half", fault, "exit 0", False), []
+    device = about(root)["device"]
+    name = device.rpartition(", ")[2]
+    if name == "fp32":
+        notes = "; ".join(about(root)["notes"]) or "no such device here"
+        return Gate("half", f"computed by {device}: {notes}", "", None), []
+    got = np.load(root / "half.npz")["logits"]
+    shares = [spec["weight"] for spec in bundle["members"]]
+    told = [np.tensordot(shares, own.mean(axis=2), (0, 1)).argmax(axis=1) for own in (got, exact)]
+    line = (
+        f"{device}: logits move by at most {np.abs(got - exact).max():.2g}, the largest is "
+        f"{np.abs(exact).max():.2g}; another class for {np.sum(told[0] != told[1])} of {len(labels)}"
+    )
+    right = [int((own == labels).sum()) for own in told]
+    return loss_gate(name, right[0], right[1], len(labels), max_loss), [line]
+
+
 def agreement(
     got: np.ndarray,
     bundle: dict[str, Any],
@@ -264,9 +296,9 @@ def latency(root: Path, bundle: dict[str, Any], allowed: float, python: Path | N
 
     Tried up to three times: that a machine is busy is not the bundle's fault.
     """
-    cuda = torch.cuda.is_available()
+    unseen = bundle["half"] == "none" and torch.cuda.is_available()
     for attempt in range(3):
-        if cuda or attempt:  # the parity run was one on the CPU
+        if unseen or attempt:  # else the run before was one as the evaluator's will be
             bare.run(root, [], python)
         run = about(root)
         if run["ms_per_image"] <= allowed:
