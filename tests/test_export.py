@@ -138,7 +138,7 @@ def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
     export.main([*WORDS, "bundle.half=all"])
     said = capsys.readouterr().out
     if code.networks.multiplies_bf16():
-        assert re.search(r"bf16 +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
+        assert re.search(r"half +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
         moved = r"cpu, bf16: logits move by at most \S+, the largest is \S+; another class for \d+ of 24"
         assert re.search(moved, said)
     else:
@@ -167,7 +167,7 @@ def test_half_precision_that_costs_answers_is_a_failed_gate(monkeypatch):
 
     for turned, member, right in ((0, 0, 40), (2, 0, 38), (3, 0, 37), (20, 1, 40)):
         found, (line,) = gate(turned, member)
-        want = gates.Gate("fp16", f"{right} right of 40, 40 before", ">= 38 right", right >= 38)
+        want = gates.Gate("half", f"{right} right of 40, 40 before", ">= 38 right", right >= 38)
         assert found == want
         assert line.endswith(f"another class for {40 - right} of 40") and line.startswith(
             "cuda:0, fp16: logits"

@@ -199,8 +199,7 @@ def halving(
     if fault is not None:
         return Gate("half", fault, "exit 0", False), []
     device = about(root)["device"]
-    name = device.rpartition(", ")[2]
-    if name == "fp32":
+    if device.endswith("fp32"):
         notes = "; ".join(about(root)["notes"]) or "no such device here"
         return Gate("half", f"computed by {device}: {notes}", "", None), []
     got = np.load(root / "half.npz")["logits"]
@@ -211,7 +210,7 @@ def halving(
         f"{np.abs(exact).max():.2g}; another class for {np.sum(told[0] != told[1])} of {len(labels)}"
     )
     right = [int((own == labels).sum()) for own in told]
-    return loss_gate(name, right[0], right[1], len(labels), max_loss), [line]
+    return loss_gate("half", right[0], right[1], len(labels), max_loss), [line]
 
 
 def agreement(
