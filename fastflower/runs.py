@@ -10,11 +10,14 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ RESULTS = Path("results/results")
 BUNDLE = MODELS / "bundle"
 PRETRAINED = MODELS / "pretrained_model"
 SUBMISSION = RESULTS / "submission.csv"
+ABANDONED_AFTER = 24 * 3600.0  # seconds
 EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
 KINDS = ("best_clean", "best_combo", "ema_best", "last")
 
@@ -138,15 +142,35 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def aside_of(path: Path) -> Path:
+def aside_of(path: Path, pid: int | None = None) -> Path:
     """The name under which a file is written before it is put in place; no reader's pattern matches it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid() if pid is None else pid}-{neighbourhood()}.tmp")
 
 
 def abandoned(aside: Path) -> bool:
-    """Whether it is such a name, and the process that wrote under it is gone."""
-    pid = aside.name.split(".")[-2]
-    return pid.isdigit() and not Path(f"/proc/{pid}").exists()
+    """Whether it is such a name, and the process that wrote under it is gone.
+
+    Those of another machine or container on a shared disk cannot be asked after; a day without a change says it.
+    """
+    pid, _, where = aside.name.split(".")[-2].partition("-")
+    if not pid.isdigit():
+        return False
+    if where == neighbourhood():
+        return not Path(f"/proc/{pid}").exists()
+    try:
+        return time.time() - aside.lstat().st_mtime > ABANDONED_AFTER
+    except OSError:  # swept by another
+        return False
+
+
+@cache
+def neighbourhood() -> str:
+    """Eight characters for those processes that can see each other: of this machine, and of this container."""
+    try:
+        container = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        container = ""
+    return digest(platform.node(), container)[:8]
 
 
 def sweep(folder: Path, name: str = "*", below: bool = False) -> None:

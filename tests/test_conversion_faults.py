@@ -21,7 +21,7 @@ import pytest
 from painted import ODD_NAMES, jpeg, picture, predictor_pictures
 from PIL import Image
 
-from fastflower import convert, recipe
+from fastflower import convert, recipe, runs
 from fastflower.bench.fuzz import mutated
 from fastflower.data import folds, labels, pixels, sets, sources, workers
 from fastflower.data.decode import Crop, decode_file
@@ -387,9 +387,9 @@ def test_what_killed_conversions_left_is_removed() -> None:
     project()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    left = Path(f"data/.folds.csv.{gone.pid}.tmp")
+    left = runs.aside_of(Path("data/folds.csv"), gone.pid)
     kept = [
-        Path(f"data/.folds.csv.{os.getppid()}.tmp"),
+        runs.aside_of(Path("data/folds.csv"), os.getppid()),
         Path("data/.my.notes.tmp"),
         Path(f"data/{gone.pid}.tmp"),
     ]

@@ -246,7 +246,7 @@ def test_pixels_that_are_not_the_trainers_fail(members, monkeypatch):
 def test_what_a_killed_export_left_is_removed():
     dead, alive = 2**22 + 1, os.getppid()  # no process has the first: too large
     for place in (runs.BUNDLE, runs.MODELS / "tiny" / bundle.PROGRAMS):
-        left, others = (place.with_name(f".{place.name}.{process}.tmp") for process in (dead, alive))
+        left, others = (runs.aside_of(place, process) for process in (dead, alive))
         for folder in (left, others):
             folder.mkdir(parents=True)
             Path(folder, "weights_0.safetensors").touch()
@@ -254,7 +254,7 @@ def test_what_a_killed_export_left_is_removed():
             assert set(place.parent.glob(".*")) == {folder, others}
     with bundle.aside() as folder:
         bundle.put_in_place(folder)
-    Path(f".a.zip.{dead}.tmp").touch()
+    runs.aside_of(Path("a.zip"), dead).touch()
     bundle.zip_hand_in(Path("a.zip"))
     assert {path.name for path in Path().iterdir()} == {"a.zip", "results"}
 

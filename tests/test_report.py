@@ -381,8 +381,8 @@ def test_what_a_killed_report_left_is_removed() -> None:
     for name in ("a", "b"):
         made(name)
     dead = 2**22 + 1  # no process has this number: too large
-    for place in (".compare.html", "a/.report.html", "b/figures/.loss.png"):
-        left = runs.RESULTS / f"{place}.{dead}.tmp"
+    for place in ("compare.html", "a/report.html", "b/figures/loss.png"):
+        left = runs.aside_of(runs.RESULTS / place, dead)
         left.parent.mkdir(exist_ok=True)
         left.touch()
     report.main(["a", "b"])

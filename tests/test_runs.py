@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -56,22 +57,51 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
 
 def test_what_killed_processes_left_is_swept(tmp_path):
     dead, alive = 2**22 + 1, os.getpid()  # no process has the first: too large
-    for name in (f".a.{dead}.tmp", f".b.{dead}.tmp", f".a.{alive}.tmp", "a.5.tmp", f"deep/er/.a.{dead}.tmp"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / f".c.{dead}.tmp/full").mkdir(parents=True)
-    (tmp_path / f".d.{dead}.tmp").symlink_to(tmp_path / "deep")
+    gone, beside, mine, deep = (
+        runs.aside_of(tmp_path / name, pid)
+        for name, pid in (("a", dead), ("b", dead), ("a", alive), ("deep/er/a", dead))
+    )
+    foreign = tmp_path / "a.5.tmp"
+    for path in (gone, beside, mine, deep, foreign):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (runs.aside_of(tmp_path / "c", dead) / "full").mkdir(parents=True)
+    runs.aside_of(tmp_path / "d", dead).symlink_to(tmp_path / "deep")
 
-    def left() -> list[str]:
-        return sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.tmp"))
+    def left() -> set[Path]:
+        return set(tmp_path.rglob("*.tmp"))
 
     runs.sweep(tmp_path, "a")
-    assert f".a.{dead}.tmp" not in left() and len(left()) == 6
+    assert gone not in left() and len(left()) == 6
     runs.sweep(tmp_path)
-    assert left() == [f".a.{alive}.tmp", "a.5.tmp", f"deep/er/.a.{dead}.tmp"]
+    assert left() == {mine, foreign, deep}
     runs.sweep(tmp_path, below=True)
-    assert left() == [f".a.{alive}.tmp", "a.5.tmp"]
+    assert left() == {mine, foreign}
     runs.sweep(tmp_path / "none", below=True)
+
+
+@pytest.mark.parametrize("elsewhere", ["host", "container"])
+def test_what_another_machine_is_writing_on_a_shared_disk_is_not_swept(tmp_path, monkeypatch, elsewhere):
+    """Its processes are not in our /proc; a file that nothing has changed for a day is nobody's."""
+    own = runs.aside_of(tmp_path / "a")
+    runs.neighbourhood.cache_clear()
+    with monkeypatch.context() as patch:
+        if elsewhere == "host":
+            patch.setattr(runs.platform, "node", lambda: "another")
+        else:
+            patch.setattr(runs.os, "readlink", lambda _: "pid:[5]")
+        theirs = runs.aside_of(tmp_path / "a")
+        dead = runs.aside_of(tmp_path / "b", 2**22 + 1)
+    runs.neighbourhood.cache_clear()
+    assert own == runs.aside_of(tmp_path / "a") != theirs
+    for path in (theirs, dead):
+        path.touch()
+    runs.sweep(tmp_path)
+    assert theirs.exists() and dead.exists()
+    os.utime(dead, (0, time.time() - runs.ABANDONED_AFTER - 5))
+    os.utime(theirs, (0, time.time() - runs.ABANDONED_AFTER + 60))
+    runs.sweep(tmp_path)
+    assert theirs.exists() and not dead.exists()
 
 
 def replace_folder(place: Path, text: str) -> None:

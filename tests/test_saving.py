@@ -31,7 +31,7 @@ from fastflower.callbacks.saving import (
 )
 from fastflower.errors import CorruptionError, EnvironmentFault, InputError
 from fastflower.identity import differences
-from fastflower.runs import Run, find_members
+from fastflower.runs import Run, aside_of, find_members
 
 RUN = Run("exp", "convnextv2_atto", 0, 42)
 
@@ -134,15 +134,15 @@ def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
             saving._link(RUN.files("last")[0], RUN.model_dir / "last.pth")
     mine = [
         *RUN.model_dir.glob(".*.tmp"),
-        RUN.model_dir / f".last__{name}_epoch2_score0.5000.pth.{dead}.tmp",
-        RUN.meta_dir / f".early_stop_{name}.json.{dead}.tmp",
-        RUN.meta_dir / f".recipe.yaml.{dead}.tmp",
-        RUN.results_dir / f".samples_{name}.png.{dead}.tmp",
+        aside_of(RUN.model_dir / f"last__{name}_epoch2_score0.5000.pth", dead),
+        aside_of(RUN.meta_dir / f"early_stop_{name}.json", dead),
+        aside_of(RUN.meta_dir / "recipe.yaml", dead),
+        aside_of(RUN.results_dir / f"samples_{name}.png", dead),
     ]
     others = [
-        RUN.model_dir / f".last__{name.replace('fold0', 'fold1')}_epoch2_score0.5000.pth.{dead}.tmp",
-        RUN.model_dir / f".last__{name}0_epoch2_score0.5000.pth.{dead}.tmp",  # seed 420
-        RUN.meta_dir / f".recipe.yaml.{alive}.tmp",
+        aside_of(RUN.model_dir / f"last__{name.replace('fold0', 'fold1')}_epoch2_score0.5000.pth", dead),
+        aside_of(RUN.model_dir / f"last__{name}0_epoch2_score0.5000.pth", dead),  # seed 420
+        aside_of(RUN.meta_dir / "recipe.yaml", alive),
     ]
     assert len(mine) == 5
     for path in (*mine, *others):

@@ -156,7 +156,7 @@ class Points:
 
 def kind_of(path: Any) -> str:
     """`last`, `best_combo.pth`, `recipe.yaml`: a file's kind, without what differs from run to run."""
-    name = re.sub(r"\.\d+\.tmp$", "", Path(path).name.lstrip("."))
+    name = re.sub(r"\.\d+-\w+\.tmp$", "", Path(path).name.lstrip("."))
     return re.sub(r"__.*(?=\.previous)|__.*", "", name)
 
 
