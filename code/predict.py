@@ -9,65 +9,51 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import glob
-import hashlib
 import io
 import itertools
-import json
 import os
-import re
 import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-ROOT = os.path.dirname(HERE)
 sys.dont_write_bytecode = True
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on a busy machine
-sys.path.insert(0, HERE)  # `python -I` leaves it out
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -I` leaves it out
 
 if sys.version_info < (3, 9):  # noqa: UP036 (whoever runs it may have an older one)
     sys.exit(f"predict: this is Python {sys.version.split()[0]}; 3.9 or newer is needed")
 try:
     import numpy as np
 
+    import bundles
     import guard
     import inputs
     import pictures
-    from table import Sample, Table, columns, ordered, read_sample, replace
+    from bundles import Problem
+    from table import Table, columns, ordered, read_sample, replace
 except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Image.Transpose
     reason = " ".join(str(missing).split())  # NumPy's fills a screen
     sys.exit(f"predict: {reason}; needed are torch, numpy and pillow: pip install -U torch numpy pillow")
 
-FORMAT = 2
 WRITE_EVERY = 30.0  # seconds between tables
 TOGETHER = 8  # pictures that a CPU thread takes at once, at most
 PIXELS = 300_000  # of the largest views of those that it takes
 SHOWN = 40  # unreadable pictures named: a pipe that is read only at the end must not fill and halt all
 
 
-class Problem(Exception):
-    """What stops the run, in one line, and its exit code."""
-
-    def __init__(self, text: str, code: int = 2) -> None:
-        super().__init__(text)
-        self.code = code
-
-
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    sample = read_sample(nearest("ref/predictions_sample.csv"))
+    sample = read_sample(bundles.nearest("ref/predictions_sample.csv"))
     fault, hashes = None, {}
     try:
-        bundle, hashes = read_bundle(options.bundle)
+        bundle, hashes = bundles.read(options.bundle)
     except Problem as problem:
-        fault, bundle = problem, substitute(options.bundle, sample)
+        fault, bundle = problem, bundles.substitute(options.bundle, sample)
         if not bundle:
             raise
     try:
@@ -268,50 +254,6 @@ def predicted(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read_bundle(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The bundle's description and the SHA-256 of its files."""
-    if not os.path.isfile(os.path.join(folder, "bundle.json")):
-        members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
-        runs = {re.sub(r".*?__|_epoch.*", "", os.path.basename(path)) for path in members}
-        raise Problem(
-            f"no bundle in {folder} ({len(runs)} members beside it); run python -m fastflower.evaluate or export",
-            4,
-        )
-    try:
-        with open(os.path.join(folder, "SHA256"), encoding="ascii") as file:
-            hashes = {name: value for value, name in (line.split() for line in file)}
-        with open(os.path.join(folder, "bundle.json"), "rb") as file:
-            data = file.read()
-        if hashlib.sha256(data).hexdigest() != hashes.get("bundle.json"):
-            raise ValueError("bundle.json is not the one that was exported")
-        bundle = json.loads(data)
-        if not isinstance(bundle, dict):
-            raise ValueError("bundle.json holds no description")
-    except (OSError, ValueError) as error:
-        raise Problem(f"{folder} is damaged ({error}); copy it again", 3) from None
-    if bundle.get("format") != FORMAT:
-        raise Problem(
-            f"{folder} has format {bundle.get('format')}, this predictor reads {FORMAT}; take its own code/"
-        )
-    return bundle, hashes
-
-
-def substitute(folder: str, sample: Sample | None) -> dict[str, Any] | None:
-    """Classes and prior for a table without networks: the bundle's, those of the training data, the sample's."""
-    counts: dict[str, float] = {}
-    for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
-        damaged = contextlib.suppress(OSError, ValueError, KeyError, csv.Error)
-        with damaged, open(path, encoding="utf-8-sig", newline="") as file:
-            counts = {row["category_id"]: float(row["n"]) for row in csv.DictReader(file)}
-        if counts:
-            break
-    counts = counts or Counter(sample.ids if sample else ())
-    if not counts:
-        return None
-    prior = [count / max(1, sum(counts.values())) for count in counts.values()]
-    return {"class_ids": list(counts), "prior": prior, "columns": "sample"}
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     about = "Name the class of every photograph in a folder, or of every pair in a .npz."
     parser = argparse.ArgumentParser(prog="predict.py", description=about, allow_abbrev=False)
@@ -333,11 +275,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--logits", metavar="NPZ", help="also write logits (photographs, members, views, classes)"
     )
     options = parser.parse_args(argv)
-    options.folder = options.folder or nearest("test_dataset", "test_dataset.npz")
-    options.csv = options.csv or os.path.join(ROOT, "results", "results", "")
+    options.folder = options.folder or bundles.nearest("test_dataset", "test_dataset.npz")
+    options.csv = options.csv or os.path.join(bundles.ROOT, "results", "results", "")
     if options.csv.endswith(("/", os.sep)) or os.path.isdir(options.csv):
         options.csv = os.path.join(options.csv, "submission.csv")
-    options.bundle = options.bundle or default_bundle()
+    options.bundle = options.bundle or bundles.default()
     return options
 
 
@@ -346,21 +288,6 @@ def natural(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return number
-
-
-def default_bundle() -> str:
-    """The exported bundle; where there is none, the programs that evaluate last left beside members."""
-    exported = nearest("results/model/bundle")
-    left = glob.glob(os.path.join(glob.escape(nearest("results/model")), "*", "programs", "bundle.json"))
-    if os.path.exists(exported) or not left:
-        return exported
-    return os.path.dirname(max(left, key=os.path.getmtime))
-
-
-def nearest(*names: str) -> str:
-    """The first path that is there, below the folder that holds code/ or else below the current one."""
-    places = [os.path.join(place, *name.split("/")) for name in names for place in (ROOT, os.curdir)]
-    return next((path for path in places if os.path.exists(path)), places[0])
 
 
 def say(text: str, stream: Any = None) -> None:

@@ -55,7 +55,7 @@ def run(code, exported):
     def call(given: str, folder: Path = exported) -> tuple[int | str, list[str]]:
         try:
             ended = code.predict.main([given, "out.csv", "--bundle", str(folder), "--threads", "1"])
-        except code.predict.Problem as problem:
+        except code.bundles.Problem as problem:
             ended = str(problem)
         return ended, Path("out.csv").read_text().splitlines()[1:] if Path("out.csv").exists() else []
 
@@ -247,7 +247,7 @@ def test_a_damaged_bundle_leaves_the_prior(run):
 
 def test_a_sample_names_the_columns_of_two_classes(run, code, monkeypatch):
     """Three of them; one of two columns has no place for a probability."""
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     binary = export("binary", "bundle.columns=binary")
     np.savez("given.npz", xa=GREY, xb=GREY[::-1])
     _, lines = run("given.npz", binary)
@@ -262,7 +262,7 @@ def test_a_sample_names_the_columns_of_two_classes(run, code, monkeypatch):
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_sample_may_number_the_rows(run, code, monkeypatch, first):
     """From 0 or from 1, in any order; other numbers are none of theirs."""
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     np.savez("given.npz", xa=GREY, xb=GREY[::-1])
     _, lines = run("given.npz")
     order = np.random.default_rng(0).permutation(40)
@@ -277,7 +277,7 @@ def test_a_sample_may_number_the_rows(run, code, monkeypatch, first):
 
 
 def test_without_words_test_dataset_npz_is_taken(run, code, monkeypatch):
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     np.savez("test_dataset.npz", xa=GREY, xb=GREY)
     assert code.predict.main(["--bundle", "bundle", "--threads", "1"]) == 0
     table = Path("results/results/submission.csv").read_text().splitlines()

@@ -98,7 +98,7 @@ def run(code, exported):
         try:
             own = ["test_dataset", csv_path, "--bundle", str(exported[0]), "--threads", "1"]
             number = code.predict.main([*own, *words])
-        except code.predict.Problem as problem:
+        except code.bundles.Problem as problem:
             number = problem.code
         return number, rows_of(Path(csv_path)) if Path(csv_path).exists() else []
 
@@ -109,11 +109,11 @@ def run(code, exported):
 @pytest.fixture
 def guessed(code, monkeypatch):
     """Run the predictor where there are classes and photographs but no networks: exit code 4 and rows."""
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     know_classes(Path.cwd())
 
     def call(csv_path: str) -> None:
-        with pytest.raises(code.predict.Problem, match="no bundle in nowhere") as problem:
+        with pytest.raises(code.bundles.Problem, match="no bundle in nowhere") as problem:
             code.predict.main(["test_dataset", csv_path, "--bundle", "nowhere"])
         assert problem.value.code == 4
 
@@ -199,7 +199,7 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
 @pytest.mark.parametrize(("backbone", "head"), FAMILIES)
 def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
     (made,) = write_bundle(tmp_path / "bundle", [member(tmp_path, backbone, head)], "tta.scales=[32,80]")
-    description, hashes = code.predict.read_bundle(str(tmp_path / "bundle"))
+    description, hashes = code.bundles.read(str(tmp_path / "bundle"))
     networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
     assert networks.notes == []
     flower(3, (200, 150)).save(tmp_path / "picture.png")
@@ -252,7 +252,7 @@ def test_each_member_sees_pictures_as_it_was_trained(tmp_path, code):
     }
     paths = [member(tmp_path), member(tmp_path, "test_resnet", seed=1, stored_side=60, **other)]
     made = write_bundle(tmp_path / "bundle", paths, "tta.scales=[32]", "tta.hflip=false")
-    description, hashes = code.predict.read_bundle(str(tmp_path / "bundle"))
+    description, hashes = code.bundles.read(str(tmp_path / "bundle"))
     networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
     assert networks.notes == []
     flower(3, (200, 150)).save(tmp_path / "picture.png")
@@ -570,7 +570,7 @@ def test_a_torch_that_calls_torchscript_deprecated_says_nothing(kind, code, expo
         return load(*args, **kwargs)
 
     monkeypatch.setattr(torch.jit, "load", deprecated)
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     assert code.networks.Networks(str(exported[0]), description, hashes, "cpu").notes == []
 
 
@@ -582,12 +582,12 @@ def test_a_torch_that_does_not_know_this_numpy_is_enough(code, exported, monkeyp
 
     monkeypatch.setattr(torch, "from_numpy", missing)
     monkeypatch.setattr(torch.Tensor, "numpy", missing)
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     assert code.networks.Networks(str(exported[0]), description, hashes, "cpu").notes == []
 
 
 def test_short_memory_halves_the_batch(code, exported, monkeypatch):
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
     crops = [
         [np.full((c["height"], c["width"], 3), 9 * n, np.uint8) for c in description["crops"]]
@@ -618,7 +618,7 @@ def test_short_memory_halves_the_batch(code, exported, monkeypatch):
 
 
 def test_a_member_without_finite_logits_has_no_say(code, exported):
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
     logits = np.ones((3, 2, 4, 3), np.float32)
     logits[:, 1] = 3
@@ -633,7 +633,7 @@ def test_a_member_without_finite_logits_has_no_say(code, exported):
 
 def test_columns_and_order_are_the_samples(run, code, monkeypatch):
     fill(3)
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     Path("ref").mkdir()
     sample = Path("ref/predictions_sample.csv")
     sample.write_text("\ufeffImage,Label\r\n002.jpg,1\r\n000.jpg,1\r\n001.jpg,1\r\n", encoding="utf-8")
@@ -655,7 +655,7 @@ def test_a_folder_without_photographs_gives_a_header(code, exported, place):
     Path("test_dataset").mkdir()
     Path("a.jpg").write_bytes(jpeg(1))
     with pytest.raises(
-        code.predict.Problem, match=f"no photographs below {place}; give a folder with"
+        code.bundles.Problem, match=f"no photographs below {place}; give a folder with"
     ) as problem:
         code.predict.main([place, "out.csv", "--bundle", str(exported[0])])
     assert problem.value.code == 2
@@ -670,7 +670,7 @@ def test_no_photographs_is_said_and_never_replaces_a_table(run, capsys):
 
 
 def test_without_a_bundle_one_line_says_what_to_do(code, monkeypatch):
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     folder = Path("model/exp")
     folder.mkdir(parents=True)
     for name in (
@@ -679,7 +679,7 @@ def test_without_a_bundle_one_line_says_what_to_do(code, monkeypatch):
     ):
         (folder / f"{name}.pth").write_bytes(b"")
     with pytest.raises(
-        code.predict.Problem, match=r"no bundle in model/bundle \(1 members beside it\); run python -m"
+        code.bundles.Problem, match=r"no bundle in model/bundle \(1 members beside it\); run python -m"
     ) as problem:
         code.predict.main(["a", "b.csv", "--bundle", "model/bundle"])
     assert problem.value.code == 4 and not Path("b.csv").exists()
@@ -703,7 +703,7 @@ def test_without_any_classes_every_row_is_the_samples_commonest(guessed):
 @pytest.fixture
 def evaluated(run, code, monkeypatch):
     """Two members and the programs that evaluate leaves beside them; one is a backbone whose views have weights."""
-    monkeypatch.setattr(code.predict, "ROOT", str(Path.cwd()))
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     folder, made = Path("results/model/exp"), recipe.load(None, ["exp.name=exp", "tta.scales=[32,64]"])
     paths = [member(folder, name, seed=seed) for seed, name in enumerate(("resnet10t", "test_vit"))]
     bundle.leave_programs(paths, np.array([0.25, 0.75]), made, temperature=1.5)
@@ -715,7 +715,7 @@ def unbundled(code, *words: str) -> tuple[int, bytes, dict[str, object]]:
     """Exit code, table and description of a run that is not told of any bundle."""
     try:
         number = code.predict.main(["test_dataset", "own.csv", "--threads", "1", *words])
-    except code.predict.Problem as problem:
+    except code.bundles.Problem as problem:
         number = problem.code
     return number, Path("own.csv").read_bytes(), json.loads(Path("own.json").read_text())
 
@@ -812,7 +812,7 @@ def test_a_damaged_description_is_refused(code, exported, name):
     Path("photos").mkdir()
     Path("photos/a.jpg").write_bytes(jpeg(1))
     with pytest.raises(
-        code.predict.Problem, match=r"damaged .* every row of .* is the class prior"
+        code.bundles.Problem, match=r"damaged .* every row of .* is the class prior"
     ) as problem:
         code.predict.main(["photos", "b.csv", "--bundle", "copy"])
     assert problem.value.code == 3
@@ -842,7 +842,7 @@ def test_a_description_that_is_missing_or_none_is_one_line_and_a_table(code, exp
         path.write_text(text, encoding="utf-8")
     if text and path != sums:
         sums.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  bundle.json\n")
-    with pytest.raises(code.predict.Problem, match=r"^\S.*every row of .* is the class prior$") as problem:
+    with pytest.raises(code.bundles.Problem, match=r"^\S.*every row of .* is the class prior$") as problem:
         code.predict.main(["photos", "b.csv", "--bundle", "copy"])
     assert problem.value.code == number
     assert rows_of(Path("b.csv"))[1] == ["a.jpg", "012", f"{9 / 16:.6f}"]
@@ -877,7 +877,7 @@ def test_weights_that_are_none_leave_their_member_out(code, exported, monkeypatc
     if name == "flipped":
         shutil.copy(exported[0] / path.name, path)
         flip(path)
-    description, hashes = code.predict.read_bundle("copy")
+    description, hashes = code.bundles.read("copy")
     if known and name in WEIGHTS:
         hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     if name == "absent":
@@ -891,8 +891,8 @@ def test_weights_that_are_none_leave_their_member_out(code, exported, monkeypatc
 
 
 def test_a_bundle_of_another_format_is_refused(code, exported, monkeypatch):
-    monkeypatch.setattr(code.predict, "FORMAT", 99)
-    with pytest.raises(code.predict.Problem, match="has format 2, this predictor reads 99"):
+    monkeypatch.setattr(code.bundles, "FORMAT", 99)
+    with pytest.raises(code.bundles.Problem, match="has format 2, this predictor reads 99"):
         code.predict.main(["a", "b.csv", "--bundle", str(exported[0])])
 
 
@@ -1058,7 +1058,7 @@ def test_places_that_there_are_not_are_no_hindrance(code, monkeypatch):
     monkeypatch.setattr(os, "getcwd", gone)
     monkeypatch.setattr(code.table.tempfile, "gettempdir", gone)
     words = [str(place / name) for name in ("test_dataset", "out.csv", "nowhere")]
-    with pytest.raises(code.predict.Problem, match=r"every row of .*out.csv is the class prior"):
+    with pytest.raises(code.bundles.Problem, match=r"every row of .*out.csv is the class prior"):
         code.predict.main([*words[:2], "--bundle", words[2]])
     assert len(rows_of(place / "out.csv")) == 2
     with pytest.raises(FileNotFoundError, match="No usable temporary"):
@@ -1336,7 +1336,7 @@ def test_the_bytes_of_a_table(code):
 
 
 def test_a_gpu_that_does_not_work_leaves_the_work_to_the_cpu(code, exported, monkeypatch):
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     monkeypatch.setattr(
         code.networks, "choices", lambda *_: [("cuda:9", torch.float16), ("cpu", torch.float32)]
     )
@@ -1355,7 +1355,7 @@ def test_a_gpu_that_does_not_work_leaves_the_work_to_the_cpu(code, exported, mon
 )
 def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypatch, off, device, dtype):
     """By how much the test picture's logits are off in half precision, in fp32, on the CPU."""
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     errors = iter(off)
     monkeypatch.setattr(code.networks, "program", lambda *_: None)
     monkeypatch.setattr(code.networks.Networks, "_inputs", lambda *_: [])
@@ -1367,7 +1367,7 @@ def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypat
 
 
 def test_what_half_precision_cannot_hold_is_computed_in_fp32(code, exported, monkeypatch):
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     white = [np.full((crop["height"], crop["width"], 3), 255, np.uint8) for crop in description["crops"]]
     plain = code.networks.Networks(str(exported[0]), description, hashes, "cpu").logits([white])
     honest = code.networks.Networks._forward
@@ -1422,7 +1422,7 @@ def test_a_processor_is_asked_for_its_instructions(code, monkeypatch):
 
 
 def test_bf16_that_is_wrong_leaves_the_work_to_fp32(code, exported, monkeypatch):
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
     honest = code.networks.Networks._self_test
     monkeypatch.setattr(
@@ -1451,7 +1451,7 @@ def test_the_bundle_decides_on_half_precision_and_an_option_refuses_it(tmp_path,
 
 def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatch):
     """The logits are those of fp32; bf16 and TF32 are never used."""
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     views = [np.zeros((crop["height"], crop["width"], 3), np.uint8) for crop in description["crops"]]
     plain = code.networks.Networks(str(exported[0]), description, hashes, "cpu").logits([views])
     honest, seen = code.networks.Networks._forward, set()
@@ -1473,7 +1473,7 @@ def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatc
 
 
 def test_a_network_that_says_something_else_than_at_export_is_noticed(code, exported):
-    description, hashes = code.predict.read_bundle(str(exported[0]))
+    description, hashes = code.bundles.read(str(exported[0]))
     description["members"][0]["expected"][0][1] += 0.5
     networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
     assert any("another version of torch than at export?" in note for note in networks.notes)
