@@ -1,4 +1,4 @@
-"""What only a GPU can show: mixed precision and its scaler, BatchNorm across GPUs, one kernel a step."""
+"""What only a GPU can show: mixed precision and its scaler, norms across GPUs, one kernel a step, the predictor."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch import nn
 
 from fastflower import recipe as recipes
+from fastflower.bench.predict import prepared
 from fastflower.model.network import synchronise_norms, training_network
 from fastflower.optim.groups import param_groups
 from fastflower.optim.optimizers import optimizer
@@ -88,3 +90,31 @@ def test_the_fused_step_is_the_cpus(name: str):
         }
     for key, tensor in ends["cpu"].items():
         torch.testing.assert_close(ends["cuda"][key], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "convnextv2_atto", "vit_tiny_patch16_224"])
+def test_the_predictor_says_on_a_gpu_what_it_says_on_the_cpu(backbone: str, tmp_path: Path, code: type):
+    """In fp16 nearly so; a batch that does not fit is run in parts, and the GPU goes on."""
+    place = tmp_path / "prepared"
+    place.mkdir()
+    prepared(place, backbone, [64, 96])
+    folder = str(place / "bundle")
+    description, hashes = code.bundles.read(folder)
+    rng = np.random.default_rng(0)
+    shapes = [(crop["height"], crop["width"], 3) for crop in description["crops"]]
+    pictures = [[rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes] for _ in range(8)]
+    want = code.networks.Networks(folder, description, hashes, "cpu").logits(pictures)
+    largest = max(1.0, float(np.abs(want).max()))
+    for half, dtype, share in (("none", torch.float32, 1e-3), ("gpu", torch.float16, 0.02)):
+        networks = code.networks.Networks(folder, description, hashes, "cuda", half)
+        assert networks.dtype == dtype and networks.notes == []
+        assert np.abs(networks.logits(pictures) - want).max() <= share * largest
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**27) / total)
+    try:
+        got = networks.logits(pictures * 256)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert networks.device.type == "cuda" and networks.notes == []
+    assert np.abs(got - np.concatenate([want] * 256)).max() <= 0.02 * largest
