@@ -165,12 +165,16 @@ def abandoned(aside: Path) -> bool:
 
 @cache
 def neighbourhood() -> str:
-    """Eight characters for those processes that can see each other: of this machine, and of this container."""
+    """Eight characters for those processes that can see each other: of this machine since it started, and container.
+
+    Not the machine's name: those made from one image may share it.
+    """
     try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         container = os.readlink("/proc/self/ns/pid")
     except OSError:
-        container = ""
-    return digest(platform.node(), container)[:8]
+        started, container = platform.node(), ""
+    return digest(started, container)[:8]
 
 
 def sweep(folder: Path, name: str = "*", below: bool = False) -> None:

@@ -80,14 +80,14 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     runs.sweep(tmp_path / "none", below=True)
 
 
-@pytest.mark.parametrize("elsewhere", ["host", "container"])
+@pytest.mark.parametrize("elsewhere", ["machine", "container"])
 def test_what_another_machine_is_writing_on_a_shared_disk_is_not_swept(tmp_path, monkeypatch, elsewhere):
     """Its processes are not in our /proc; a file that nothing has changed for a day is nobody's."""
     own = runs.aside_of(tmp_path / "a")
     runs.neighbourhood.cache_clear()
     with monkeypatch.context() as patch:
-        if elsewhere == "host":
-            patch.setattr(runs.platform, "node", lambda: "another")
+        if elsewhere == "machine":
+            patch.setattr(runs.Path, "read_text", lambda *_, **__: "another\n")
         else:
             patch.setattr(runs.os, "readlink", lambda _: "pid:[5]")
         theirs = runs.aside_of(tmp_path / "a")
