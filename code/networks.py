@@ -45,6 +45,8 @@ class Networks:
             raise Unusable("; ".join(self.notes))
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: logits must be those of the trainer
         torch.backends.cuda.matmul.allow_tf32 = False
+        if all(spec["half_keeps"] is None for spec in bundle["programs"]):
+            half = "none"
         for name, dtype in choices(device, half):
             fault = self._place(name, dtype)
             if fault is None:
@@ -59,28 +61,29 @@ class Networks:
         once. Where memory is short the pictures are run in halves, a single one alone; where a GPU fails the CPU goes
         on.
         """
+        dtype, goal = self.dtype, "cpu"
         try:
             found = self._run(pictures)
         except (RuntimeError, MemoryError) as error:
             full = isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY)
             reason = str(error).strip().split("\n")[-1]
         else:
-            if self.dtype != torch.float16 or np.isfinite(found).all():  # bf16 ends where fp32 does
+            if dtype == torch.float32 or np.isfinite(found).all():
                 return found
-            self.notes.append(f"{self.device}: logits that are not finite in fp16; going on in fp32")
-            self._place(str(self.device), torch.float32)
-            return self.logits(pictures)
+            full, reason, goal = False, "logits that are not finite", str(self.device)
         # outside the except block, whose traceback keeps the tensors alive
         if full and self.device.type == "cuda":
             torch.cuda.empty_cache()
         if full and len(pictures) > 1:
             middle = len(pictures) // 2
             return np.concatenate([self.logits(pictures[:middle]), self.logits(pictures[middle:])])
-        if self.device.type == "cpu":
-            with self.alone:
+        with (
+            self.alone
+        ):  # threads of a CPU that are in the midst of bf16 fail, too, and find fp32 in place here
+            if self.device.type == "cpu" and (full or self.dtype == torch.float32):
                 return self._run(pictures)
-        self.notes.append(f"{self.device}: {reason}; going on with the CPU")
-        self._place("cpu", torch.float32)
+            self.notes.append(f"{self.device} in {NAMES[dtype]}: {reason}; going on with {goal} in fp32")
+            self._place(goal, torch.float32)
         return self.logits(pictures)
 
     def fuse(self, logits: np.ndarray) -> np.ndarray:
@@ -93,6 +96,10 @@ class Networks:
         with np.errstate(invalid="ignore"):
             say = say / say.sum(axis=1, keepdims=True)
         return (np.nan_to_num(own) * say[:, :, None]).sum(axis=1) / self.bundle["temperature"]
+
+    def where(self) -> str:
+        """The device and the precision that compute now."""
+        return f"{self.device}, {NAMES[self.dtype]}"
 
     def _read(self, folder: str, hashes: dict[str, str]) -> None:
         for member in self.bundle["members"]:
@@ -159,11 +166,11 @@ class Networks:
     def _self_test(self) -> float:
         """Largest difference, as a share of the largest logit, to what the trainer's own networks said at export.
 
-        On a CPU one view a member is enough to know the arithmetic, and the first row comes sooner.
+        On a CPU in fp32 one view a member is enough to know the arithmetic, and the first row comes sooner.
         """
         worst, beside = 0.0, 2 if self.bundle.get("pairs") else 1
         for member in self.members:
-            count = 1 if self.device.type == "cpu" else len(member["views"])
+            count = 1 if (self.device.type, self.dtype) == ("cpu", torch.float32) else len(member["views"])
             for view, inputs, expected in list(zip(member["views"], member["inputs"], member["expected"]))[
                 :count
             ]:
@@ -214,7 +221,7 @@ def choices(device: str, half: str) -> list[tuple[str, torch.dtype]]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = [("cpu", torch.float32)]
-    if device != "cpu":
+    if device.partition(":")[0] != "cpu":
         found = [*([] if half == "none" else [(device, torch.float16)]), (device, torch.float32), *found]
     elif half == "all" and multiplies_bf16():
         found = [("cpu", torch.bfloat16), *found]

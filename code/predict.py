@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
         raise fault or Problem(str(unfit)) from None
     if any("checkpoint" in member for member in bundle.get("members", ())):
         say(f"no bundle; taking the members above {options.bundle}, which passed no gate of export")
+    options.half = "none" if options.fp32 else bundle.get("half", "gpu")
     header = columns("two" if options.two_columns else bundle["columns"], sample)
     for name, number in (("SIGTERM", 143), ("SIGHUP", 129)):
         if hasattr(signal, name):
@@ -83,9 +84,10 @@ def main(argv: list[str]) -> int:
         raise Problem(f"no photographs below {options.folder}; give a folder with {kinds}")
 
     def work(deaths: int, unexplained: int) -> int:
-        # memory may be what killed it, or the driver of a GPU
+        # memory may be what killed it, a GPU's driver, or instructions that the processor only claims to have
         options.threads = max(1, (options.threads or guard.usable_cores()) >> deaths)
         options.device = "cpu" if unexplained else options.device
+        options.half = "gpu" if deaths and options.half == "all" else options.half
         try:
             predict(options, bundle, hashes, given, table)
         except Problem as problem:
@@ -131,8 +133,7 @@ def predict(
         import networks
 
         torch.set_num_threads(threads)
-        half = "none" if options.fp32 else bundle.get("half", "gpu")
-        members = networks.Networks(options.bundle, bundle, hashes, options.device, half)
+        members = networks.Networks(options.bundle, bundle, hashes, options.device, options.half)
     except (ImportError, OSError) as error:  # a library of torch that is missing or does not fit into memory
         raise Problem(
             f"torch cannot be loaded ({error}); every row of {table.path} is the class prior", 4
@@ -140,12 +141,10 @@ def predict(
     except networks.Unusable as error:
         table.about = {"notes": [str(error)]}
         raise Problem(f"{error}; every row of {table.path} is the class prior", 3) from None
-    device = f"{members.device}, {networks.NAMES[members.dtype]}"
-    about = {"device": device, "torch": torch.__version__, "threads": threads}
+    about = {"torch": torch.__version__, "threads": threads}
     about.update(members=[member["name"] for member in members.members], notes=members.notes)
-    say(
-        f"{len(table.names)} {given.noun}, {len(members.members)} members on {device}, T = {bundle['temperature']:.3f}"
-    )
+    count, where = len(members.members), members.where()
+    say(f"{len(table.names)} {given.noun}, {count} members on {where}, T = {bundle['temperature']:.3f}")
     loaded = time.monotonic()
     kept: dict[int, np.ndarray] = {}
     told = 0
@@ -164,7 +163,10 @@ def predict(
         pace = spent / own if first else (spent - warm) / (own - 1)  # the first picture pays for warming up
         pace = max(pace, 1e-6)  # the clock of Windows stands still for 16 ms
         about.update(
-            first_row_s=loaded - start + warm, seconds=loaded - start + spent, ms_per_image=1000 * pace
+            device=members.where(),
+            first_row_s=loaded - start + warm,
+            seconds=loaded - start + spent,
+            ms_per_image=1000 * pace,
         )
         table.about = about
         if first or time.monotonic() - table.written > WRITE_EVERY:

@@ -71,7 +71,7 @@ def make_member(fold: int, seed: int = 42, **changes: object) -> Path:
 def test_export_makes_a_hand_in_that_runs(members, capsys):
     export.main([*WORDS, "--zip", "hand-in.zip"])
     said = capsys.readouterr().out
-    assert said.count("passed") == 7 and "FAILED" not in said
+    assert said.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in said
     assert "fresh venv, no network" in said and "no logits; run python -m fastflower.evaluate" in said
     assert "T = 1.0000 (no results/results/tiny/temperature.json" in said
     assert "logits move by at most" in said
@@ -101,7 +101,8 @@ def test_images_that_came_as_numbers_are_handed_in_too(capsys):
     members = [make_member(fold) for fold in (0, 1)]
     export.main(words)
     said = capsys.readouterr().out
-    assert said.count("passed") == 7 and "FAILED" not in said and "0 of 255 on 24 photographs" in said
+    assert said.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in said
+    assert "0 of 255 on 24 photographs" in said
     found = gates.held_out(Path("held out"), load(None, words), bundle.load_members(members, "fp16"))
     for file, row in zip(found.files, found.index, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), images[row])
@@ -137,47 +138,96 @@ def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
 def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
     export.main([*WORDS, "bundle.half=all"])
     said = capsys.readouterr().out
-    if code.networks.multiplies_bf16():
-        assert re.search(r"half +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
+    gpu, native = torch.cuda.is_available(), code.networks.multiplies_bf16()
+    assert gpu or re.search(r"half, gpu +no GPU here +not seen", said)
+    if native:
+        assert re.search(r"half, cpu +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
         moved = r"cpu, bf16: logits move by at most \S+, the largest is \S+; another class for \d+ of 24"
         assert re.search(moved, said)
     else:
-        assert re.search(r"half +computed by cpu, fp32: no such device here +not seen", said)
-    assert said.count("passed") == 7 + code.networks.multiplies_bf16()
+        assert re.search(r"half, cpu +no bf16 instructions here +not seen", said)
+    assert gpu or f"2 threads, {'bf16' if native else 'fp32'} " in said
+    assert said.count("passed") == 7 + gpu + native
     assert json.loads((runs.BUNDLE / "bundle.json").read_text())["half"] == "all"
 
 
-def test_half_precision_that_costs_answers_is_a_failed_gate(monkeypatch):
-    """Two members of weights 0.8 and 0.2; the heavier turns from right to wrong on some photographs."""
+def test_what_nothing_measured_is_not_left_beside_members(members):
+    for half, left in (("all", "gpu"), ("gpu", "gpu"), ("none", "none")):
+        place = bundle.leave_programs(members, HALVES, load(None, [*WORDS, f"bundle.half={half}"]), 1.0)
+        assert json.loads((place / "bundle.json").read_text())["half"] == left
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """The gate of half precision on a GPU, for what the predictor is said to have done there."""
+    weights = {"members": [{"weight": 0.8}, {"weight": 0.2}], "programs": [{"half_keeps": []}]}
     exact = np.zeros((40, 2, 1, 3))
     exact[:, :, :, 1] = 1.0
-    labels = np.ones(40, np.int64)
-    about = {"device": "cuda:0, fp16", "notes": []}
-    monkeypatch.setattr(gates, "about", lambda _: about)
-    weights = {"members": [{"weight": 0.8}, {"weight": 0.2}]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gates, "submission_fault", lambda *_: None)
 
-    def gate(turned: int, member: int) -> tuple[gates.Gate, list[str]]:
-        def run(root: Path, options: list[str], python: Path | None) -> None:
-            got = exact.copy()
-            got[:turned, member, :, 2] = 1.5
+    def gate(
+        got: np.ndarray, device: str = "cuda, fp16", notes: tuple[str, ...] = (), fault: str | None = None
+    ) -> tuple[gates.Gate, list[str]]:
+        def run(root: Path, options: list[str], python: Path | None) -> str | None:
+            assert options[:2] == ["--device", "cuda"]
             np.savez(options[options.index("--logits") + 1], logits=got)
+            return fault
 
         monkeypatch.setattr(bare, "run", run)
-        return gates.halving(Path(), exact, weights, labels, 0.05, None)
+        monkeypatch.setattr(gates, "about", lambda _: {"device": device, "notes": list(notes)})
+        return gates.halving(Path(), exact, weights, np.ones(40, np.int64), 0.05, None, "gpu")
 
-    for turned, member, right in ((0, 0, 40), (2, 0, 38), (3, 0, 37), (20, 1, 40)):
-        found, (line,) = gate(turned, member)
-        want = gates.Gate("half", f"{right} right of 40, 40 before", ">= 38 right", right >= 38)
-        assert found == want
-        assert line.endswith(f"another class for {40 - right} of 40") and line.startswith(
-            "cuda:0, fp16: logits"
-        )
-    about.update(device="cuda:0, fp32", notes=["cuda:0 in fp16: no kernel"])
-    found, lines = gate(0, 0)
-    assert found.passed is None and "cuda:0 in fp16: no kernel" in found.got and lines == []
-    monkeypatch.setattr(bare, "run", lambda *_: "exit 1: killed")
-    found, lines = gates.halving(Path(), exact, weights, labels, 0.05, None)
-    assert found.passed is False and found.got == "exit 1: killed" and lines == []
+    return gate, exact, weights
+
+
+@pytest.mark.parametrize(("turned", "member", "right"), [(0, 0, 40), (2, 0, 38), (3, 0, 37), (20, 1, 40)])
+def test_half_precision_that_costs_answers_is_a_failed_gate(half, turned, member, right):
+    """Two members of weights 0.8 and 0.2; one turns from right to wrong on some photographs."""
+    gate, got, _ = half
+    got = got.copy()
+    got[:turned, member, :, 2] = 1.5
+    found, lines = gate(got, notes=("a note",))
+    assert found == gates.Gate("half, gpu", f"{right} right of 40, 40 before", ">= 38 right", right >= 38)
+    assert lines[0].startswith("cuda, fp16: logits") and lines[1:] == ["a note"]
+    assert lines[0].endswith(f"another class for {40 - right} of 40")
+
+
+def test_half_precision_without_logits_fails_and_that_of_no_device_is_not_seen(half, monkeypatch):
+    gate, exact, weights = half
+    lost = exact.copy()
+    lost[3] = np.nan
+    for got in (lost, exact[:, :1], exact[:39]):
+        found, lines = gate(got)
+        assert (found.passed, lines) == (False, []) and "missing or not finite" in found.got
+    found, lines = gate(exact, fault="exit 4: killed")
+    assert (found.passed, found.got, lines) == (False, "exit 4: killed", [])
+    found, _ = gate(exact, "cuda, fp32", ("cuda in fp16: no kernel",))
+    assert (found.passed, found.got) == (None, "cuda in fp16: no kernel")
+    weights["programs"][0]["half_keeps"] = None
+    assert gate(exact, "cuda, fp32")[0].got == "networks unfit for it"
+    monkeypatch.setattr(gates, "submission_fault", lambda *_: "3 photographs unreadable")
+    found, _ = gate(exact)
+    assert (found.passed, found.got) == (False, "3 photographs unreadable")
+    assert gates.halved("all") == ["cpu", "gpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gates.halved("all") == ["gpu", "cpu"] and gates.halved("none") == []
+    assert gate(exact)[0] == gates.Gate("half, gpu", "no GPU here", "", None)
+
+
+def test_latency_is_that_of_a_run_that_ended_well(monkeypatch):
+    description = {"half": "gpu", "pairs": None}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = {"device": "cpu, bf16", "threads": 2, "ms_per_image": 30.0}
+    monkeypatch.setattr(gates, "about", lambda _: told)
+    monkeypatch.setattr(bare, "run", lambda *_: "exit 3: damaged")
+    found = gates.latency(Path(), description, 50.0, None)
+    assert found.passed and re.search(r"^30.0 ms an image on .*, 2 threads, bf16$", found.got)
+    found = gates.latency(Path(), description, 20.0, None)  # tried again
+    assert found == gates.Gate("latency", "exit 3: damaged", "<= 20 ms", False)
+    del told["ms_per_image"]
+    monkeypatch.setattr(bare, "run", lambda *_: None)
+    assert gates.latency(Path(), description, 50.0, None).passed is False
 
 
 def test_a_loss_of_score_is_a_failed_gate():

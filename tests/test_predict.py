@@ -19,6 +19,7 @@ import time
 import types
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -613,7 +614,7 @@ def test_short_memory_halves_the_batch(code, exported, monkeypatch):
     monkeypatch.setattr(networks, "_run", full)
     np.testing.assert_allclose(networks.logits(crops), want, atol=1e-5)
     assert sizes == [5, 2, 1] and networks.notes == [
-        "cuda: CUDA out of memory. Tried to allocate 2.00 GiB; going on with the CPU"
+        "cuda in fp32: CUDA out of memory. Tried to allocate 2.00 GiB; going on with cpu in fp32"
     ]
 
 
@@ -1381,7 +1382,7 @@ def test_what_half_precision_cannot_hold_is_computed_in_fp32(code, exported, mon
     networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
     assert networks.dtype == torch.float16 and networks.notes == []
     np.testing.assert_array_equal(networks.logits([white]), plain)
-    assert networks.notes == ["cpu: logits that are not finite in fp16; going on in fp32"]
+    assert networks.notes == ["cpu in fp16: logits that are not finite; going on with cpu in fp32"]
 
 
 @pytest.mark.parametrize(
@@ -1394,6 +1395,7 @@ def test_what_half_precision_cannot_hold_is_computed_in_fp32(code, exported, mon
         ("cuda:1", "all", True, ["cuda:1 fp16", "cuda:1 fp32", "cpu fp32"]),
         ("cuda:1", "gpu", True, ["cuda:1 fp16", "cuda:1 fp32", "cpu fp32"]),
         ("cuda:1", "none", True, ["cuda:1 fp32", "cpu fp32"]),
+        ("cpu:0", "gpu", True, ["cpu fp32"]),
     ],
 )
 def test_where_half_precision_is_tried(code, monkeypatch, device, half, native, names):
@@ -1435,13 +1437,84 @@ def test_bf16_that_is_wrong_leaves_the_work_to_fp32(code, exported, monkeypatch)
     assert networks.notes == ["cpu in bf16: logits of the test picture are 0.2 off"]
 
 
+def test_bf16_that_is_wrong_at_one_size_is_seen_before_the_work(code, exported, monkeypatch):
+    description, hashes = code.bundles.read(str(exported[0]))
+    monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
+    honest = code.networks.Networks._forward
+
+    def forward(self, images, view, inputs):
+        found = honest(self, images, view, inputs)
+        return found + (self.dtype == torch.bfloat16 and images.shape[1] == 64)
+
+    monkeypatch.setattr(code.networks.Networks, "_forward", forward)
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    assert networks.dtype == torch.float32 and len(networks.notes) == 1
+    assert networks.notes[0].startswith("cpu in bf16: logits of the test picture are ")
+
+
+@pytest.mark.parametrize("fault", ["error", "not finite"])
+def test_bf16_that_fails_at_work_is_replaced_by_fp32(code, exported, monkeypatch, fault):
+    """While threads share the networks; every picture gets the logits of fp32 or of bf16, none is lost."""
+    description, hashes = code.bundles.read(str(exported[0]))
+    monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
+    rng = np.random.default_rng(0)
+    shapes = [(crop["height"], crop["width"], 3) for crop in description["crops"]]
+    parts = [
+        [[rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes] for _ in range(3)]
+        for _ in range(8)
+    ]
+    exact = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    want = [exact.logits(part) for part in parts]
+    honest = code.networks.Networks._forward
+
+    def forward(self, images, view, inputs):
+        found = honest(self, images, view, inputs)
+        if self.dtype == torch.bfloat16 and len(images) > 1:
+            if fault == "error":
+                raise RuntimeError("could not create a primitive")
+            return found * np.nan
+        return found
+
+    monkeypatch.setattr(code.networks.Networks, "_forward", forward)
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    assert networks.dtype == torch.bfloat16
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(networks.logits, parts))
+    assert networks.where() == "cpu, fp32" and len(networks.notes) == 1
+    assert networks.notes[0].endswith("; going on with cpu in fp32")
+    for mine, theirs in zip(got, want, strict=True):
+        assert np.abs(mine - theirs).max() <= 1e-5 * max(1.0, np.abs(theirs).max())
+
+
+def test_networks_that_half_precision_does_not_fit_are_said_to_run_in_fp32(code, exported, monkeypatch):
+    description, hashes = code.bundles.read(str(exported[0]))
+    monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
+    for program in description["programs"]:
+        program["half_keeps"] = None
+    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    assert networks.where() == "cpu, fp32" and networks.notes == []
+
+
+def test_after_a_death_no_cpu_computes_in_bf16(tmp_path, run, code, monkeypatch):
+    """A processor that only claims to have the instructions would kill the next process too."""
+    write_bundle(tmp_path / "quick", [member(tmp_path)], "bundle.half=all")
+    fill(1)
+    seen = []
+    monkeypatch.setattr(code.predict, "predict", lambda options, *_: seen.append(options.half))
+    for deaths, unexplained in ((0, 0), (1, 0), (1, 1)):
+        monkeypatch.setattr(code.guard, "run", lambda work, *_, told=(deaths, unexplained): work(*told))
+        run("--bundle", str(tmp_path / "quick"))
+    assert seen == ["all", "gpu", "gpu"]
+
+
 def test_the_bundle_decides_on_half_precision_and_an_option_refuses_it(tmp_path, run, code, monkeypatch):
     write_bundle(tmp_path / "quick", [member(tmp_path)], "bundle.half=all")
     fill(9)
     monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
     found = {}
     for name, words in (("bf16", []), ("fp32", ["--fp32"])):
-        number, rows = run(*words, "--bundle", str(tmp_path / "quick"), "--logits", f"{name}.npz")
+        own = ["--device", "cpu", "--bundle", str(tmp_path / "quick"), "--logits", f"{name}.npz"]
+        number, rows = run(*words, *own)
         about = json.loads(Path("out/submission.json").read_text())
         assert number == 0 and len(rows) == 10 and about["device"] == f"cpu, {name}"
         found[name] = np.load(f"{name}.npz")["logits"]

@@ -170,7 +170,9 @@ def write(
         "class_hash": first["class_hash"],
         "prior": (counts / counts.sum()).tolist(),
         "columns": recipe.bundle.columns,
-        "half": recipe.bundle.half,
+        "half": recipe.bundle.half
+        if whole or recipe.bundle.half != "all"
+        else "gpu",  # nothing measured bf16
         "temperature": temperature,
         "hflip": hflip,
         "pairs": {"arrays": list(arrays), "shape": recipe.data.shape} if arrays else None,

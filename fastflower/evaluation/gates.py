@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import runpy
 import subprocess
@@ -87,8 +88,10 @@ def check(
             gate, lines = rounding(members, bundle, betons, expected, photographs.class_idx, recipe)
             gates.append(gate)
         gates.append(agreement(got, bundle, members, photographs, out_of_fold, recipe.bundle.max_loss))
-        if recipe.bundle.half == "all" or (recipe.bundle.half == "gpu" and torch.cuda.is_available()):
-            gate, more = halving(root, got, bundle, photographs.class_idx, recipe.bundle.max_loss, python)
+        for device in halved(recipe.bundle.half):
+            gate, more = halving(
+                root, got, bundle, photographs.class_idx, recipe.bundle.max_loss, python, device
+            )
             gates.append(gate)
             lines += more
         gates.append(latency(root, bundle, recipe.bundle.max_ms, python))
@@ -186,6 +189,12 @@ def rounding(
     return loss_gate(recipe.bundle.dtype, right[1], right[0], len(labels), recipe.bundle.max_loss), lines
 
 
+def halved(half: str) -> list[str]:
+    """Devices that compute in half precision by bundle.half; the one that the predictor chooses here is last."""
+    both = ["cpu", "gpu"] if torch.cuda.is_available() else ["gpu", "cpu"]
+    return {"all": both, "gpu": ["gpu"], "none": []}[half]
+
+
 def halving(
     root: Path,
     exact: np.ndarray,
@@ -193,24 +202,32 @@ def halving(
     labels: np.ndarray,
     max_loss: float,
     python: Path | None,
+    device: str,
 ) -> tuple[Gate, list[str]]:
-    """What half precision costs on the device that the predictor chooses, against its own logits in fp32 on the CPU."""
-    fault = bare.run(root, ["--logits", str(root / "half.npz")], python)
+    """What half precision costs on a device, against the predictor's own logits in fp32 on the CPU."""
+    name = f"half, {device}"
+    if device == "gpu" and not torch.cuda.is_available():
+        return Gate(name, "no GPU here", "", None), []
+    logits = root / f"{device}.npz"
+    words = ["--device", "cuda" if device == "gpu" else device, "--logits", str(logits)]
+    fault = bare.run(root, words, python) or submission_fault(root, bundle, len(labels))
     if fault is not None:
-        return Gate("half", fault, "exit 0", False), []
-    device = about(root)["device"]
-    if device.endswith("fp32"):
-        notes = "; ".join(about(root)["notes"]) or "no such device here"
-        return Gate("half", f"computed by {device}: {notes}", "", None), []
-    got = np.load(root / "half.npz")["logits"]
+        return Gate(name, fault, "valid", False), []
+    got, run = np.load(logits)["logits"], about(root)
+    if got.shape != exact.shape or not np.isfinite(got).all():
+        return Gate(name, "logits that are missing or not finite", "none", False), []
+    if run["device"].endswith("fp32"):
+        unfit = all(program["half_keeps"] is None for program in bundle["programs"])
+        reason = [*run["notes"], "networks unfit for it" if unfit else "no bf16 instructions here"][0]
+        return Gate(name, reason, "", None), []
     shares = [spec["weight"] for spec in bundle["members"]]
     told = [np.tensordot(shares, own.mean(axis=2), (0, 1)).argmax(axis=1) for own in (got, exact)]
     line = (
-        f"{device}: logits move by at most {np.abs(got - exact).max():.2g}, the largest is "
+        f"{run['device']}: logits move by at most {np.abs(got - exact).max():.2g}, the largest is "
         f"{np.abs(exact).max():.2g}; another class for {np.sum(told[0] != told[1])} of {len(labels)}"
     )
     right = [int((own == labels).sum()) for own in told]
-    return loss_gate("half", right[0], right[1], len(labels), max_loss), [line]
+    return loss_gate(name, right[0], right[1], len(labels), max_loss), [line, *run["notes"]]
 
 
 def agreement(
@@ -297,17 +314,21 @@ def latency(root: Path, bundle: dict[str, Any], allowed: float, python: Path | N
     """
     unseen = bundle["half"] == "none" and torch.cuda.is_available()
     for attempt in range(3):
-        if unseen or attempt:  # else the run before was one as the evaluator's will be
-            bare.run(root, [], python)
+        # else the run before was one as the evaluator's will be
+        fault = bare.run(root, [], python) if unseen or attempt else None
         run = about(root)
-        if run["ms_per_image"] <= allowed:
+        spent = run.get("ms_per_image", math.inf)
+        if fault is None and spent <= allowed:
             break
-    where = (
+    if fault is not None or spent == math.inf:
+        return Gate("latency", fault or "no run", f"<= {allowed:g} ms", False)
+    device, _, precision = run["device"].rpartition(", ")
+    own = (
         torch.cuda.get_device_name()
-        if run["device"].startswith("cuda")
+        if device.startswith("cuda")
         else f"{cpu_name()}, {run['threads']} threads"
     )
-    spent = run["ms_per_image"]
+    where = f"{own}, {precision}"
     what = "a pair" if bundle["pairs"] else "an image"
     return Gate("latency", f"{spent:.1f} ms {what} on {where}", f"<= {allowed:g} ms", spent <= allowed)
 
