@@ -146,7 +146,7 @@ def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
         assert re.search(moved, said)
     else:
         assert re.search(r"half, cpu +no bf16 instructions here +not seen", said)
-    assert gpu or f"2 threads, {'bf16' if native else 'fp32'} " in said
+    assert gpu or re.search(rf"\d threads, {'bf16' if native else 'fp32'} ", said)
     assert said.count("passed") == 7 + gpu + native
     assert json.loads((runs.BUNDLE / "bundle.json").read_text())["half"] == "all"
 
