@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -47,9 +48,13 @@ def ffcv(pictures: Pictures, size: int, threads: int, mode: str) -> Epoch:
     from fastflower.data.operations import stock_loader
 
     loader = stock_loader(pictures.ffcv(mode), (size, size), Crop(SCALE, RATIO, 0.5), pictures.batch, threads)
+    STOCK_LOADERS.append(loader)
     return lambda: iter(loader)
 
 
+STOCK_LOADERS: list[
+    Iterable[Any]
+] = []  # kept to the end: where one is freed, numba prints a KeyError of its own
 STOCK = "ffcv jpeg 512 q90"
 CONTENDERS: dict[str, Callable[[Pictures, int, int], Epoch]] = {
     STOCK: functools.partial(ffcv, mode="jpg"),
