@@ -159,7 +159,7 @@ def test_what_nothing_measured_is_not_left_beside_members(members):
 
 @pytest.fixture
 def half(monkeypatch):
-    """The gate of half precision on a GPU, for what the predictor is said to have done there."""
+    """The gate of half precision, for what the predictor is said to have done on the device."""
     weights = {"members": [{"weight": 0.8}, {"weight": 0.2}], "programs": [{"half_keeps": []}]}
     exact = np.zeros((40, 2, 1, 3))
     exact[:, :, :, 1] = 1.0
@@ -167,16 +167,20 @@ def half(monkeypatch):
     monkeypatch.setattr(gates, "submission_fault", lambda *_: None)
 
     def gate(
-        got: np.ndarray, device: str = "cuda, fp16", notes: tuple[str, ...] = (), fault: str | None = None
+        got: np.ndarray,
+        where: str = "cuda, fp16",
+        notes: tuple[str, ...] = (),
+        fault: str | None = None,
+        device: str = "gpu",
     ) -> tuple[gates.Gate, list[str]]:
         def run(root: Path, options: list[str], python: Path | None) -> str | None:
-            assert options[:2] == ["--device", "cuda"]
+            assert options[:2] == ["--device", {"gpu": "cuda", "cpu": "cpu"}[device]]
             np.savez(options[options.index("--logits") + 1], logits=got)
             return fault
 
         monkeypatch.setattr(bare, "run", run)
-        monkeypatch.setattr(gates, "about", lambda _: {"device": device, "notes": list(notes)})
-        return gates.halving(Path(), exact, weights, np.ones(40, np.int64), 0.05, None, "gpu")
+        monkeypatch.setattr(gates, "about", lambda _: {"device": where, "notes": list(notes)})
+        return gates.halving(Path(), exact, weights, np.ones(40, np.int64), 0.05, None, device)
 
     return gate, exact, weights
 
@@ -204,6 +208,8 @@ def test_half_precision_without_logits_fails_and_that_of_no_device_is_not_seen(h
     assert (found.passed, found.got, lines) == (False, "exit 4: killed", [])
     found, _ = gate(exact, "cuda, fp32", ("cuda in fp16: no kernel",))
     assert (found.passed, found.got) == (None, "cuda in fp16: no kernel")
+    assert gate(exact, "cpu, fp32")[0].got == "computed by cpu, fp32"  # after the GPU killed a process
+    assert gate(exact, "cpu, fp32", device="cpu")[0].got == "no bf16 instructions here"
     weights["programs"][0]["half_keeps"] = None
     assert gate(exact, "cuda, fp32")[0].got == "networks unfit for it"
     monkeypatch.setattr(gates, "submission_fault", lambda *_: "3 photographs unreadable")

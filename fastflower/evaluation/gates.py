@@ -218,8 +218,8 @@ def halving(
         return Gate(name, "logits that are missing or not finite", "none", False), []
     if run["device"].endswith("fp32"):
         unfit = all(program["half_keeps"] is None for program in bundle["programs"])
-        reason = [*run["notes"], "networks unfit for it" if unfit else "no bf16 instructions here"][0]
-        return Gate(name, reason, "", None), []
+        why = "no bf16 instructions here" if device == "cpu" else f"computed by {run['device']}"
+        return Gate(name, [*run["notes"], "networks unfit for it" if unfit else why][0], "", None), []
     shares = [spec["weight"] for spec in bundle["members"]]
     told = [np.tensordot(shares, own.mean(axis=2), (0, 1)).argmax(axis=1) for own in (got, exact)]
     line = (
