@@ -80,7 +80,7 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     runs.sweep(tmp_path / "none", below=True)
 
 
-@pytest.mark.parametrize("elsewhere", ["machine", "container"])
+@pytest.mark.parametrize("elsewhere", ["machine", "container", "no /proc"])
 def test_what_another_machine_is_writing_on_a_shared_disk_is_not_swept(tmp_path, monkeypatch, elsewhere):
     """Its processes are not in our /proc; a file that nothing has changed for a day is nobody's."""
     own = runs.aside_of(tmp_path / "a")
@@ -89,7 +89,9 @@ def test_what_another_machine_is_writing_on_a_shared_disk_is_not_swept(tmp_path,
         if elsewhere == "machine":
             patch.setattr(runs.Path, "read_text", lambda *_, **__: "another\n")
         else:
-            patch.setattr(runs.os, "readlink", lambda _: "pid:[5]")
+            patch.setattr(
+                runs.os, "readlink", lambda _: "pid:[5]" if elsewhere == "container" else os.stat("/absent")
+            )
         theirs = runs.aside_of(tmp_path / "a")
         dead = runs.aside_of(tmp_path / "b", 2**22 + 1)
     runs.neighbourhood.cache_clear()
