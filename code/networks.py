@@ -77,9 +77,8 @@ class Networks:
         if full and len(pictures) > 1:
             middle = len(pictures) // 2
             return np.concatenate([self.logits(pictures[:middle]), self.logits(pictures[middle:])])
-        with (
-            self.alone
-        ):  # threads of a CPU that are in the midst of bf16 fail, too, and find fp32 in place here
+        # other threads of a CPU that are in the midst of bf16 fail as well, and find fp32 in place
+        with self.alone:
             if self.device.type == "cpu" and (full or self.dtype == torch.float32):
                 return self._run(pictures)
             self.notes.append(f"{self.device} in {NAMES[dtype]}: {reason}; going on with {goal} in fp32")

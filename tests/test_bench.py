@@ -113,3 +113,5 @@ def test_the_predictor_is_compared_with_the_plain_loop(
         )
     with pytest.raises(InputError, match=r"--data .*: no folder with JPEG files; give one"):
         main(["predict", "--data", str(tmp_path / "absent")])
+    with pytest.raises(InputError, match=r"bundle.half.*gpu"):
+        main([*words, "--half", "some"])

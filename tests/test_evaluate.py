@@ -230,9 +230,8 @@ def test_a_run_that_is_cut_leaves_the_scores_of_before(place: Path, monkeypatch:
         assert not list(folder.rglob(".*.tmp"))
     for name in ("oof", "reports", "gradcam", "meta"):
         (folder / name).mkdir(exist_ok=True)
-        runs.aside_of(
-            folder / name / "a.png", 2**22 + 1
-        ).touch()  # of a killed process; none has so large a number
+        # of a killed process; none has so large a number
+        runs.aside_of(folder / name / "a.png", 2**22 + 1).touch()
     evaluate.main(words)
     assert found() == first and not list(folder.rglob(".*.tmp"))
 

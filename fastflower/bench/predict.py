@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int | None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
-    parser.add_argument("--half", default="gpu", choices=["gpu", "all", "none"], help="the bundle's key")
+    parser.add_argument("--half", default="gpu", help="the key bundle.half")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args(argv)
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):

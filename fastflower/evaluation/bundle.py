@@ -129,6 +129,8 @@ def write(
     first = members[0].meta
     check_columns(recipe, len(first["class_ids"]))
     hflip, beside = recipe.tta.hflip, 2 if arrays else 1
+    # bf16 is for bundles only: no gate measures what evaluate leaves
+    half = recipe.bundle.half if whole or recipe.bundle.half != "all" else "gpu"
     crops: list[dict[str, Any]] = []
     programs: list[dict[str, Any]] = []
     files: dict[bytes, str] = {}
@@ -170,9 +172,7 @@ def write(
         "class_hash": first["class_hash"],
         "prior": (counts / counts.sum()).tolist(),
         "columns": recipe.bundle.columns,
-        "half": recipe.bundle.half
-        if whole or recipe.bundle.half != "all"
-        else "gpu",  # nothing measured bf16
+        "half": half,
         "temperature": temperature,
         "hflip": hflip,
         "pairs": {"arrays": list(arrays), "shape": recipe.data.shape} if arrays else None,
