@@ -10,11 +10,11 @@ test: setup  ## the whole suite; pick with ARGS="-k recipe" or ARGS="-m 'not slo
 	$(PY) -m pytest $(ARGS)
 
 torture: setup  ## kill trainings wherever they could be cut, compare their ends to the bit; ARGS="--points 20 --random 5"
-	$(PY) tests/torture.py $(ARGS)
+	$(PY) tests/support/torture.py $(ARGS)
 
 setup: .venv/installed  ## system packages and .venv from the hashed lock
 
-.venv/installed: requirements.lock pyproject.toml scripts/setup.sh $(wildcard fastflower/data/*.c fastflower/data/*.h)
+.venv/installed: requirements.lock pyproject.toml scripts/setup.sh $(wildcard fastflower/data/decode/*.c fastflower/data/decode/*.h)
 	scripts/setup.sh
 
 lint: setup  ## ruff and mypy
@@ -33,7 +33,7 @@ lock:  ## resolve again; needs .venv
 	$(PY) -m uv pip compile -q pyproject.toml --extra dev --generate-hashes --no-header --no-annotate -o requirements.lock
 
 clean:  ## remove what was built; data/ and results/ stay
-	rm -rf .venv build *.egg-info fastflower/data/_decode*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build *.egg-info fastflower/data/decode/_decode*.so .pytest_cache .ruff_cache .mypy_cache
 	find fastflower code tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -6,16 +6,16 @@ already and still fits is kept: folds.csv is made once, and a second run has not
 
 from __future__ import annotations
 
-from fastflower import derived, errors
-from fastflower.data.conversion import Converted, Embed, convert
+from fastflower.core import errors
+from fastflower.data.conversion.pipeline import Converted, Embed, convert
 from fastflower.data.labels import check_columns, check_num_classes, describe, read_labels, remarks
-from fastflower.recipe import Recipe, parse_command
+from fastflower.recipe import Recipe, checks, parse_command
 
 
 def main(argv: list[str]) -> int:
     """Convert and print a closing table."""
     recipe = parse_command(argv)
-    derived.check(recipe)
+    checks.check(recipe)
     table = read_labels(recipe)
     check_columns(recipe, len(table.classes))
     for notice in (*table.notices, *check_num_classes(recipe, table), *remarks(table)):

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastflower import errors, runs, scores
-from fastflower.data import drawn
-from fastflower.errors import EnvironmentFault, InputError
+from fastflower.core import errors, files, runs, scores
+from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.data.samples import flowers
 from fastflower.recipe import Recipe, load
 
 RECIPE = Path("recipes/demo.yaml")
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     seconds: dict[str, float] = {}
     begin_afresh(recipe)
     started = time.monotonic()
-    made = drawn.write(Path(recipe.data.home), recipe.seed, shuffle_labels=shuffle)
+    made = flowers.write(Path(recipe.data.home), recipe.seed, shuffle_labels=shuffle)
     seconds["draw"] = round(time.monotonic() - started, 1)
     print(f"[draw] contest of drawn flowers in {made.home}: {seconds['draw']:.0f} s", flush=True)
     folder = runs.RESULTS / recipe.exp.name
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         "report": str(folder / "report.html"),
         "seconds": seconds,
     }
-    runs.write_json(folder / "summary.json", summary)
+    files.write_json(folder / "summary.json", summary)
     tell(summary)
 
 
@@ -70,7 +70,7 @@ def begin_afresh(recipe: Recipe) -> None:
 
 
 def commands(
-    recipe: Recipe, made: drawn.DrawnSet, disturbed: Path, words: list[str]
+    recipe: Recipe, made: flowers.DrawnSet, disturbed: Path, words: list[str]
 ) -> list[tuple[str, list[str]]]:
     """The commands that a contestant would type, by stage."""
     python = (

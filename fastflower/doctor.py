@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastflower import errors
+from fastflower.core import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = "make setup"
@@ -112,7 +112,7 @@ def opencv_runtime() -> Line:
 
 def kernel() -> Line:
     built = sorted((ROOT / "fastflower/data").glob("_decode*.so"))
-    source = ROOT / "fastflower/data/decode.c"
+    source = ROOT / "fastflower/data/decode/decode.c"
     if not built:
         return Line("decode kernel", False, "not built", SETUP)
     if built[0].stat().st_mtime < source.stat().st_mtime:

@@ -10,21 +10,22 @@ from pathlib import Path
 
 import torch
 
-from fastflower import errors, recipe, runs
+from fastflower.core import console, errors, files, runs
 from fastflower.data.folds import read_folds
-from fastflower.evaluation import ensembles, oof, soups, summary, tables
+from fastflower.evaluation import ensembles, logits, soups, summary, tables
+from fastflower.recipe import parse_command
 
 
 def main(argv: list[str]) -> None:
-    settings = recipe.parse_command(argv)
+    settings = parse_command(argv)
     folder = runs.RESULTS / settings.exp.name
     members = summary.evaluated(folder)
     folds = read_folds(Path(settings.data.home) / "folds.csv")
-    sets = oof.common([oof.assemble(own, folds.fold) for own in summary.by_run(members).values()])
+    sets = logits.common([logits.assemble(own, folds.fold) for own in summary.by_run(members).values()])
     found = ensembles.compare(sets, ensembles.Budget.of(sets, settings.bundle), settings.ensembling.weights)
-    runs.write_json(folder / "ensemble.json", found)
+    files.write_json(folder / "ensemble.json", found)
 
-    print(tables.aligned(tables.methods(found)))
+    print(console.aligned(tables.methods(found)))
     for method, weights in found["weights"].items():
         print(f"{method}: " + ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items()))
     if settings.ensembling.soup != "none":

@@ -11,19 +11,22 @@ from pathlib import Path
 
 import torch
 
-from fastflower import checkpoint, derived, errors, recipe, runs
-from fastflower.data import sources
+from fastflower.bundle import writer
+from fastflower.bundle.members import about, choose, shares_of
+from fastflower.core import checkpoint, console, errors, files, runs
+from fastflower.core.errors import InputError
+from fastflower.core.tables import read_csv
 from fastflower.data.folds import read_folds
-from fastflower.data.tables import read_csv
-from fastflower.errors import InputError
-from fastflower.evaluation import acceptance, attention, bundle, choice, oof, summary, tables, views
+from fastflower.data.readers import sources
+from fastflower.evaluation import acceptance, gradcam, inference, logits, summary, tables
+from fastflower.recipe import checks, parse_command, schema
 
 REFUSED = 1
 
 
 def main(argv: list[str]) -> int:
-    settings = recipe.parse_command(argv)
-    derived.check_flips(settings)
+    settings = parse_command(argv)
+    checks.check_flips(settings)
     paths = members_of(settings)
     home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
     folds, classes = (
@@ -31,23 +34,23 @@ def main(argv: list[str]) -> int:
         read_csv(home / "classes.csv", ("class_idx", "category_id", "n")),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runs.sweep(folder, below=True)
+    files.sweep(folder, below=True)
     print(f"{len(paths)} members of {settings.exp.name} on {device}", flush=True)
 
     members = []
     for path in paths:
         print(f"  {path.name}", flush=True)
-        member = views.predict(path, settings, device)
-        oof.save(oof.member_file(folder / "oof", member.about), member)
+        member = inference.predict(path, settings, device)
+        logits.save_logits(logits.member_file(folder / "oof", member.about), member)
         members.append(member)
     found = summary.summarise(members, folds.fold, classes, settings)
     found["acceptance"] = acceptance.check(found, runs.read_events(folder / "events.jsonl"), settings.accept)
-    attention.save(folder / "gradcam", members, found, settings, device)
-    runs.write_json(folder / "scores.json", found)
-    runs.write_json(folder / "temperature.json", summary.temperatures(found))
+    gradcam.save(folder / "gradcam", members, found, settings, device)
+    files.write_json(folder / "scores.json", found)
+    files.write_json(folder / "temperature.json", summary.temperatures(found))
     tables.save(folder / "reports", found)
 
-    print("\n" + tables.aligned(tables.console(found)))
+    print("\n" + console.aligned(tables.console(found)))
     for line in [*found["advice"], *summary.incomplete(found), *leave_programs(settings)]:
         print(f"note: {line}")
     for line in acceptance.lines(found["acceptance"]):
@@ -56,20 +59,20 @@ def main(argv: list[str]) -> int:
     return 0 if all(row["passed"] for row in found["acceptance"]) else REFUSED
 
 
-def leave_programs(settings: recipe.Recipe) -> list[str]:
+def leave_programs(settings: schema.Recipe) -> list[str]:
     """For the predictor: the members that export would choose; a line when they cannot be run without export."""
     try:
-        chosen = choice.choose(settings, [])
-        names = [choice.about(path)["backbone"] for path in chosen.paths]
-        shares = choice.shares_of(chosen, names, settings.ensembling.weighting)
+        chosen = choose(settings, [])
+        names = [about(path)["backbone"] for path in chosen.paths]
+        shares = shares_of(chosen, names, settings.ensembling.weighting)
         arrays = sources.pair_arrays(settings)
-        bundle.leave_programs(chosen.paths, shares, settings, chosen.temperature, arrays)
+        writer.leave_programs(chosen.paths, shares, settings, chosen.temperature, arrays)
     except InputError as error:
         return [f"{error}; code/predict.py needs an export"]
     return []
 
 
-def members_of(settings: recipe.Recipe) -> list[Path]:
+def members_of(settings: schema.Recipe) -> list[Path]:
     """The members the recipe's pattern finds; each is read whole before any of them is used."""
     paths = runs.find_members(settings.exp.name, settings.ensembling.find_pattern)
     if not paths:

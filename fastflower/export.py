@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastflower import derived, errors, runs
-from fastflower.data import sources
-from fastflower.errors import InputError
-from fastflower.evaluation import bundle, choice, gates, held_out
-from fastflower.recipe import parse_command
+from fastflower.bundle import gates, held_out, writer
+from fastflower.bundle.members import choose, out_of_fold, shares_of
+from fastflower.core import errors, runs
+from fastflower.core.errors import InputError
+from fastflower.data.readers import sources
+from fastflower.recipe import checks, parse_command
 
 
 def main(argv: list[str]) -> None:
@@ -23,18 +24,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top", default="", help="folder of the archive that holds both (none)")
     options = parser.parse_intermixed_args(argv)
     recipe = parse_command(options.recipe)
-    derived.check_flips(recipe)
-    chosen = choice.choose(recipe, options.members)
+    checks.check_flips(recipe)
+    chosen = choose(recipe, options.members)
     held_out.originals(recipe)  # before minutes of work
-    members = bundle.load_members(chosen.paths, recipe.bundle.dtype)
-    shares = choice.shares_of(chosen, [m.meta["backbone"] for m in members], recipe.ensembling.weighting)
+    members = writer.load_members(chosen.paths, recipe.bundle.dtype)
+    shares = shares_of(chosen, [m.meta["backbone"] for m in members], recipe.ensembling.weighting)
     print(f"{len(members)} members, T = {chosen.temperature:.4f} ({chosen.source})")
     for path, share in zip(chosen.paths, shares, strict=True):
         print(f"  {share:.3f}  {path}")
-    with bundle.aside() as folder:
+    with writer.aside() as folder:
         arrays = sources.pair_arrays(recipe)
-        made = bundle.write(folder, members, shares, recipe, chosen.temperature, arrays)
-        known = choice.out_of_fold(recipe, chosen.paths)
+        made = writer.write(folder, members, shares, recipe, chosen.temperature, arrays)
+        known = out_of_fold(recipe, chosen.paths)
         found, lines = gates.check(folder, made, members, recipe, known)
         gates.table(found)
         for line in lines:
@@ -42,10 +43,10 @@ def main(argv: list[str]) -> None:
         failed = [gate for gate in found if gate.passed is False]
         if failed:
             raise InputError("; ".join(f"{gate.name}: {gate.got}, allowed {gate.allowed}" for gate in failed))
-        bundle.put_in_place(folder)
+        writer.put_in_place(folder)
     print(f"bundle in {runs.BUNDLE}; run python code/predict.py {'<.npz>' if arrays else '<folder>'} <csv>")
     if options.zip:
-        bundle.zip_hand_in(options.zip, options.top)
+        writer.zip_hand_in(options.zip, options.top)
         print(f"hand-in in {options.zip}")
 
 

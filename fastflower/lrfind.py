@@ -7,24 +7,23 @@ run: the weights are thrown away, and only results/results/<exp>/lrfind_<run>.cs
 
 from __future__ import annotations
 
-from fastflower import build, derived, errors, runs
-from fastflower.callbacks import ranks
-from fastflower.errors import InputError
-from fastflower.evaluation.figures import rate_chart
-from fastflower.optim.sweep import Suggestion, smoothed, suggest
-from fastflower.recipe import Recipe, parse_command
-from fastflower.runs import Run
+from fastflower.core import errors, files
+from fastflower.core.errors import InputError
+from fastflower.core.runs import Run
+from fastflower.optim.lr_range import Suggestion, rate_chart, smoothed, suggest
+from fastflower.recipe import Recipe, checks, derived, parse_command
+from fastflower.training import build, fold_data, ranks
 
 
 @ranks.rank_zero_speaks()
 def main(argv: list[str]) -> int:
     """Sweep, write, suggest."""
     recipe = parse_command(argv)
-    derived.check(recipe)
+    checks.check(recipe)
     machine = ranks.prepare(recipe)
     fold = derived.fold_numbers(recipe)[0]
     d = derived.derive(recipe, machine.world)
-    tried, losses = build.lr_sweep(recipe, d, build.open_data(recipe, fold), machine)
+    tried, losses = build.lr_sweep(recipe, d, fold_data.open_data(recipe, fold), machine)
     if machine.rank == 0:
         tell(recipe, d, Run(recipe.exp.name, recipe.model.backbone, fold, recipe.seed), tried, losses)
     machine.close()  # not after an error: it may wait for a rank that is stuck
@@ -36,10 +35,10 @@ def tell(recipe: Recipe, d: derived.Derived, run: Run, tried: list[float], losse
     found, place = suggest(tried, losses), run.results_dir / f"lrfind_{run.stem}.csv"
     rows = zip(tried, losses, smoothed(losses), strict=True)
     lines = ["lr,loss,smoothed", *(f"{lr:.6g},{loss:.6g},{mean:.6g}" for lr, loss, mean in rows)]
-    runs.write_atomic(place, "\n".join(lines) + "\n")
+    files.write_atomic(place, "\n".join(lines) + "\n")
     marks = {} if found is None else {"suggested": found.lr, "lowest loss": found.lowest}
     chart = rate_chart(tried, losses, smoothed(losses), marks)
-    runs.write_atomic(place.with_suffix(".png"), chart.png())
+    files.write_atomic(place.with_suffix(".png"), chart.png())
     if found is None:
         raise InputError(
             f"the loss did not fall between {tried[0]:.1e} and {tried[-1]:.1e} ({place}); widen lrfind.low and "

@@ -12,11 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastflower import errors
-from fastflower.data import digits, eyes, pairs
-from fastflower.errors import InputError
+from fastflower.core import errors
+from fastflower.core.errors import InputError
+from fastflower.data.samples import digit_pairs, digits, eyes
 
-KINDS: dict[str, Callable[..., None]] = {"digits": digits.write, "eyes": eyes.write, "pairs": pairs.write}
+KINDS: dict[str, Callable[..., None]] = {
+    "digits": digits.write,
+    "eyes": eyes.write,
+    "pairs": digit_pairs.write,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -19,21 +19,23 @@ if (
 
 import torch  # noqa: E402
 
-from fastflower import build, checkpoint, derived, errors  # noqa: E402
-from fastflower.callbacks import ranks, record  # noqa: E402
-from fastflower.callbacks.progress import Console  # noqa: E402
-from fastflower.callbacks.saving import Stop, adopt, parse_interval, restore  # noqa: E402
+from fastflower.callbacks.checkpoints import adopt, parse_interval  # noqa: E402
+from fastflower.callbacks.stop import Stop  # noqa: E402
 from fastflower.callbacks.trackers import check_trackers  # noqa: E402
-from fastflower.identity import identity  # noqa: E402
-from fastflower.recipe import Recipe, parse_command  # noqa: E402
-from fastflower.runs import Run  # noqa: E402
+from fastflower.core import checkpoint, errors  # noqa: E402
+from fastflower.core.console import Console  # noqa: E402
+from fastflower.core.runs import Run  # noqa: E402
+from fastflower.recipe import Recipe, checks, derived, parse_command  # noqa: E402  # noqa: E402
+from fastflower.recipe.identity import identity  # noqa: E402
+from fastflower.training import build, fold_data, ranks, record, resume  # noqa: E402  # noqa: E402
+from fastflower.training.resume import restore  # noqa: E402
 
 
 @ranks.rank_zero_speaks()
 def main(argv: list[str]) -> int:
     """Train the recipe's folds one after the other, on as many ranks as were launched."""
     recipe = parse_command(argv)
-    advice = derived.check(recipe)
+    advice = checks.check(recipe)
     parse_interval(recipe.train.save_every)
     check_trackers(recipe)
     machine = ranks.prepare(recipe)
@@ -52,15 +54,15 @@ def train_fold(
     recipe: Recipe, run: Run, machine: ranks.Machine, stop: Stop, console: Console, advice: list[str]
 ) -> None:
     """One run: open the data, go on from the last checkpoint if there is one, fit, summarise."""
-    fold = build.open_data(recipe, run.fold)
+    fold = fold_data.open_data(recipe, run.fold)
     more = fold.unlabelled.manifest if fold.unlabelled else None
     same = identity(recipe, derived.derive(recipe, machine.world), fold.train.manifest, more)
     ranks.check_alike(same)
-    last = ranks.on_rank_zero(lambda: record.find_last(run, same, console.say))
+    last = ranks.on_rank_zero(lambda: resume.find_last(run, same, console.say))
     if last is not None and last.done:
         console.say(last.done)
         return
-    build.verify(fold)
+    fold_data.verify(fold)
     training = build.training(recipe, run, fold, machine, stop, console, same)
     try:
         if last is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastflower import seeding
+from fastflower.core import seeding
 
 REPO = Path(__file__).resolve().parents[1]
 

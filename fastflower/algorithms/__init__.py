@@ -1,1 +1,1 @@
-"""Composer Algorithms: what changes the training State, each a pure function first and a thin class second."""
+"""Composer Algorithms: they change the training state."""

@@ -6,8 +6,8 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from fastflower.data.augment import augment
-from fastflower.recipe import Aug
+from fastflower.data.transforms.augment import augment
+from fastflower.recipe.schema import Aug
 
 
 class DeviceAugment(Algorithm):

@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from fastflower.algorithms.averaging import batch_norms
-from fastflower.errors import Diverged, InputError
+from fastflower.core.errors import Diverged, InputError
 
 
 @torch.no_grad()

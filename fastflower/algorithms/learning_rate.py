@@ -14,10 +14,10 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import nn
 
-from fastflower.derived import Derived, scaled_lr
 from fastflower.optim.groups import hold_statistics, part_names, parts
 from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
 from fastflower.recipe import Recipe
+from fastflower.recipe.derived import Derived, scaled_lr
 
 
 def stage_factor(recipe: Recipe, derived: Derived, epoch: int) -> float:

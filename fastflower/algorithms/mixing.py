@@ -7,9 +7,8 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor
 
-from fastflower import derived
-from fastflower.data.mixing import choose, mix
-from fastflower.recipe import Recipe
+from fastflower.data.transforms.mixing import choose, mix
+from fastflower.recipe import Recipe, derived
 
 
 def probability(recipe: Recipe, epoch: int) -> float:

@@ -8,8 +8,8 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from fastflower import seeding
-from fastflower.derived import Derived
+from fastflower.core import seeding
+from fastflower.recipe.derived import Derived
 
 
 class Stages(Algorithm):

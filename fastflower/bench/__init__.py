@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m fastflower.bench <name>`."""
+"""Benchmarks: `python -m fastflower.bench <name>` measures fastflower beside named peers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from fastflower import errors
+from fastflower.core import errors
 
 BENCHES = ("loader", "decoder", "convert", "predict", "fuzz")
 

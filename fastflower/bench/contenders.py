@@ -17,7 +17,7 @@ import numpy as np
 
 from fastflower.bench import peers
 from fastflower.bench.pictures import RATIO, SCALE, Epoch, Pictures, pooled, stored_side
-from fastflower.data.decode import Crop, library
+from fastflower.data.decode.kernel import Crop, library
 
 
 def ours(pictures: Pictures, size: int, threads: int, kind: str) -> Epoch:
@@ -45,7 +45,7 @@ def limit(pictures: Pictures, size: int, threads: int, entropy_only: int) -> Epo
 
 
 def ffcv(pictures: Pictures, size: int, threads: int, mode: str) -> Epoch:
-    from fastflower.data.operations import stock_loader
+    from fastflower.data.decode.ffcv_loader import stock_loader
 
     loader = stock_loader(pictures.ffcv(mode), (size, size), Crop(SCALE, RATIO, 0.5), pictures.batch, threads)
     STOCK_LOADERS.append(loader)

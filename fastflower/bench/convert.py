@@ -24,12 +24,13 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from fastflower import recipe, runs
 from fastflower.bench.pictures import photographs
-from fastflower.data import conversion
-from fastflower.data.betons import BetonWriter
+from fastflower.core.errors import InputError
+from fastflower.core.files import write_json
+from fastflower.data.betons.beton_file import BetonWriter
+from fastflower.data.conversion import pipeline
 from fastflower.data.labels import read_labels
-from fastflower.errors import InputError
+from fastflower.recipe import load
 
 STOCK = "ffcv DatasetWriter, jpeg q90, once"
 ROWS = (1_000, 20_000)
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int | None:
             for row in memory:
                 print(f"{row['rows']} rows: peak {row['peak_mb']:.0f} MB, {row['seconds']:.1f} s")
     if args.json:
-        runs.write_json(args.json, rows)
+        write_json(args.json, rows)
     return None
 
 
@@ -103,7 +104,7 @@ def measure(
 
 def stock(files: tuple[Path, ...], path: Path, workers: int, longest: int) -> None:
     """FFCV's writer on images as torchvision's folders give them."""
-    from fastflower.data.operations import write_stock
+    from fastflower.data.decode.ffcv_loader import write_stock
 
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         write_stock(path, cast(Any, _Opened(files)), "jpg", workers, longest)
@@ -132,9 +133,9 @@ def ours(files: tuple[Path, ...], place: Path, size: int, workers: int, store: s
         f"data.root={files[0].parent}", f"data.csv={labels}", f"data.home={place}", f"data.img_size={size}",
         f"tta.scales=[{size}]", f"data.workers={workers}", f"data.store={store}",
     ]  # fmt: skip
-    settings = recipe.load(None, words)
+    settings = load(None, words)
     with contextlib.redirect_stdout(io.StringIO()):
-        conversion.convert(settings, read_labels(settings))
+        pipeline.convert(settings, read_labels(settings))
 
 
 def passed_through(files: tuple[Path, ...], path: Path) -> None:

@@ -23,10 +23,10 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
-from fastflower import runs, seeding
-from fastflower.data.betons import Beton, BetonWriter, open_beton
-from fastflower.data.decode import Crop, crop_box, decode_eval, decode_train
-from fastflower.errors import InputError
+from fastflower.core import files, seeding
+from fastflower.core.errors import InputError
+from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.decode.kernel import Crop, crop_box, decode_eval, decode_train
 
 CROP, BATCH = Crop((0.5, 1.0)), 32
 Views = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # rows, keys, size to uint8 (B, size, size, 3)
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int | None:
             flush=True,
         )
     if args.json:
-        runs.write_json(args.json, rows)
+        files.write_json(args.json, rows)
     return None
 
 

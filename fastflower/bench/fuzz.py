@@ -22,11 +22,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastflower import runs
 from fastflower.bench.pictures import photographs
 from fastflower.bench.predict import CLASSES, prepared
-from fastflower.errors import InputError
-from fastflower.evaluation import bare
+from fastflower.bundle import sandbox
+from fastflower.core import runs
+from fastflower.core.errors import InputError
 
 BACKBONE, SIDE = "test_vit", 32  # what is tested is reading, so the network is the smallest there is
 SOURCES = 12  # photographs
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int | None:
     seeds = encoded(files)
     with tempfile.TemporaryDirectory(prefix="fastflower-fuzz-") as work:
         prepared(Path(work), BACKBONE, [SIDE])
-        root = bare.copy_hand_in(Path(work) / "hand-in", Path(work) / "bundle", [])
+        root = sandbox.copy_hand_in(Path(work) / "hand-in", Path(work) / "bundle", [])
         alone, _ = measured([sys.executable, "-c", "import torch"], SECONDS)
         print(f"importing torch alone: {peak(alone):.0f} MB")
         for number in range(*args.portions):

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from fastflower import runs
 from fastflower.bench.contenders import CONTENDERS, STOCK, taking_part
 from fastflower.bench.pictures import Epoch, Pictures, photographs
 from fastflower.bench.startup import process_start, starts
-from fastflower.errors import InputError
+from fastflower.core.errors import InputError
+from fastflower.core.files import write_json
 
 
 def main(argv: list[str]) -> int | None:
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int | None:
         )
         rows.append(start)
     if args.json:
-        runs.write_json(args.json, rows)
+        write_json(args.json, rows)
     return None
 
 

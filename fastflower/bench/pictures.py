@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastflower import derived
-from fastflower.data.betons import Beton, BetonWriter, manifest_path, open_beton
+from fastflower.data.betons.beton_file import Beton, BetonWriter, manifest_path, open_beton
+from fastflower.recipe import derived
 
 SCALE, RATIO = (0.8, 1.0), (3 / 4, 4 / 3)
 Epoch = Callable[[], Iterator[Any]]
@@ -60,7 +60,7 @@ class Pictures:
         """A stock FFCV beton of at most 512 pixels a side."""
         path = self.work / f"ffcv_{mode}.beton"
         if not path.exists():
-            from fastflower.data.operations import write_stock
+            from fastflower.data.decode.ffcv_loader import write_stock
 
             rows = [(Image.open(file).convert("RGB"), 0) for file in self.files]
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar

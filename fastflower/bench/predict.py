@@ -23,12 +23,14 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from fastflower import checkpoint, recipe, runs
 from fastflower.bench.pictures import photographs
-from fastflower.errors import InputError
-from fastflower.evaluation import bare, bundle
+from fastflower.bundle import sandbox, writer
+from fastflower.core import checkpoint, runs
+from fastflower.core.errors import InputError
+from fastflower.core.files import write_json
 from fastflower.model import backbones
 from fastflower.model.network import Network, NetworkSpec, build_network
+from fastflower.recipe import load
 
 CLASSES, FACTOR = 17, 1.14
 
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> int | None:
             rows.append(measure(place, name, files, args.scales, args.rounds, args.device, args.half))
             show(rows[-1])
     if args.json:
-        runs.write_json(args.json, rows)
+        write_json(args.json, rows)
     return None
 
 
@@ -71,7 +73,7 @@ def measure(
     """Images/s of both sides in each round, start-up apart, and how often they name the same class."""
     place.mkdir()
     network, spec = prepared(place, backbone, scales, half)
-    root = bare.copy_hand_in(place / "hand-in", place / "bundle", list(files))
+    root = sandbox.copy_hand_in(place / "hand-in", place / "bundle", list(files))
     plain = plain_loop(network, spec, scales, device)
     plain(files[:2])
     ours, theirs, starts = [], [], []
@@ -120,8 +122,8 @@ def prepared(place: Path, backbone: str, scales: list[int], half: str = "gpu") -
     }  # fmt: skip
     checkpoint.save(path, network.state_dict(), meta)
     (place / "bundle").mkdir()
-    members = bundle.load_members([path], "fp32")
-    bundle.write(place / "bundle", members, np.ones(1), recipe.load(None, words), 1.0)
+    members = writer.load_members([path], "fp32")
+    writer.write(place / "bundle", members, np.ones(1), load(None, words), 1.0)
     return network, spec
 
 

@@ -57,8 +57,8 @@ def _first_batches(path: Path, size: int) -> dict[str, object]:
     after = time.perf_counter()
     import numpy as np
 
-    from fastflower.data.betons import open_beton
-    from fastflower.data.decode import Crop
+    from fastflower.data.betons.beton_file import open_beton
+    from fastflower.data.decode.kernel import Crop
     from fastflower.data.loaders import EvalLoader, TrainLoader
 
     beton = open_beton(path)

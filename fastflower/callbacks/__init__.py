@@ -1,1 +1,1 @@
-"""Composer Callbacks: what reads the State and tells about it: scores, files, events, the console."""
+"""Composer Callbacks: they read the training state, score, save and report."""

@@ -6,18 +6,16 @@ updates in place, a pipe gets an occasional one, and the log file gets all that 
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from fastflower.callbacks.events import Recorder
+from fastflower.callbacks.recorder import Recorder
 from fastflower.callbacks.scoring import Scoring
-from fastflower.derived import Derived
+from fastflower.core.console import Console, clock
+from fastflower.recipe.derived import Derived
 
 HEADER_EVERY = 20  # rows
 PLAIN_SECONDS = 5.0  # at least between two plain lines
@@ -28,13 +26,6 @@ COLUMNS = (  # of a row of scores: raw weights, then their average
     ("epoch", 6), ("size", 4), ("lr", 7), ("train", 6), ("val", 6), ("clean", 6), ("ema", 6), ("corr", 6), ("ema", 6),
     ("S", 6), ("best", 12), ("pat", 3), ("img/s", 5), ("left", 7),
 )  # fmt: skip
-
-
-def clock(seconds: float) -> str:
-    """0:07, 12:30, 1:02:03."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def side(size: list[int]) -> str:
@@ -96,58 +87,6 @@ def time_left(derived: Derived, done: int, seconds: float) -> float:
     area = last.height * last.width
     stages = [derived.stage(epoch) for epoch in range(done, derived.epochs)]
     return sum(seconds * stage.height * stage.width / area for stage in stages)
-
-
-class Console:
-    """A terminal or pipe, and a log file beside it; neither can stop the training when it goes away."""
-
-    def __init__(self, log: Path | None, silent: bool = False) -> None:
-        self.stream: TextIO | None = None if silent else sys.stdout
-        self.moving = self.stream is not None and self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.colour = self.moving and "NO_COLOR" not in os.environ
-        self._dirty = False
-        self._log: TextIO | None = None
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-
-    def say(self, text: str = "", style: str = "") -> None:
-        """Lines that stay; `style` is bold, green or yellow on a terminal."""
-        codes = {"bold": "1", "green": "32", "yellow": "33", "dim": "2"}
-        shown = f"\x1b[{codes[style]}m{text}\x1b[0m" if self.colour and style and text else text
-        self._put(("\r\x1b[K" if self._dirty else "") + shown + "\n")
-        self._dirty = False
-        self._keep(text)
-
-    def move(self, text: str) -> None:
-        """The moving line of a terminal, cut to its width; nothing elsewhere."""
-        if self.moving:
-            width = os.get_terminal_size(self.stream.fileno()).columns if self.stream else 80
-            self._put(f"\r\x1b[K{text[: max(width - 1, 20)]}")
-            self._dirty = True
-
-    def close(self) -> None:
-        if self._dirty:
-            self._put("\r\x1b[K")
-            self._dirty = False
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-
-    def _put(self, text: str) -> None:
-        try:
-            if self.stream is not None:
-                self.stream.write(text)
-                self.stream.flush()
-        except (OSError, ValueError):  # the reader has gone; training goes on
-            self.stream = None
-
-    def _keep(self, text: str) -> None:
-        try:
-            if self._log is not None:
-                self._log.write(text + "\n")
-        except OSError:  # a full disk stops checkpoints, which say so; not the log
-            self._log = None
 
 
 class Progress(Callback):

@@ -14,11 +14,11 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 
-from fastflower import scores
 from fastflower.callbacks.selection import Candidate, Selection, Verdict
-from fastflower.derived import Derived
-from fastflower.errors import CorruptionError, Diverged
+from fastflower.core import scores
+from fastflower.core.errors import CorruptionError, Diverged
 from fastflower.recipe import Recipe
+from fastflower.recipe.derived import Derived
 
 CLEAN, CORRUPTED = "clean", "corrupted"
 SHOWN = ("top5", "macro_recall", "macro_f1", *scores.BINARY, "ece")  # of scores.scores, in an epoch's row

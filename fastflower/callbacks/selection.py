@@ -11,8 +11,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastflower.recipe import Es, Select
-from fastflower.scores import combined
+from fastflower.core.scores import combined
+from fastflower.recipe.schema import Es, Select
 
 PREFERENCE = ("ema", "swa", "raw")  # on an exact tie the earlier of these
 MACRO_FALL = 0.01

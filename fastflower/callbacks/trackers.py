@@ -6,9 +6,9 @@ import importlib.util
 
 from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 
-from fastflower.errors import EnvironmentFault
+from fastflower.core.errors import EnvironmentFault
+from fastflower.core.runs import Run
 from fastflower.recipe import Recipe
-from fastflower.runs import Run
 
 
 def check_trackers(recipe: Recipe) -> None:

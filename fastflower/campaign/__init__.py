@@ -1,1 +1,1 @@
-"""Many trainings from one command: folds, seeds, backbones, grids and searches."""
+"""Many trainings at once: grids, searches, folds and seeds, with their results in one table."""

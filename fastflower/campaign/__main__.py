@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from fastflower import errors, recipe, runs
 from fastflower.campaign import cluster, heatmap, launch, plan, results
 from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.search import Search
-from fastflower.data.tables import write_csv
-from fastflower.errors import InputError
+from fastflower.core import errors, files, runs
+from fastflower.core.errors import InputError
+from fastflower.core.tables import write_csv
+from fastflower.recipe import load
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         else None
     )
     tasks = search.tasks() if search else plan.tasks(options.recipes, words)
-    ranks = options.n or default_ranks(recipe.load(options.recipes[0], words.plain).train.world_size)
+    ranks = options.n or default_ranks(load(options.recipes[0], words.plain).train.world_size)
     if options.dry_run:
         for task in tasks:
             print(" ".join(launch.command(task, ranks)))
@@ -89,7 +90,7 @@ def place_of(recipes: list[str], words: plan.Words) -> Path:
     """Where the campaign's table lies: its name says what varies."""
     keys = [axis.key for axis in words.axes] + [own.key for own in words.ranges]
     varied = [plan.short(key, keys) for key in keys] + ["recipe"] * (len(recipes) > 1)
-    name = recipe.load(recipes[0], words.plain).exp.name
+    name = load(recipes[0], words.plain).exp.name
     return runs.RESULTS / name / ("_".join(["campaign", *varied]) + ".csv")
 
 
@@ -131,7 +132,7 @@ def tell(found: list[Result], search: Search | None, place: Path) -> None:
     grid = None if search else results.grid(combined, validation_images(found))
     if grid:
         chart = heatmap.heat_map(grid, f"{place.parent.name}: mean score")
-        runs.write_atomic(place.with_suffix(".png"), chart.png())
+        files.write_atomic(place.with_suffix(".png"), chart.png())
         print("\n".join(["", *grid.sentences(), f"wrote {place.with_suffix('.png')}"]))
     for line in search.summary() if search else []:
         print(line)

@@ -11,7 +11,7 @@ from typing import Any
 from fastflower.campaign import launch
 from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.plan import Task
-from fastflower.errors import EnvironmentFault
+from fastflower.core.errors import EnvironmentFault
 
 RETRIES = 2  # of a training whose node was lost; it goes on from its last checkpoint
 

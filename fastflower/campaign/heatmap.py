@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 
 from fastflower.campaign.plan import written
 from fastflower.campaign.results import Grid
-from fastflower.evaluation.figures import SERIES, STYLE, Chart, canvas
+from fastflower.core.charts import SERIES, STYLE, Chart, canvas
 
 INSET = 0.44  # of a frame's sides from the middle of its cell
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastflower.campaign.plan import Task
-from fastflower.data import sets
-from fastflower.derived import derive
-from fastflower.errors import PREEMPTED, EnvironmentFault
-from fastflower.identity import differences, identity
+from fastflower.core.errors import PREEMPTED, EnvironmentFault
+from fastflower.data.betons import fold_set
+from fastflower.recipe.derived import derive
+from fastflower.recipe.identity import differences, identity
 
 # what launchers tell their ranks; a training started below one must not think that it is a rank of it
 RENDEZVOUS = (
@@ -66,7 +66,7 @@ class Finished:
         data = task.recipe.data
         place = data.home, task.run.fold, data.unlabelled if task.recipe.semi.enabled else ""
         if place not in self.manifests:
-            fold = sets.open_fold(task.recipe, task.run.fold)
+            fold = fold_set.open_fold(task.recipe, task.run.fold)
             self.manifests[place] = [beton.manifest for beton in (fold.train, fold.unlabelled) if beton]
         then = read_end(task).get("identity")
         if then is None or not task.run.files("last"):

@@ -12,10 +12,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
-from fastflower import derived, recipe
-from fastflower.errors import InputError
-from fastflower.recipe import Recipe
-from fastflower.runs import Run
+from fastflower.core.errors import InputError
+from fastflower.core.runs import Run
+from fastflower.recipe import Recipe, checks, derived, load
 
 SHARED = ("seed", "model.backbone")  # a run's files say these, so that all their values share one experiment
 RANGE = re.compile(r"(?P<log>log:)?(?P<low>[-+.\deE]+?)\.\.(?P<high>[-+.\deE]+)")
@@ -126,8 +125,8 @@ def combinations(axes: list[Axis]) -> list[dict[str, Any]]:
 def trainings(file: str, plain: list[str], settings: dict[str, Any], exp: str = "") -> list[Task]:
     """The folds of one combination of values; `exp` names its experiment, else the values do."""
     words = [*plain, *(f"{key}={written(value)}" for key, value in settings.items())]
-    loaded = recipe.load(file, words)
-    derived.check(loaded)
+    loaded = load(file, words)
+    checks.check(loaded)
     loaded.exp.name = exp or loaded.exp.name + suffix(settings)
     words = [word for word in words if not word.startswith(("exp.name=", "data.fold="))]
     found = []

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastflower.campaign.launch import Result
 from fastflower.campaign.plan import SHARED, short, written
-from fastflower.evaluation.tables import aligned
+from fastflower.core.console import aligned
 
 Row = dict[str, Any]
 SCORES = (

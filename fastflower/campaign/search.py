@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastflower import recipe as recipes
 from fastflower.campaign.launch import Result
 from fastflower.campaign.plan import Task, Words, combinations, trainings, written
-from fastflower.errors import EnvironmentFault, InputError
-from fastflower.runs import digest
+from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.core.files import digest
+from fastflower.recipe import load, to_yaml
 
 
 class Search:
@@ -40,7 +40,7 @@ class Search:
                 "--trials needs Optuna, which is not installed; pip install 'fastflower[sweep]'"
             ) from None
         self.optuna, self.file, self.plain, self.trials = optuna, files[0], words.plain, trials
-        self.exp = recipes.load(self.file, self.plain).exp.name
+        self.exp = load(self.file, self.plain).exp.name
         self.open: dict[int, dict[Task, Result | None]] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +111,8 @@ class Search:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             backend = optuna.storages.journal.JournalFileBackend(str(journal))
             storage = optuna.storages.JournalStorage(backend)
-        loaded = recipes.load(self.file, self.plain)
-        space = digest(recipes.to_yaml(loaded), repr((self.fixed, self.choices, self.ranges)))
+        loaded = load(self.file, self.plain)
+        space = digest(to_yaml(loaded), repr((self.fixed, self.choices, self.ranges)))
         study = optuna.create_study(
             storage=storage, study_name=self.exp, direction="maximize", load_if_exists=True
         )

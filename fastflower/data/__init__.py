@@ -1,1 +1,1 @@
-"""Floor 1: from labelled photographs to batches."""
+"""From the user's images to training batches."""

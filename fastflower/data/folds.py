@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fastflower.core.errors import InputError
+from fastflower.core.files import digest
+from fastflower.core.tables import read_csv, shown, write_csv
 from fastflower.data.labels import LabelTable
-from fastflower.data.tables import read_csv, shown, write_csv
-from fastflower.derived import fold_count
-from fastflower.errors import InputError
 from fastflower.recipe import Recipe
-from fastflower.runs import digest
+from fastflower.recipe.derived import fold_count
 
 ALWAYS_TRAIN = -1
 COLUMNS = ("filename", "category_id", "class_idx", "fold", "group_id", "sha256")

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflower.data import sources
-from fastflower.data.sources import Files, Rows, Source
-from fastflower.data.tables import Names, Row, csv_rows, read_csv, shown, write_csv
-from fastflower.errors import InputError
+from fastflower.core.errors import InputError
+from fastflower.core.files import digest
+from fastflower.core.tables import read_csv, shown, write_csv
+from fastflower.data.readers import sources
+from fastflower.data.readers.label_files import Names, Row, csv_rows
+from fastflower.data.readers.sources import Files, Rows, Source
 from fastflower.recipe import Recipe
-from fastflower.runs import digest
 
 SHOWN = 10  # problems named in one message; the rest are counted
 HEAD, TAIL = 100, 20  # images of a class above and below which it is head and tail (Liu et al. 2019)

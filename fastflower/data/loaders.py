@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastflower import seeding
-from fastflower.data.betons import Beton
-from fastflower.data.decode import Crop, cores, decode_eval, decode_train
+from fastflower.core import seeding
+from fastflower.core.workers import cores
+from fastflower.data.betons.beton_file import Beton
+from fastflower.data.decode.kernel import Crop, decode_eval, decode_train
 
 Batch = dict[str, torch.Tensor]
 Size = tuple[int, int]

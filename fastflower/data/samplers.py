@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastflower import seeding
-from fastflower.errors import InputError
-from fastflower.recipe import Sampler
+from fastflower.core import seeding
+from fastflower.core.errors import InputError
+from fastflower.recipe.schema import Sampler
 
 TAG = 0x5A  # separates these draws from others with the same seed and epoch
 

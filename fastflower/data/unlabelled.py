@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastflower import seeding
-from fastflower.data.betons import Beton
-from fastflower.data.decode import Crop
+from fastflower.core import seeding
+from fastflower.core.errors import InputError
+from fastflower.core.tables import read_csv
+from fastflower.data.betons.beton_file import Beton
+from fastflower.data.betons.fold_set import FoldSet
+from fastflower.data.decode.kernel import Crop
 from fastflower.data.loaders import Batch, Size, TrainLoader
-from fastflower.data.sets import FoldSet
-from fastflower.data.tables import read_csv
-from fastflower.errors import InputError
-from fastflower.recipe import Aug, Recipe
+from fastflower.recipe import Recipe
+from fastflower.recipe.schema import Aug
 
 CHOICE, STREAM = 0x1A, 0x0B  # tags that separate these draws from others of the same seed
 WEAK, STRONG = 1 << 32, 2 << 32  # added to the seed: two views of an image are two crops

@@ -1,1 +1,1 @@
-"""What a set of members does on images it never saw: logits, scores, calibration, mistakes, ensembles, pages."""
+"""Scores: out-of-fold logits, metrics, calibration, ensembles and error analysis."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastflower.recipe import Accept
+from fastflower.recipe.schema import Accept
 
 Row = dict[str, Any]
 

@@ -18,10 +18,11 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from fastflower import scores
-from fastflower.errors import InputError
-from fastflower.evaluation.oof import Logits, common, family_weights
-from fastflower.recipe import Bundle, Recipe
+from fastflower.core import scores
+from fastflower.core.errors import InputError
+from fastflower.evaluation.logits import Logits, common, family_weights
+from fastflower.recipe import Recipe
+from fastflower.recipe.schema import Bundle
 
 ROOM = 0.98  # of bundle.max_mb for weights; programs, code and tables take the rest
 BYTES = {"fp32": 2.0, "fp16": 1.0, "int8": 0.5}  # of a stored weight, against half precision

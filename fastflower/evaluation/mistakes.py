@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
-from fastflower import scores
-from fastflower.data.tables import shown
-from fastflower.evaluation.oof import Logits
+from fastflower.core import scores
+from fastflower.core.tables import shown
+from fastflower.evaluation.logits import Logits
 
 
 def examined(data: Logits, t: float) -> dict[str, Any]:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from fastflower import checkpoint, runs
-from fastflower.checkpoint import Checkpoint
-from fastflower.data import sets
+from fastflower.core import checkpoint, runs
+from fastflower.core.checkpoint import Checkpoint
+from fastflower.core.errors import InputError
+from fastflower.data.betons import fold_set
 from fastflower.data.loaders import eval_images
-from fastflower.errors import InputError
-from fastflower.evaluation import views
-from fastflower.evaluation.oof import Logits
+from fastflower.evaluation import inference
+from fastflower.evaluation.logits import Logits
 from fastflower.recipe import Recipe
 
 KINDS = ("best_combo", "ema_best", "best_clean", "swa")
@@ -112,7 +112,7 @@ def of_checkpoints(recipe: Recipe, members: list[Logits], device: torch.device) 
             for fold in folds:
                 path = Path(pot) / f"{fold}_{len(chosen)}.pth"
                 mix(path, [files[fold][key] for key in chosen], recipe, fold, device)
-                found[fold] = by_image(views.predict(path, recipe, device), alpha)
+                found[fold] = by_image(inference.predict(path, recipe, device), alpha)
             return found
 
         alone = {key: taste([key]) for key in shared}
@@ -156,7 +156,7 @@ def of_folds(recipe: Recipe, members: list[Logits], device: torch.device) -> Sou
         for member in members:
             path = Path(pot) / f"fold{member.about['fold']}.pth"
             checkpoint.save(path, soup.tensors, soup.meta | {"fold": int(member.about["fold"])})
-            found.append(by_image(views.predict(path, recipe, device), alpha))
+            found.append(by_image(inference.predict(path, recipe, device), alpha))
         score = float(np.concatenate(found).mean())
         words = f"{backbone} seed {seed}: one network of {len(sources)} folds: S {score:.4f}"
         if score < single:
@@ -196,10 +196,10 @@ def mix(target: Path, sources: list[Path], recipe: Recipe, fold: int, device: to
 
 def refresh_norms(soup: Checkpoint, path: Path, recipe: Recipe, device: torch.device) -> Checkpoint:
     """The same with statistics of BatchNorm from training images of its fold; as it is where there is none."""
-    network = views.load_network(soup, path, device)
+    network = inference.load_network(soup, path, device)
     if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return soup
-    beton = sets.open_fold(recipe, int(soup.meta["fold"])).train
+    beton = fold_set.open_fold(recipe, int(soup.meta["fold"])).train
     rows = np.random.default_rng(0).permutation(beton.rows)[:NORM_IMAGES]
     height, width = soup.meta["size"]
     factor, interpolation = float(soup.meta["resize_factor"]), str(soup.meta["interpolation"])

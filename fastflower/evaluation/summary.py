@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 
 import fastflower
-from fastflower.errors import InputError
-from fastflower.evaluation import ensembles, mistakes, scoreboard
-from fastflower.evaluation.oof import Logits, assemble, check_alike, fuse, load, member_file, missing_folds
+from fastflower.core.errors import InputError
+from fastflower.evaluation import ensembles, metrics, mistakes
+from fastflower.evaluation.logits import (
+    Logits,
+    assemble,
+    check_alike,
+    fuse,
+    load_logits,
+    member_file,
+    missing_folds,
+)
 from fastflower.recipe import Recipe
 
 FORMAT = 2  # of scores.json; raised when what reads it would miss something
@@ -49,14 +57,14 @@ def summarise(
     counts = np.array([int(row["n"]) for row in classes])
 
     def block(data: Logits) -> dict[str, Any]:
-        return scoreboard.block(data, alpha, bins, counts, fit_on)
+        return metrics.block(data, alpha, bins, counts, fit_on)
 
     own = [{**{key: member.about[key] for key in DESCRIBED}, **block(member)} for member in members]
     rows = []
     for (backbone, seed), data in zip(runs, sets, strict=True):
         mine = [row for row in own if (row["backbone"], row["seed"]) == (backbone, seed)]
         row = {"backbone": backbone, "seed": seed, "missing": missing_folds(runs[backbone, seed], folds)}
-        rows.append({**row, "over_folds": scoreboard.over_folds(mine), **block(data)})
+        rows.append({**row, "over_folds": metrics.over_folds(mine), **block(data)})
     names, class_ids = [plain_name(row) for row in classes], members[0].about["class_ids"]
     whole, every = block(fused), sorted(set(folds[folds >= 0].tolist()))
     t = whole["temperature"]["t"] if fit_on else 1.0
@@ -81,12 +89,12 @@ def summarise(
             "weights": dict(zip(fused.about["of"], weights, strict=True)),
         },
         "acceptance": [],
-        "advice": scoreboard.advice(own, rows, whole),
+        "advice": metrics.advice(own, rows, whole),
         "classes": [
-            {**row, "name": names[row["class_idx"]]} for row in scoreboard.per_class(fused, class_ids, counts)
+            {**row, "name": names[row["class_idx"]]} for row in metrics.per_class(fused, class_ids, counts)
         ],
-        "robust_classes": scoreboard.by_class_and_corruption(fused),
-        "reliability": scoreboard.reliability(fused, t if fit_on else None, bins),
+        "robust_classes": metrics.by_class_and_corruption(fused),
+        "reliability": metrics.reliability(fused, t if fit_on else None, bins),
         **mistakes.examined(fused, t),
     }
 
@@ -97,7 +105,7 @@ def evaluated(folder: Path) -> list[Logits]:
     if not path.is_file():
         raise InputError(f"no {path}; run python -m fastflower.evaluate first")
     rows = json.loads(path.read_text(encoding="utf-8"))["members"]
-    return [load(member_file(folder / "oof", row)) for row in rows]
+    return [load_logits(member_file(folder / "oof", row)) for row in rows]
 
 
 def by_run(members: list[Logits]) -> dict[tuple[str, int], list[Logits]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastflower import runs
-from fastflower.data.tables import write_csv
-from fastflower.evaluation import figures
+import matplotlib
+import numpy as np
+
+from fastflower.core import files
+from fastflower.core.charts import STYLE, Chart, canvas
+from fastflower.core.tables import write_csv
 from fastflower.evaluation.summary import named
 
 Row = dict[str, Any]
@@ -77,19 +80,6 @@ def handed_in(row: Row) -> str:
     return "no predictor" if row["mb"] is None else "fits" if row["fits"] else "too large"
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of text as columns: the first to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -101,8 +91,8 @@ def save(folder: Path, summary: dict[str, Any]) -> None:
     for name, rows in reports(summary).items():
         write_csv(folder / f"{name}.csv", rows)
     for name, cells in confusions(summary).items():
-        picture = figures.confusion_chart(cells, [row["category_id"] for row in summary["classes"]])
-        runs.write_atomic(folder / f"{name}.png", picture.png())
+        picture = confusion_chart(cells, [row["category_id"] for row in summary["classes"]])
+        files.write_atomic(folder / f"{name}.png", picture.png())
 
 
 def confusions(summary: dict[str, Any]) -> dict[str, Cells]:
@@ -154,3 +144,22 @@ def _mistake(row: Row, ids: list[str]) -> Row:
         "top_ids": " ".join(ids[c] for c, _ in row["top"]),
         "top_probabilities": " ".join(f"{p:.6f}" for _, p in row["top"]),
     }
+
+
+def confusion_chart(cells: list[list[int]], ids: list[str]) -> Chart:
+    """The confusion matrix as a picture, rows of true classes scaled to 1, for where there is no page."""
+    matrix = np.zeros((len(ids), len(ids)))
+    for true, guess, count in cells:
+        matrix[true, guess] = count
+    matrix /= np.maximum(matrix.sum(1, keepdims=True), 1)
+    named, title = len(ids) <= 30, "Confusion matrix, shares of each true class"
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(4.6)
+        axes.grid(False)
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        if named:
+            axes.set_xticks(range(len(ids)), ids, rotation=90)
+            axes.set_yticks(range(len(ids)), ids)
+        what = "category_id" if named else "class_idx"
+        axes.set(xlabel=f"predicted {what}", ylabel=f"true {what}", title=title)
+    return Chart("confusion", "Confusion matrix", f"{title}.", figure)

@@ -1,1 +1,1 @@
-"""The network and what it learns from: backbones, heads, losses, and the face they show to Composer."""
+"""Networks: timm backbones, heads, losses and the Composer model."""

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastflower import runs
-from fastflower.errors import CorruptionError, InputError
+from fastflower.core import runs
+from fastflower.core.errors import CorruptionError, InputError
 from fastflower.model import compare  # noqa: F401  (registers its networks with timm)
 
 Size = tuple[int, int]

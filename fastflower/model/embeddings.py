@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastflower import runs
-from fastflower.data.conversion import Embed
-from fastflower.data.decode import eval_box
-from fastflower.derived import largest_size
-from fastflower.errors import InputError
+from fastflower.core import runs
+from fastflower.core.errors import InputError
+from fastflower.data.conversion.pipeline import Embed
+from fastflower.data.decode.kernel import eval_box
 from fastflower.model.backbones import build_backbone, check_name, find_weights, profile
 from fastflower.recipe import Recipe
+from fastflower.recipe.derived import largest_size
 
 BATCH = 32
 

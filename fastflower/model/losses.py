@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastflower.errors import InputError
+from fastflower.core.errors import InputError
 from fastflower.model.heads import MARGIN_HEADS
 from fastflower.recipe import Recipe
 

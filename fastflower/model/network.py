@@ -11,11 +11,11 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from fastflower import derived, runs
-from fastflower.errors import InputError
+from fastflower.core import runs
+from fastflower.core.errors import InputError
 from fastflower.model import backbones
 from fastflower.model.heads import build_head
-from fastflower.recipe import Recipe
+from fastflower.recipe import Recipe, derived
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What moves the weights: parameter groups, the course of the lr, the optimiser."""
+"""Parameter groups, optimizers and learning-rate schedules."""

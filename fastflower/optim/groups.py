@@ -9,7 +9,7 @@ import numpy as np
 from timm.models._manipulate import group_parameters
 from torch import nn
 
-from fastflower.errors import InputError
+from fastflower.core.errors import InputError
 from fastflower.recipe import Recipe
 
 Group = dict[str, Any]

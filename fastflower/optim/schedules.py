@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from fastflower.errors import InputError
+from fastflower.core.errors import InputError
 from fastflower.optim.groups import part_names
 from fastflower.recipe import Recipe
 

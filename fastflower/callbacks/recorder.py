@@ -1,0 +1,190 @@
+"""events.jsonl and TensorBoard: one row at the start, one for each epoch, one at the end; rank 0 writes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from fastflower.callbacks.scoring import Scoring
+from fastflower.core import runs
+from fastflower.core.runs import Run
+from fastflower.recipe.derived import Derived
+
+SUMS = ("loss", "norm", "steps", "images", "wait", "seconds", "skipped")
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an epoch's row under the names they have in TensorBoard and other services."""
+    numbers = {
+        name: float(value)
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "epoch"
+    }
+    for kind, values in row["per_kind"].items():
+        numbers |= {f"corrupt_{name}/{kind}": value for name, value in values.items()}
+    # a name with a comma would cost MLflow the whole epoch
+    return numbers | {f"lr/{name.replace(',', '')}": value for name, value in row["lr_groups"].items()}
+
+
+class Guard(Protocol):
+    """What looked at the gradients of the last step: whether it was skipped, and their norm before clipping."""
+
+    skipped: bool
+    norm: float
+
+
+class Meter:
+    """Sums over the steps of an epoch; they survive a restart, so that means are those of the whole epoch."""
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(SUMS, 0.0)
+        self.lr: dict[str, float] = {}
+        self.total = 0.0  # seconds of all finished epochs, evaluations included
+
+    def reset(self) -> None:
+        self.sums = dict.fromkeys(SUMS, 0.0)
+
+    def mean(self, name: str) -> float:
+        """Mean over the steps whose numbers were finite."""
+        steps = self.sums["steps"] - self.sums["skipped"]
+        return self.sums[name] / steps if steps else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "lr": dict(self.lr), "total_seconds": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.lr, self.total = dict(state["sums"]), dict(state["lr"]), state["total_seconds"]
+
+
+class Recorder(Callback):
+    """BEFORE_DATALOADER, AFTER_DATALOADER, BATCH_END: measure. EVAL_AFTER_ALL: write the epoch's row, kept in `row`.
+
+    EPOCH_START: forget the epoch before. `more` are functions that give further entries of a row.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        derived: Derived,
+        guard: Guard,
+        scoring: Scoring,
+        tensorboard: bool,
+        more: Sequence[Callable[[], dict[str, Any]]] = (),
+    ) -> None:
+        self.run = run
+        self.derived = derived
+        self.guard = guard
+        self.scoring = scoring
+        self.more = more
+        self.tensorboard = tensorboard and dist.get_global_rank() == 0
+        self.meter = Meter()
+        self.row: dict[str, Any] = {}
+        self._waiting = self._eval_start = time.perf_counter()
+        self._waited = 0.0
+        self._writer: Any = None
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self.meter.reset()
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._waiting = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        self._waited = time.perf_counter() - self._waiting
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        sums, now = self.meter.sums, time.perf_counter()
+        sums["steps"] += 1
+        sums["skipped"] += self.guard.skipped
+        if not self.guard.skipped:
+            sums["loss"] += state.total_loss_dict["loss/train/total"]
+            sums["norm"] += self.guard.norm
+        before = state.previous_timestamp
+        sums["images"] += state.timestamp.sample.value - (before.sample.value if before else 0)
+        sums["wait"] += self._waited
+        sums["seconds"] += now - self._waiting
+        self.meter.lr = {str(group["name"]): group["lr"] for group in state.optimizers[0].param_groups}
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        self._eval_start = time.perf_counter()
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        self.row = self._epoch_row(state)
+        self.meter.total += self.row["seconds"]
+        self.write(self.row)
+        numbers = scalars(self.row)
+        logger.log_metrics({"epoch": self.row["epoch"], **numbers})  # to the services the recipe names
+        if self.tensorboard:
+            self._plot(numbers, self.row["epoch"])
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row with this run's identity to events.jsonl."""
+        if dist.get_global_rank() == 0:
+            run = self.run
+            identity = {"event": row["event"], "backbone": run.backbone, "fold": run.fold, "seed": run.seed}
+            runs.append_event(run.events, {**identity, **row, "time": round(time.time(), 1)})
+
+    def _epoch_row(self, state: State) -> dict[str, Any]:
+        board, meter, epoch = self.scoring.latest, self.meter, state.timestamp.epoch.value
+        assert board is not None and board.verdict is not None
+        stage, best = self.derived.stage(epoch - 1), self.scoring.selection.best
+        chosen = board.verdict.chosen or "raw"
+        seconds = meter.sums["seconds"]
+        evaluation = time.perf_counter() - self._eval_start
+        return {
+            "event": "epoch",
+            "epoch": epoch,
+            "size": [stage.height, stage.width],
+            "batch_global": int(meter.sums["images"] // max(meter.sums["steps"], 1)),
+            "lr_min": min(meter.lr.values(), default=math.nan),
+            "lr_max": max(meter.lr.values(), default=math.nan),
+            "lr_groups": meter.lr,
+            "train_loss": meter.mean("loss"),
+            "val_loss": self.scoring.val_loss,
+            **board.flat(),
+            "per_kind": board.per_kind,
+            "chosen": chosen,
+            "best": {"epoch": best.epoch, "score": best.score, "weights": best.weights},
+            "new_best": sorted(board.verdict.new),
+            "patience_left": board.verdict.patience_left,
+            "macro_alarm": board.verdict.alarm,
+            **{name: value for part in self.more for name, value in part().items()},
+            "grad_norm": meter.mean("norm"),
+            "nonfinite": int(meter.sums["skipped"]),
+            "images_per_s": meter.sums["images"] / seconds if seconds else math.nan,
+            "wait_share": meter.sums["wait"] / seconds if seconds else math.nan,
+            "seconds": seconds + evaluation,
+            "eval_seconds": evaluation,
+            "gpu_peak_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
+        }
+
+    def _plot(self, numbers: dict[str, float], epoch: int) -> None:
+        """One event file a run; a resumed run writes its epochs again and TensorBoard shows the last."""
+        if self._writer is None:
+            from torch.utils.tensorboard import (
+                SummaryWriter,  # slow to import; only the rank that writes needs it
+            )
+
+            folder = self.run.results_dir / "tensorboard" / f"{self.run.stem}"
+            self._writer = SummaryWriter(str(folder), purge_step=epoch)
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.meter.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.meter.load_state_dict(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,97 @@
+"""Charts: the style, canvas and SVG output that every figure shares."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+TEXT, FAINT = "#1b1f23", "#d3d9df"
+SERIES = ("#0a6cc2", "#d1570c", "#12845a", "#a4368f", "#8a6d00", "#5b5fc7")
+VARIABLES = {
+    TEXT: "currentColor",
+    FAINT: "var(--line)",
+    **{c: f"var(--s{i})" for i, c in enumerate(SERIES, 1)},
+}
+LEGEND_ROW = 0.19  # inches
+_DIGITS = re.compile(r"(\d+\.\d{2})\d+")
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titley": 1.02,  # given, matplotlib need not measure every label to find it
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@dataclass
+class Chart:
+    """A figure, its name in files, and the words that stand for it where it cannot be seen."""
+
+    name: str
+    title: str
+    words: str
+    figure: Figure
+
+    def svg(self) -> str:
+        """One <svg> element without fixed size; ids carry the chart's name, so many fit on one page."""
+        with matplotlib.rc_context(STYLE | {"svg.hashsalt": self.name}):
+            buffer = io.StringIO()
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's
+        text = re.sub(r'\b(?:d|x|y|points|transform)="[^"]*"', lambda m: _DIGITS.sub(r"\1", m[0]), text)
+        text = re.sub(r'\bid="', f'id="{self.name}-', text)
+        text = re.sub(r'(href="#|url\(#)', rf"\g<1>{self.name}-", text)
+        text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+        for colour, variable in VARIABLES.items():
+            text = text.replace(colour, variable)
+        label = (self.words or self.title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+        return re.sub(r"<svg", f'<svg role="img" aria-label="{label}"', text, count=1).strip()
+
+    def png(self) -> bytes:
+        """The same on white, at twice the size of the screen's."""
+        with matplotlib.rc_context(STYLE):
+            buffer = io.BytesIO()
+            self.figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def canvas(
+    height: float = 2.7, layout: Literal["constrained"] | None = "constrained", below: float = 0
+) -> tuple[Figure, Axes]:
+    """An empty chart 360 points wide; layout None: fixed margins, in a tenth of the time, and `below` inches free."""
+    with matplotlib.rc_context(STYLE):
+        whole = height + below
+        figure = Figure(figsize=(5, whole), layout=layout)
+        if layout is None:
+            figure.subplots_adjust(left=0.13, right=0.98, top=1 - 0.27 / whole, bottom=(0.46 + below) / whole)
+        return figure, figure.add_subplot()

@@ -1,0 +1,144 @@
+"""Where a run's files lie, how they are named, and how they are replaced without ever being half there.
+
+All paths are relative to the current directory: commands run from the repository root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastflower.core.files import finite
+
+MODELS = Path("results/model")
+RESULTS = Path("results/results")
+BUNDLE = MODELS / "bundle"
+PRETRAINED = MODELS / "pretrained_model"
+SUBMISSION = RESULTS / "submission.csv"
+KINDS = ("best_clean", "best_combo", "ema_best", "last")
+
+_MEMBER = re.compile(
+    r"(?P<kind>\w+?)__(?P<backbone>.+)__fold(?P<fold>\d+)_seed(?P<seed>\d+)"
+    r"_epoch(?P<epoch>\d+)_score(?P<score>\d+\.\d+)\.pth"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an experiment's backbone on one fold with one seed."""
+
+    exp: str
+    backbone: str
+    fold: int
+    seed: int
+
+    @property
+    def stem(self) -> str:
+        """What tells this run's files from those of others in the experiment's folders."""
+        return f"{self.backbone}__fold{self.fold}_seed{self.seed}"
+
+    @property
+    def model_dir(self) -> Path:
+        return MODELS / self.exp
+
+    @property
+    def results_dir(self) -> Path:
+        return RESULTS / self.exp
+
+    @property
+    def meta_dir(self) -> Path:
+        return self.results_dir / "meta"
+
+    @property
+    def events(self) -> Path:
+        return self.results_dir / "events.jsonl"
+
+    @property
+    def end(self) -> Path:
+        """Where the run's end is written down, early or not."""
+        return self.meta_dir / f"early_stop_{self.stem}.json"
+
+    def file(self, kind: str, epoch: int, score: float) -> Path:
+        """The templated name of a checkpoint; epochs count from 1."""
+        name = f"{kind}__{self.stem}_epoch{epoch}_score{score:.4f}.pth"
+        return self.model_dir / name
+
+    def files(self, kind: str) -> list[Path]:
+        """The checkpoints of this run and kind, oldest epoch first."""
+        found = [(name.epoch, path) for path in self.model_dir.glob("*.pth") if (name := parse_member(path))]
+        return [path for epoch, path in sorted(found) if path.name.startswith(f"{kind}__{self.stem}_epoch")]
+
+
+@dataclass(frozen=True)
+class MemberName:
+    """What a checkpoint's file name says."""
+
+    kind: str
+    backbone: str
+    fold: int
+    seed: int
+    epoch: int
+    score: float
+
+
+def parse_member(path: Path) -> MemberName | None:
+    """The parts of a templated checkpoint name, or None for any other file."""
+    match = _MEMBER.fullmatch(path.name)
+    if match is None or match["kind"] not in (*KINDS, "swa", "soup"):
+        return None
+    return MemberName(
+        match["kind"],
+        match["backbone"],
+        int(match["fold"]),
+        int(match["seed"]),
+        int(match["epoch"]),
+        float(match["score"]),
+    )
+
+
+def find_members(exp: str, pattern: str) -> list[Path]:
+    """One checkpoint for each (backbone, fold, seed) of an experiment: the newest epoch that matches the pattern.
+
+    The pattern is a glob of file names; a leading `results/model/` is allowed and ignored.
+    """
+    newest: dict[tuple[str, int, int], tuple[int, Path]] = {}
+    for path in sorted((MODELS / exp).glob(Path(pattern).name)):
+        name = parse_member(path)
+        if name is None:
+            continue
+        member = (name.backbone, name.fold, name.seed)
+        if member not in newest or name.epoch > newest[member][0]:
+            newest[member] = (name.epoch, path)
+    return [path for _, (_, path) in sorted(newest.items())]
+
+
+def append_event(path: Path, row: dict[str, Any]) -> None:
+    """Append one line to events.jsonl in one write, so that two runs of an experiment may share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    with open(path, "ab", buffering=0) as file:
+        file.write(line.encode("utf-8"))
+        os.fsync(file.fileno())
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The rows of events.jsonl; where a resumed run wrote an epoch again, its last row counts.
+
+    A line cut short by a kill is dropped.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if not path.exists():
+        return []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        identity = (row.get("fold"), row.get("seed"), row.get("backbone"), row.get("event"), row.get("epoch"))
+        rows.pop(identity, None)
+        rows[identity] = row
+    return list(rows.values())

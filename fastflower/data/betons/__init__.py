@@ -1,0 +1,1 @@
+"""The beton file format, and the betons of a fold."""

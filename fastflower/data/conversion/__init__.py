@@ -1,0 +1,1 @@
+"""Conversion from the user's images to betons."""

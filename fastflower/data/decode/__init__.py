@@ -1,0 +1,1 @@
+"""JPEG bytes to pixels: the C kernel and its Python interface."""

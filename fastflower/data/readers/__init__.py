@@ -1,0 +1,1 @@
+"""Readers of what users give: label files, image files, arrays, folders."""

@@ -1,0 +1,272 @@
+"""Images that come as numbers, from .npz and .npy files and tables of pixels, checked and brought to uint8.
+
+What a training must know (rows, labels, sizes) is read at once; the pixels only when somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastflower.core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS = 4096  # converted at a time, so that memory holds the file's own numbers once
+FEWEST = 16  # columns of numbers that make a table one of pixels
+REMEDY = "name them by data.arrays=[images, labels], or [first, second, labels] for pairs"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`rows` of one image, or of the two of a pair, all of one height and width; labels as text, if there are any.
+
+    `names` are those of the images' arrays in a .npz.
+    """
+
+    rows: int
+    height: int
+    width: int
+    count: int
+    labels: list[str] | None
+    load: Callable[[], tuple[np.ndarray, ...]]
+    names: tuple[str, ...] = ()
+
+    @cached_property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """`count` arrays, each uint8 (N, H, W) or (N, H, W, 3)."""
+        return self.load()
+
+
+def open_npz(path: Path, wanted: Any, shape: Any, labelled: bool) -> Stack:
+    """Images and labels of a .npz: `wanted` names the arrays as [images, labels] or [first, second, labels].
+
+    "auto" finds them by shape: images are the one or two arrays of pictures, labels the one array with a single
+    value for each of them. InputError lists what there is when that is not clear.
+    """
+    try:
+        shapes = _shapes(path)
+        names, label = _choose(path, shapes, wanted, labelled)
+        with np.load(path, allow_pickle=False) as file:
+            values = file[label] if label else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as .npz ({_one_line(error)}); save it again") from None
+    layouts = [_layout(shapes[name][0], f"{path}: {name}", shape) for name in names]
+    if len({layout[:3] for layout in layouts}) > 1:
+        sizes = " and ".join(f"{name} {layout[:3]}" for name, layout in zip(names, layouts, strict=True))
+        raise InputError(f"{path}: {sizes}: the two images of a pair have one size, one row a pair")
+
+    def load() -> tuple[np.ndarray, ...]:
+        with np.load(path, allow_pickle=False) as file:
+            return tuple(as_uint8(file[name], f"{path}: {name}", shape) for name in names)
+
+    rows, height, width, _ = layouts[0]
+    labels = None if values is None else _labels(values, f"{path}: {label}", rows)
+    return Stack(rows, height, width, len(names), labels, load, tuple(names))
+
+
+def open_npy(path: Path, shape: Any, labels: Callable[[int], list[str]] | None) -> Stack:
+    """Images of a .npy; `labels` gives those of so many rows."""
+    mapped = _npy(path)
+    rows, height, width, _ = _layout(mapped.shape, str(path), shape)
+    return Stack(
+        rows,
+        height,
+        width,
+        1,
+        labels(rows) if labels else None,
+        lambda: (as_uint8(mapped, str(path), shape),),
+    )
+
+
+def npy_labels(path: Path, rows: int) -> list[str]:
+    """Labels of a .npy, one for each of `rows` images."""
+    return _labels(np.array(_npy(path)), str(path), rows)
+
+
+def open_pixels(path: Path, label_col: str, shape: Any, labelled: bool) -> Stack:
+    """A table with a column of labels (label_col, or else `label`) in which every other one is a pixel, 0..255."""
+    header = pixel_columns(path)
+    label = next((name for name in (label_col, "label") if name in header), None)
+    if labelled and label is None:
+        raise InputError(f"{path}: no column {label_col} or label; name yours by data.label_col")
+    # without labels some other column is read all the same: it counts the rows
+    place = header.index(label or header[0])
+    column = [text for _, table in _tables(path, place) for text in table.iloc[:, 0]]
+    rows, height, width, _ = _layout((len(column), len(header) - bool(label)), str(path), shape)
+
+    def load() -> tuple[np.ndarray, ...]:
+        parts = [
+            _whole_numbers(table.drop(columns=[label] if label else []), f"{path}: lines from {line}")
+            for line, table in _tables(path, None)
+        ]
+        return (as_uint8(np.concatenate(parts), str(path), shape),)
+
+    return Stack(rows, height, width, 1, [text.strip() for text in column] if labelled else None, load)
+
+
+def pixel_columns(path: Path) -> list[str]:
+    """The column names of a table of pixels; InputError when it is none."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header, first = [name.strip() for name in next(reader, [])], next(reader, None)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a table of pixels ({_one_line(error)})") from None
+    if len(header) <= FEWEST:
+        raise InputError(
+            f"{path}: has {len(header)} columns; a table of pixels has one for each pixel and one for the label"
+        )
+    if first is None:
+        raise InputError(f"{path}: has a header and no rows")
+    if len(first) != len(header):
+        raise InputError(f"{path}: line 2: {len(first)} fields, the header has {len(header)}")
+    return header
+
+
+def as_uint8(values: np.ndarray, what: str, shape: Any) -> np.ndarray:
+    """Numbers as images: uint8 (N, H, W) or (N, H, W, 3), channels last, flat rows as `shape` or else square.
+
+    Floats within 0..1 and booleans are scaled by 255; other numbers must be whole and within 0..255.
+    """
+    rows, height, width, channels = _layout(values.shape, what, shape)
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"{what}: holds {values.dtype}; images are numbers")
+    last = (rows, height, width, channels)[: 3 + (channels > 1)]
+    if values.ndim == 2:
+        values = values.reshape(rows, *(shape if shape != "auto" else (height, width)))
+    if values.shape[1:] == (channels, height, width):  # channels first, as torch has them
+        values = np.moveaxis(values, 1, -1)
+    values = values.reshape(last) if channels == 1 else values
+    if values.dtype == np.uint8:
+        return values
+    parts = [values[at : at + ROWS] for at in range(0, rows, ROWS)]
+    low, high = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
+    unit = values.dtype.kind == "b" or (values.dtype.kind == "f" and low >= 0 and high <= 1)
+    out = np.empty(last, np.uint8)
+    for at, part in zip(range(0, rows, ROWS), parts, strict=True):
+        scaled = part.astype(np.float32) * 255 if unit else part
+        if not unit and not (low >= 0 and high <= 255 and bool((part == np.rint(part)).all())):
+            raise InputError(
+                f"{what}: {values.dtype} from {low:g} to {high:g}; images are whole numbers 0..255, or floats 0..1"
+            )
+        out[at : at + ROWS] = np.rint(scaled)
+    return out
+
+
+def _layout(shape: tuple[int, ...], what: str, wanted: Any) -> tuple[int, int, int, int]:
+    """Rows, height, width and channels of an array of images; `wanted` is data.shape, for flat rows."""
+    sides = list(shape[1:])
+    if len(shape) == 2:
+        side = round(shape[1] ** 0.5)
+        sides = [side, side] if wanted == "auto" else wanted
+        good = isinstance(sides, list) and len(sides) in (2, 3) and all(type(side) is int for side in sides)
+        if not good or int(np.prod(sides)) != shape[1]:
+            raise InputError(
+                f"{what}: rows of {shape[1]} pixels are no images of data.shape = {wanted}; "
+                "give [height, width] or [height, width, 3]"
+            )
+    if len(sides) == 3 and sides[0] in (1, 3) and sides[2] not in (1, 3):
+        sides = [*sides[1:], sides[0]]
+    if len(sides) == 2:
+        sides.append(1)
+    if len(sides) != 3 or sides[2] not in (1, 3) or 0 in (*shape, *sides):
+        raise InputError(
+            f"{what}: has the shape {tuple(shape)}; images are (N, H, W), (N, H, W, 3), (N, 3, H, W) or flat rows"
+        )
+    return shape[0], sides[0], sides[1], sides[2]
+
+
+def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and kind of each array, from the headers alone."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0
+                shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
+                found[name.removesuffix(".npy")] = (shape, dtype)
+    return found
+
+
+def _choose(
+    path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], wanted: Any, labelled: bool
+) -> tuple[list[str], str | None]:
+    """The names of the images and of the labels."""
+    there = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in shapes.items())
+    if wanted != "auto":
+        good = isinstance(wanted, list) and len(wanted) in (2, 3)
+        names = list(wanted if labelled else wanted[:-1]) if good else []
+        lacking = [str(name) for name in names if name not in shapes]
+        if not good or lacking:
+            fault = f"no array {', '.join(lacking)}" if good else f"data.arrays = {wanted}"
+            raise InputError(f"{path}: {fault}; it has {there}; {REMEDY}")
+        return (names[:-1], names[-1]) if labelled else (names, None)
+    pictures = [name for name, (shape, dtype) in shapes.items() if len(shape) > 2 and dtype.kind in "biuf"]
+    flat = [name for name, (shape, _) in shapes.items() if len(shape) == 2 and shape[1] > FEWEST]
+    pictures = sorted(pictures or flat)
+    rows = {shapes[name][0][0] for name in pictures}
+    labels = [
+        name for name, (shape, _) in shapes.items() if shape[:1] == (*rows,) and shape[1:] in ((), (1,))
+    ]
+    if len(pictures) not in (1, 2) or len(rows) != 1 or (labelled and len(labels) != 1):
+        raise InputError(
+            f"{path}: it is not clear which arrays are images and labels; it has {there}; {REMEDY}"
+        )
+    return pictures, labels[0] if labelled else None
+
+
+def _labels(values: np.ndarray, what: str, rows: int) -> list[str]:
+    if values.shape not in ((rows,), (rows, 1)) or values.dtype.kind not in "biufU":
+        raise InputError(
+            f"{what}: {values.dtype} {values.shape} for {rows} images; labels are one number or word an image"
+        )
+    values = values.astype(np.int64) if values.dtype.kind == "b" else values
+    return [str(value) for value in values.ravel().tolist()]
+
+
+def _npy(path: Path) -> np.ndarray:
+    try:
+        values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as .npy ({_one_line(error)}); save it again") from None
+    return values
+
+
+def _tables(path: Path, column: int | None) -> Iterator[tuple[int, pd.DataFrame]]:
+    """(line of its first row, table) for ROWS rows at a time; one column as text, or all of them."""
+    import pandas as pd  # a second of import, for tables of pixels only
+
+    one: dict[str, Any] = {} if column is None else {"usecols": [column], "dtype": str}
+    try:
+        with pd.read_csv(path, na_filter=False, chunksize=ROWS, **one) as reader:
+            for table in reader:
+                table.columns = [str(name).strip() for name in table.columns]
+                yield int(table.index[0]) + 2, table
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {_one_line(error)}") from None
+
+
+def _whole_numbers(table: pd.DataFrame, what: str) -> np.ndarray:
+    try:
+        numbers = table.to_numpy(np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: {_one_line(error)}; pixels are whole numbers 0..255") from None
+    if not np.array_equal(numbers, np.clip(np.rint(numbers), 0, 255)):
+        raise InputError(
+            f"{what}: {np.nanmin(numbers):g} to {np.nanmax(numbers):g}; pixels are whole numbers 0..255"
+        )
+    return numbers.astype(np.uint8)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

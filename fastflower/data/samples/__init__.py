@@ -1,0 +1,1 @@
+"""Generated sample data: flowers, eyes, digits and pairs of digits."""

@@ -1,0 +1,1 @@
+"""Transforms of uint8 image batches: augmentation, mixing and test corruptions."""

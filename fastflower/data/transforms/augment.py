@@ -1,0 +1,283 @@
+"""Device augmentation: uint8 batches in, float batches out, each row by its own key.
+
+Every draw is a function of (key, stream), so a row looks the same in any batch, on any rank, after a resume
+and on any device (up to float rounding). The default recipe's operations never wait for the device; CLAHE,
+RandAugment, AugMix, blur and noise ask it which rows they concern.
+
+The order: vertical flip, rotation, colour jitter (brightness, contrast, saturation, hue: fixed, where
+torchvision shuffles), photometric distortion, CLAHE, RandAugment, AugMix, blur or noise, erasing. Whatever
+moves pixels samples bilinearly and mirrors at the border. Crop and horizontal flip are the decoder's.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastflower.core import seeding
+from fastflower.data.transforms import image_ops
+from fastflower.recipe.schema import Aug
+
+CHUNK = 1 << 18  # pixels that a CPU works on at once: 3 MiB of floats stay in its cache, four times faster
+LEVELS = 30  # RandAugment's magnitudes
+ERASE_TRIES = 10
+ERASE_AREA = (0.02, 0.33)
+ERASE_RATIO = (0.3, 3.3)
+AUGMIX_WIDTH, AUGMIX_DEPTH, AUGMIX_STRENGTH = 3, 3, 0.3
+BLUR_SIGMA = (0.3, 1.2)  # pixels
+NOISE_SIGMA = (2.0, 10.0)  # of 255
+
+
+class Stream(enum.IntEnum):
+    """One stream of numbers for each decision; changing a value changes every picture."""
+
+    VFLIP = 100
+    ANGLE = 101
+    BRIGHTNESS = 102
+    CONTRAST = 103
+    SATURATION = 104
+    HUE = 105
+    ERASE = 106
+    ERASE_SIZE = 107
+    ERASE_SHAPE = 108
+    ERASE_TOP = 109
+    ERASE_LEFT = 110
+    CORRUPT = 111
+    CORRUPT_KIND = 112
+    CORRUPT_LEVEL = 113
+    AUGMIX = 114
+    AUGMIX_SHARE = 115
+    AUGMIX_WEIGHT = 116
+    AUGMIX_LENGTH = 117
+    CLAHE = 118
+    CLAHE_CLIP = 119
+    DISTORT = 150  # and the next ten: whether and how much of each part
+    OPERATION = 2000  # + 4 * step, and the next three: its sign, whether at all, its strength
+
+
+def augment(
+    images: Tensor,
+    keys: Tensor,
+    aug: Aug,
+    erase_p: float,
+    fill: Sequence[float] | Tensor,
+    pairs: bool = False,
+) -> Tensor:
+    """Uint8 images (B, H, W, 3) and int64 keys (B,) to float32 (B, 3, H, W), channels last, 0..255.
+
+    `fill` (3, in 0..255; a tensor must be on the same device) is what erasing paints: the network's mean, so
+    that it is 0 after normalisation. `aug.strength` multiplies strengths and probabilities; at 0 only the
+    dtype changes. With `pairs` two images lie side by side (B, H, 2W, 3), and each has a key of its own.
+    """
+    if pairs:
+        halves = images.unflatten(2, (2, images.shape[2] // 2)).transpose(1, 2).flatten(0, 1)  # (2B, H, W, 3)
+        own = torch.stack([keys, seeding.mix_tensor(keys)], 1).flatten()
+        return torch.cat(augment(halves, own, aug, erase_p, fill).unflatten(0, (len(keys), 2)).unbind(1), 3)
+    batch, height, width, _ = images.shape
+    if aug.strength == 0:
+        return images.permute(0, 3, 1, 2).to(torch.float32)
+    if not isinstance(fill, Tensor):
+        fill = image_ops.constant(tuple(fill), images.device)
+    out = torch.empty(images.shape, dtype=torch.float32, device=images.device).permute(0, 3, 1, 2)
+    rows = batch if images.is_cuda else max(1, CHUNK // (height * width))
+    for part in (slice(start, start + rows) for start in range(0, batch, rows)):
+        out[part] = _augment(images[part], keys[part], aug, erase_p, fill)
+    return out
+
+
+def _augment(images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Tensor) -> Tensor:
+    x = _turn(images, keys, aug)
+    x = _jitter(x, keys, aug)
+    if aug.photometric_p:
+        x = _distort(x, keys, aug)
+    if aug.clahe_p:
+        x = _for_some(x, keys, happens(keys, Stream.CLAHE, aug.clahe_p * aug.strength), _clahe, aug)
+    for step in range(aug.randaugment_n):
+        chosen, sign = draw_operation(keys, step, len(OPERATIONS), aug.strength)
+        level = min(1.0, aug.randaugment_m / LEVELS * aug.strength)
+        x = _apply(x, chosen, torch.full_like(sign, level), sign, tuple(OPERATIONS))
+    if aug.augmix_p:
+        x = _for_some(x, keys, happens(keys, Stream.AUGMIX, aug.augmix_p * aug.strength), _augmix, aug)
+    if aug.corrupt_p:
+        x = _for_some(x, keys, happens(keys, Stream.CORRUPT, aug.corrupt_p * aug.strength), _corrupt, aug)
+    if erase_p:
+        x = image_ops.erase(x, erase_boxes(keys, erase_p * aug.strength, *x.shape[2:]), fill)
+    return x
+
+
+def happens(keys: Tensor, stream: int, probability: float) -> Tensor:
+    """Bool (B,); a probability above 1 is 1."""
+    return seeding.uniform_tensor(keys, stream) < probability
+
+
+def between(keys: Tensor, stream: int, low: float, high: float) -> Tensor:
+    """Float32 (B,) in [low, high]."""
+    return low + (high - low) * seeding.uniform_tensor(keys, stream)
+
+
+def several(keys: Tensor, count: int) -> Tensor:
+    """Independent keys (B, count) of one row each."""
+    return seeding.mix_tensor(keys)[:, None] ^ torch.arange(count, device=keys.device)
+
+
+def _turn(images: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    """Flip and rotate into planar floats."""
+    if aug.vflip_p:
+        images = image_ops.flip_rows(images, happens(keys, Stream.VFLIP, aug.vflip_p * aug.strength))
+    x = images.permute(0, 3, 1, 2)
+    limit = min(180.0, aug.rotation_deg * aug.strength)
+    if limit:
+        return image_ops.warp(x.float(), image_ops.rotation(between(keys, Stream.ANGLE, -limit, limit)))
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _jitter(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    """ColorJitter: factors in [max(0, 1 - s), 1 + s], hue shifts in [-s, s] of the circle; always applied."""
+    strengths = [strength * aug.strength for strength in aug.jitter]
+    blends = (
+        (image_ops.brightness, Stream.BRIGHTNESS),
+        (image_ops.contrast, Stream.CONTRAST),
+        (image_ops.saturation, Stream.SATURATION),
+    )
+    for (operation, stream), strength in zip(blends, strengths[:3], strict=True):
+        if strength:
+            x = operation(x, between(keys, stream, max(0.0, 1 - strength), 1 + strength))
+    shift = min(0.5, strengths[3])
+    return image_ops.hue(x, between(keys, Stream.HUE, -shift, shift)) if shift else x
+
+
+def _distort(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    """RandomPhotometricDistort of SSD, as torchvision has it: each part with probability photometric_p."""
+    streams = iter(range(Stream.DISTORT, Stream.DISTORT + 11))
+
+    def draw(neutral: float, reach: float) -> Tensor:
+        drawn = happens(keys, next(streams), aug.photometric_p * aug.strength)
+        reach = min(reach * aug.strength, 1.0 if neutral else 0.5)
+        return torch.where(drawn, between(keys, next(streams), neutral - reach, neutral + reach), neutral)
+
+    early = happens(keys, next(streams), 0.5)  # contrast comes before or after the colours
+    factor = draw(1, 0.5)
+    x = image_ops.brightness(x, draw(1, 0.125))
+    x = image_ops.contrast(x, torch.where(early, factor, 1))
+    x = image_ops.saturation(x, draw(1, 0.5))
+    x = image_ops.hue(x, draw(0, 0.05))
+    x = image_ops.contrast(x, torch.where(early, 1, factor))
+    swapped = happens(keys, next(streams), aug.photometric_p * aug.strength)
+    return image_ops.shuffle(x, seeding.uniform_tensor(keys, next(streams)) * swapped)
+
+
+def _clahe(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    return image_ops.clahe(x, between(keys, Stream.CLAHE_CLIP, 1.0, aug.clahe_clip), aug.clahe_tiles)
+
+
+def _matrix(place: int, values: Tensor) -> Tensor:
+    """(B, 2, 3): the identity with values (B,) at one place of 0..5."""
+    cells = [torch.full_like(values, float(cell in (0, 4))) for cell in range(6)]
+    cells[place] = values
+    return torch.stack(cells, 1).view(-1, 2, 3)
+
+
+Change = Callable[[Tensor, Tensor, Aug], Tensor]
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
+# torchvision's RandAugment: (images, strength 0..1, sign -1 or 1) -> images. Shears are about the centre.
+OPERATIONS: dict[str, Operation] = {
+    "identity": lambda x, t, s: x,
+    "shear_x": lambda x, t, s: image_ops.warp(x, _matrix(1, 0.3 * t * s)),
+    "shear_y": lambda x, t, s: image_ops.warp(x, _matrix(3, 0.3 * t * s)),
+    "translate_x": lambda x, t, s: image_ops.warp(x, _matrix(2, (150 / 331 * x.shape[3] * t).trunc() * -s)),
+    "translate_y": lambda x, t, s: image_ops.warp(x, _matrix(5, (150 / 331 * x.shape[2] * t).trunc() * -s)),
+    "rotate": lambda x, t, s: image_ops.warp(x, image_ops.rotation(30 * t * s)),
+    "brightness": lambda x, t, s: image_ops.brightness(x, 1 + 0.9 * t * s),
+    "color": lambda x, t, s: image_ops.saturation(x, 1 + 0.9 * t * s),
+    "contrast": lambda x, t, s: image_ops.contrast(x, 1 + 0.9 * t * s),
+    "sharpness": lambda x, t, s: image_ops.sharpness(x, 1 + 0.9 * t * s),
+    "posterize": lambda x, t, s: image_ops.posterize(x, 8 - (4 * t).round()),
+    "solarize": lambda x, t, s: image_ops.solarize(x, 255 * (1 - t)),
+    "autocontrast": lambda x, t, s: image_ops.autocontrast(x),
+    "equalize": lambda x, t, s: image_ops.equalize(x),
+}
+# AugMix leaves out what resembles the corrupted validation set.
+COLOURS = ("brightness", "color", "contrast", "sharpness")
+AUGMIX_OPERATIONS = tuple(name for name in OPERATIONS if name not in COLOURS)
+
+
+def draw_operation(keys: Tensor, step: int, count: int, probability: float) -> tuple[Tensor, Tensor]:
+    """What each row does at a step: an operation, int64 (B,) in 0..count-1, and its sign, float32 (B,).
+
+    With `probability` it is one of them all alike, else 0, identity.
+    """
+    stream = Stream.OPERATION + 4 * step
+    chosen = (seeding.uniform_tensor(keys, stream) * count).long()
+    sign = happens(keys, stream + 1, 0.5) * 2.0 - 1.0
+    return chosen * happens(keys, stream + 2, probability), sign
+
+
+def _apply(x: Tensor, chosen: Tensor, strength: Tensor, sign: Tensor, names: Sequence[str]) -> Tensor:
+    """Each operation once, on the rows that chose it; 0 is identity."""
+    choices = chosen.cpu()
+    out = x.clone()
+    for index in range(1, len(names)):
+        rows = (choices == index).nonzero().view(-1).to(x.device)
+        if len(rows):
+            out[rows] = OPERATIONS[names[index]](x[rows], strength[rows], sign[rows])
+    return out
+
+
+def _augmix(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    """AugMix (Hendrycks et al.), alpha 1: three chains of one to three light operations, mixed in."""
+    chains = several(keys, AUGMIX_WIDTH)
+    weights = -torch.log1p(-seeding.uniform_tensor(chains, Stream.AUGMIX_WEIGHT).double()).clamp(min=1e-9)
+    share = seeding.uniform_tensor(keys, Stream.AUGMIX_SHARE)
+    weights = (weights / weights.sum(1, keepdim=True)).float() * share[:, None]
+    out = x * image_ops.column(1 - share)
+    for chain, weight in zip(chains.unbind(1), weights.unbind(1), strict=True):
+        length = (seeding.uniform_tensor(chain, Stream.AUGMIX_LENGTH) * AUGMIX_DEPTH).long()
+        y = x
+        for step in range(AUGMIX_DEPTH):
+            chosen, sign = draw_operation(chain, step, len(AUGMIX_OPERATIONS), 1.0)
+            level = between(
+                chain, Stream.OPERATION + 4 * step + 3, 0.0, min(1.0, AUGMIX_STRENGTH * aug.strength)
+            )
+            y = _apply(y, chosen * (step <= length), level, sign, AUGMIX_OPERATIONS)
+        out.add_(y * image_ops.column(weight))
+    return out
+
+
+def _corrupt(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    """Light blur for half of the rows, light noise for the others."""
+
+    def blur(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+        return image_ops.blur(x, between(keys, Stream.CORRUPT_LEVEL, *BLUR_SIGMA) * aug.strength)
+
+    def noise(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+        return image_ops.noise(x, keys, between(keys, Stream.CORRUPT_LEVEL, *NOISE_SIGMA) * aug.strength)
+
+    blurred = happens(keys, Stream.CORRUPT_KIND, 0.5)
+    return _for_some(_for_some(x, keys, blurred, blur, aug), keys, ~blurred, noise, aug)
+
+
+def _for_some(x: Tensor, keys: Tensor, chosen: Tensor, change: Change, aug: Aug) -> Tensor:
+    rows = chosen.nonzero().view(-1)
+    return x.index_copy(0, rows, change(x[rows], keys[rows], aug)) if len(rows) else x
+
+
+def erase_boxes(keys: Tensor, probability: float, height: int, width: int) -> Tensor:
+    """RandomErasing's boxes, float64 (B, 4) = top, left, height, width; height 0 where nothing is erased.
+
+    As torchvision draws them: area and log-ratio uniform, the first of ten tries that fits.
+    """
+    tries = several(keys, ERASE_TRIES)
+    area = between(tries, Stream.ERASE_SIZE, *ERASE_AREA).double() * (height * width)
+    ratio = between(tries, Stream.ERASE_SHAPE, *map(math.log, ERASE_RATIO)).double().exp()
+    tall, wide = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (tall < height) & (wide < width)
+    first = fits.byte().argmax(1, keepdim=True)
+    tall, wide = tall.gather(1, first)[:, 0], wide.gather(1, first)[:, 0]
+    top = (seeding.uniform_tensor(keys, Stream.ERASE_TOP) * (height - tall + 1)).floor()
+    left = (seeding.uniform_tensor(keys, Stream.ERASE_LEFT) * (width - wide + 1)).floor()
+    tall = tall * (fits.any(1) & happens(keys, Stream.ERASE, probability))
+    return torch.stack([top, left, tall, wide], 1)

@@ -1,0 +1,105 @@
+"""Corruptions: the disturbed copy of the validation images that robustness is scored on.
+
+Each is a pure function of (pixels, kind, level, key), the same in every epoch, run, rank and fold. Lengths are
+shares of the image's short side, so that what a network sees does not depend on the stored size.
+
+| kind           | low                              | medium     | what                                          |
+| -------------- | -------------------------------- | ---------- | --------------------------------------------- |
+| gaussian_noise | 0.06                             | 0.10       | deviation of 0..1, independent by channel     |
+| blur           | 0.006                            | 0.012      | Gaussian deviation over the short side        |
+| brightness     | 0.25                             | 0.45       | factor 1 - x or 1 + x, which one by key       |
+| jpeg           | 30                               | 15         | quality, chroma halved                        |
+| occlusion      | 0.10                             | 0.20       | of the central square's area, one grey square |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from PIL import Image
+from scipy.special import ndtri
+
+from fastflower.data.decode.kernel import decode_file
+from fastflower.recipe.derived import KINDS
+
+STRENGTHS: dict[str, dict[str, float]] = {
+    "gaussian_noise": {"low": 0.06, "medium": 0.10},
+    "blur": {"low": 0.006, "medium": 0.012},
+    "brightness": {"low": 0.25, "medium": 0.45},
+    "jpeg": {"low": 30, "medium": 15},
+    "occlusion": {"low": 0.10, "medium": 0.20},
+}
+GREY = 128
+
+
+def image_key(filename: str) -> int:
+    """The number that seeds an image's corruptions: of its name, not of its place in any file."""
+    return int.from_bytes(hashlib.sha256(filename.encode("utf-8", "surrogateescape")).digest()[:8], "little")
+
+
+def corrupt(pixels: np.ndarray, kind: str, level: str, key: int) -> np.ndarray:
+    """A disturbed copy of uint8 (H, W, 3), of the same shape."""
+    if kind == "jpeg":
+        height, width = pixels.shape[:2]
+        return decode_file(jpeg_bytes(pixels, level), height, width, (height, width))
+    words = [key & 0xFFFFFFFF, key >> 32, KINDS.index(kind), ("low", "medium").index(level)]
+    return _KINDS[kind](pixels, STRENGTHS[kind][level], np.random.default_rng(words))
+
+
+def jpeg_bytes(pixels: np.ndarray, level: str) -> bytes:
+    """The file whose decoding is the `jpeg` corruption."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=int(STRENGTHS["jpeg"][level]), subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def _gaussian_noise(pixels: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise from a table of 65536 quantiles, four times faster than drawing normals and as exact in 8 bits."""
+    words = rng.bit_generator.random_raw(-(-pixels.size // 4)).astype("<u8", copy=False)
+    draws = words.view("<u2")[: pixels.size].reshape(pixels.shape)
+    noisy = np.take(_normals(255 * deviation), draws)
+    noisy += pixels
+    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
+
+
+@lru_cache
+def _normals(deviation: float) -> np.ndarray:
+    quantiles = ndtri((np.arange(1 << 16) + 0.5) / (1 << 16))
+    return np.rint(quantiles * deviation).astype(np.int16)
+
+
+def _blur(pixels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """OpenCV's integer Gaussian: the same on every machine, and a sixth of the time of Pillow's three boxes."""
+    deviation = share * min(pixels.shape[:2])
+    return np.asarray(cv2.GaussianBlur(pixels, (0, 0), deviation, borderType=cv2.BORDER_REPLICATE))
+
+
+def _brightness(pixels: np.ndarray, change: float, rng: np.random.Generator) -> np.ndarray:
+    factor = 1 + change if rng.random() < 0.5 else 1 - change
+    table = np.clip(np.arange(256) * factor + 0.5, 0, 255).astype(np.uint8)
+    return np.asarray(cv2.LUT(pixels, table))
+
+
+def _occlusion(pixels: np.ndarray, area: float, rng: np.random.Generator) -> np.ndarray:
+    """The square lies inside the central square of the image, where every view sees it."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    side = max(1, round(math.sqrt(area) * short))
+    top, left = rng.integers(0, short - side + 1, 2) + np.array([height - short, width - short]) // 2
+    covered = pixels.copy()
+    covered[top : top + side, left : left + side] = GREY
+    return covered
+
+
+_KINDS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+    "gaussian_noise": _gaussian_noise,
+    "blur": _blur,
+    "brightness": _brightness,
+    "occlusion": _occlusion,
+}

@@ -1,0 +1,253 @@
+"""Batched pixel operations: every row of a batch gets its own strength, with no loop over rows.
+
+Images are float32 (B, 3, H, W) in 0..255, of any memory format (planar is fastest on a CPU); strengths are
+(B,) on the same device. Operations may work in place: use what they return, and forget what was given. A
+row's result does not depend on the other rows. Formulas are torchvision's for float images, as
+`torchvision.transforms.v2.functional` has them; what differs is said.
+
+Plain products and sums, in that order, are used in place of `lerp`, `addcmul` and `where`: the former round
+differently in vector tails and on GPUs, the latter costs a CPU twenty times an addition.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastflower.core import seeding
+
+RADIUS = 3  # of the blur, in pixels
+
+
+def column(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Float32 numbers, brought to a device once, because each such copy waits for all of a GPU's work."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def grey(x: Tensor) -> Tensor:
+    """Luminance (B, 1, H, W) with ITU-R 601 weights as torchvision rounds them."""
+    red, green, blue = x.split(1, 1)
+    return (red * 0.2989).add_(green * 0.587).add_(blue * 0.114)
+
+
+def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """factor * x + (1 - factor) * other, held in 0..255."""
+    factor = column(factor)
+    return x.mul_(factor).add_(other * (1 - factor)).clamp_(0, 255)
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul_(column(factor)).clamp_(0, 255)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image's mean luminance.
+
+    The mean is taken over sixteenths of a grey level: sums of whole numbers are exact in any order, hence
+    the same for every batch and device (sides up to 4096), within 0.03 of the plain mean.
+    """
+    sixteenths = (grey(x) * 16).round_().sum(3).double().sum(2)
+    mean = (sixteenths / (16 * x.shape[2] * x.shape[3])).float()
+    return blend(x, mean[:, :, None, None], factor)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return blend(x, grey(x), factor)
+
+
+def hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of HSV by shift in -0.5..0.5 of the circle; maximum and minimum of a pixel stay.
+
+    With the hue h in sixths of the circle and R, G, B scaled to 0..1 between a pixel's minimum and maximum,
+    |h - 3| = 2 + R - G - B, and h < 3 where G > B: no branches. Back, a channel at a distance d on the circle
+    from its complement (cyan 3, magenta 5, yellow 1) is max - chroma * clamp(2 - d, 0, 1).
+    """
+    red, green, blue = x.split(1, 1)
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = high - low
+    distance = (red - green).sub_(blue).add_(low).div_(chroma.clamp(min=1e-6)).add_(2)
+    angle = distance.copysign_(blue - green).add_(3 + 6 * column(shift))
+    angle.sub_((angle * (1 / 6)).floor_().mul_(6))
+    complements = constant((3.0, 5.0, 1.0), x.device).view(1, 3, 1, 1)
+    share = (angle - complements).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)  # 2 - d = ||h - c| - 3| - 1
+    return torch.sub(high, share.mul_(chroma), out=share)
+
+
+def sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the 3 x 3 mean that weighs the centre five times; the border stays."""
+    rows = (x[:, :, :-2] + x[:, :, 1:-1]).add_(x[:, :, 2:])
+    smooth = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
+    inner = x[:, :, 1:-1, 1:-1]
+    blend(inner, smooth.add_(inner * 4).div_(13), factor)
+    return x
+
+
+def posterize(x: Tensor, bits: Tensor) -> Tensor:
+    """Keep the upper bits (0..8, whole) of each value."""
+    step = column(torch.exp2(8 - bits).round())  # a GPU's exp2 need not be exact
+    return (x.round() / step).floor_().mul_(step)
+
+
+def solarize(x: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the values from the threshold up."""
+    return torch.where(x >= column(threshold), 255 - x, x)
+
+
+def autocontrast(x: Tensor) -> Tensor:
+    """Stretch each channel to 0..255; a constant channel stays."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    flat = high == low
+    scale = torch.where(flat, 1, 255 / (high - low).clamp(min=1e-6))
+    return x.sub_(torch.where(flat, 0, low)).mul_(scale).clamp_(0, 255)
+
+
+def _histograms(values: Tensor) -> Tensor:
+    """Int64 (N, 256): how often each level occurs in each line of values, int64 (N, pixels)."""
+    offsets = 256 * torch.arange(len(values), device=values.device)[:, None]
+    return torch.bincount((values + offsets).reshape(-1), minlength=256 * len(values)).view(-1, 256)
+
+
+def equalize(x: Tensor) -> Tensor:
+    """Flatten the histogram of each channel, of values rounded to whole numbers."""
+    planes, pixels = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
+    values = x.round().long().reshape(planes, pixels)
+    counts = _histograms(values)
+    last = counts.gather(1, values.amax(1, keepdim=True))
+    step = (pixels - last) // 255
+    table = ((counts.cumsum(1) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    table = torch.where(step == 0, torch.arange(256, device=x.device), table)
+    return table.gather(1, values).to(x.dtype).view(x.shape)
+
+
+def clahe(x: Tensor, clip: Tensor, tiles: int) -> Tensor:
+    """Contrast-limited adaptive histogram equalisation of the luminance; the colour differences stay.
+
+    Each of tiles x tiles parts of the image has its own table, and a pixel blends the tables of its four
+    nearest parts. Counts above clip (B,) times the mean are spread over all levels, as OpenCV does it.
+    """
+    batch, _, height, width = x.shape
+    tall, wide = -(-height // tiles), -(-width // tiles)
+    area, device = tall * wide, x.device
+    level = grey(x).round_()
+    rows = _mirrored(height, tall * tiles, device)
+    columns = _mirrored(width, wide * tiles, device)
+    padded = level[:, 0].long()[:, rows][:, :, columns].view(batch, tiles, tall, tiles, wide).transpose(2, 3)
+    counts = _histograms(padded.reshape(batch * tiles**2, area)).view(batch, tiles**2, 256)
+    limit = (clip.double() * area / 256).long().clamp(min=1)[:, None, None]
+    excess = (counts - limit).clamp(min=0).sum(2, keepdim=True)
+    left = excess % 256
+    bins = torch.arange(256, device=device)
+    stride = 256 // left.clamp(min=1)
+    counts = counts.minimum(limit) + excess // 256 + ((bins % stride == 0) & (bins // stride < left))
+    tables = (counts.cumsum(2) * (255 / area)).round().clamp(max=255).view(batch, tiles, tiles * 256)
+
+    top, bottom, down = _between_tiles(height, tall, tiles, device)
+    before, after, across = _between_tiles(width, wide, tiles, device)
+    value = level[:, 0].long()
+
+    def looked_up(tile_rows: Tensor) -> Tensor:
+        lines = tables[:, tile_rows]  # (B, H, tiles * 256)
+        first, second = lines.gather(2, value + 256 * before), lines.gather(2, value + 256 * after)
+        return first * (1 - across) + second * across
+
+    result = looked_up(top) * (1 - down[:, None]) + looked_up(bottom) * down[:, None]
+    return x.add_(result[:, None].float() - level).clamp_(0, 255)
+
+
+def _mirrored(length: int, padded: int, device: torch.device) -> Tensor:
+    """Indices 0..padded - 1 into a side, going back from its last place (which is not repeated)."""
+    place = torch.arange(padded, device=device) % max(1, 2 * length - 2)
+    return place.minimum(2 * length - 2 - place)
+
+
+def _between_tiles(length: int, side: int, tiles: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each place of a side: the tile before, the tile after, and the weight of the second."""
+    place = torch.arange(length, device=device) / side - 0.5
+    before = place.floor()
+    return before.long().clamp(min=0), (before.long() + 1).clamp(max=tiles - 1), place - before
+
+
+def shuffle(x: Tensor, draw: Tensor) -> Tensor:
+    """Put the channels in one of their six orders, by draw (B,) in [0, 1)."""
+    first = (draw * 3).long()
+    second = (first + 1 + (draw * 6).long() % 2) % 3
+    order = torch.stack([first, second, 3 - first - second], 1)
+    return x[torch.arange(len(x), device=x.device)[:, None], order]
+
+
+def warp(x: Tensor, matrix: Tensor) -> Tensor:
+    """Sample bilinearly at matrix (B, 2, 3) @ (column, row, 1), in pixels from the centre; outside, mirrored.
+
+    The result is planar whatever the format of x.
+    """
+    height, width = x.shape[2:]
+    columns = torch.arange(width, device=x.device, dtype=torch.float32) - (width - 1) / 2
+    rows = torch.arange(height, device=x.device, dtype=torch.float32) - (height - 1) / 2
+    scale = constant((2 / width, 2 / height), x.device)[:, None]
+    across, down, shift = (matrix * scale).unsqueeze(2).unsqueeze(2).unbind(-1)  # each (B, 2, 1, 1)
+    grid = (across * columns) + (down * rows[:, None]).add_(shift)  # (B, 2, H, W)
+    return F.grid_sample(x, grid.permute(0, 2, 3, 1), "bilinear", "reflection", align_corners=False)
+
+
+def rotation(degrees: Tensor) -> Tensor:
+    """The matrix (B, 2, 3) that turns an image counter-clockwise about its centre."""
+    angle = torch.deg2rad(degrees.double())  # float64: its sine rounds to one float32 on every device
+    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+    return torch.stack([cos, -sin, zero, sin, cos, zero], 1).float().view(-1, 2, 3)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian of sigma pixels within a radius of 3, mirrored at the border."""
+    offsets = torch.arange(-RADIUS, RADIUS + 1, device=x.device)
+    weights = torch.exp(-0.5 * (offsets / sigma.double()[:, None]) ** 2)
+    weights = (weights / weights.sum(1, keepdim=True)).float()
+    x = F.pad(x, [RADIUS] * 4, mode="reflect")
+    for dim in (2, 3):
+        side = x.shape[dim] - 2 * RADIUS
+        parts = [x.narrow(dim, k, side) * column(weights[:, k]) for k in range(2 * RADIUS + 1)]
+        x = parts[0]
+        for part in parts[1:]:
+            x = x.add_(part)
+    return x.clamp_(0, 255)
+
+
+def noise(x: Tensor, keys: Tensor, sigma: Tensor) -> Tensor:
+    """Add noise of deviation sigma, one counter-based draw a value.
+
+    The four 16-bit parts of a hash are added up: nearly normal (excess kurtosis -0.3), and exact on every
+    device.
+    """
+    places = torch.arange(x[0].numel(), device=x.device)
+    bits = seeding.mix_tensor(seeding.mix_tensor(keys)[:, None] ^ places)
+    total = (bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF) + (bits >> 48 & 0xFFFF)
+    normal = (total - 2 * 0xFFFF).float().mul_(3**0.5 / 0x10000)
+    return x.add_(normal.view(x.shape).mul_(column(sigma))).clamp_(0, 255)
+
+
+def erase(x: Tensor, box: Tensor, fill: Tensor) -> Tensor:
+    """Paint box (B, 4) = top, left, height, width with fill (3,); one without height leaves its row alone."""
+    top, left, height, width = box.view(-1, 4, 1, 1).unbind(1)
+    rows = torch.arange(x.shape[2], device=x.device)[:, None]
+    columns = torch.arange(x.shape[3], device=x.device)
+    down = ((rows >= top) & (rows < top + height)).float()
+    across = ((columns >= left) & (columns < left + width)).float()
+    inside = (down * across)[:, None]
+    return x.mul_(1 - inside).add_(inside * fill.view(1, 3, 1, 1))
+
+
+def flip_rows(images: Tensor, chosen: Tensor) -> Tensor:
+    """Turn the chosen (B,) images upside down; any dtype, (B, H, W, C)."""
+    batch, height = images.shape[:2]
+    down = torch.arange(height, device=images.device)
+    order = torch.where(chosen[:, None], height - 1 - down, down)
+    lines = order + height * torch.arange(batch, device=images.device)[:, None]
+    return images.reshape(batch * height, -1).index_select(0, lines.view(-1)).view(images.shape)

@@ -1,0 +1,6 @@
+"""Recipes: the keys with their meanings, loading and checks, derived numbers, and the identity of a run."""
+
+from fastflower.recipe.load import load, parse_command, to_yaml
+from fastflower.recipe.schema import Recipe, fields_of
+
+__all__ = ["Recipe", "fields_of", "load", "parse_command", "to_yaml"]

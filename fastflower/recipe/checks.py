@@ -1,0 +1,221 @@
+"""Cross-key checks of a loaded recipe: contradictions are refused, unusual values are advised against."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from fastflower.core.errors import InputError
+from fastflower.recipe.derived import KINDS, combos, derive, fold_count
+from fastflower.recipe.schema import Recipe
+
+BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Refuse contradictions (InputError) and return one line of advice for each doubtful choice."""
+    advice: list[str] = []
+    derive(recipe, recipe.train.world_size)
+    _check_test_folder(recipe)
+    check_flips(recipe)
+    _check_schedule(recipe)
+    _check_balance(recipe, advice)
+    _check_ranges(recipe)
+    _check_semi(recipe, advice)
+    _check_seed_advice(recipe, advice)
+    return advice
+
+
+def check_flips(recipe: Recipe) -> None:
+    """Where mirrored images are of other classes, neither training nor a view may flip."""
+    flips = {
+        "aug.hflip_p": recipe.aug.hflip_p,
+        "aug.vflip_p": recipe.aug.vflip_p,
+        "tta.hflip": recipe.tta.hflip,
+    }
+    on = [name for name, value in flips.items() if value]
+    if on and not (recipe.data.flips_keep_class or recipe.checks.allow_flips):
+        remedy = " ".join(f"{name}={'false' if name == 'tta.hflip' else 0}" for name in on)
+        raise InputError(
+            f"{on[0]} = {str(flips[on[0]]).lower()}: flips change the class of these images "
+            f"(data.flips_keep_class=false); set {remedy}, or force them by checks.allow_flips=true"
+        )
+
+
+def _nested(one: str, other: str) -> bool:
+    """Whether two paths are the same or one lies in the other."""
+    a, b = Path(one).resolve(), Path(other).resolve()
+    return a == b or a in b.parents or b in a.parents
+
+
+def _check_test_folder(recipe: Recipe) -> None:
+    if _nested(recipe.data.root, recipe.data.test):
+        raise InputError(
+            f"data.root = {recipe.data.root} and data.test = {recipe.data.test} lie in one another; "
+            "the images to be predicted are never trained on, so keep them apart"
+        )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    sched = recipe.sched
+    if sched.warmup_epochs >= sched.cosine_epochs:
+        raise InputError(
+            f"sched.warmup_epochs = {sched.warmup_epochs} is not below sched.cosine_epochs = {sched.cosine_epochs}, "
+            "the whole horizon; lower the first or raise the second"
+        )
+    final = recipe.reg.mix_final_epoch
+    if final != "auto" and not 1 <= int(final) <= sched.cosine_epochs:
+        raise InputError(
+            f"reg.mix_final_epoch = {final}: must be auto or an epoch in 1..{sched.cosine_epochs}"
+        )
+    unfreeze = recipe.llrd.unfreeze_schedule
+    if unfreeze is not None:
+        if not recipe.llrd.enabled:
+            raise InputError(
+                "llrd.unfreeze_schedule needs llrd.enabled=true; enable it or set the schedule to null"
+            )
+        if not isinstance(unfreeze, dict) or not all(isinstance(parts, list) for parts in unfreeze.values()):
+            raise InputError(
+                "llrd.unfreeze_schedule: a map of epoch -> list of parts, such as {1: [head], 3: [back]}"
+            )
+        epochs = range(1, sched.cosine_epochs + 1)
+        late = [epoch for epoch in unfreeze if not str(epoch).isdecimal() or int(epoch) not in epochs]
+        if late:
+            raise InputError(f"llrd.unfreeze_schedule: epoch {late[0]} is outside 1..{sched.cosine_epochs}")
+
+
+def _check_balance(recipe: Recipe, advice: list[str]) -> None:
+    sampler, loss = recipe.sampler, recipe.loss
+    if sampler.type in BALANCING and loss.name == "bsce" and not recipe.checks.allow_double_correction:
+        raise InputError(
+            f"sampler.type = {sampler.type} and loss.name = bsce both correct the class prior; "
+            "choose one, or set checks.allow_double_correction=true"
+        )
+    if sampler.undersample_frac and sampler.type not in ("weighted_en", "weighted_inv", "class_balanced"):
+        advice.append(
+            f"sampler.undersample_frac has no balancing sampler to go with (sampler.type = {sampler.type})"
+        )
+    if sampler.type in BALANCING and recipe.reg.mix_prob == 0:
+        advice.append(
+            "a balancing sampler repeats images; MixUp/CutMix (reg.mix_prob) limits overfitting on them"
+        )
+    if sampler.oversample_cap > 3:
+        advice.append(
+            f"sampler.oversample_cap = {sampler.oversample_cap:g}: above 3, repeats invite overfitting"
+        )
+    if sampler.beta < 0.9 and sampler.type == "weighted_en":
+        advice.append(f"sampler.beta = {sampler.beta:g}: the usual range is 0.9 to 0.999")
+    if sampler.type in BALANCING and loss.name == "bce" and loss.pos_weight == "auto":
+        advice.append("a balancing sampler and loss.pos_weight=auto both correct the class prior; choose one")
+    if loss.name == "focal" and recipe.reg.mix_prob > 0:
+        advice.append("focal loss with MixUp/CutMix: both weigh hard examples; compare with loss.name=lsce")
+    if loss.name == "focal" and not 1 <= loss.focal_gamma <= 2:
+        advice.append(f"loss.focal_gamma = {loss.focal_gamma:g}: the usual range is 1 to 2")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    combos(recipe.robust.kinds, recipe.robust.level)
+    if recipe.robust.enabled and not recipe.robust.kinds:
+        raise InputError(f"robust.kinds = {recipe.robust.kinds}: choose from {', '.join(KINDS)}")
+    if len(recipe.llrd.multipliers) < 2:
+        raise InputError(f"llrd.multipliers = {recipe.llrd.multipliers}: at least two, front to head")
+    aug = recipe.aug
+    spans = {
+        "aug.rrc_scale": aug.rrc_scale,
+        "aug.rrc_ratio": aug.rrc_ratio,
+        "semi.weak_scale": recipe.semi.weak_scale,
+    }
+    for name, values, length in (
+        *((name, span, 2) for name, span in spans.items()),
+        ("aug.jitter", aug.jitter, 4),
+    ):
+        if len(values) != length:
+            raise InputError(f"{name} = {values}: must have {length} numbers")
+    for name, (low, high) in spans.items():
+        if low > high:
+            raise InputError(f"{name} = [{low:g}, {high:g}]: the first must not exceed the second")
+    if recipe.opt.lr_min_bound > recipe.opt.lr_max_bound:
+        raise InputError("opt.lr_min_bound is above opt.lr_max_bound; swap them")
+    if recipe.lrfind.low >= recipe.lrfind.high:
+        raise InputError(
+            f"lrfind.low = {recipe.lrfind.low:g} is not below lrfind.high = {recipe.lrfind.high:g}; swap them"
+        )
+    if recipe.opt.lr != "auto" and not recipe.opt.lr > 0:
+        raise InputError(f"opt.lr = {recipe.opt.lr}: must be auto or > 0")
+    for name in ("mean", "std"):
+        value = getattr(recipe.data, name)
+        numbers = (
+            isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+        )
+        if value != "auto" and not (numbers and all(0 < v < 1 for v in value)):
+            raise InputError(f"data.{name} = {value}: must be auto or three numbers in 0..1")
+    fold = recipe.data.fold
+    folds = fold if isinstance(fold, list) else [fold]
+    if recipe.data.n_splits == 1 and recipe.data.split != "given" and not recipe.data.val:
+        raise InputError("data.n_splits = 1: must be 2 or more, unless the folds are given")
+    count = fold_count(recipe)
+    if fold != "all" and not (folds and all(type(k) is int and 0 <= k < count for k in folds)):
+        raise InputError(f"data.fold = {fold}: must be all, or a number (or list) in 0..{count - 1}")
+    if not recipe.tta.scales:
+        raise InputError("tta.scales is empty; give at least one image size")
+
+
+def _check_semi(recipe: Recipe, advice: list[str]) -> None:
+    semi = recipe.semi
+    if not semi.enabled:
+        return
+    if bool(recipe.data.unlabelled) == (recipe.data.labels_per_class is not None):
+        raise InputError(
+            "semi.enabled=true learns from the images of data.unlabelled or from those that data.labels_per_class "
+            f"leaves; got {'both, give one' if recipe.data.unlabelled else 'neither, give one or set it to false'}"
+        )
+    nested = recipe.data.unlabelled and _nested(recipe.data.unlabelled, recipe.data.test)
+    if nested and not recipe.checks.allow_unlabelled_test:
+        raise InputError(
+            f"data.unlabelled = {recipe.data.unlabelled} and data.test = {recipe.data.test} lie in one another; keep "
+            "them apart, or set checks.allow_unlabelled_test=true where the contest's rules allow it"
+        )
+    if recipe.loss.name == "bce":
+        raise InputError(
+            "semi.enabled=true reads probabilities over the classes, and loss.name = bce trains none; use lsce or ce"
+        )
+    if semi.teacher == "ema" and not recipe.ema.enabled:
+        raise InputError("semi.teacher = ema needs ema.enabled=true; enable it or use semi.teacher=raw")
+    if semi.ramp_epochs >= recipe.sched.cosine_epochs:
+        advice.append(
+            f"semi.ramp_epochs = {semi.ramp_epochs}: the weight of unlabelled images never reaches semi.lambda_u in "
+            f"{recipe.sched.cosine_epochs} epochs"
+        )
+
+
+def _check_seed_advice(recipe: Recipe, advice: list[str]) -> None:
+    if recipe.model.head != "linear" and not 0.2 <= recipe.model.margin <= 0.4:
+        advice.append(f"model.margin = {recipe.model.margin:g}: the usual range is 0.2 to 0.4")
+    if recipe.aug.corrupt_p > 0 and recipe.robust.enabled:
+        advice.append(
+            "aug.corrupt_p trains on kinds that robust.kinds scores; corrupted scores are no longer unseen"
+        )
+    if not recipe.ema.warmup and recipe.ema.enabled:
+        advice.append(
+            f"ema.warmup=false: at decay {recipe.ema.decay:g} half of the initial weights remain after "
+            f"{math.log(0.5) / math.log(recipe.ema.decay):.0f} steps"
+        )
+    if recipe.sched.name == "plateau":
+        _advise_plateau(recipe, advice)
+    if recipe.select.metric == "combo" and not recipe.robust.enabled:
+        advice.append("robust.enabled=false: best is chosen by clean top-1, S needs the corrupted set")
+
+
+def _advise_plateau(recipe: Recipe, advice: list[str]) -> None:
+    """Seed 001, sections 3 and 4."""
+    sched, batch = recipe.sched, recipe.train.batch_per_gpu
+    if sched.patience < 5:
+        advice.append(
+            f"sched.patience = {sched.patience}: the course of scores may wobble longer; try 5 to 10"
+        )
+    if sched.factor <= 0.5:
+        advice.append(f"sched.factor = {sched.factor:g}: the lr falls fast; 0.7 or 0.8 is gentler")
+    if not sched.warmup_epochs:
+        advice.append("sched.warmup_epochs = 0: plateau without warm-up; 5 epochs steady the start")
+    if batch >= 4096 and recipe.opt.lr != "auto" and recipe.opt.lr <= 1e-4:
+        advice.append(f"opt.lr = {recipe.opt.lr:g} at {batch} images a device may be small; try 2e-4 or 3e-4")

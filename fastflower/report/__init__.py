@@ -1,0 +1,1 @@
+"""The report of one or several experiments: HTML page, Markdown and their charts."""

@@ -1,0 +1,207 @@
+"""Training curves from events.jsonl: every number that was logged by epoch finds its chart."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastflower.core import scores
+from fastflower.core.charts import Chart
+from fastflower.report.charts import Lines, over_epochs
+
+Key = tuple[str, int, int]  # backbone, fold, seed
+LEFT_OUT = (
+    "epoch",
+    "fold",
+    "seed",
+    "time",
+    "best",
+    "lr_min",
+    "lr_max",
+)  # said elsewhere, or drawn with other numbers
+
+# (name, chart, pattern of the dotted quantity); the first that matches takes it, what is left gets its own chart
+CHARTS: tuple[tuple[str, Lines, str], ...] = (
+    ("loss", Lines("Loss"), r"_loss$"),
+    ("clean", Lines("Clean top-1", percent=True, best="max"), r"^clean_(raw|ema|swa)$"),
+    ("corrupt", Lines("Corrupted top-1", percent=True, best="max"), r"^corrupt_(raw|ema|swa)$"),
+    ("s", Lines("S", percent=True, best="max"), r"^s_(raw|ema|swa)$"),
+    ("macro", Lines("Macro recall and F1", percent=True, best="max"), r"^macro_(recall|f1)_"),
+    ("kind-raw", Lines("Top-1 by corruption, raw", percent=True), r"^per_kind\..*\.raw$"),
+    ("kind-ema", Lines("Top-1 by corruption, EMA", percent=True), r"^per_kind\..*\.ema$"),
+    ("lr", Lines("Learning rate", log=True), r"^lr_groups\."),
+    ("size", Lines("Image size", unit="pixels", steps=True), r"^size"),
+    ("speed", Lines("Speed", unit="images/s"), r"^images_per_s$"),
+    ("norm", Lines("Gradient norm"), r"^grad_norm$"),
+    ("ece", Lines("Calibration error", percent=True), r"^ece_(raw|ema|swa)$"),
+    ("top5", Lines("Clean top-5", percent=True), r"^top5_(raw|ema|swa)$"),
+    ("seconds", Lines("Time", unit="seconds an epoch"), r"seconds$"),
+    ("wait", Lines("Share of time spent waiting for data", percent=True), r"^wait_share$"),
+    ("memory", Lines("Peak GPU memory", unit="MB"), r"^gpu_peak_mb$"),
+)
+
+
+_CHART_SAYS = re.compile(
+    r"^(clean|corrupt|s|ece|top5|macro)_|^lr_groups\.|^per_kind\.|_loss$|_seconds$|\.(raw|ema|swa)$|, no decay$"
+)
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """The charts of one run, and what to say about it in a line."""
+
+    label: str
+    note: str
+    charts: list[Chart]
+
+
+def by_run(events: list[dict[str, Any]]) -> dict[Key, dict[int, dict[str, float]]]:
+    """(backbone, fold, seed) -> epoch (from 1) -> every number logged in it by dotted name."""
+    runs: dict[Key, dict[int, dict[str, float]]] = {}
+    for row in events:
+        epoch = row.get("epoch")
+        if row.get("event") != "epoch" or type(epoch) is not int:
+            continue
+        key = (str(row["backbone"]), int(row["fold"]), int(row["seed"]))
+        numbers = flat({name: value for name, value in row.items() if name not in LEFT_OUT})
+        runs.setdefault(key, {}).setdefault(epoch, {}).update(numbers)
+    return dict(sorted(runs.items()))
+
+
+def apart(events: list[dict[str, Any]], most: int = 12) -> dict[str, list[dict[str, Any]]]:
+    """The events of each run under a short name, for one chart of all; none for a single run, or for too many."""
+    keys = list(by_run(events))
+    if not 1 < len(keys) <= most:
+        return {}
+    varying = [at for at in range(3) if len({key[at] for key in keys}) > 1]
+    return {
+        " ".join(f"{('', 'fold ', 'seed ')[at]}{key[at]}" for at in varying): of_run(events, key)
+        for key in keys
+    }
+
+
+def of_run(events: list[dict[str, Any]], key: Key) -> list[dict[str, Any]]:
+    """The events of one run."""
+    return [row for row in events if (row.get("backbone"), row.get("fold"), row.get("seed")) == key]
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a nested dict by dotted name; a pair of equal numbers (an image size) counts once."""
+    numbers: dict[str, float] = {}
+    for name, value in node.items():
+        if isinstance(value, dict):
+            numbers |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
+            sides = {"": value[0]} if value[0] == value[1] else {".height": value[0], ".width": value[1]}
+            numbers |= {f"{prefix}{name}{side}": float(number) for side, number in sides.items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            numbers[prefix + name] = float(value)
+    return numbers
+
+
+def series(epochs: dict[int, dict[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
+    """quantity -> (epochs, values), in the order in which they were first logged."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for epoch in sorted(epochs):
+        for name, value in epochs[epoch].items():
+            xs, ys = found.setdefault(name, ([], []))
+            xs.append(epoch)
+            ys.append(value)
+    return found
+
+
+def borders(found: dict[str, tuple[list[int], list[float]]]) -> list[int]:
+    """The first epochs of the later image sizes."""
+    xs, ys = next((s for name, s in found.items() if re.match(r"size\b|height", name)), ([], []))
+    return [x for x, before, value in zip(xs[1:], ys, ys[1:], strict=False) if value != before]
+
+
+def charts_of(epochs: dict[int, dict[str, float]], prefix: str) -> list[Chart]:
+    """A chart for each group of quantities; single ones that never change are left to the derived numbers."""
+    found = series(epochs)
+    stages = borders(found)
+    groups: dict[str, Lines] = {}
+    for name, points in found.items():
+        key = chart_of(name)
+        if key is None and len(set(points[1])) == 1:
+            continue
+        stem = re.sub(r"_(raw|ema|swa)$", "", name)
+        lines = next((lines for known, lines, _ in CHARTS if known == key), Lines(_words(stem)))
+        group = groups.setdefault(key or re.sub(r"\W", "-", stem), replace(lines, series={}))
+        group.series.setdefault(_short(name), points)  # groups without weight decay have the lr of their part
+    order = [key for key, _, _ in CHARTS]
+    names = sorted(groups, key=lambda key: order.index(key) if key in order else len(order))
+    return [over_epochs(f"{prefix}-{key}", groups[key], stages) for key in names]
+
+
+def chart_of(name: str) -> str | None:
+    """The chart a quantity belongs to; None: one of its own."""
+    return next((key for key, _, pattern in CHARTS if re.search(pattern, name)), None)
+
+
+def training(events: list[dict[str, Any]]) -> list[RunCurves]:
+    """The curves of every run of an experiment."""
+    runs = []
+    for position, ((backbone, fold, seed), epochs) in enumerate(by_run(events).items()):
+        rows = of_run(events, (backbone, fold, seed))
+        note = f"{max(epochs)} epochs"
+        best: dict[str, Any] = next((row["best"] for row in reversed(rows) if row.get("best")), {})
+        if best.get("score") is not None:
+            note += f", best {best['score']:.4f} in epoch {best['epoch']} ({best['weights']})"
+        note += "".join(
+            f"; {row['reason']}" for row in rows if row.get("event") == "end" and row.get("stopped_early")
+        )
+        runs.append(
+            RunCurves(f"{backbone} fold {fold} seed {seed}", note, charts_of(epochs, f"run{position}"))
+        )
+    return runs
+
+
+def stages(events: list[dict[str, Any]], sizes: dict[int, int]) -> list[dict[str, Any]]:
+    """The best epoch of each run at each image size, by S of the better of raw and averaged weights.
+
+    Clean and corrupted top-1 and S with Wilson intervals; `sizes`: images validated on by fold.
+    """
+    table = []
+    for (backbone, fold, seed), epochs in by_run(events).items():
+        found = series(epochs)
+        firsts = [min(epochs), *borders(found), max(epochs) + 1]
+        for first, after in zip(firsts[:-1], firsts[1:], strict=True):
+            best = max(
+                (
+                    (value, -epoch, name == "s_ema", name.removeprefix("s_"))
+                    for epoch in epochs
+                    if first <= epoch < after
+                    for name, value in epochs[epoch].items()
+                    if re.fullmatch(r"s_(raw|ema|swa)", name)
+                ),
+                default=None,
+            )
+            if best is None or fold not in sizes:
+                continue
+            score, epoch, weights = best[0], -best[1], best[3]
+            numbers, n = epochs[epoch], sizes[fold]
+            row: dict[str, Any] = {"backbone": backbone, "fold": fold, "seed": seed, "first": first}
+            row |= {"last": after - 1, "epoch": epoch, "weights": weights, "n": n}
+            row["size"] = next((numbers[k] for k in ("size", "size.height") if k in numbers), None)
+            for key, value in (
+                ("clean", numbers.get(f"clean_{weights}")),
+                ("corrupted", numbers.get(f"corrupt_{weights}")),
+                ("s", score),
+            ):
+                low, high = scores.wilson(value * n, n) if value is not None else (None, None)  # type: ignore[arg-type]
+                row[key] = value if value is None else {"top1": value, "top1_low": low, "top1_high": high}
+            table.append(row)
+    return table
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace(".", " ").strip().capitalize()
+
+
+def _short(name: str) -> str:
+    """The name a line has in its legend: what distinguishes it from its neighbours."""
+    kept = re.sub(r"[._]", " ", _CHART_SAYS.sub("", name)).strip()
+    kept = {"seconds": "all", "eval": "evaluation", "val": "validation"}.get(kept, kept)
+    return re.sub(r"\bema\b", "EMA", re.sub(r"\bf1\b", "F1", kept)) or name

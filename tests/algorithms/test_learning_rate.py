@@ -1,0 +1,108 @@
+"""The lr of every step of a schedule, as the algorithm writes it into the optimizer."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composer.core import Event
+from torch import nn
+
+from fastflower.algorithms.learning_rate import LearningRate, stage_factor
+from fastflower.recipe import Recipe, derived, load
+
+STEPS = 5
+
+
+class Net(nn.Module):
+    """A backbone and a head, by the names that parts go by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.head = nn.Linear(2, 2)
+
+
+def state_at(epoch: int, step: int, network: Net) -> SimpleNamespace:
+    timestamp = SimpleNamespace(
+        epoch=SimpleNamespace(value=epoch), batch_in_epoch=SimpleNamespace(value=step)
+    )
+    groups = [
+        {"params": list(network.backbone.parameters()), "lr": 0.0, "initial_lr": 0.1, "part": "backbone"},
+        {"params": list(network.head.parameters()), "lr": 0.0, "initial_lr": 0.3, "part": "head"},
+    ]
+    return SimpleNamespace(timestamp=timestamp, optimizers=[torch.optim.SGD(groups)])
+
+
+def built(*words: str, score: float = 0.5) -> tuple[LearningRate, Net, Recipe]:
+    recipe = load(None, ["sched.cosine_epochs=10", "sched.warmup_epochs=2", "llrd.enabled=false", *words])
+    network = Net()
+    return (
+        LearningRate(recipe, derived.derive(recipe, 2), network, lambda epoch: STEPS, lambda: score),
+        network,
+        recipe,
+    )
+
+
+def lrs(schedule: LearningRate, network: Net, epoch: int, step: int) -> list[float]:
+    state = state_at(epoch, step, network)
+    schedule.apply(Event.BATCH_START, state, None)
+    return [group["lr"] for group in state.optimizers[0].param_groups]
+
+
+def test_first_and_last_steps_are_exact():
+    schedule, network, _ = built()
+    warmup = 2 * STEPS
+    for t in range(warmup):
+        assert lrs(schedule, network, *divmod(t, STEPS)) == pytest.approx(
+            [0.1 * (t + 1) / warmup, 0.3 * (t + 1) / warmup]
+        )
+    for t in range(warmup, 10 * STEPS):
+        factor = (1 + math.cos(math.pi * (t - warmup) / (8 * STEPS))) / 2
+        assert lrs(schedule, network, *divmod(t, STEPS)) == pytest.approx([0.1 * factor, 0.3 * factor])
+
+
+def test_frozen_parts_have_lr_0_and_keep_their_statistics():
+    schedule, network, _ = built(
+        "llrd.enabled=true", "llrd.multipliers=[1,1]", "llrd.unfreeze_schedule={1: [head], 3: [backbone]}"
+    )
+    network.train()
+    frozen = lrs(schedule, network, 1, 4)
+    assert frozen[0] == 0 and frozen[1] > 0
+    assert not network.backbone[1].training and network.training
+    network.train()
+    thawed = lrs(schedule, network, 2, 0)
+    assert min(thawed) > 0 and network.backbone[1].training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_plateau_lowers_every_lr_after_its_patience_and_survives():
+    schedule, network, _ = built("sched.name=plateau", "sched.warmup_epochs=0", "sched.patience=1", score=0.5)
+    assert lrs(schedule, network, 0, 0) == pytest.approx([0.1, 0.3])
+    for epoch in range(1, 4):
+        schedule.apply(Event.EPOCH_CHECKPOINT, state_at(epoch, 0, network), None)
+    assert lrs(schedule, network, 3, 0) == pytest.approx([0.05, 0.15])
+    again, other, _ = built("sched.name=plateau", "sched.warmup_epochs=0", "sched.patience=1")
+    again.load_state_dict(schedule.state_dict())
+    assert lrs(again, other, 3, 0) == pytest.approx([0.05, 0.15])
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["train.stage_batch=[64,32]"], 0.5),
+        (
+            ["train.stage_batch=[64,2]", "opt.lr_min_bound=2e-5"],
+            0.2,
+        ),  # 2e-4 x 4/256 is held at the bound: 2e-5 of 1e-4
+        (["train.stage_batch=[64,32]", "opt.lr=1e-3"], 1.0),  # explicit: no scaling
+        ([], 1.0),
+    ],
+)
+def test_a_stage_with_its_own_batch_follows_the_rule(words, expected):
+    recipe = load(None, ["data.img_size=[32,64]", *words])
+    d = derived.derive(recipe, 2)
+    assert stage_factor(recipe, d, 0) == 1.0
+    assert stage_factor(recipe, d, recipe.sched.cosine_epochs - 1) == pytest.approx(expected)

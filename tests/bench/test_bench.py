@@ -1,0 +1,117 @@
+"""The benchmark: every contender goes over all pictures, the table has a row for each, wrong words are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower.bench import contenders, decoder
+from fastflower.bench.__main__ import main
+from fastflower.bench.contenders import CONTENDERS, STOCK
+from fastflower.bench.pictures import Pictures, photographs
+from fastflower.core.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "photographs").mkdir()
+    for i in range(9):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
+        coarse.resize((80 + i, 70)).save(tmp_path / "photographs" / f"{i}.jpg")
+    (tmp_path / "photographs" / "notes.txt").write_text("not a picture")
+    return tmp_path / "photographs"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in CONTENDERS if not n.startswith(("ffcv", "libjpeg"))],
+)
+def test_contenders_see_every_picture(folder: Path, tmp_path: Path, name: str) -> None:
+    if module := contenders.missing(name):
+        pytest.skip(f"{module} is not installed")
+    epoch = CONTENDERS[name](Pictures(photographs(folder, 0), tmp_path, batch=3), 24, 1)
+    for _ in range(2):
+        batches = [batch["image"] if isinstance(batch, dict) else batch for batch in epoch()]
+        assert [tuple(batch.shape) for batch in batches] == [(3, 24, 24, 3)] * 3
+        assert all(str(batch.dtype).endswith("uint8") for batch in batches)
+
+
+def test_limits_decode_every_picture(folder: Path, tmp_path: Path) -> None:
+    pictures = Pictures(photographs(folder, 5), tmp_path)
+    for name in CONTENDERS:
+        if name.startswith("libjpeg"):
+            assert list(CONTENDERS[name](pictures, 24, 2)()) == [None]
+
+
+def test_wrong_words_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="bench: got speed, choose from loader, decoder"):
+        main(["speed"])
+    with pytest.raises(InputError, match="bench: got nothing"):
+        main([])
+    with pytest.raises(InputError, match="no folder with JPEG files"):
+        main(["loader", "--data", str(tmp_path)])
+
+
+def test_decoders_are_compared_on_the_same_crops(tmp_path: Path) -> None:
+    found = decoder.compare(decoder.digits()[:200], tmp_path, 24, epochs=3, seeds=2)
+    assert (found["train"], found["n"], found["seeds"]) == (160, 40, 2)
+    assert found["psnr_min"] > 40 and found["low"] <= found["difference"] <= found["high"]
+    assert min(found["fast"], found["exact"]) > 0.2  # of ten classes: it learns
+    with pytest.raises(InputError, match="an interval needs at least 2"):
+        decoder.main(["--seeds", "1"])
+    with pytest.raises(InputError, match=r"no train_labels.csv"):
+        decoder.main(["--data", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "24", "--threads", "1", "--rounds", "2", "--only", "raw"]
+    main(["loader", "--data", str(folder), *words, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["contender"] for row in rows[:-1]] == [STOCK, "ffcv raw 512", "fastflower pre-scaled raw"]
+    start = rows.pop()
+    assert 0 < start["torch_s"] < start["warm_s"] < start["cold_s"] < 60
+    assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and all(row["images_per_s"] > 0 for row in rows)
+    assert all(row["size"] == 24 and row["threads"] == 1 and row["first_batch_s"] > 0 for row in rows)
+    assert "fastflower pre-scaled raw" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_convert_is_compared_with_the_stock_writer(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--size", "24", "--workers", "1", "--rounds", "1", "--json", str(tmp_path / "rows.json")]
+    for k in range(9, 40):  # enough for five folds
+        coarse = np.random.default_rng(k).integers(0, 256, (5, 6, 3), np.uint8)
+        Image.fromarray(coarse).resize((60, 50)).save(folder / f"{k}.jpg")
+    main(["convert", "--data", str(folder), *words])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 5 and all(row["seconds"] > 0 and row["ratio_to_stock_ffcv"] > 0 for row in rows)
+    assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and "fastflower, one split" in capsys.readouterr().out
+
+
+def test_the_predictor_is_compared_with_the_plain_loop(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: type
+) -> None:
+    """Both name the classes of the same photographs; what the key `--half` asks for is what was measured."""
+    words = ["predict", "--data", str(folder), "--images", "6", "--scales", "32", "48", "--rounds", "1"]
+    for half, precision in (("none", "fp32"), ("all", "bf16" if code.networks.multiplies_bf16() else "fp32")):
+        main([*words, "--half", half, "--json", str(tmp_path / "rows.json")])
+        (row,) = json.loads((tmp_path / "rows.json").read_text())
+        assert (row["images"], row["scales"], row["precision"]) == (6, [32, 48], precision)
+        assert row["ratio"] == pytest.approx(row["ours_per_s"] / row["plain_per_s"], rel=0.02)
+        assert row["same_class"] == 1 or precision != "fp32"
+        assert (
+            f"images/s, predict.py {row['ours_per_s']:.2f} in {precision}, ratio" in capsys.readouterr().out
+        )
+    with pytest.raises(InputError, match=r"--data .*: no folder with JPEG files; give one"):
+        main(["predict", "--data", str(tmp_path / "absent")])
+    with pytest.raises(InputError, match=r"bundle.half.*gpu"):
+        main([*words, "--half", "some"])

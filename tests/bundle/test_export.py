@@ -1,0 +1,605 @@
+"""Export: the members that are chosen, the gates that a bundle passes, and the old one that stays when it does not."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.layers.grn import GlobalResponseNorm
+
+from fastflower import convert, export
+from fastflower.bundle import gates, sandbox, writer
+from fastflower.bundle import members as bundle_members
+from fastflower.bundle.members import Choice, choose, shares_of, temperature_of
+from fastflower.bundle.program import QuickResponseNorm, check_program
+from fastflower.core import checkpoint, files, runs
+from fastflower.core.errors import InputError
+from fastflower.data.labels import read_classes
+from fastflower.evaluation import logits
+from fastflower.model.network import NetworkSpec, build_network
+from fastflower.recipe import load
+from support import fake_members
+
+WORDS = [
+    "exp.name=tiny", "data.root=photos", "data.csv=labels.csv", "data.n_splits=2", "data.fold=all", "data.img_size=32",
+    "data.group=none", "data.workers=1", "model.backbone=resnet10t", "robust.enabled=false", "tta.scales=[32,48]",
+    "bundle.max_ms=60000",
+]  # fmt: skip
+
+HALVES = np.array([0.5, 0.5])
+
+
+@pytest.fixture
+def members():
+    """Converted photographs and a member with random weights for each of two folds."""
+    Path("photos").mkdir()
+    rows = []
+    for number in range(24):
+        rng = np.random.default_rng(number)
+        small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        name = f"{number:02d}.{'png' if number % 5 == 0 else 'jpg'}"
+        small.resize((40 + 9 * (number % 4), 64), Image.Resampling.BICUBIC).save(Path("photos", name))
+        rows.append([name, str(10 + 7 * (number % 3))])
+    with open("labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["filename", "category_id"], *rows])
+    convert.main(WORDS)
+    return [make_member(fold) for fold in (0, 1)]
+
+
+def make_member(fold: int, seed: int = 42, **changes: object) -> Path:
+    classes = read_classes(Path("data/classes.csv"))
+    meta = {
+        "backbone": "resnet10t", "head": "linear", "head_scale": 30.0, "margin": 0.3, "num_classes": len(classes.ids),
+        "size": [32, 32], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bicubic",
+        "resize_factor": 1.14, "stored_side": 55, "class_ids": list(classes.ids), "class_hash": classes.hash,
+        "class_counts": [4, 4, 4], "fold": fold, "seed": seed, "epoch": 2, "weights": "raw", **changes,
+    }  # fmt: skip
+    torch.manual_seed(fold)
+    network = build_network(NetworkSpec.from_meta(meta))
+    path = runs.Run("tiny", "resnet10t", fold, seed).file("best_combo", 2, 0.5)
+    checkpoint.save(path, network.state_dict(), meta)
+    return path
+
+
+def test_export_makes_a_hand_in_that_runs(members, capsys):
+    export.main([*WORDS, "--zip", "hand-in.zip"])
+    said = capsys.readouterr().out
+    assert said.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in said
+    assert "fresh venv, no network" in said and "no logits; run python -m fastflower.evaluate" in said
+    assert "T = 1.0000 (no results/results/tiny/temperature.json" in said
+    assert "logits move by at most" in said
+    modes = {path.stat().st_mode & 0o777 for path in runs.BUNDLE.iterdir()}
+    assert modes == {0o644}  # whoever runs the folder may be another user
+    Path("again").mkdir()
+    writer.write(Path("again"), writer.load_members(members, "fp16"), HALVES, load(None, WORDS), 1.0)
+    for path in runs.BUNDLE.iterdir():
+        assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
+    writer.zip_hand_in(Path("again.zip"))
+    assert Path("again.zip").read_bytes() == Path("hand-in.zip").read_bytes()
+    with zipfile.ZipFile("hand-in.zip") as archive:
+        assert {"code/predict.py", "results/model/bundle/bundle.json"} <= set(archive.namelist())
+        archive.extractall("stranger")
+    words = [sys.executable, "stranger/code/predict.py", "photos", "submission.csv", "--threads", "1"]
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    assert len(Path("submission.csv").read_text().splitlines()) == 25
+    assert [path.name for path in runs.MODELS.iterdir() if path.name.startswith(".")] == []
+
+
+def test_images_that_came_as_numbers_are_handed_in_too(capsys):
+    rng = np.random.default_rng(0)
+    images = np.kron(rng.integers(0, 256, (24, 5, 7), dtype=np.uint8), np.ones((1, 8, 8), np.uint8))
+    np.savez("digits.npz", x=images, y=np.arange(24) % 3)
+    words = [*WORDS, "data.root=digits.npz", "tta.scales=[32]"]
+    convert.main(words)
+    members = [make_member(fold) for fold in (0, 1)]
+    export.main(words)
+    said = capsys.readouterr().out
+    assert said.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in said
+    assert "0 of 255 on 24 photographs" in said
+    found = gates.held_out(Path("held out"), load(None, words), writer.load_members(members, "fp16"))
+    for file, row in zip(found.files, found.index, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), images[row])
+
+
+def test_photographs_of_data_val_are_handed_in_from_there():
+    for number in range(9):
+        folder = Path("train" if number < 6 else "val", "ab"[number % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.jpg")
+    words = [*WORDS, "data.root=train", "data.val=val"]
+    convert.main(words)
+    member = types.SimpleNamespace(meta={"fold": 0})
+    found = gates.held_out(Path("held out"), load(None, words), [member])
+    want = {path.read_bytes() for path in Path("val").rglob("*.jpg")}
+    assert {file.read_bytes() for file in found.files} == want and len(want) == 3
+
+
+def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
+    export.main([*WORDS, "tta.scales=[32]"])
+    half = sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*"))
+    capsys.readouterr()
+    export.main([*WORDS, "tta.scales=[32]", "bundle.dtype=int8", "--zip", "a.zip", "--top", "team 7"])
+    assert sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*")) < 0.52 * half
+    said = capsys.readouterr().out
+    assert re.search(r"int8 +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
+    assert len(re.findall(r"int8 best_combo__.*: top-1 0\.\d+ -> 0\.\d+, NLL .* \(n = 24\)", said)) == 2
+    with zipfile.ZipFile("a.zip") as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"team 7"}
+
+
+def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
+    export.main([*WORDS, "bundle.half=all"])
+    said = capsys.readouterr().out
+    gpu, native = torch.cuda.is_available(), code.networks.multiplies_bf16()
+    assert gpu or re.search(r"half, gpu +no GPU here +not seen", said)
+    if native:
+        assert re.search(r"half, cpu +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
+        moved = r"cpu, bf16: logits move by at most \S+, the largest is \S+; another class for \d+ of 24"
+        assert re.search(moved, said)
+    else:
+        assert re.search(r"half, cpu +no bf16 instructions here +not seen", said)
+    assert gpu or re.search(rf"\d threads, {'bf16' if native else 'fp32'} ", said)
+    assert said.count("passed") == 7 + gpu + native
+    assert json.loads((runs.BUNDLE / "bundle.json").read_text())["half"] == "all"
+
+
+def test_what_nothing_measured_is_not_left_beside_members(members):
+    for half, left in (("all", "gpu"), ("gpu", "gpu"), ("none", "none")):
+        place = writer.leave_programs(members, HALVES, load(None, [*WORDS, f"bundle.half={half}"]), 1.0)
+        assert json.loads((place / "bundle.json").read_text())["half"] == left
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """The gate of half precision, for what the predictor is said to have done on the device."""
+    weights = {"members": [{"weight": 0.8}, {"weight": 0.2}], "programs": [{"half_keeps": []}]}
+    exact = np.zeros((40, 2, 1, 3))
+    exact[:, :, :, 1] = 1.0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gates, "submission_fault", lambda *_: None)
+
+    def gate(
+        got: np.ndarray,
+        where: str = "cuda, fp16",
+        notes: tuple[str, ...] = (),
+        fault: str | None = None,
+        device: str = "gpu",
+    ) -> tuple[gates.Gate, list[str]]:
+        def run(root: Path, options: list[str], python: Path | None) -> str | None:
+            assert options[:2] == ["--device", {"gpu": "cuda", "cpu": "cpu"}[device]]
+            np.savez(options[options.index("--logits") + 1], logits=got)
+            return fault
+
+        monkeypatch.setattr(sandbox, "run", run)
+        monkeypatch.setattr(gates, "about", lambda _: {"device": where, "notes": list(notes)})
+        return gates.halving(Path(), exact, weights, np.ones(40, np.int64), 0.05, None, device)
+
+    return gate, exact, weights
+
+
+@pytest.mark.parametrize(("turned", "member", "right"), [(0, 0, 40), (2, 0, 38), (3, 0, 37), (20, 1, 40)])
+def test_half_precision_that_costs_answers_is_a_failed_gate(half, turned, member, right):
+    """Two members of weights 0.8 and 0.2; one turns from right to wrong on some photographs."""
+    gate, got, _ = half
+    got = got.copy()
+    got[:turned, member, :, 2] = 1.5
+    found, lines = gate(got, notes=("a note",))
+    assert found == gates.Gate("half, gpu", f"{right} right of 40, 40 before", ">= 38 right", right >= 38)
+    assert lines[0].startswith("cuda, fp16: logits") and lines[1:] == ["a note"]
+    assert lines[0].endswith(f"another class for {40 - right} of 40")
+
+
+def test_half_precision_without_logits_fails_and_that_of_no_device_is_not_seen(half, monkeypatch):
+    gate, exact, weights = half
+    lost = exact.copy()
+    lost[3] = np.nan
+    for got in (lost, exact[:, :1], exact[:39]):
+        found, lines = gate(got)
+        assert (found.passed, lines) == (False, []) and "missing or not finite" in found.got
+    found, lines = gate(exact, fault="exit 4: killed")
+    assert (found.passed, found.got, lines) == (False, "exit 4: killed", [])
+    found, _ = gate(exact, "cuda, fp32", ("cuda in fp16: no kernel",))
+    assert (found.passed, found.got) == (None, "cuda in fp16: no kernel")
+    assert gate(exact, "cpu, fp32")[0].got == "computed by cpu, fp32"  # after the GPU killed a process
+    assert gate(exact, "cpu, fp32", device="cpu")[0].got == "no bf16 instructions here"
+    weights["programs"][0]["half_keeps"] = None
+    assert gate(exact, "cuda, fp32")[0].got == "networks unfit for it"
+    monkeypatch.setattr(gates, "submission_fault", lambda *_: "3 photographs unreadable")
+    found, _ = gate(exact)
+    assert (found.passed, found.got) == (False, "3 photographs unreadable")
+    assert gates.halved("all") == ["cpu", "gpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gates.halved("all") == ["gpu", "cpu"] and gates.halved("none") == []
+    assert gate(exact)[0] == gates.Gate("half, gpu", "no GPU here", "", None)
+
+
+def test_latency_is_that_of_a_run_that_ended_well(monkeypatch):
+    description = {"half": "gpu", "pairs": None}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = {"device": "cpu, bf16", "threads": 2, "ms_per_image": 30.0}
+    monkeypatch.setattr(gates, "about", lambda _: told)
+    monkeypatch.setattr(sandbox, "run", lambda *_: "exit 3: damaged")
+    found = gates.latency(Path(), description, 50.0, None)
+    assert found.passed and re.search(r"^30.0 ms an image on .*, 2 threads, bf16$", found.got)
+    found = gates.latency(Path(), description, 20.0, None)  # tried again
+    assert found == gates.Gate("latency", "exit 3: damaged", "<= 20 ms", False)
+    del told["ms_per_image"]
+    monkeypatch.setattr(sandbox, "run", lambda *_: None)
+    assert gates.latency(Path(), description, 50.0, None).passed is False
+
+
+def test_a_loss_of_score_is_a_failed_gate():
+    assert gates.loss_gate("int8", 94, 96, 200, 0.01).passed is True
+    assert gates.loss_gate("int8", 93, 96, 200, 0.01).passed is False
+    assert gates.loss_gate("int8", 7, 8, 8, 0.01).passed is True
+
+
+def test_accuracy_is_that_of_members_that_did_not_train_on_the_photograph(members):
+    """Two members, one a fold: each says right for its own fold and wrong for the other."""
+    labels = np.array([0, 1, 2, 0])
+    photographs = gates.Photographs([Path("a")] * 4, labels, np.arange(4), np.array([0, 1, 0, 1]))
+    loaded = writer.load_members(members, "fp16")
+    right = np.eye(3)[labels]
+    got = np.stack([right, right], axis=1)[:, :, None]
+    wrong = np.eye(3)[(labels + 1) % 3][:, None]
+    got[[1, 3], 0], got[[0, 2], 1] = wrong[[1, 3]], wrong[[0, 2]]
+    made = {"members": [{"weight": 0.5}, {"weight": 0.5}]}
+    known = {
+        member.path.name: types.SimpleNamespace(index=np.arange(4), logits=right.astype(np.float32))
+        for member in loaded
+    }
+    gate = gates.agreement(got, made, loaded, photographs, known, 0.01)
+    assert gate.got == "4 right of 4, 4 before" and gate.passed
+    gate = gates.agreement(np.roll(got, 1, axis=3), made, loaded, photographs, known, 0.01)
+    assert gate.got == "0 right of 4, 4 before" and gate.passed is False
+    assert gates.agreement(got, made, loaded, photographs, {}, 0.01).passed is None
+
+
+def test_a_bare_environment_has_what_the_predictor_needs_and_no_more(tmp_path):
+    python = sandbox.environment(tmp_path / "venv")
+    code = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])" % [
+        "torch", "numpy", "PIL", *sandbox.BLOCKED, "pip", "safetensors",
+    ]  # fmt: skip
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['torch', 'numpy', 'PIL']"
+
+
+def test_a_failed_gate_keeps_the_old_bundle(members, capsys):
+    runs.BUNDLE.mkdir(parents=True)
+    Path(runs.BUNDLE, "old").write_text("old")
+    with pytest.raises(
+        InputError, match=r"^size: .* MB, allowed <= 0.01 MB; latency: .* allowed <= 0.0001 ms$"
+    ):
+        export.main([*WORDS, "bundle.max_mb=0.01", "bundle.max_ms=0.0001"])
+    assert "FAILED" in capsys.readouterr().out
+    assert [path.name for path in runs.BUNDLE.iterdir()] == ["old"]
+    assert {path.name for path in runs.MODELS.iterdir()} == {"bundle", "tiny"}
+
+
+def test_parity_fails_when_the_predictor_says_something_else(members, monkeypatch):
+    honest = gates.views_logits
+    monkeypatch.setattr(gates, "views_logits", lambda *words: honest(*words) + np.float32(0.001))
+    with pytest.raises(InputError, match=r"parity: 0.001 on 24 photographs, allowed <= 0.0001$"):
+        export.main(WORDS)
+    assert not runs.BUNDLE.exists()
+
+
+def test_pixels_that_are_not_the_trainers_fail(members, monkeypatch):
+    honest = gates.trained_view
+    monkeypatch.setattr(gates, "trained_view", lambda *words: honest(*words) ^ 1)
+    with pytest.raises(InputError, match=r"^pixels: 1 of 255 on 24 photographs, allowed <= 0"):
+        export.main([*WORDS, "tta.scales=[32]"])
+
+
+def test_what_a_killed_export_left_is_removed():
+    dead, alive = 2**22 + 1, os.getppid()  # no process has the first: too large
+    for place in (runs.BUNDLE, runs.MODELS / "tiny" / writer.PROGRAMS):
+        left, others = (files.aside_of(place, process) for process in (dead, alive))
+        for folder in (left, others):
+            folder.mkdir(parents=True)
+            Path(folder, "weights_0.safetensors").touch()
+        with writer.aside(place) as folder:
+            assert set(place.parent.glob(".*")) == {folder, others}
+    with writer.aside() as folder:
+        writer.put_in_place(folder)
+    files.aside_of(Path("a.zip"), dead).touch()
+    writer.zip_hand_in(Path("a.zip"))
+    assert {path.name for path in Path().iterdir()} == {"a.zip", "results"}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_while_a_bundle_is_put_in_place_loses_none(monkeypatch, exchange):
+    def put(text: str) -> None:
+        with writer.aside() as folder:
+            Path(folder, "bundle.json").write_text(text)
+            writer.put_in_place(folder)
+
+    put("old")
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    child = os.fork()
+    if not child:
+        rename, turns = os.rename, iter([True])
+        os.rename = lambda *words: rename(*words) if next(turns, False) else os._exit(9)
+        files.fsync_folder = lambda folder: os._exit(9)
+        try:
+            put("new")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert runs.BUNDLE.exists() == exchange
+    with pytest.raises(InputError), writer.aside():  # the next export, whose gates fail
+        raise InputError("size")
+    assert Path(runs.BUNDLE, "bundle.json").read_text() == ("new" if exchange else "old")
+    assert [path.name for path in runs.MODELS.iterdir()] == ["bundle"]
+
+
+def test_members_of_two_class_maps_are_refused(members):
+    other = make_member(1, seed=7, class_hash="0ther")
+    with pytest.raises(InputError, match=r"a bundle holds members of one class map, choose with --members"):
+        export.main([*WORDS, "--members", str(members[0]), str(other)])
+
+
+def test_nothing_to_export_is_said():
+    with pytest.raises(
+        InputError, match=r"no member in results/model/tiny matches best_combo__.*; train first"
+    ):
+        export.main(WORDS)
+
+
+def test_temperature_is_that_of_the_members():
+    recipe, path = load(None, WORDS), runs.RESULTS / "tiny/temperature.json"
+    one, two = Path("a.pth"), Path("b.pth")
+    found = {"fused": {"t": 1.5}, "members": {"a.pth": {"t": 1.2}, "b.pth": {"t": 1.9}}}
+    files.write_json(path, {**found, "weighting": "family"})
+    assert temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused with the weights of family")
+    files.write_json(path, {**found, "weighting": "flat"})
+    assert temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused")
+    assert temperature_of(recipe, [two])[0] == 1.9
+    assert temperature_of(recipe, [one, Path("c.pth")]) == (
+        1.5,
+        f"{path}, fused from other members (2)",
+    )
+    assert temperature_of(load(None, [*WORDS, "ts.enabled=false"]), [one]) == (1.0, "ts.enabled=false")
+    files.write_json(path, {"fused": None, "members": {}})
+    assert temperature_of(recipe, [one, two]) == (1.0, f"{path} holds none")
+
+
+def evaluated(count: int = 3, **sizes: float) -> list[Path]:
+    """Made-up members of two backbones as evaluate leaves them; the first is the better one."""
+    folder, paths, rows = runs.RESULTS / "tiny", [], []
+    labels = [fake_members.IDS[label] for label in fake_members.labels()]
+    Path("data").mkdir()
+    columns = zip(range(120), labels, fake_members.labels(), fake_members.folds(count=count), strict=True)
+    table = [[f"{n}.jpg", i, c, f, n, "0"] for n, i, c, f in columns]
+    with open("data/folds.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("filename", "category_id", "class_idx", "fold", "group_id", "sha256"), *table]
+        )
+    for backbone, skill in zip(fake_members.BACKBONES, (2.0, 1.6), strict=True):
+        for fold in range(count):
+            member = fake_members.member(
+                fold, backbone, skill=skill, mb=sizes.get(backbone[:3], 100.0), ms=10.0
+            )
+            logits.save_logits(logits.member_file(folder / "oof", member.about), member)
+            path = runs.MODELS / "tiny" / member.about["checkpoint"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+            paths.append(path)
+            rows.append(member.about)
+    files.write_json(folder / "scores.json", {"members": rows})
+    return paths
+
+
+def greedy(*words: str) -> Choice:
+    return choose(load(None, [*WORDS, "bundle.members=greedy", *words]), [])
+
+
+def test_greedy_takes_the_runs_that_help_and_as_many_folds_as_fit():
+    paths = evaluated()
+    every = greedy("bundle.max_mb=1000")
+    assert every.paths == sorted(paths) and every.shares.sum() == pytest.approx(1)
+    assert "fitted on 118 out-of-fold images of the chosen runs" in every.source and every.temperature > 0
+    four = greedy("bundle.max_mb=410")
+    assert len(four.paths) == 4 and {runs.parse_member(path).backbone for path in four.paths} == set(
+        fake_members.BACKBONES
+    )
+    one = greedy("bundle.max_mb=110")
+    assert [runs.parse_member(path).backbone for path in one.paths] == [fake_members.BACKBONES[0]]
+    assert len(greedy("bundle.max_mb=110", "bundle.dtype=int8").paths) == 2
+    assert len(greedy("bundle.max_mb=1000", "bundle.max_ms=35").paths) == 3
+
+
+def test_greedy_share_of_a_run_is_split_by_its_folds():
+    evaluated()
+    found = greedy("bundle.max_mb=410")
+    by_run = {}
+    for path, share in zip(found.paths, found.shares, strict=True):
+        by_run.setdefault(runs.parse_member(path).backbone, []).append(share)
+    assert all(len(set(own)) == 1 for own in by_run.values())
+    full = greedy("bundle.max_mb=1000")
+    for backbone, own in by_run.items():
+        same = [s for p, s in zip(full.paths, full.shares, strict=True) if backbone in p.name]
+        assert sum(own) == pytest.approx(sum(same))
+
+
+def test_greedy_without_logits_or_room_is_said():
+    paths = evaluated(con=300.0, vit=400.0)
+    with pytest.raises(
+        InputError, match=r"the smallest member takes 300.0 MB and 10.0 ms, allowed are 98.0 MB"
+    ):
+        greedy("bundle.max_mb=100")
+    with pytest.raises(InputError, match=r"1 of 7 members have no out-of-fold logits; run python -m"):
+        (paths[0].parent / paths[0].name.replace("fold0", "fold8")).write_bytes(b"")
+        greedy()
+
+
+def test_families_weigh_the_same():
+    found, names = Choice([], None, 1.0, ""), ["a", "a", "b"]
+    np.testing.assert_allclose(shares_of(found, names, "family"), [0.25, 0.25, 0.5])
+    np.testing.assert_allclose(shares_of(found, names, "flat"), [1 / 3] * 3)
+
+
+def test_members_weigh_what_the_evaluation_found_for_their_run():
+    members, recipe = [("a", 1), ("a", 1), ("b", 1)], load(None, [*WORDS, "ensembling.weighting=learned"])
+    path = runs.RESULTS / "tiny/temperature.json"
+    with pytest.raises(InputError, match=r"has no weight for a seed 1; run python -m fastflower\.evaluate"):
+        bundle_members.by_run(recipe, members)
+    weights = {"a seed 1": 0.2, "b seed 1": 0.6, "c seed 1": 0.2}
+    files.write_json(path, {"weights": weights})
+    with pytest.raises(InputError, match=r"has the weights of an older evaluate; run python -m fastflower"):
+        bundle_members.by_run(recipe, members)
+    files.write_json(path, {"weighting": "learned", "weights": weights})
+    np.testing.assert_allclose(bundle_members.by_run(recipe, members), [0.125, 0.125, 0.75])
+    asked = {way: load(None, [*WORDS, f"ensembling.weighting={way}"]) for way in ("greedy", "hand")}
+    with pytest.raises(
+        InputError, match=r"= greedy: .* has the weights of learned; run python -m fastflower"
+    ):
+        bundle_members.by_run(asked["greedy"], members)
+    asked["hand"].ensembling.weights = {"a": 1, "b": 2}
+    files.write_json(path, {"weighting": "hand", "hand": {"a": 1, "b": 1}, "weights": weights})
+    with pytest.raises(
+        InputError, match=r"= hand: .* has the weights of hand {'a': 1, 'b': 1}; run python -m"
+    ):
+        bundle_members.by_run(asked["hand"], members)
+    asked["hand"].ensembling.weights = {"a": 1, "b": 1}
+    np.testing.assert_allclose(bundle_members.by_run(asked["hand"], members), [0.125, 0.125, 0.75])
+    files.write_json(path, {"weighting": "learned", "weights": {"a seed 1": 0, "b seed 1": 0}})
+    with pytest.raises(InputError, match="are 0; choose other members"):
+        bundle_members.by_run(recipe, members)
+
+
+@pytest.mark.parametrize("weighting", ["learned", "greedy"])
+def test_a_run_without_a_say_is_not_handed_in(weighting):
+    paths = evaluated()
+    weights = {f"{fake_members.BACKBONES[0]} seed 42": 1.0, f"{fake_members.BACKBONES[1]} seed 42": 0.0}
+    found = {"weighting": weighting, "weights": weights, "fused": {"t": 1.5}, "members": {}}
+    files.write_json(runs.RESULTS / "tiny/temperature.json", found)
+    kept = [path for path in paths if fake_members.BACKBONES[0] in path.name]
+    for path in paths:
+        checkpoint.save(path, {}, {"backbone": runs.parse_member(path).backbone, "seed": 42})
+    chosen = choose(load(None, [*WORDS, f"ensembling.weighting={weighting}"]), [])
+    assert chosen.paths == sorted(kept) and np.allclose(chosen.shares, 1 / 3)
+
+
+def test_stored_weights_keep_what_half_precision_cannot_hold():
+    def stored(tensor, dtype):
+        return writer.pack({"a.weight": tensor}, dtype)["a.weight"].dtype
+
+    assert stored(torch.ones(4, 4), "fp16") == torch.float16
+    assert stored(torch.ones(4, 4), "fp32") == torch.float32
+    assert stored(torch.full((4,), 1e-7), "fp16") == torch.float32
+    assert stored(torch.full((2, 2), 1e6), "fp16") == torch.float32
+    assert stored(torch.ones(2, 2, dtype=torch.int64), "fp16") == torch.int64
+    assert stored(torch.ones(4, 4), "int8") == torch.int8
+    assert stored(torch.ones(4), "int8") == torch.float32
+
+
+def test_eight_bits_keep_half_a_step_of_each_channel():
+    tensor = torch.randn(5, 3, 7, 7) * torch.tensor([1e-4, 1, 1e3, 0, 1]).view(-1, 1, 1, 1)
+    packed = writer.pack({"a.weight": tensor, "pos_embed": torch.randn(1, 9, 4)}, "int8")
+    assert packed["a.weight"].dtype == torch.int8 and packed["pos_embed"].dtype == torch.float16
+    found = writer.unpack(packed)
+    step = tensor.flatten(1).abs().amax(1) / 127
+    gap = (found["a.weight"] - tensor).flatten(1).abs().amax(1)
+    assert sorted(found) == ["a.weight", "pos_embed"]
+    assert (gap <= 0.5001 * step).all() and (gap > 0.1 * step)[[0, 1, 2, 4]].all()
+
+
+def test_a_program_that_says_something_else_is_refused(members):
+    (member,) = writer.load_members(members[:1], "fp32")
+    weights = dict(member.network.named_parameters()) | dict(member.network.named_buffers())
+
+    class Program:
+        inlined_graph = ""
+
+        def __call__(self, images, *_):
+            return member.network(images) + 0.01
+
+    with pytest.raises(
+        InputError, match=r"at 32x32: traced logits are 0.01 off at batch 1, 0.0001 is allowed"
+    ):
+        check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
+    Program.inlined_graph = 'prim::Constant[value="cpu"]()'
+    with pytest.raises(InputError, match="its program is bound to the CPU"):
+        check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
+
+
+def test_columns_for_two_classes_are_refused_for_three(members):
+    Path("made").mkdir()
+    words, packed = load(None, [*WORDS, "bundle.columns=binary"]), writer.load_members(members, "fp16")
+    with pytest.raises(InputError, match=r"bundle.columns = binary: there are 3 classes, not two; use three"):
+        writer.write(Path("made"), packed, HALVES, words, 1.0)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_quick_response_norm_is_timms(channels_last):
+    """Also in half precision, of inputs whose squares it cannot hold, and where all are zero."""
+    rng = np.random.default_rng(0)
+    plain = GlobalResponseNorm(12, channels_last=channels_last)
+    for weight in (plain.weight, plain.bias):
+        weight.data = torch.from_numpy(rng.normal(size=12).astype(np.float32))
+    quick = copy.deepcopy(plain)
+    quick.__class__ = QuickResponseNorm
+    values = rng.normal(size=(3, 12, 12, 12)).astype(np.float32)
+    for scale in (1, 1e-3, 0):
+        given = torch.from_numpy(values * scale)
+        np.testing.assert_allclose(quick(given).detach(), plain(given).detach(), rtol=1e-5, atol=1e-6)
+    given = torch.from_numpy(values / np.abs(values).max() * 8000)
+    want, got = plain(given).detach(), quick.half()(given.half()).detach().float()
+    assert float((got - want).abs().max()) <= 2e-3 * float(want.abs().max())
+
+
+def test_one_program_serves_all_members_and_convolutions_all_sizes(members):
+    Path("made").mkdir()
+    made = writer.write(Path("made"), writer.load_members(members, "fp16"), HALVES, load(None, WORDS), 1.0)
+    assert [program["file"] for program in made["programs"]] == ["program_0.pt"]
+    assert made["class_ids"] == ["10", "17", "24"] and sum(made["prior"]) == pytest.approx(1)
+    assert json.loads(Path("made/bundle.json").read_text()) == made
+    assert subprocess.run(["sha256sum", "-c", "SHA256"], cwd="made", capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "change", "fault"),
+    [
+        ("three", lambda t: t.replace("confidence", "x,y"), "columns"),
+        ("three", lambda t: t.replace("000001.jpg", "other.jpg"), "2 rows for 2 photographs"),
+        ("three", lambda t: t.replace(",17,", ",18,"), "category ids that are not"),
+        ("three", lambda t: t.replace("0.5", "0.0"), r"a confidence outside \(0, 1\]"),
+        ("binary", lambda t: t.replace("0.1", "1.1"), r"a probability outside \[0, 1\]"),
+        (
+            "binary",
+            lambda t: t.replace("0.1", "0.9"),
+            "a probability on the other side of 0.5 than its class",
+        ),
+        ("binary", lambda t: t.replace("0.500000000", "0.4"), "a probability on the other side of 0.5"),
+    ],
+)
+def test_a_wrong_submission_is_seen(tmp_path, columns, change, fault):
+    (tmp_path / "test_dataset").mkdir()
+    (tmp_path / runs.SUBMISSION).parent.mkdir(parents=True)
+    (tmp_path / runs.SUBMISSION).with_suffix(".json").write_text('{"unreadable": {}}')
+    for number in range(2):
+        (tmp_path / f"test_dataset/{number:06d}.jpg").write_bytes(b"")
+    text = "filename,category_id,confidence\n000000.jpg,10,0.9\n000001.jpg,17,0.5\n"
+    if columns == "binary":
+        text = "filename,category_id,probability\n000000.jpg,10,0.1\n000001.jpg,17,0.500000000\n"
+    description = {"columns": columns, "class_ids": ["10", "17"]}
+    (tmp_path / runs.SUBMISSION).write_text(text)
+    assert gates.submission_fault(tmp_path, description, 2) is None
+    (tmp_path / runs.SUBMISSION).write_text(change(text))
+    found = gates.submission_fault(tmp_path, description, 2)
+    assert found is not None and re.search(fault, found)

@@ -1,0 +1,448 @@
+"""Campaigns: what varies, which runs it makes, what is skipped, what failures leave, and the numbers of the tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastflower import train
+from fastflower.campaign import cluster, launch, plan, results
+from fastflower.campaign.__main__ import default_ranks, main
+from fastflower.campaign.heatmap import heat_map
+from fastflower.campaign.launch import Finished, Result
+from fastflower.campaign.search import Search
+from fastflower.core import checkpoint, runs
+from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.core.files import write_json
+from fastflower.recipe import parse_command
+from support import toy_project
+
+SHORT = (
+    "sched.cosine_epochs=1",
+    "sched.warmup_epochs=0",
+    "data.img_size=32",
+    "data.size_epochs=auto",
+    "tta.scales=[32]",
+    "robust.enabled=false",
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return toy_project.project(tmp_path)
+
+
+def planned(*words: str, files: tuple[str, ...] = ("tiny.yaml",)) -> list[plan.Task]:
+    return plan.tasks(list(files), plan.read_words(list(words)))
+
+
+def ended(task: plan.Task, score: float, seconds: float = 60.0) -> Result:
+    """A training that has written its end, without having trained."""
+    best = {"epoch": 1, "score": score, "weights": "ema"}
+    scores = {"clean_ema": score, "corrupt_ema": score / 2, "macro_recall_ema": 0.5, "macro_f1_ema": 0.25}
+    write_json(task.run.end, {"best": best, "scores": scores, "epochs": 1, "seconds": seconds})
+    return Result(task, "done")
+
+
+# what varies
+
+
+def test_folds_seeds_and_backbones_share_an_experiment(project):
+    tasks = planned("data.fold=all", "seed=[1,2]", "model.backbone=[test_vit,test_resnet]")
+    assert {task.run.exp for task in tasks} == {"tiny"}
+    assert [(t.run.seed, t.run.backbone, t.run.fold) for t in tasks] == [
+        (seed, backbone, fold) for seed in (1, 2) for backbone in ("test_vit", "test_resnet") for fold in (0, 1, 2)
+    ]  # fmt: skip
+    assert tasks[0].recipe.seed == 1 and tasks[0].recipe.data.fold == 0
+
+
+def test_other_keys_name_their_experiments_and_reach_the_training(project):
+    tasks = planned("opt.lr=[1e-3,2e-4]", "train.batch_per_gpu=[4,8]", "reg.ls_eps=0.2")
+    assert [task.run.exp for task in tasks] == [
+        "tiny-lr_0.001-batch_per_gpu_4",
+        "tiny-lr_0.001-batch_per_gpu_8",
+        "tiny-lr_0.0002-batch_per_gpu_4",
+        "tiny-lr_0.0002-batch_per_gpu_8",
+    ]
+    for task in tasks:
+        again = parse_command(list(task.words))
+        assert again == task.recipe
+        assert (again.opt.lr, again.train.batch_per_gpu, again.reg.ls_eps, again.exp.name) == (
+            task.settings["opt.lr"], task.settings["train.batch_per_gpu"], 0.2, task.run.exp,
+        )  # fmt: skip
+
+
+def test_a_list_for_a_key_that_takes_lists_is_its_value(project):
+    (task,) = planned("data.img_size=[32,40]", "aug.rrc_scale=[0.5,1]", "data.fold=[1]")
+    assert task.recipe.data.img_size == [32, 40] and task.run.fold == 1 and not task.settings
+
+
+def test_several_recipes_are_an_axis(project):
+    Path("other.yaml").write_text("base: tiny.yaml\nexp: {name: other}\nmodel: {backbone: test_resnet}\n")
+    tasks = planned("data.fold=[0,2]", files=("tiny.yaml", "other.yaml"))
+    assert [(t.run.exp, t.run.backbone, t.run.fold) for t in tasks] == [
+        ("tiny", "test_vit", 0), ("tiny", "test_vit", 2), ("other", "test_resnet", 0), ("other", "test_resnet", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("opt.lrr=[1,2]",), "unknown key opt.lrr; did you mean opt.lr?"),
+        (("opt.lr=[1e-3,0.001]",), "opt.lr=[1e-3,0.001]: 0.001 is in the list twice"),
+        (("opt.lr=[]",), "a list of one value or more"),
+        (("opt.lr=[1",), "opt.lr=[1:"),
+        (("opt.lr=[1e-3]", "opt.lr=1e-3"), "opt.lr is given twice"),
+        (("opt.lr=[1e-3,-1]",), "opt.lr = -1: must be auto or > 0"),
+        (("exp.name=[a,b]",), "exp.name is one name"),
+        (("opt.lr=1e-4..1e-3",), "opt.lr has a range, which needs a search; add --trials N"),
+        (("opt.lr=log:0..1e-3",), "log:low..high with both above 0"),
+        (("opt.lr=1e-3..1e-4",), "a range is low..high with low below high"),
+        (("train.grad_accum=1.5..3",), "both whole numbers"),
+        (("model.head=1..2",), "a range is for numbers; give a list of values for model.head"),
+        (("data.fold=[7]",), "data.fold = [7]: must be all, or a number (or list) in 0..2"),
+    ],
+)
+def test_bad_words_are_refused_before_anything_starts(project, words, message):
+    with pytest.raises(InputError) as caught:
+        planned(*words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_trainings_of_one_run_are_refused(project):
+    Path("other.yaml").write_text("base: tiny.yaml\nexp: {name: tiny}\n")
+    with pytest.raises(InputError, match="two trainings would be the same run, tiny test_vit__fold0_seed42"):
+        planned(files=("tiny.yaml", "other.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "got no recipe file; a campaign trains recipes"),
+        (["tiny.yaml", "-n", "0"], "-n 0: must be 1 or more"),
+        (["tiny.yaml", "--trials", "0"], "--trials 0: must be 1 or more"),
+        (["tiny.yaml", "--trials", "3"], "--trials without anything to draw"),
+        (["tiny.yaml", "seed=[1,2]", "--trials", "3"], "--trials without anything to draw"),
+        (["tiny.yaml", "tiny.yaml", "opt.lr=1e-4..1e-3", "--trials", "3"], "got 2 recipes"),
+        (["tiny.yaml", "opt.lr=1e-4..1e-3", "--trials", "3", "--dry-run"], "--dry-run lists trainings"),
+    ],
+)
+def test_bad_options_are_refused(project, argv, message):
+    with pytest.raises(InputError) as caught:
+        main(argv)
+    assert message in str(caught.value)
+
+
+# what runs
+
+
+def test_a_training_below_a_launcher_is_no_rank_of_it(project, monkeypatch):
+    for name in (*launch.RENDEZVOUS, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "5")
+    made = launch.environment(threads=3)
+    assert not {name for name in made if name in launch.RENDEZVOUS or name.startswith("TORCHELASTIC")}
+    assert made["OMP_NUM_THREADS"] == "3" and made["PATH"] == os.environ["PATH"]
+    (task,) = planned()
+    assert launch.command(task, 1)[:3] == [sys.executable, "-m", "fastflower.train"]
+    composer, *rest = launch.command(task, 2)
+    assert Path(composer).is_file() and rest[:2] == ["-n", "2"] and Path(rest[2]).samefile(train.__file__)
+    assert rest[3:] == list(task.words)
+
+
+def test_a_failure_says_why(tmp_path):
+    def failing(code: str) -> str:
+        return launch.run([sys.executable, "-c", code], launch.environment(), tmp_path / "log")[1]
+
+    said = "import sys; print('fastflower: no images', file=sys.stderr); print('Rank 0 crashed', file=sys.stderr); "
+    assert failing(said + "sys.exit(2)").startswith("no images (exit code 2 after ")
+    assert failing("raise ValueError('odd')").startswith("ValueError: odd (exit code 1 after ")
+    assert failing("import os; os.kill(os.getpid(), 9)").startswith("it said nothing (signal SIGKILL after ")
+    assert (tmp_path / "log").read_text().count("no images") == 1
+    assert launch.run([sys.executable, "-c", ""], {}, tmp_path / "log") == (0, "")
+    with pytest.raises(EnvironmentFault, match=r"cannot start \./nothing"):
+        launch.run(["./nothing"], {}, None)
+
+
+def test_a_training_is_told_when_its_campaign_dies(tmp_path):
+    """kill -9 of the campaign ends as SIGTERM at the training, which saves on it."""
+    child = "import signal, time, pathlib\nsignal.signal(15, lambda *_: (pathlib.Path('told').touch(), exit(0)))\n"
+    child += "pathlib.Path('up').touch(); time.sleep(30)"
+    parent = "import sys\nfrom fastflower.campaign import launch\n"
+    parent += f"launch.run([sys.executable, '-c', {child!r}], {{}}, None)"
+    campaign = subprocess.Popen([sys.executable, "-c", parent])
+
+    def wait(name: str) -> bool:
+        deadline = time.monotonic() + 60
+        while not Path(name).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return Path(name).exists()
+
+    assert wait("up")
+    campaign.send_signal(signal.SIGKILL)
+    campaign.wait()
+    assert wait("told")
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[list[str]]:
+    """Trainings run in this process; the words of those that did."""
+    found: list[list[str]] = []
+
+    def run(words: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+        found.append(words[3:])
+        try:
+            return train.main(words[3:]), ""
+        except InputError as error:
+            return error.exit_code, str(error)
+
+    monkeypatch.setattr(launch, "run", run)
+    return found
+
+
+def test_a_grid_trains_keeps_what_is_finished_and_tries_failures_again(project, ran, capfd):
+    command = ["tiny.yaml", *SHORT, "opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[20,50]"]
+    assert main(command) == 1
+    out, err = capfd.readouterr()
+    assert len(ran) == 4
+    for lr in ("0.0001", "0.001"):  # 40 training images
+        name = f"tiny-lr_{lr}-batch_per_gpu_50 test_vit__fold0_seed42"
+        assert (
+            f"failed: {name}: fold 0 has 40 training images with labels, fewer than the global batch of 50"
+            in err
+        )
+    assert "2 of 4 trainings failed; the same command tries them again" in err
+    place = Path("results/results/tiny/campaign_lr_batch_per_gpu")
+    with open(place.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["done", "failed"] * 2
+    for row in rows:
+        if row["state"] == "done":
+            member = checkpoint.load(runs.MODELS / row["experiment"] / "best_clean.pth")
+            assert float(row["clean"]) == member.meta["scores"][f"clean_{member.meta['weights']}"]
+    assert "best opt.lr by train.batch_per_gpu: 20: " in out
+    assert place.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    ran.clear()
+    assert main(command) == 1
+    assert len(ran) == 2 and all("train.batch_per_gpu=50" in words for words in ran)
+    ran.clear()
+    assert main([*command[:-1], "train.batch_per_gpu=[20]", "reg.ls_eps=0.2"]) == 1
+    assert len(ran) == 2, "what is finished with another recipe is not this campaign's"
+    assert "of another recipe or other data (reg.ls_eps: 0.05 -> 0.2)" in capfd.readouterr().err
+
+
+def test_an_interrupted_campaign_keeps_its_table(project, monkeypatch, capfd):
+    codes = iter([(0, ""), (launch.PREEMPTED, "stopped by a signal")])
+    monkeypatch.setattr(launch, "run", lambda *_: next(codes))
+    assert main(["tiny.yaml", "data.fold=all"]) == 130
+    assert "interrupted; the same command goes on" in capfd.readouterr().out
+
+
+def test_keys_that_end_alike_are_whole_in_the_names_of_files(project, monkeypatch):
+    monkeypatch.setattr(launch, "run", lambda words, *_: ended(tasks[words[-1]], 0.5) and (0, ""))
+    words = ["reg.erase_p=[0,0.1]", "semi.erase_p=[0.5,1]"]
+    tasks = {task.words[-1]: task for task in planned(*words)}
+    assert main(["tiny.yaml", *words]) == 0
+    names = {path.name for path in Path("results/results/tiny").glob("campaign*")}
+    stem = "campaign_reg.erase_p_semi.erase_p"
+    assert names == {f"{stem}.csv", f"{stem}.png"}
+    monkeypatch.setattr(launch, "run", lambda *_: (2, "no images"))
+    assert main(["tiny.yaml", *words, "--trials", "1"]) == 1
+    assert Path(f"results/results/tiny/{stem}.journal").is_file()
+
+
+def test_dry_run_prints_commands(project, capfd):
+    assert main(["tiny.yaml", "data.fold=[0,1]", "seed=[1,2]", "--dry-run", "-n", "2"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("-n 2" in line and "data.fold=" in line for line in lines)
+    assert not Path("results").exists()
+
+
+# what it amounts to
+
+
+def test_combinations_are_means_over_folds_and_seeds(project):
+    tasks = planned("data.fold=[0,1]", "seed=[1,2]", "opt.lr=[1e-3,1e-4]")
+    scores = np.random.default_rng(0).random(len(tasks))
+    found = results.combinations([ended(t, s) for t, s in zip(tasks, scores, strict=True)])
+    lrs = np.array([task.settings["opt.lr"] for task in tasks])
+    assert [one.settings for one in found] == [{"opt.lr": 1e-3}, {"opt.lr": 1e-4}]
+    for one in found:
+        own = scores[lrs == one.settings["opt.lr"]]
+        assert one.n == 4 and one.minutes == 4.0
+        assert (one.mean, one.deviation) == pytest.approx((own.mean(), np.std(own, ddof=1)))
+        assert one.error == pytest.approx(np.std(own, ddof=1) / 2)
+    text = results.table(found)
+    assert f"{found[0].mean:.4f}" in text and "0.0001" in text
+
+
+def test_the_best_region_is_within_one_standard_error(project):
+    tasks = planned("opt.lr=[1e-4,1e-3,1e-2]", "train.batch_per_gpu=[8,4]")
+    score = {
+        (1e-4, 4): 0.90,
+        (1e-3, 4): 0.89,
+        (1e-2, 4): 0.5,
+        (1e-4, 8): 0.85,
+        (1e-3, 8): 0.88,
+        (1e-2, 8): 0.86,
+    }
+    ends = [ended(t, score[t.settings["opt.lr"], t.settings["train.batch_per_gpu"]]) for t in tasks]
+    grid = results.grid(results.combinations(ends), validation=200)
+    assert grid is not None and grid.xs == [1e-4, 1e-3, 1e-2] and grid.ys == [4, 8] and grid.best == (0, 0)
+    assert grid.error == pytest.approx(math.sqrt(180.5 * 20.5 / 201**3))  # 180 of 200
+    assert grid.framed == "1 training a cell; framed: within one standard error (0.0213) of the best"
+    assert grid.region.tolist() == [[True, True, False], [False, True, False]]
+    text = "\n".join(grid.sentences())
+    assert "best opt.lr=0.0001 train.batch_per_gpu=4: 0.9000 (n = 1 a cell)" in text
+    assert "  train.batch_per_gpu=4: opt.lr in 0.0001, 0.001" in text
+    assert "best opt.lr by train.batch_per_gpu: 4: 0.0001, 8: 0.001" in text
+    assert heat_map(grid, "t").png().startswith(b"\x89PNG")
+    assert results.grid(results.combinations(ends[:2]), 200) is None, "one key alone is no grid"
+
+
+def test_a_perfect_score_has_an_error_too(project):
+    tasks = planned("opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[8,4]")
+    found = results.combinations([ended(task, 1.0) for task in tasks])
+    grid = results.grid(found, validation=300)
+    assert grid is not None and grid.error == pytest.approx(math.sqrt(300.5 * 0.5 / 301**3))
+
+
+def test_trainings_of_two_recipes_or_backbones_are_no_grid(project):
+    Path("other.yaml").write_text("base: tiny.yaml\nexp: {name: other}\n")
+    axes = ["opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[4,8]"]
+    for tasks in (
+        planned(*axes, files=("tiny.yaml", "other.yaml")),
+        planned(*axes, "model.backbone=[test_vit,test_resnet]"),
+    ):
+        found = results.combinations([ended(task, 0.5) for task in tasks])
+        assert len(found) == 8 and results.grid(found, 100) is None
+
+
+def test_a_failed_cell_is_left_out_of_the_grid(project):
+    tasks = planned("opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[4,8]")
+    found = [Result(tasks[0], "failed", "why"), *(ended(t, 0.5) for t in tasks[1:])]
+    grid = results.grid(results.combinations(found), 100)
+    assert grid is not None and np.isnan(grid.mean[0, 0]) and not grid.region[0, 0]
+    assert heat_map(grid, "t").png()
+    row = results.row(found[0])
+    assert row["reason"] == "why" and row["score"] is None
+
+
+# searches
+
+
+def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
+    words = plan.read_words(["opt.lr=log:1e-4..1e-2", "seed=[1,2]", "train.grad_accum=1..3"])
+    journal = Path("study.journal")
+
+    def play(trials: int, cut: int = 0) -> Search:
+        search = Search(["tiny.yaml"], words, trials, journal)
+        for number, task in enumerate(search.tasks()):
+            if cut and number == cut:
+                return search
+            off = math.log10(task.settings["opt.lr"] / 1e-3)
+            search.tell(ended(task, 1 - off**2 - (0.01 if task.run.seed == 1 else 0.0)))
+        return search
+
+    play(3, cut=5)  # killed within the third trial
+    search = play(10)
+    trials = search.study.trials
+    assert len(trials) == 10 and all(trial.state.is_finished() for trial in trials)
+    assert len({trial.params["opt.lr"] for trial in trials}) == 10, (
+        "a resumed search does not draw the same again"
+    )
+    assert all(type(trial.params["train.grad_accum"]) is int for trial in trials)
+    best = search.study.best_trial
+    assert best.value == pytest.approx(1 - math.log10(best.params["opt.lr"] / 1e-3) ** 2 - 0.005)
+    assert best.value > 0.9
+    assert f"best of 10 trials is trial {best.number}" in search.summary()[0]
+    again = play(10)  # every trial is listed once more, for the table, and keeps its value
+    assert [trial.value for trial in again.study.trials] == [trial.value for trial in trials]
+    listed = {task.run.exp for task in Search(["tiny.yaml"], words, 10, journal).tasks()}
+    assert listed == {f"tiny-trial_{number:04}" for number in range(10)}
+    with pytest.raises(InputError, match=r"study.journal holds a search of another recipe or other ranges"):
+        Search(["tiny.yaml"], plan.read_words(["opt.lr=log:1e-4..1e-1"]), 30, journal)
+
+
+def test_a_trial_of_which_a_training_failed_is_tried_again(project):
+    words = plan.read_words(["opt.lr=[1e-3,1e-4]", "seed=[1,2]"])
+    search = Search(["tiny.yaml"], words, 1, Path("j"))
+    one, other = search.tasks()
+    search.tell(ended(one, 0.9))
+    search.tell(Result(other, "failed", "why"))
+    assert search.summary() == ["search: none of 1 trials has a score"]
+    again = Search(["tiny.yaml"], words, 1, Path("j"))
+    same = list(again.tasks())
+    assert [task.run for task in same] == [one.run, other.run]
+    assert [task.words for task in same] == [one.words, other.words]
+    again.tell(Result(same[0], "kept"))
+    again.tell(ended(same[1], 0.7))
+    assert [(trial.state.name, trial.value) for trial in again.study.trials] == [
+        ("COMPLETE", pytest.approx(0.8))
+    ]
+
+
+def test_a_search_whose_trials_fail_says_so_every_time(project, monkeypatch):
+    commands: list[list[str]] = []
+
+    def run(words: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+        commands[-1].append(words[-1])
+        if len(commands) < 3:
+            return 2, "no images"
+        ended(plan.tasks(["tiny.yaml"], plan.read_words(words[4:]))[0], 0.5)
+        return 0, ""
+
+    monkeypatch.setattr(launch, "run", run)
+    for code in (1, 1, 0):
+        commands.append([])
+        assert main(["tiny.yaml", "opt.lr=log:1e-4..1e-2", "--trials", "2"]) == code
+    assert commands == [["exp.name=tiny-trial_0000", "exp.name=tiny-trial_0001"]] * 3
+
+
+def test_what_was_killed_while_it_was_drawn_is_no_trial(project):
+    words = plan.read_words(["opt.lr=1e-4..1e-3"])
+    Search(["tiny.yaml"], words, 2, Path("j")).study.ask()
+    names = [task.run.exp for task in Search(["tiny.yaml"], words, 2, Path("j")).tasks()]
+    assert names == ["tiny-trial_0001", "tiny-trial_0002"]
+
+
+# Ray
+
+
+def test_places_on_a_cluster():
+    gpu = {"CPU": 16.0, "GPU": 2.0}
+    assert cluster.share([gpu], 1) == ({"num_cpus": 0, "num_gpus": 1}, 2, 8)
+    assert cluster.share([gpu, gpu, {"CPU": 4.0}], 2) == ({"num_cpus": 0, "num_gpus": 2}, 2, 8)
+    assert cluster.share([{"CPU": 5.0}], 2) == ({"num_cpus": 2, "num_gpus": 0}, 2, 1)
+    with pytest.raises(EnvironmentFault, match="wants 4 GPUs on one node, the largest has 2; use -n 2"):
+        cluster.share([gpu, gpu], 4)
+
+
+def test_ranks_are_the_recipes_or_the_gpus(monkeypatch):
+    assert default_ranks(2) == 2
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert default_ranks(2) == 1
+
+
+@pytest.mark.slow
+def test_trainings_run_side_by_side_on_ray(project):
+    words = ["tiny.yaml", *SHORT, "data.fold=all"]
+    command = [sys.executable, "-m", "fastflower.campaign", *words, "--ray", "-n", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on Ray: " in done.stdout
+    assert all(runs.Run("tiny", toy_project.BACKBONE, fold, 42).end.is_file() for fold in (0, 1, 2))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout.count("kept: ") == 3
+    assert json.loads(runs.Run("tiny", toy_project.BACKBONE, 0, 42).end.read_text())["epochs"] == 1
+    assert Finished(1)(planned(*words[1:])[0])

@@ -1,0 +1,132 @@
+"""doctor: each finding on a machine that has it and on one that lacks it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastflower import doctor
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path) -> Path:
+    """A machine with no programs on PATH and a repository that was never set up."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    (tmp_path / "fastflower/data/decode").mkdir(parents=True)
+    (tmp_path / "fastflower/data/decode/decode.c").write_text("int answer(void) { return 42; }\n")
+    (tmp_path / "pyproject.toml").write_text(
+        '[project.optional-dependencies]\nstack = ["lightgbm>=4.7"] # trees\ndev = [\n  "ruff>=0.17",\n]\n'
+    )
+    return tmp_path
+
+
+def test_a_bare_machine_lacks_tools_packages_and_kernel(bare, capsys):
+    (bare / "requirements.lock").write_text("numpy==0.0.1 \\\n    --hash=sha256:00\nnothing-such==1.0\n")
+    assert doctor.main([]) == 4
+    said = capsys.readouterr().out
+    assert "lacks  compiler         not found; apt-get install g++" in said
+    assert "lacks  packages         2 of 2 differ: numpy" in said
+    assert "nothing-such missing (lock: 1.0)" in said
+    assert "lacks  decode kernel    not built; make setup" in said
+    assert "-      GPU              none" in said
+    last = said.splitlines()[-1]
+    assert last.startswith("this machine cannot train yet: compiler, pkg-config, libjpeg, OpenCV, packages")
+    assert len(said.splitlines()) <= 24
+
+
+def test_this_environment_is_as_locked(repo):
+    """The suite itself must run in the locked environment; a tool that differs is named but does not stop training."""
+    assert doctor.packages().ok is not False
+
+
+def test_without_the_lock(bare):
+    line = doctor.packages()
+    assert line.ok is False
+    assert "take the repository whole" in str(line)
+
+
+def test_tools_and_extras_do_not_stop_training(bare):
+    (bare / "requirements.lock").write_text("ruff==0.0.0\nlightgbm==0.0.0\n")
+    assert doctor.packages().ok is None
+    assert "2 of 2 differ: ruff" in str(doctor.packages())
+
+
+def test_a_built_kernel_makes_the_compiler_unneeded(bare):
+    assert [line.ok for line in doctor.build_tools(built=True)] == [None] * 4
+    assert [line.ok for line in doctor.build_tools(built=False)] == [False] * 4
+
+
+def test_the_kernel_is_loaded_and_compared_with_its_source(bare, monkeypatch):
+    built = bare / "fastflower/data/decode/_decode.so"
+    built.write_bytes(b"not a library")
+    assert "remove it and run make setup" in str(doctor.kernel())
+    if compiler := shutil.which("g++", path="/usr/bin:/bin:/usr/local/bin"):
+        source = bare / "fastflower/data/decode/decode.c"
+        monkeypatch.setenv("PATH", "/usr/bin:/bin:/usr/local/bin")
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", str(built), str(source)], check=True)
+        assert doctor.kernel() == doctor.Line("decode kernel", True, "_decode.so")
+        newer = built.stat().st_mtime + 10
+        source.touch()
+        os.utime(source, (newer, newer))
+        assert "older than decode.c" in str(doctor.kernel())
+
+
+def test_gpus_are_listed_with_their_driver(monkeypatch):
+    said = {
+        "nvidia-smi": "NVIDIA RTX 4090, 24564 MiB, 550.54\nNVIDIA RTX 4090, 24564 MiB, 550.54",
+        sys.executable: "2",
+    }
+    monkeypatch.setattr(doctor, "output", lambda command: said[command[0]])
+    assert [str(line) for line in doctor.gpus()] == [
+        "ok     GPU              NVIDIA RTX 4090, 24564 MiB, 550.54"
+    ] * 2
+    said[sys.executable] = "0"
+    assert "0 of 2; torch wants CUDA 0; update the driver" in str(doctor.gpus()[-1])
+    assert doctor.gpus()[-1].ok is False
+
+
+def test_missing_libraries_of_opencv_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "loading", lambda name: "no such file" if "GL" in name else "")
+    assert "no libGL.so.1; apt-get install libgl1" in str(doctor.opencv_runtime())
+
+
+def test_old_python_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 1))
+    assert "3.13.1; mosaicml, ffcv and torch resolve on 3.11 only" in str(doctor.python())
+
+
+def test_a_full_disk_and_little_memory(monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert doctor.disk().ok is False
+    assert "want 2 GB" in str(doctor.disk())
+    assert "GB free" in str(doctor.memory())
+
+
+def test_weights_and_photographs_are_found_where_training_looks(repo):
+    assert "model.pretrained=false" in str(doctor.weights())
+    assert "make demo needs neither" in str(doctor.photographs())
+    folder = Path("results/model/pretrained_model")
+    folder.mkdir(parents=True)
+    (folder / "convnextv2_base.fcmae_ft_in22k_in1k.safetensors").touch()
+    (folder / "vit_base_patch16_224.augreg2_in21k_ft_in1k").mkdir()
+    assert doctor.weights().ok is True
+    Path("data/train").mkdir(parents=True)
+    Path("data/train/a.jpg").touch()
+    Path("data/train_labels.csv").touch()
+    assert "1 files in data/train" in str(doctor.photographs())
+
+
+def test_the_command_needs_no_installation(repo):
+    """A stranger's first command: no site-packages, no set-up."""
+    command = [sys.executable, "-S", "-E", "-m", "fastflower.doctor"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "missing (lock:" in done.stdout
+    assert done.stderr == ""

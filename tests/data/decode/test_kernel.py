@@ -1,0 +1,455 @@
+"""The kernel: evaluation equals Pillow to the bit, training is torchvision's crop near Pillow's pixels, and pure."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from fastflower.core import seeding
+from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.decode import kernel
+from fastflower.data.decode.kernel import (
+    Crop,
+    crop_box,
+    decode_eval,
+    decode_file,
+    decode_train,
+    eval_box,
+    library,
+)
+
+WHOLE = Crop((1.0, 1.0), (1.0, 1.0), 0.0)
+SHAPES = [(60, 80), (81, 57), (33, 200), (7, 5), (1, 1), (2, 90), (224, 224), (300, 451), (640, 427)]
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    """A smooth picture with edges and some noise: what JPEG is for, and hard enough for a resampler."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+    pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int64)
+    pixels[height // 3 : height // 2] //= 2
+    return Image.fromarray((pixels + rng.integers(-6, 7, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 90, **options})
+    return file.getvalue()
+
+
+def sampled(image: Image.Image, factor: str) -> bytes:
+    """A JPEG of a chroma sampling that Pillow does not write."""
+    import cv2
+
+    options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{factor}")]
+    return bytes(cv2.imencode(".jpg", np.array(image)[:, :, ::-1], options)[1])
+
+
+def write(path: Path, images: list[bytes | np.ndarray]) -> Beton:
+    with BetonWriter(path, len(images)) as writer:
+        for i, image in enumerate(images):
+            if isinstance(image, bytes):
+                width, height = Image.open(io.BytesIO(image)).size
+                writer.jpeg(image, height, width, 0, i)
+            else:
+                writer.raw(image, 0, i)
+        writer.commit({})
+    return open_beton(path)
+
+
+def pixels(beton: Beton, row: int) -> Image.Image:
+    """A row as Pillow has it."""
+    if beton.table["mode"][row] == 0:
+        return Image.open(io.BytesIO(beton.row(row).tobytes())).convert("RGB")
+    return Image.fromarray(beton.row(row).reshape(beton.heights[row], beton.widths[row], 3))
+
+
+def train(beton: Beton, keys: np.ndarray, size: tuple[int, int], crop: Crop, threads: int = 1) -> np.ndarray:
+    out = np.empty((beton.rows, *size, 3), np.uint8)
+    decode_train(beton, np.arange(beton.rows), keys, out, crop, threads)
+    return out
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
+    """Every JPEG subsampling, progressive, restart markers, optimised, grey, Adobe RGB; and raw; all shapes."""
+    images: list[bytes | np.ndarray] = []
+    kinds: list[dict[str, object]] = [
+        {"subsampling": "4:2:0"}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"progressive": True},
+        {"restart_marker_blocks": 3}, {"optimize": True, "quality": 40}, {"keep_rgb": True},
+    ]  # fmt: skip
+    for i, (height, width) in enumerate(SHAPES):
+        for k, kind in enumerate(kinds):
+            images.append(jpeg(picture(height, width, 10 * i + k), **kind))
+        images += [sampled(picture(height, width, 300 + i), factor) for factor in ("411", "440")]
+        images.append(jpeg(picture(height, width, 500 + i).convert("L")))
+        images.append(np.array(picture(height, width, 900 + i)))
+    return write(tmp_path_factory.mktemp("betons") / "a.beton", images)
+
+
+@pytest.fixture
+def portable() -> Iterator[None]:
+    library().ff_portable(1)
+    yield
+    library().ff_portable(0)
+
+
+def assert_as_pillow(beton: Beton, size: tuple[int, int], factor: float, interpolation: str) -> None:
+    out = np.zeros((beton.rows, *size, 3), np.uint8)
+    decode_eval(beton, np.arange(beton.rows), out, factor, interpolation, 2)
+    how = Image.Resampling[interpolation.upper()]
+    for row in range(beton.rows):
+        image = pixels(beton, row)
+        box = eval_box(image.height, image.width, size, factor)
+        assert np.array_equal(out[row], np.array(image.resize(size[::-1], how, box=box))), (row, image.size)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("size", "factor"), [((64, 64), 1.14), ((32, 64), 1.14), ((90, 50), 1.0), ((224, 224), 1.0)]
+)
+def test_evaluation_is_pillow_to_the_bit(
+    beton: Beton, size: tuple[int, int], factor: float, interpolation: str
+) -> None:
+    assert_as_pillow(beton, size, factor, interpolation)
+
+
+def test_portable_evaluation_is_pillow_too(beton: Beton, portable: None) -> None:
+    assert_as_pillow(beton, (61, 83), 1.14, "bicubic")
+
+
+def test_eval_box_is_the_largest_centred_one() -> None:
+    assert eval_box(300, 400, (224, 224), 1.0) == (50.0, 0.0, 350.0, 300.0)
+    left, top, right, bottom = eval_box(300, 400, (32, 64), 1.25)
+    assert (left, top, right, bottom) == pytest.approx((40, 70, 360, 230))
+    for size in ((3, 7), (224, 224), (333, 1)):  # never outside, whatever the rounding
+        for shape in ((1, 1), (7, 1000), (667, 500)):
+            left, top, right, bottom = eval_box(*shape, size, 1.0)
+            assert 0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0]
+
+
+def reference_box(
+    key: int, height: int, width: int, size: tuple[int, int], crop: Crop
+) -> tuple[int, int, int, int, bool]:
+    """torchvision's RandomResizedCrop.get_params with the key's numbers; ratios times the target's aspect."""
+
+    def draw(stream: int) -> float:
+        return float(seeding.uniform(np.uint64(key), stream))
+
+    flip, aspect = draw(1000) < crop.hflip_p, size[1] / size[0]
+    low, high = crop.ratio[0] * aspect, crop.ratio[1] * aspect
+    for t in range(10):
+        area = height * width * (crop.scale[0] + draw(1010 + t) * (crop.scale[1] - crop.scale[0]))
+        ratio = math.exp(math.log(low) + draw(1030 + t) * (math.log(high) - math.log(low)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw(1050 + t) * (height - h + 1)), int(draw(1070 + t) * (width - w + 1)), h, w, flip
+    h, w = height, width
+    if width / height < low:
+        h = round(width / low)
+    elif width / height > high:
+        w = round(height * high)
+    return (height - h) // 2, (width - w) // 2, h, w, flip
+
+
+@pytest.mark.parametrize("size", [(224, 224), (32, 64)])
+@pytest.mark.parametrize(
+    "crop", [Crop(), Crop((0.08, 1.0), (0.5, 2.0), 0.2), Crop((0.9, 1.0), (1.0, 1.0), 1.0)]
+)
+def test_crops_are_torchvisions(size: tuple[int, int], crop: Crop) -> None:
+    keys = seeding.row_keys(3, 1, np.arange(60), np.arange(60))
+    for height, width in ((500, 666), (40, 300), (300, 40), (9, 9)):
+        for key in keys:
+            box = crop_box(int(key), height, width, size, crop)
+            assert box == reference_box(int(key), height, width, size, crop)
+            assert box[0] >= 0 <= box[1] and box[0] + box[2] <= height and box[1] + box[3] <= width
+
+
+def test_crops_are_uniform_and_independent() -> None:
+    keys = seeding.row_keys(0, np.uint64(0), np.arange(4000), np.arange(4000))
+    quarter = Crop((0.25, 0.25), (1.0, 1.0))
+    boxes = np.array([crop_box(int(key), 1000, 1000, (64, 64), quarter) for key in keys])
+    top, left, flip = boxes[:, 0], boxes[:, 1], boxes[:, 4]
+    assert (boxes[:, 2] == 500).all()
+    for place in (top, left):
+        assert stats.kstest((place + 0.5) / 501, "uniform").pvalue > 1e-3
+    assert stats.binomtest(int(flip.sum()), 4000, 0.5).pvalue > 1e-3
+    for a, b in ((top, left), (top[1:], top[:-1]), (left, flip)):
+        assert abs(stats.pearsonr(a, b).statistic) < 0.06
+    keys = seeding.row_keys(0, 1, np.arange(4000), np.arange(4000))
+    later = np.array([crop_box(int(key), 1000, 1000, (64, 64), quarter)[0] for key in keys])
+    assert abs(stats.pearsonr(top, later).statistic) < 0.06
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 10 * math.log10(255**2 / max(float(((a.astype(float) - b) ** 2).mean()), 1e-9))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 64), (100, 180), (250, 160)])
+def test_training_is_near_pillow(beton: Beton, size: tuple[int, int]) -> None:
+    keys = seeding.row_keys(1, 2, np.arange(beton.rows), np.arange(beton.rows))
+    crop = Crop((0.3, 1.0), (3 / 4, 4 / 3), 0.5)
+    out = train(beton, keys, size, crop)
+    for row in range(beton.rows):
+        image = pixels(beton, row)
+        top, left, height, width, flip = crop_box(int(keys[row]), image.height, image.width, size, crop)
+        view = image.crop((left, top, left + width, top + height)).resize(
+            size[::-1], Image.Resampling.BILINEAR
+        )
+        expected = np.array(view)[:, ::-1] if flip else np.array(view)
+        raw = beton.table["mode"][row] == 1
+        assert psnr(out[row], expected) > (50 if raw else 27), (row, image.size)
+        if raw:
+            assert np.abs(out[row].astype(int) - expected).max() <= 2
+
+
+def test_training_quality_on_photographs(flowers17: Path, tmp_path: Path) -> None:
+    """Least and median PSNR to full decodes: Pillow's antialiased bilinear resize, and OpenCV's area averaging."""
+    import cv2
+
+    files = sorted((flowers17 / "train").iterdir())[::60]
+    beton = write(tmp_path / "a.beton", [file.read_bytes() for file in files])
+    keys, crop = seeding.row_keys(1, 2, np.arange(beton.rows), np.arange(beton.rows)), Crop(hflip_p=0.0)
+    for size, bilinear, area in ((224, (38, 44), (32, 40)), (320, (44, 48), (38, 45))):
+        out, found = train(beton, keys, (size, size), crop), []
+        for row in range(beton.rows):
+            image = pixels(beton, row)
+            top, left, h, w, _ = crop_box(int(keys[row]), image.height, image.width, (size, size), crop)
+            view = image.crop((left, top, left + w, top + h))
+            smooth = np.array(view.resize((size, size), Image.Resampling.BILINEAR))
+            mean = cv2.resize(np.array(view), (size, size), interpolation=cv2.INTER_AREA)
+            found.append((psnr(out[row], smooth), psnr(out[row], mean)))
+        for values, (least, median) in zip(np.transpose(found), (bilinear, area), strict=True):
+            assert values.min() > least and np.median(values) > median
+
+
+def test_a_constant_image_stays_constant(tmp_path: Path) -> None:
+    values = [0, 1, 127, 128, 200, 254, 255]
+    beton = write(tmp_path / "a.beton", [np.full((77, 91, 3), v, np.uint8) for v in values])
+    keys = seeding.row_keys(5, 0, np.arange(len(values)), np.arange(len(values)))
+    for size in ((32, 32), (224, 224), (13, 100), (76, 90)):
+        out = train(beton, keys, size, Crop())
+        for row, value in enumerate(values):
+            assert (out[row] == value).all()
+
+
+def test_flip_is_a_mirror(beton: Beton) -> None:
+    keys = np.arange(beton.rows).astype(np.uint64)
+    plain = train(beton, keys, (50, 70), Crop(hflip_p=0.0))
+    assert np.array_equal(train(beton, keys, (50, 70), Crop(hflip_p=1.0)), plain[:, :, ::-1])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (3, 5), (31, 97), (200, 333)])
+def test_fast_code_equals_portable_code(beton: Beton, size: tuple[int, int]) -> None:
+    keys = seeding.row_keys(1, 2, np.arange(beton.rows), np.arange(beton.rows))
+    crop, outs = Crop((0.1, 1.0)), []
+    for on in (0, 1, 0):
+        library().ff_portable(on)
+        outs.append(train(beton, keys, size, crop))
+    assert np.array_equal(outs[0], outs[1]) and np.array_equal(outs[0], outs[2])
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Some bytes of the scan flipped, made markers, cut out, put in, or the end cut off."""
+    start = data.index(b"\xff\xda") + 10
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(start, len(data)))
+        middle = [
+            bytes([data[at] ^ 1 << rng.integers(8)]), b"\xff", bytes([255, rng.integers(0xD0, 0xDA)]), b"",
+            rng.bytes(2) + data[at : at + 1],
+        ]  # fmt: skip
+        how = int(rng.integers(len(middle) + 1))
+        data = data[:at] + middle[how] + data[at + 1 :] if how < len(middle) else data[: at + 1]
+    return data
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, whole: bool) -> None:
+    """Our Huffman decoding is in use, accepts what libjpeg's accepts, with its pixels, and refuses in its words.
+
+    Of rows' crops as of whole files, where bytes after the last block count too.
+    """
+    rng = np.random.default_rng(0)
+    kinds = [
+        jpeg(picture(40, 50, 1)),
+        jpeg(picture(40, 50, 2), restart_marker_blocks=2),
+        jpeg(picture(40, 50, 3), optimize=True, quality=100),
+        jpeg(picture(40, 50, 4).convert("L")),
+    ]
+    files = [damaged(kinds[i % 4], rng) for i in range(400)]
+    for kind in kinds:
+        markers = (b"\xff\0", b"\xff\xd0", b"\xff\xd8", b"\xff\xda", b"\xff\xfe\0\4ab")
+        tails = (b"", b"\0", b"\xff", bytes(99), *markers)
+        files += [kind[:-2] + tail + b"\xff\xd9" + behind for tail in tails for behind in (b"", b"behind")]
+    with BetonWriter(tmp_path / "a.beton", len(files)) as writer:
+        for i, data in enumerate(files):
+            writer.jpeg(data, 40, 50, 0, i)
+        writer.commit({})
+    beton, refused = open_beton(tmp_path / "a.beton"), 0
+    for row, data in enumerate(files):
+        found = []
+        for on in (1, 0):
+            assert library().ff_portable(on) == 1 - on
+            out = np.zeros((1, 30, 30, 3), np.uint8)
+            try:
+                if whole:
+                    out = decode_file(data, 40, 50, (40, 50))
+                else:
+                    decode_train(beton, np.array([row]), np.array([row], np.uint64), out, Crop((0.5, 1)), 1)
+                found.append((out.tobytes(), ""))
+            except (CorruptionError, InputError) as error:
+                found.append((b"", str(error)))
+        assert found[0] == found[1]
+        refused += bool(found[0][1])
+    assert 100 < refused < 390
+
+
+def test_threads_order_and_batch_do_not_matter(beton: Beton) -> None:
+    rows = np.random.default_rng(0).permutation(np.repeat(np.arange(beton.rows), 2))
+    keys = seeding.row_keys(1, 2, np.arange(rows.size), rows)
+    one, three = np.empty((2, rows.size, 48, 64, 3), np.uint8)
+    decode_train(beton, rows, keys, one, Crop(), 1)
+    decode_train(beton, rows, keys, three, Crop(), 3)
+    assert np.array_equal(one, three)
+    back, single = rows.size - 1 - np.arange(rows.size), np.empty((1, 48, 64, 3), np.uint8)
+    decode_train(beton, rows[back], keys[back], three, Crop(), 2)
+    assert np.array_equal(one, three[back])
+    for i in range(0, rows.size, 17):
+        decode_train(beton, rows[i : i + 1], keys[i : i + 1], single, Crop(), 4)
+        assert np.array_equal(single[0], one[i])
+    first, second = one[rows == beton.rows - 1]
+    assert not np.array_equal(first, second)  # another key, another crop
+
+
+def broken(data: bytes, how: str) -> bytes:
+    start = data.index(b"\xff\xda") + 14
+    if how == "cut":
+        return data[: start + (len(data) - start) // 3]
+    if how == "zeros":
+        return data[: start + 50] + bytes(len(data) - start - 50)
+    if how == "header":
+        return b"\x00" * 20 + data[20:]
+    if how == "cmyk":
+        return jpeg(picture(90, 120, 0).convert("CMYK"))
+    return jpeg(picture(91, 120, 0))  # "shape"
+
+
+@pytest.mark.parametrize("how", ["cut", "zeros", "header", "cmyk", "shape"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_undecodable_row_is_named(tmp_path: Path, how: str, threads: int) -> None:
+    good, size = [jpeg(picture(90, 120, i)) for i in range(8)], (40, 40)
+    with BetonWriter(tmp_path / "a.beton", 8) as writer:
+        for i, data in enumerate(good):
+            writer.jpeg(broken(data, how) if i in (3, 6) else data, 90, 120, 0, 70 + i)
+        writer.commit({})
+    beton, out = open_beton(tmp_path / "a.beton"), np.empty((8, *size, 3), np.uint8)
+    keys, rows = np.arange(8, dtype=np.uint64), np.arange(8)
+    words = r"row 3 \(row 73 of folds.csv\): cannot be decoded \(.+\)"
+    with pytest.raises(CorruptionError, match=words):
+        decode_train(beton, rows, keys, out, WHOLE, threads)
+    with pytest.raises(CorruptionError, match=words):
+        decode_eval(beton, rows, out, 1.0, "bicubic", threads)
+    fine = np.array([0, 1, 2, 4, 5, 7])  # and the kernel is none the worse for it
+    decode_train(beton, fine, keys[fine], out[:6], WHOLE, threads)
+    middle = pixels(beton, 4).crop((15, 0, 105, 90))
+    assert psnr(out[3], np.array(middle.resize((40, 40), Image.Resampling.BILINEAR))) > 27
+
+
+def test_wrong_arguments_are_refused(beton: Beton) -> None:
+    keys, out = np.zeros(2, np.uint64), np.empty((2, 8, 8, 3), np.uint8)
+    with pytest.raises(InputError, match=r"rows are 0\.\.98, got 0\.\.99"):
+        decode_train(beton, np.array([0, 99]), keys, out, Crop(), 1)
+    with pytest.raises(InputError, match="out must be contiguous"):
+        decode_eval(beton, np.array([0, 1]), out[:, :, ::2], 1.0, "bicubic", 1)
+    with pytest.raises(InputError, match="3 keys for 2 rows"):
+        decode_train(beton, np.array([0, 1]), np.zeros(3, np.uint64), out, Crop(), 1)
+    with pytest.raises(InputError, match="interpolation = nearest: must be one of bilinear, bicubic"):
+        decode_eval(beton, np.array([0, 1]), out, 1.0, "nearest", 1)
+
+
+def test_a_missing_kernel_says_make_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentFault, match="not compiled; run make setup"):
+        kernel.library.__wrapped__()
+
+
+@pytest.mark.filterwarnings("ignore")  # numba and ffcv have theirs
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcvs_loader_runs_the_same_kernel(beton: Beton, os_cache: bool) -> None:
+    from ffcv.fields.decoders import IntDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+
+    from fastflower.data.decode.ffcv_loader import EvalDecoder, TrainDecoder
+
+    rows, size, seed = np.arange(beton.rows), (24, 32), 5
+    trained, viewed = TrainDecoder(size, Crop(), seed), EvalDecoder(size, 1.14, "bicubic")
+    for decoder in (trained, viewed):
+        pipelines = {
+            "image": [decoder, ToTensor()],
+            "label": [IntDecoder()],
+            "index": [IntDecoder(), ToTensor()],
+        }
+        loader = Loader(
+            str(beton.path), batch_size=32, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache,
+            drop_last=False, pipelines=pipelines,
+        )  # fmt: skip
+        for epoch in (0, 1):
+            trained.set_epoch(epoch)
+            batches = [(batch[0].numpy().copy(), batch[2].numpy().copy()) for batch in loader]
+            got, expected = (
+                np.concatenate([b[0] for b in batches]),
+                np.empty((beton.rows, *size, 3), np.uint8),
+            )
+            if decoder is trained:
+                decode_train(beton, rows, seeding.row_keys(seed, epoch, 0 * rows, rows), expected, Crop(), 1)
+            else:
+                decode_eval(beton, rows, expected, 1.14, "bicubic", 1)
+            assert np.array_equal(got, expected)
+            assert np.concatenate([b[1] for b in batches])[:, 0].tolist() == beton.index.tolist()
+        decoder.check(beton.path)
+
+
+def test_ffcvs_loader_notes_an_undecodable_row(beton: Beton) -> None:
+    import ctypes
+
+    from fastflower.data.decode.ffcv_loader import EvalDecoder
+
+    decoder, out = EvalDecoder((8, 8), 1.0, "bilinear"), np.ones((8, 8, 3), np.uint8)
+    junk = np.zeros(100, np.uint8)
+    settings = ctypes.addressof(decoder._settings)
+    library().ff_one(junk.ctypes.data, 100, 8, 8, 0, (7 << 32) | 4, settings, out.ctypes.data, 8, 8)
+    assert not out.any()
+    with pytest.raises(CorruptionError, match="row 4 cannot be decoded"):
+        decoder.check(beton.path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stock_ffcv_trains_on_our_betons(tmp_path: Path) -> None:
+    from fastflower.data.decode.ffcv_loader import stock_loader
+
+    images = [picture(64, 64, i) for i in range(10)]
+    with BetonWriter(tmp_path / "a.beton", 10) as writer:
+        for i, image in enumerate(images):
+            if i % 2:
+                writer.raw(np.array(image), i % 3, i)
+            else:
+                writer.jpeg(jpeg(image, quality=98), 64, 64, i % 3, i)
+        writer.commit({})
+    batches = [
+        (batch[0].numpy().copy(), batch[1].numpy().copy())
+        for batch in stock_loader(tmp_path / "a.beton", (64, 64), WHOLE, 4, 1)
+    ]
+    assert [len(batch[0]) for batch in batches] == [4, 4, 2]
+    assert np.concatenate([batch[1] for batch in batches])[:, 0].tolist() == [i % 3 for i in range(10)]
+    for found, image in zip(np.concatenate([batch[0] for batch in batches]), images, strict=True):
+        assert psnr(found, np.array(image)) > 28

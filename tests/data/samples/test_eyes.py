@@ -1,0 +1,94 @@
+"""Drawn eyes: the same for everybody, of two classes that differ by their gap, many a second; and their recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower import convert, sample_data, train
+from fastflower.core.errors import InputError
+from fastflower.core.runs import Run, read_events
+from fastflower.core.tables import read_csv
+from fastflower.data.betons.fold_set import open_fold
+from fastflower.data.samples import eyes
+from fastflower.recipe import derived, load, parse_command
+
+
+def test_an_eye_is_a_function_of_seed_and_number():
+    images, is_open = eyes.draw(3, np.arange(40))
+    alone, label = eyes.draw(3, np.array([7]))
+    assert images.shape == (40, 32, 64, 3) and images.dtype == np.uint8
+    assert np.array_equal(alone[0], images[7]) and label[0] == is_open[7]
+    assert not np.array_equal(eyes.draw(4, np.array([7]))[0], alone)
+    assert len(np.unique(images.reshape(40, -1), axis=0)) == 40
+
+
+def test_shares_and_brightness_do_not_tell_the_classes_apart():
+    images, is_open = eyes.draw(0, np.arange(600))
+    assert is_open.mean() == pytest.approx(eyes.OPEN, abs=0.06)  # 3 deviations
+    light = images.mean((1, 2, 3))
+    threshold = np.median(light)
+    assert max(((light > threshold) == is_open).mean(), ((light < threshold) == is_open).mean()) < 0.62
+
+
+def test_a_drawn_contest_has_labels_and_a_hidden_truth(tmp_path):
+    sample_data.main(["eyes", "rows=70", "held_out=9", "seed=5", f"home={tmp_path}/eyes"])
+    columns = ("filename", "category_id")
+    rows = read_csv(tmp_path / "eyes/train_labels.csv", columns)
+    truth = read_csv(tmp_path / "eyes/truth.csv", columns)
+    assert len(rows) == 70 and len(truth) == 9
+    assert len(list((tmp_path / "eyes/test").rglob("*.jpg"))) == 9
+    images, is_open = eyes.draw(5, np.arange(70, 79))
+    assert [row["category_id"] for row in truth] == [str(int(one)) for one in is_open]
+    stored = np.asarray(Image.open(tmp_path / "eyes/test" / truth[3]["filename"])).astype(int)
+    assert np.abs(stored - images[3]).mean() < 12  # JPEG
+    with pytest.raises(InputError, match="not empty; remove it"):
+        sample_data.main(["eyes", f"home={tmp_path}/eyes"])
+
+
+VARIANTS = {  # of seed 001, section 6: lr, decay, factor, patience, warm-up, batch, dropout, loss, smoothing
+    "eyes": (1e-4, 1e-4, 0.5, 2, 0, 4096, 0.3, "bce", 0.0),
+    "eyes_cautious": (2e-4, 5e-4, 0.7, 5, 0, 4096, 0.25, "bce", 0.0),
+    "eyes_bold": (3e-4, 1e-3, 0.7, 10, 5, 2048, 0.2, "focal", 0.05),
+    "eyes_balanced": (2e-4, 5e-4, 0.7, 5, 0, 4096, 0.25, "focal", 0.05),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_recipes_are_the_seeds(name, repo):
+    r = load(repo / f"recipes/{name}.yaml")
+    assert VARIANTS[name] == (
+        *(r.opt.lr, r.opt.weight_decay, r.sched.factor, r.sched.patience, r.sched.warmup_epochs),
+        *(r.train.batch_per_gpu, r.model.drop_rate, r.loss.name, r.reg.ls_eps),
+    )
+    d = derived.derive(r, 2)
+    assert d.batch_global == 2 * r.train.batch_per_gpu and d.lr == r.opt.lr and d.epochs == 1000
+    assert (d.stages[0].height, d.stages[0].width) == (32, 64) and r.seed == 42 and not r.train.amp
+    assert (r.sched.name, r.sched.monitor, r.ema.decay, r.data.split) == (
+        "plateau",
+        "val_loss",
+        0.999,
+        "ratio",
+    )
+    assert (r.aug.hflip_p, r.aug.photometric_p, r.aug.clahe_p, r.loss.focal_gamma) == (0.5, 0.5, 0.01, 2.0)
+    assert (r.aug.vflip_p, r.aug.rotation_deg, sum(r.aug.jitter), r.reg.erase_p) == (0, 0, 0, 0)
+
+
+def test_the_recipe_trains_and_logs_f1_gradient_norm_and_lr(repo):
+    sample_data.main(["eyes", "rows=120", "held_out=0"])
+    words = [str(repo / "recipes/eyes_small.yaml"), "exp.name=eyes", "data.workers=1", "train.world_size=1"]
+    words += ["train.batch_per_gpu=16", "sched.cosine_epochs=2", "model.backbone=test_resnet"]
+    convert.main(words)
+    recipe = parse_command(words)
+    fold = open_fold(recipe, 0)
+    assert (fold.train.rows, fold.val.rows) == (96, 24)
+    assert set(fold.train.heights) == {32} and set(fold.train.widths) == {64}
+    assert train.main(words) == 0
+    rows = [row for row in read_events(Run("eyes", "test_resnet", 0, 42).events) if row["event"] == "epoch"]
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 <= row["f1_ema"] <= 1 and row["grad_norm"] > 0 and row["lr_max"] > 0 and row["val_loss"] > 0
+    assert Path("results/model/eyes/ema_best.pth").is_file()

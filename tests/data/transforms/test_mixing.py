@@ -1,0 +1,182 @@
+"""MixUp and CutMix: rates, shares, labels, and the same pairs on any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fastflower.core import seeding
+from fastflower.data.transforms.mixing import SHARE, beta, boxes, choose, mix
+
+KINDS = ("mixup", "cutmix")
+
+
+def keys_of(count: int, epoch: int = 0) -> Tensor:
+    rows = np.arange(count)
+    return torch.from_numpy(seeding.row_keys(9, epoch, rows, rows).view(np.int64))
+
+
+def flat(count: int, size: int = 20) -> Tensor:
+    """Image i is the constant i, float32 (count, 3, size, size), channels last."""
+    images = torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, size, size)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def rates(**changes: float) -> dict[str, float]:
+    words = {"prob": 0.4, "switch": 0.5, "mixup": 0.2, "cutmix": 0.8, **changes}
+    kinds = [choose(42, step // 500, step % 500, **words) for step in range(5000)]
+    return {kind: kinds.count(kind) / 5000 for kind in ("none", *KINDS)}
+
+
+def test_total_probability_and_switch() -> None:
+    shares = rates()
+    assert abs(shares["mixup"] + shares["cutmix"] - 0.4) < 0.02
+    assert abs(shares["cutmix"] - 0.2) < 0.02
+    shares = rates(prob=1.0, switch=0.25)
+    assert shares["none"] == 0 and abs(shares["cutmix"] - 0.25) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"mixup": 0.0}, {"mixup": 0.0, "cutmix": 0.4}),
+        ({"cutmix": 0.0}, {"mixup": 0.4, "cutmix": 0.0}),
+        ({"mixup": 0.0, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 0.0}),
+        ({"prob": 0.0}, {"mixup": 0.0, "cutmix": 0.0}),
+        ({"switch": 1.0}, {"mixup": 0.0, "cutmix": 0.4}),
+    ],
+)
+def test_what_is_off_leaves_its_share_to_the_other(changes: dict, expected: dict) -> None:
+    shares = rates(**changes)
+    assert all(abs(shares[kind] - share) < 0.02 for kind, share in expected.items())
+    assert all(shares[kind] == 0 for kind, share in expected.items() if share == 0)
+
+
+def test_choice_is_a_pure_function_of_seed_epoch_and_step() -> None:
+    def kinds(seed: int, epoch: int) -> list[str]:
+        return [choose(seed, epoch, step, 0.5, 0.5, 0.2, 0.8) for step in range(200)]
+
+    assert kinds(1, 0) == kinds(1, 0)
+    assert len({tuple(kinds(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 5.0])
+def test_shares_follow_beta(alpha: float) -> None:
+    """In 92 bins of known probability; the outer are wide, as float32 cannot tell 1 - 1e-8 from 1."""
+    shares = beta(keys_of(50_000), alpha).double().numpy()
+    edges = stats.beta.ppf(np.linspace(0.05, 0.95, 91), alpha, alpha)
+    counts = np.histogram(shares, [-1, *edges, 2])[0]
+    expected = np.diff([0, *np.linspace(0.05, 0.95, 91), 1]) * 50_000
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+    assert shares.min() >= 0 and shares.max() <= 1
+    if alpha >= 0.8:
+        assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 3.0])
+def test_interpolation_error_of_the_quantiles(alpha: float) -> None:
+    keys = keys_of(20_000)
+    uniform = seeding.uniform_tensor(keys, SHARE).double().numpy()
+    shares = beta(keys, alpha).double().numpy()
+    visible = shares < 1 - 1e-4  # nearer to 1, the rounding of float32 is more than the interpolation
+    assert np.abs(stats.beta.cdf(shares, alpha, alpha) - uniform)[visible].max() <= 1 / 4096
+    assert np.abs(shares - stats.beta.ppf(uniform, alpha, alpha)).mean() < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_label_weight_is_pixel_fraction(kind: str) -> None:
+    """Partner of i is (i + B/2) mod B; on constant pictures the mean pixel tells the share."""
+    count = 16
+    images, targets = mix(flat(count), torch.arange(count), keys_of(count), count, kind, 0.8)
+    for row in range(count):
+        partner = (row + count // 2) % count
+        weight = float(targets[row, row])
+        mean = float(images[row].double().mean())
+        assert mean == pytest.approx(weight * row + (1 - weight) * partner, abs=1e-4)
+        assert float(targets[row, partner]) == pytest.approx(1 - weight, abs=1e-6)
+        others = [c for c in range(count) if c not in (row, partner)]
+        assert not targets[row, others].any()
+    assert len({round(float(w), 4) for w in targets.diagonal()}) > count // 2  # each row has its own share
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [2, 7, 16])
+def test_targets_and_formats(kind: str, count: int) -> None:
+    labels = torch.arange(count) % 3
+    for dtype in (torch.float32, torch.bfloat16):
+        before = flat(count).to(dtype)
+        images, targets = mix(before, labels, keys_of(count), 5, kind, 0.4)
+        assert images.dtype == dtype and targets.dtype == torch.float32 and targets.shape == (count, 5)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(targets.sum(1), torch.ones(count), atol=1e-6, rtol=0)
+        assert torch.equal(before, flat(count).to(dtype))  # the input is left alone
+
+
+def test_mixup_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, keys = 255 * torch.rand(6, 3, 8, 8, generator=generator), keys_of(6)
+    mixed, _ = mix(images, torch.arange(6), keys, 6, "mixup", 0.7)
+    share = beta(keys, 0.7).view(-1, 1, 1, 1)
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images[[3, 4, 5, 0, 1, 2]])
+
+
+def test_cutmix_pastes_one_box_of_whole_pixels() -> None:
+    images, _ = mix(flat(64, 32), torch.arange(64), keys_of(64), 64, "cutmix", 0.8)
+    for row in range(64):
+        pasted = images[row, 0] != row
+        assert set(images[row].unique().tolist()) <= {float(row), float((row + 32) % 64)}
+        rows, columns = pasted.any(1).nonzero().ravel(), pasted.any(0).nonzero().ravel()
+        if len(rows):
+            assert pasted[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            assert pasted.sum() == len(rows) * len(columns)
+
+
+def test_cutmix_boxes_have_the_drawn_area_where_nothing_is_cut_off() -> None:
+    keys = keys_of(4000)
+    share = torch.full((4000,), 0.75)  # a box of half the sides
+    inside, actual = boxes(keys, share, 40, 60)
+    area = inside[:, 0].sum((1, 2))
+    assert int(area.max()) == 20 * 30
+    torch.testing.assert_close(actual, 1 - area / 2400)
+    # a side of half the image keeps 7/8 of itself on average over uniform centres
+    assert float(area.float().mean()) == pytest.approx(600 * 0.875**2, rel=0.02)
+    covered = inside[:, 0].float().mean(0)
+    assert covered[20, 30] > covered[0, 0] > 0
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_hard_targets_when_nothing_is_mixed(kind: str) -> None:
+    images, targets = mix(flat(1), torch.tensor([2]), keys_of(1), 4, kind, 0.2)
+    assert torch.equal(images, flat(1)) and targets.tolist() == [[0, 0, 1, 0]]
+    images, targets = mix(flat(4), torch.arange(4), keys_of(4), 4, "none", 0.2)
+    assert torch.equal(images, flat(4)) and torch.equal(targets, torch.eye(4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_meet_the_pairs_of_one_rank(kind: str, world: int) -> None:
+    labels, keys = torch.arange(24) % 7, keys_of(24)
+    images, targets = mix(flat(24), labels, keys, 7, kind, 0.8)
+    for rank in range(world):
+        part = slice(rank, None, world)
+        mine, mine_targets = mix(flat(24)[part], labels[part], keys[part], 7, kind, 0.8)
+        assert torch.equal(mine, images[part]) and torch.equal(mine_targets, targets[part])
+
+
+def test_global_random_state_stays() -> None:
+    state = torch.get_rng_state()
+    mix(flat(4), torch.arange(4), keys_of(4), 4, "cutmix", 0.8)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_equals_cpu(kind: str) -> None:
+    labels, keys = torch.arange(16), keys_of(16)
+    images, targets = mix(flat(16), labels, keys, 16, kind, 0.8)
+    there = mix(flat(16).cuda(), labels.cuda(), keys.cuda(), 16, kind, 0.8)
+    torch.testing.assert_close(there[0].cpu(), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(there[1].cpu(), targets, atol=1e-6, rtol=0)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastflower.core.errors import CorruptionError, InputError
+from fastflower.evaluation import logits
+from support.fake_members import BACKBONES, IDS, folds, labels, member
+
+
+def run(
+    backbone: str = BACKBONES[0], seed: int = 42, which: tuple[int, ...] = (2, 0, 1)
+) -> list[logits.Logits]:
+    return [member(fold, backbone, seed) for fold in which]
+
+
+def test_a_saved_member_comes_back_to_the_bit(tmp_path: Path) -> None:
+    own = member(1)
+    path = logits.member_file(tmp_path, own.about)
+    logits.save_logits(path, own)
+    assert path.name == "convnextv2_atto__fold1_seed42.npz"
+    again = logits.load_logits(path)
+    for name in logits.ARRAYS:
+        np.testing.assert_array_equal(getattr(again, name), getattr(own, name))
+        assert getattr(again, name).dtype == getattr(own, name).dtype
+    assert again.about == own.about
+
+
+def test_damaged_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    with pytest.raises(InputError, match=r"no logits .* run python -m fastflower\.evaluate first"):
+        logits.load_logits(path)
+    logits.save_logits(path, member(0))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"not readable .*evaluate again"):
+        logits.load_logits(path)
+    logits.save_logits(path, member(0, kind="probabilities"))
+    with pytest.raises(InputError, match=r"holds probabilities, not logits; run python -m"):
+        logits.load_logits(path)
+    np.savez(path, logits=np.zeros(3))
+    with pytest.raises(CorruptionError, match="not readable"):
+        logits.load_logits(path)
+
+
+@pytest.mark.parametrize("part", ["logits", "single", "corrupt"])
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path, part: str) -> None:
+    own = member(0)
+    values = getattr(own, part).copy()
+    values[..., 3, 1] = np.nan
+    with pytest.raises(
+        CorruptionError, match=rf"1 images have logits that are not finite, first {own.filename[3]}"
+    ):
+        logits.save_logits(tmp_path / "m.npz", replace(own, **{part: values}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folds_become_one_set_in_which_each_image_occurs_once() -> None:
+    whole = logits.assemble(run(), folds())
+    np.testing.assert_array_equal(whole.index, np.flatnonzero(folds() >= 0))
+    np.testing.assert_array_equal(whole.class_idx, labels()[whole.index])
+    for own in run():
+        rows = np.isin(whole.index, own.index)
+        np.testing.assert_array_equal(whole.logits[rows], own.logits)
+        np.testing.assert_array_equal(whole.corrupt[:, rows], own.corrupt)
+        assert (whole.fold[rows] == own.about["fold"]).all()
+    assert (whole.about["mb"], whole.about["ms"]) == (30.0, 6.0)
+
+
+def test_missing_folds_are_named() -> None:
+    assert logits.missing_folds(run(which=(0, 2)), folds()) == [1]
+    assert logits.missing_folds(run(), folds()) == []
+
+
+def test_sets_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(InputError, match="occurs 2 times; give one member for each fold"):
+        logits.assemble([member(0), member(0)], folds())
+    with pytest.raises(InputError, match="different class maps"):
+        logits.assemble([member(0), member(1, class_hash="other")], folds())
+    for ids, how in (
+        (IDS[:3], "without rose, tulip, x & <y>"),
+        (IDS[1:] + IDS[:1], "in another order"),
+        ([*IDS[1:], "8"], "without 7 and also with 8"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"different class maps \(c0ffee, other, {how}\); evaluate only"
+        ):
+            logits.assemble([member(0), member(1, class_hash="other", class_ids=ids)], folds())
+    with pytest.raises(InputError, match=r"different folds \(f01d, other\)"):
+        logits.assemble([member(0), member(1, folds_hash="other")], folds())
+    other = member(1)
+    with pytest.raises(InputError, match=r"has 6 classes, .* has 5"):
+        logits.assemble([member(0), replace(other, logits=other.logits[:, :5])], folds())
+    with pytest.raises(InputError, match="saw different corruptions"):
+        logits.assemble(
+            [member(0), replace(other, combos=other.combos[:1], corrupt=other.corrupt[:1])], folds()
+        )
+
+
+def test_an_image_of_the_members_own_training_part_is_refused() -> None:
+    moved = folds()
+    moved[member(0).index[4]] = 1
+    with pytest.raises(InputError, match=r"1 images were not held out of fold 0, first image_\d+.jpg"):
+        logits.assemble([member(0)], moved)
+    own = member(0)
+    with pytest.raises(InputError, match=r"1 images of folds \[0\] are missing"):
+        logits.assemble([own.take(np.arange(1, len(own)))], folds())
+    with pytest.raises(InputError, match="not held out"):
+        logits.assemble([replace(own, index=own.index + 10_000)], folds())
+
+
+def test_fusion_is_the_mean_flat_or_by_family() -> None:
+    sets = [
+        logits.assemble(run(b, s), folds())
+        for b, s in ((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
+    ]
+    a, b, c = (s.logits.astype(np.float64) for s in sets)
+    np.testing.assert_allclose(logits.fuse(sets).logits, (a + b + c) / 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        logits.fuse(sets, logits.family_weights([s.run[0] for s in sets])).logits,
+        a / 4 + b / 4 + c / 2,
+        rtol=1e-6,
+    )
+    corrupt = sum(s.corrupt.astype(np.float64) for s in sets) / 3
+    np.testing.assert_allclose(logits.fuse(sets).corrupt, corrupt, rtol=1e-6, atol=1e-6)
+
+
+def test_runs_over_other_folds_are_fused_where_they_overlap() -> None:
+    first, second = (
+        logits.assemble(run(which=(0, 1)), folds()),
+        logits.assemble(run(BACKBONES[1], which=(1, 2)), folds()),
+    )
+    fused = logits.fuse([first, second])
+    np.testing.assert_array_equal(fused.index, np.flatnonzero(folds() == 1))
+    np.testing.assert_allclose(
+        fused.logits, (member(1).logits + member(1, BACKBONES[1]).logits) / 2, rtol=1e-6, atol=1e-6
+    )
+    with pytest.raises(InputError, match="no fold in common"):
+        logits.fuse(
+            [logits.assemble([member(0)], folds()), logits.assemble([member(1, BACKBONES[1])], folds())]
+        )

@@ -1,0 +1,579 @@
+"""Every key of a recipe does something: changed alone, it changes what the program makes or says.
+
+`CHANGES` has a line for each key: who looks, another value, and what else the recipe must say for the key to
+matter. An observer is a function of a recipe that returns something to compare; it must give the same twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from composer.core import Event, Timestamp
+from PIL import Image
+
+from fastflower import ensemble, evaluate, export, train
+from fastflower.algorithms.fixmatch import FixMatch
+from fastflower.algorithms.mixing import Mix
+from fastflower.bundle import gates, writer
+from fastflower.bundle.members import choose
+from fastflower.callbacks.checkpoints import parse_interval
+from fastflower.callbacks.selection import Candidate, Selection
+from fastflower.core import checkpoint, runs, seeding
+from fastflower.core.errors import InputError
+from fastflower.core.runs import Run
+from fastflower.data.betons import fold_set
+from fastflower.data.conversion.pipeline import convert
+from fastflower.data.labels import read_labels
+from fastflower.data.samplers import order
+from fastflower.data.transforms.augment import augment
+from fastflower.evaluation import acceptance, distillation, summary
+from fastflower.model.embeddings import embedder
+from fastflower.model.losses import build_loss
+from fastflower.model.network import synchronise_norms, training_network
+from fastflower.optim.groups import param_groups, table
+from fastflower.optim.lr_range import rates
+from fastflower.optim.optimizers import optimizer
+from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
+from fastflower.recipe import Recipe, checks, derived, load, schema, to_yaml
+from fastflower.recipe.derived import derive
+from fastflower.training import build, fold_data, ranks
+from support import fake_members, toy_project
+
+KEYS = [name for name, _, _ in schema.fields_of(Recipe())]
+CPU = torch.device("cpu")
+
+
+def sha(*arrays: Any) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        data = array.detach().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+        found.update(np.ascontiguousarray(data).tobytes())
+    return found.hexdigest()
+
+
+def said(work: Callable[[], Any]) -> tuple[list[str], Any]:
+    """The notes that a command prints, and what it returns or how it is refused."""
+    out, result = io.StringIO(), None
+    with contextlib.redirect_stdout(out):
+        try:
+            result = work()
+        except InputError as error:
+            result = str(error)
+    return [line for line in out.getvalue().splitlines() if "note:" in line], result
+
+
+# --- observers ------------------------------------------------------------------------------------------------------
+
+
+def plan(recipe: Recipe) -> Any:
+    """What follows from a recipe before anything is read."""
+    try:
+        advice = checks.check(recipe)
+    except InputError as error:
+        return str(error)
+    numbers = derive(recipe, 2)
+    run = Run(recipe.exp.name, recipe.model.backbone, derived.fold_numbers(recipe)[0], recipe.seed)
+    plateau, factors = Plateau(recipe.sched.factor, recipe.sched.patience, recipe.sched.monitor), []
+    for epoch in range(numbers.epochs):
+        plateau.step(0.5 + 0.01 * max(0, epoch - 5))
+        factors += [lr_factor(epoch, step, 4, recipe, plateau.factor) for step in (0, 3)]
+    return (
+        advice,
+        numbers.as_dict(),
+        factors,
+        [sorted(frozen_parts(epoch, recipe)) for epoch in range(numbers.epochs)],
+        derived.fold_numbers(recipe),
+        rates(recipe.lrfind.low, recipe.lrfind.high, recipe.lrfind.steps),
+        parse_interval(recipe.train.save_every),
+        fold_set.stored_side(recipe),
+        run.stem,
+        str(run.model_dir),
+    )
+
+
+def converted(recipe: Recipe) -> Any:
+    """What convert leaves: file names and contents, or why it refuses."""
+
+    def work() -> Any:
+        made = convert(recipe, read_labels(recipe), embedder)
+        home = Path(recipe.data.home)
+        files = sorted(
+            path for path in home.rglob("*") if path.is_file() and path.suffix in (".csv", ".beton")
+        )
+        return {str(path): sha(np.fromfile(path, np.uint8)) for path in files}, made.settings
+
+    return said(work)
+
+
+def batches(recipe: Recipe) -> Any:
+    """Training batches of several epochs after augmentation and mixing, and evaluation batches."""
+    clock, seen = fold_data.Clock(), []
+    fold = fold_set.open_fold(recipe, 0)
+    data = fold_data.loaders(recipe, derive(recipe, 1), clock, fold, "bicubic", ranks.prepare(recipe))
+    mix, grey = Mix(recipe, len(fold.classes)), (128.0, 128.0, 128.0)
+    for epoch in range(3):
+        data.train.cursor = lambda at=epoch: (at, 0)
+        for step, batch in enumerate(data.train):
+            images = augment(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, grey)
+            state = types.SimpleNamespace(
+                batch={**batch, "image": images}, timestamp=Timestamp(epoch=epoch, batch_in_epoch=step)
+            )
+            mix.apply(Event.BATCH_START, state, None)
+            views = [sha(batch[name]) for name in ("weak", "strong") if name in batch]
+            seen.append((sha(state.batch["image"]), sha(state.batch["target"]), *views))
+    evaluation = {name: [sha(b["image"]) for b in loader] for name, loader in data.evaluation.items()}
+    found = seen, evaluation, data.train.threads, data.combos
+    data.close()
+    return found
+
+
+def unlabelled(recipe: Recipe) -> Any:
+    """What unlabelled images add to the loss of a fixed network, and to what it is shown."""
+    found, pictures = (
+        FixMatch(recipe, [1, 1, 1], (0.0, 0.0, 0.0)),
+        torch.arange(2 * 3 * 8 * 8 * 3).view(2, 3, 8, 8, 3),
+    )
+    pictures, keys = (pictures % 251).to(torch.uint8), torch.arange(6).view(2, 3)
+    batch = {"image": torch.ones(2, 3, 8, 8), "label": torch.zeros(2), "truth": keys, "weak": pictures}
+    state = types.SimpleNamespace(
+        batch={**batch, "strong": pictures, "strong_key": keys}, loss=torch.zeros(()), dataloader_len=4,
+        timestamp=Timestamp(epoch=0, batch_in_epoch=1),
+    )  # fmt: skip
+    # as if the first class were hardly ever predicted
+    found.mean = torch.tensor([1e-4, 0.1, 0.9], dtype=torch.float64)
+    found.apply(Event.BEFORE_FORWARD, state, None)
+    state.outputs = state.batch["image"].mean((2, 3)) * torch.tensor([0.05, 0.06, 0.07])
+    for event in (Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):
+        found.apply(event, state, None)
+    return sha(state.batch["image"]), float(state.loss), found.row()
+
+
+def drawn(recipe: Recipe) -> Any:
+    """The rows of an epoch from a long tail."""
+    labels = np.repeat(np.arange(5), [200, 80, 20, 5, 1])
+    return order(recipe.sampler, labels, recipe.seed, 0, 0, 1).tolist()
+
+
+def network(recipe: Recipe) -> Any:
+    """The network as training builds it: what it computes, its groups, its optimizer, what two GPUs would change."""
+
+    def work() -> Any:
+        seeding.seed_all(0)
+        classes = len(fold_data.class_counts(recipe, fold_set.open_fold(recipe, 0)))
+        made, spec, notes = training_network(recipe, classes)
+        images = torch.linspace(0, 255, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+        groups = param_groups(made, 1e-3, recipe)
+        _, synchronised = synchronise_norms(made, recipe, torch.device("cuda"), 2)
+        layouts = [p.stride() for p in made.parameters()]
+        checkpointing = [getattr(module, "grad_checkpointing", None) for module in made.modules()]
+        made.train()
+        return (
+            sha(made(images)), notes, table(groups), repr(optimizer(groups, recipe, CPU)),
+            synchronised, layouts, checkpointing, dataclasses.asdict(spec),
+        )  # fmt: skip
+
+    return said(work)
+
+
+def objective(recipe: Recipe) -> Any:
+    """The loss of fixed logits."""
+    loss = build_loss(recipe, [50, 20, 5])
+    logits = torch.tensor([[0.9, -0.2, 0.1], [0.3, 0.5, -0.7]])
+    return float(loss(logits, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])).mean())
+
+
+def taught(recipe: Recipe) -> float:
+    """The loss of fixed logits against labels and a teacher."""
+    targets = torch.tensor([[1.0, 0.0, 0.0, 0.2, 0.5, 0.3], [0.0, 0.0, 1.0, 0.6, 0.1, 0.3]])
+    return float(build_loss(recipe, [50, 20, 5])(torch.tensor([[0.9, -0.2, 0.1], [0.3, 0.5, -0.7]]), targets))
+
+
+def teachers(recipe: Recipe) -> Any:
+    """What the training images are taught, or why nothing."""
+    return said(lambda: distillation.probabilities(recipe, fold_set.open_fold(recipe, 0), 4))
+
+
+def judged(recipe: Recipe) -> Any:
+    """What selection says of a made-up course of scores over two stages."""
+    selection = Selection(recipe.select, recipe.es, 2)
+    course = [(0.50, 0.30), (0.60, 0.35), (0.59, 0.42), (0.60, 0.20), (0.6004, 0.20)] + [(0.6, 0.2)] * 12
+    seen = []
+    for epoch, (clean, corrupted) in enumerate(course, 1):
+        verdict = selection.update(epoch, int(epoch > 3), {"raw": Candidate(clean, corrupted, clean)})
+        seen.append((verdict.new, verdict.stop, verdict.patience_left, selection.best))
+    return seen
+
+
+def machine(recipe: Recipe) -> Any:
+    """The switches of the process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "set_device", lambda number: None)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        found = ranks.prepare(recipe)
+    return (
+        found.precision,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        found.determinism(),
+    )
+
+
+def trained(recipe: Recipe) -> Any:
+    """One epoch: files, scores, weights, notes, and how the run ended."""
+    path = Path("observed.yaml")
+    path.write_text(to_yaml(recipe))
+    notes, end = said(lambda: train.main([str(path)]))
+    run = Run(recipe.exp.name, recipe.model.backbone, 0, recipe.seed)
+    folders = (run.model_dir, run.results_dir)
+    files = sorted({p.name.split(".out.")[0] for f in folders for p in f.rglob("*") if p.is_file()})
+    weights = [sha(*checkpoint.load(p).tensors.values()) for kind in KINDS for p in run.files(kind)]
+    return (
+        notes,
+        end,
+        files,
+        weights,
+        runs.read_events(run.events)[1:] and toy_project.epochs(recipe.exp.name),
+    )
+
+
+KINDS = ("best_combo", "ema_best", "swa", "last")
+
+
+def arguments(recipe: Recipe) -> Any:
+    """What Composer's Trainer is given."""
+
+    class Seen(Exception):
+        pass
+
+    def trainer(**given: Any) -> None:
+        learners = [part.teacher for part in given["algorithms"] if isinstance(part, FixMatch)]
+        taught = [teacher is None for teacher in learners]
+        raise Seen(given["compile_config"], given["precision"], given["max_duration"], taught)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen) as seen:
+        patch.setattr(build, "Trainer", trainer)
+        fold, run = fold_set.open_fold(recipe, 0), toy_project.run_of()
+        build.training(recipe, run, fold, ranks.prepare(recipe), None, types.SimpleNamespace(say=print), {})  # type: ignore[arg-type]
+    return seen.value.args
+
+
+def summed_up(recipe: Recipe) -> Any:
+    """scores.json of made-up members: three of one family, one of another."""
+    members = [fake_members.member(fold) for fold in range(3)]
+    members += [fake_members.member(fold, seed=7) for fold in range(3)]
+    members += [fake_members.member(fold, fake_members.BACKBONES[1]) for fold in range(3)]
+    return json.dumps(
+        summary.summarise(members, fake_members.folds(), fake_members.classes_csv(), recipe), default=str
+    )
+
+
+def combined(recipe: Recipe) -> Any:
+    """Which soups are made of the trained member."""
+    with pytest.MonkeyPatch.context() as patch:
+        member = fake_members.member(0)
+        patch.setattr(summary, "evaluated", lambda folder: [member])
+        patch.setattr(ensemble, "read_folds", lambda path: types.SimpleNamespace(fold=fake_members.folds()))
+        out = io.StringIO()
+        path = Path("observed.yaml")
+        path.write_text(to_yaml(recipe))
+        with contextlib.redirect_stdout(out):
+            ensemble.main([str(path)])
+    return [line for line in out.getvalue().splitlines() if "soup" in line]
+
+
+def accepted(recipe: Recipe) -> Any:
+    """What the thresholds say of made-up members."""
+    members = [fake_members.member(fold) for fold in range(3)]
+    scores = summary.summarise(members, fake_members.folds(), fake_members.classes_csv(), recipe)
+    return acceptance.check(scores, [], recipe.accept)
+
+
+def found(recipe: Recipe) -> Any:
+    """The members that evaluation takes."""
+    return [path.name for path in evaluate.members_of(recipe)]
+
+
+def bundled(recipe: Recipe) -> Any:
+    """The bundle of the trained member: its description and the size of its weights."""
+    chosen = choose(recipe, [])
+    members = writer.load_members(chosen.paths, recipe.bundle.dtype)
+    with writer.aside() as folder:
+        made = writer.write(folder, members, np.ones(1), recipe, chosen.temperature)
+        return json.dumps(made), (folder / "weights_0.safetensors").stat().st_size
+
+
+def exported(recipe: Recipe) -> Any:
+    """What export says of its gates."""
+    path = Path("observed.yaml")
+    path.write_text(to_yaml(recipe))
+    _, refusal = said(lambda: export.main([str(path)]))
+    return [gate.split(":")[0] for gate in str(refusal).split("; ")]
+
+
+def lost(recipe: Recipe) -> Any:
+    """The gate of a bundle that forgot 20 of 100 answers."""
+    return gates.loss_gate("int8", 70, 90, 100, recipe.bundle.max_loss)
+
+
+# --- the keys -------------------------------------------------------------------------------------------------------
+
+FIRST, SECOND = fake_members.BACKBONES
+HAND = f"ensembling.weighting=hand ensembling.weights={{{FIRST}: 1, {SECOND}: 1}}"
+ONE = " ".join(toy_project.ONE)
+MANY = "sched.cosine_epochs=12 data.size_epochs=[4,12]"
+MIXED = "reg.mix_prob=1 reg.mixup=0.5 reg.cutmix=0.5"
+SMALL = "data.home=new data.store=jpeg data.img_size=[16] data.size_epochs=auto tta.scales=[16]"
+GIVEN = "data.home=new data.split=given data.n_splits=2"
+EMBEDDED = "data.home=new data.root=twins data.group=embedding data.group_backbone=test_resnet"
+SEMI = "semi.enabled=true semi.mu=3 semi.threshold=0 data.labels_per_class=3"
+CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
+    "seed": (batches, "7", ""),
+    "exp.name": (plan, "other", ""),
+    "data.root": (converted, "elsewhere", "data.home=new"),
+    "data.csv": (converted, "elsewhere.csv", "data.home=new"),
+    "data.form": (converted, "folders", "data.home=new data.root=foldered"),
+    "data.arrays": (converted, "[z,y]", "data.home=new data.root=numbers.npz data.arrays=[x,y]"),
+    "data.shape": (converted, "[24,32,3]", "data.home=new data.root=flat.npz data.shape=[32,24,3]"),
+    "data.val": (converted, "held_out.npz", "data.home=new data.root=flat.npz data.shape=[32,24,3]"),
+    "data.unlabelled": (converted, "data/train", "data.home=new"),
+    "data.fold_col": (converted, "other", f"{GIVEN} data.csv=given.csv"),
+    "data.fold_csv": (converted, "folds.csv", f"{GIVEN} data.csv=given.csv"),
+    "data.image_col": (converted, "picture", "data.home=new"),
+    "data.label_col": (converted, "kind", "data.home=new"),
+    "data.num_classes": (network, "9", ""),
+    "data.home": (converted, "newer", "data.home=new"),
+    "data.test": (plan, "data/train", ""),
+    "data.split": (converted, "kfold", "data.home=new"),
+    "data.n_splits": (converted, "4", "data.home=new"),
+    "data.fold": (plan, "[1,2]", ""),
+    "data.group": (converted, "phash", "data.home=new data.root=twins"),
+    "data.group_threshold": (converted, "8", "data.home=new data.root=twins data.group=phash"),
+    "data.group_backbone": (converted, "test_convnext", EMBEDDED),
+    "data.group_cosine": (converted, "0.999", EMBEDDED),
+    "data.labels_per_class": (batches, "3", ""),
+    "data.img_size": (batches, "[16,48]", ""),
+    "data.size_epochs": (batches, "[2,3]", ""),
+    "data.store": (converted, "jpeg", "data.home=new data.store=raw"),
+    "data.raw_share": (converted, "1e-9", "data.home=new"),
+    "data.jpeg_quality": (converted, "60", SMALL),
+    "data.on_bad": (converted, "skip", "data.home=new data.root=bad data.csv=bad.csv"),
+    "data.workers": (batches, "2", ""),
+    "data.mean": (network, "[0.1,0.2,0.3]", ""),
+    "data.std": (network, "[0.1,0.2,0.3]", ""),
+    "aug.strength": (batches, "0.5", ""),
+    "aug.rrc_scale": (batches, "[0.3,0.5]", ""),
+    "aug.rrc_ratio": (batches, "[1,1]", ""),
+    "aug.hflip_p": (batches, "0", ""),
+    "aug.vflip_p": (batches, "1", ""),
+    "aug.rotation_deg": (batches, "90", ""),
+    "aug.jitter": (batches, "[0,0,0,0]", ""),
+    "aug.photometric_p": (batches, "1", ""),
+    "aug.clahe_p": (batches, "1", ""),
+    "aug.clahe_clip": (batches, "1", "aug.clahe_p=1 aug.clahe_tiles=2"),
+    "aug.clahe_tiles": (batches, "2", "aug.clahe_p=1"),
+    "aug.randaugment_n": (batches, "2", ""),
+    "aug.randaugment_m": (batches, "25", "aug.randaugment_n=2"),
+    "aug.augmix_p": (batches, "1", ""),
+    "aug.corrupt_p": (batches, "1", ""),
+    "sampler.type": (drawn, "none", ""),
+    "sampler.beta": (drawn, "0.9", ""),
+    "sampler.oversample_cap": (drawn, "1", ""),
+    "sampler.rf_alpha": (drawn, "0.1", "sampler.type=repeat_factor sampler.rf_t=100"),
+    "sampler.rf_t": (drawn, "200", "sampler.type=repeat_factor"),
+    "sampler.undersample_frac": (drawn, "0.2", ""),
+    "sampler.passes": (batches, "2", ""),
+    "model.backbone": (network, "resnet10t", ""),
+    "model.pretrained": (network, "true", ""),
+    "model.head": (network, "arcface", ""),
+    "model.margin": (objective, "0.1", "model.head=cosface"),
+    "model.head_scale": (network, "8", "model.head=cosface"),
+    "model.drop_rate": (network, "0.9", ""),
+    "model.drop_path": (network, "0.9", ""),
+    "model.grad_checkpointing": (network, "true", ""),
+    "loss.name": (objective, "focal", ""),
+    "loss.focal_gamma": (objective, "1", "loss.name=focal"),
+    "loss.pos_weight": (objective, "auto", "loss.name=bce"),
+    "distill.teacher": (teachers, "[elders]", ""),
+    "distill.weight": (taught, "0.2", "distill.teacher=[elders]"),
+    "distill.temperature": (taught, "5", "distill.teacher=[elders]"),
+    "distill.t_squared": (taught, "false", "distill.teacher=[elders]"),
+    "opt.name": (network, "sgd", ""),
+    "opt.lr": (plan, "0.1", ""),
+    "opt.lr_ref": (plan, "1e-3", "opt.lr=auto"),
+    "opt.lr_ref_batch": (plan, "16", "opt.lr=auto"),
+    "opt.lr_min_bound": (plan, "4e-4", "opt.lr=auto"),
+    "opt.lr_max_bound": (plan, "6e-6", "opt.lr=auto"),
+    "opt.large_batch_factor": (plan, "0.5", "opt.lr=auto opt.large_batch_threshold=8"),
+    "opt.large_batch_threshold": (plan, "8", "opt.lr=auto opt.large_batch_factor=0.5"),
+    "opt.weight_decay": (network, "0.2", ""),
+    "opt.no_decay_norm_bias": (network, "false", ""),
+    "opt.momentum": (network, "0.5", "opt.name=sgd"),
+    "opt.clip_grad": (trained, "0.01", ONE),
+    "train.batch_per_gpu": (batches, "5", ""),
+    "train.world_size": (trained, "2", ONE),
+    "train.grad_accum": (batches, "2", ""),
+    "train.stage_batch": (batches, "[10,5]", ""),
+    "train.amp": (machine, "false", ""),
+    "train.clip_grad": (trained, "0.01", ONE),
+    "train.sync_bn": (network, "false", "model.backbone=resnet10t"),
+    "train.channels_last": (network, "false", "model.backbone=resnet10t"),
+    "train.compile": (arguments, "true", ""),
+    "train.max_nonfinite": (trained, "2", f"{ONE} opt.lr=1e30"),
+    "train.save_every": (plan, "7ba", ""),
+    "train.keep_every": (trained, "1", ONE),
+    "sched.name": (plan, "none", ""),
+    "sched.warmup_epochs": (plan, "2", ""),
+    "sched.cosine_epochs": (plan, "4", "data.size_epochs=auto"),
+    "sched.eta_min": (plan, "0.5", ""),
+    "sched.factor": (plan, "0.1", f"sched.name=plateau {MANY}"),
+    "sched.patience": (plan, "1", f"sched.name=plateau {MANY}"),
+    "sched.monitor": (plan, "val_loss", f"sched.name=plateau {MANY}"),
+    "lrfind.low": (plan, "1e-5", ""),
+    "lrfind.high": (plan, "0.1", ""),
+    "lrfind.steps": (plan, "50", ""),
+    "llrd.enabled": (network, "false", ""),
+    "llrd.multipliers": (network, "[0.1,1]", ""),
+    "llrd.unfreeze_schedule": (plan, "{1: [head], 3: [back]}", ""),
+    "reg.ls_eps": (objective, "0.3", ""),
+    "reg.mixup": (batches, "4", MIXED),
+    "reg.cutmix": (batches, "4", MIXED),
+    "reg.mix_prob": (batches, "1", ""),
+    "reg.mix_switch_prob": (batches, "1", MIXED),
+    "reg.mix_final_epoch": (batches, "2", MIXED),
+    "reg.mix_prob_final": (batches, "0", f"{MIXED} reg.mix_final_epoch=2 reg.mix_prob_final=1"),
+    "reg.erase_p": (batches, "1", ""),
+    "semi.enabled": (batches, "true", "semi.mu=1 data.labels_per_class=3"),
+    "semi.method": (unlabelled, "pseudo", SEMI),
+    "semi.threshold": (unlabelled, "1", SEMI),
+    "semi.align": (unlabelled, "true", SEMI),
+    "semi.mu": (batches, "2", SEMI),
+    "semi.lambda_u": (unlabelled, "0.5", SEMI),
+    "semi.ramp_epochs": (unlabelled, "2", SEMI),
+    "semi.teacher": (arguments, "ema", SEMI),
+    "semi.weak_scale": (batches, "[0.2,0.3]", SEMI),
+    "semi.randaugment_n": (unlabelled, "0", SEMI),
+    "semi.randaugment_m": (unlabelled, "25", SEMI),
+    "semi.erase_p": (unlabelled, "0", SEMI),
+    "ema.enabled": (trained, "false", ONE),
+    "ema.decay": (trained, "0.05", ONE),
+    "ema.warmup": (trained, "false", ONE),
+    "swa.enabled": (trained, "true", ONE),
+    "swa.start": (trained, "0.7", "swa.enabled=true swa.start=0.3"),
+    "robust.enabled": (batches, "false", ""),
+    "robust.kinds": (converted, "[jpeg]", "data.home=new"),
+    "robust.level": (converted, "medium", "data.home=new"),
+    "es.enabled": (judged, "false", ""),
+    "es.patience": (judged, "3", ""),
+    "es.min_delta": (judged, "0.0001", ""),
+    "es.reset_on_stage": (judged, "false", ""),
+    "select.metric": (judged, "clean", ""),
+    "select.alpha": (judged, "0.1", ""),
+    "eval.resize_factor": (batches, "1.0", ""),
+    "eval.batch": (batches, "3", ""),
+    "eval.ece_bins": (summed_up, "5", ""),
+    "tta.scales": (bundled, "[32,48]", ""),
+    "tta.hflip": (bundled, "false", ""),
+    "ensembling.find_pattern": (found, "ema_best__*", ""),
+    "ensembling.weighting": (summed_up, "family", ""),
+    "ensembling.soup": (combined, "folds", ""),
+    "ensembling.weights": (summed_up, f"{{{fake_members.BACKBONES[0]}: 3, {fake_members.BACKBONES[1]}: 1}}", HAND),
+    "accept.clean_min": (accepted, "0.99", ""),
+    "accept.corrupted_min": (accepted, "0.99", ""),
+    "accept.macro_drop_max": (accepted, "0.01", ""),
+    "ts.enabled": (summed_up, "false", ""),
+    "ts.fit_on": (summed_up, "combo", ""),
+    "bundle.max_mb": (exported, "0.001", "bundle.max_ms=60000"),
+    "bundle.max_ms": (exported, "0.001", ""),
+    "bundle.members": (exported, "greedy", ""),
+    "bundle.dtype": (bundled, "fp32", ""),
+    "bundle.half": (bundled, "none", ""),
+    "bundle.max_loss": (lost, "0.5", ""),
+    "bundle.columns": (bundled, "two", ""),
+    "cudnn.deterministic": (machine, "false", ""),
+    "cudnn.benchmark": (machine, "true", ""),
+    "log.tensorboard": (trained, "true", ONE),
+    "log.wandb": (trained, "true", ONE),
+    "log.mlflow": (trained, "true", ONE),
+    "data.flips_keep_class": (plan, "false", ""),
+    "checks.allow_flips": (plan, "true", "data.flips_keep_class=false"),
+    "checks.allow_unlabelled_test": (plan, "true", "semi.enabled=true data.unlabelled=a/b data.test=a"),
+    "checks.allow_double_correction": (plan, "true", "loss.name=bsce"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny project, trained; and a set with a bad image, and labels under other names."""
+    home = toy_project.project(tmp_path_factory.mktemp("project"))
+    smooth = np.kron(np.random.default_rng(5).integers(60, 200, (6, 6, 3)), np.ones((8, 8, 1)))
+    with contextlib.chdir(home):
+        toy_project.fit(*ONE.split())
+        labels = Path("data/train_labels.csv").read_text()
+        Path("elsewhere.csv").write_text(labels.rsplit("\n", 3)[0] + "\n")
+        Path("bad.csv").write_text(labels + "broken.jpg,7\n")
+        names = [line.split(",")[0] for line in labels.splitlines()[1:]]
+        given = [f"{line},{k % 2},{k % 3 % 2}" for k, line in enumerate(labels.splitlines()[1:])]
+        Path("given.csv").write_text("\n".join(["filename,category_id,fold,other", *given]) + "\n")
+        Path("folds.csv").write_text(
+            "".join(["filename,fold\n", *(f"{n},{k % 5 % 2}\n" for k, n in enumerate(names))])
+        )
+        for name in names:
+            Path("foldered", name.split("_")[0]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(f"data/train/{name}", f"foldered/{name.split('_')[0]}/{name}")
+        numbers = np.random.default_rng(0).integers(0, 256, (2, 20, 32 * 24 * 3), dtype=np.uint8)
+        np.savez("numbers.npz", x=numbers[0, :, :1024], z=numbers[1, :, :1024], y=np.arange(20) % 2)
+        np.savez("flat.npz", x=numbers[0], y=np.arange(20) % 2)
+        np.savez("held_out.npz", x=numbers[1, :5], y=np.arange(5) % 2)
+        for folder in ("elsewhere", "bad", "twins"):
+            shutil.copytree("data/train", folder)
+        shutil.copy("elsewhere/c7_0.jpg", "elsewhere/c7_1.jpg")
+        Path("bad/broken.jpg").write_bytes(b"\xff\xd8 not a photograph")
+        for number, amplitude in enumerate(
+            (0, 0, 12)
+        ):  # one picture, encoded again, and with noise of its own
+            pixels = smooth + np.random.default_rng(number).normal(0, amplitude, smooth.shape)
+            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            picture.save(f"twins/c7_{number}.jpg", quality=95 - 5 * number)
+        weights = tmp_path_factory.mktemp("weights")  # a link to them is what each look copies
+        for name in ("test_resnet", "test_convnext"):
+            torch.manual_seed(0)
+            torch.save(timm.create_model(name).state_dict(), weights / f"{name}.pth")
+        runs.PRETRAINED.symlink_to(weights)
+    return home
+
+
+def look(observer: Callable[[Recipe], Any], words: str, place: Path, project: Path) -> Any:
+    """An observation in a fresh copy of the project."""
+    shutil.copytree(project, place, symlinks=True)
+    with contextlib.chdir(place):
+        if observer is trained:
+            shutil.rmtree("results")
+        return observer(load("tiny.yaml", toy_project.recipes_words(words)))
+
+
+def test_no_key_is_left_out():
+    assert sorted(CHANGES) == sorted(KEYS)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_key_changes_what_is_seen(name, project, tmp_path):
+    observer, value, more = CHANGES[name]
+    before = look(observer, more, tmp_path / "before", project)
+    again = look(observer, more, tmp_path / "again", project)
+    after = look(observer, f"{more} {name}={value}", tmp_path / "after", project)
+    assert repr(before) == repr(again), "an observer must give the same twice"
+    assert repr(before) != repr(after)

@@ -1,0 +1,357 @@
+"""The recipe schema against seed 000, and every way in which a recipe is refused."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from fastflower.core.errors import InputError
+from fastflower.recipe import checks, derived, load, parse_command, schema, to_yaml
+
+# seed 000, sections 10 and 11 and the appendix; None: the seed names the key and gives no value
+SEED_KEYS = {
+    "seed": 42,
+    "data.root": "data/train",
+    "data.csv": "data/train_labels.csv",
+    "data.image_col": "filename",
+    "data.label_col": "category_id",
+    "data.num_classes": "auto",
+    "data.fold": None,
+    "data.n_splits": 5,
+    "data.img_size": [224, 320],
+    "sampler.type": "weighted_en",
+    "sampler.beta": 0.999,
+    "sampler.oversample_cap": 3,
+    "model.backbone": "convnextv2_base.fcmae_ft_in22k_in1k",
+    "model.pretrained": True,
+    "model.head": "linear",
+    "model.margin": 0.3,
+    "opt.name": "adamw",
+    "opt.lr_ref": 2e-4,
+    "opt.weight_decay": 0.05,
+    "opt.momentum": None,
+    "opt.clip_grad": None,
+    "train.batch_per_gpu": 64,
+    "train.world_size": 2,
+    "train.grad_accum": 1,
+    "train.amp": True,
+    "train.clip_grad": 1.0,
+    "sched.warmup_epochs": 5,
+    "sched.cosine_epochs": 40,
+    "llrd.enabled": True,
+    "llrd.multipliers": [0.25, 0.5, 1.0, 1.5],
+    "llrd.unfreeze_schedule": None,
+    "reg.ls_eps": 0.05,
+    "reg.mixup": 0.2,
+    "reg.cutmix": 0.8,
+    "reg.erase_p": 0.1,
+    "ema.enabled": True,
+    "ema.decay": 0.9999,
+    "swa.enabled": False,
+    "robust.enabled": True,
+    "robust.kinds": ["gaussian_noise", "blur", "brightness", "jpeg", "occlusion"],
+    "robust.level": "low",
+    "es.enabled": True,
+    "es.patience": 10,
+    "es.min_delta": 0.001,
+    "select.metric": "combo",
+    "select.alpha": 0.7,
+    "tta.scales": [320, 384],
+    "tta.hflip": True,
+    "ensembling.find_pattern": None,
+    "ts.enabled": True,
+    "cudnn.deterministic": True,
+    "cudnn.benchmark": False,
+}
+
+APPENDIX = """\
+seed: 42
+data:
+	root: data/train
+	csv: data/train_labels.csv
+	# 列名适配：
+	image_col: filename
+	label_col: category_id
+	# 类别数自动从 CSV 推断（unique(label_col)）；如需强制指定可设置：
+	num_classes: auto
+	n_splits: 5
+	img_size: [224, 320]   # 渐进分辨率序列
+sampler:
+	type: weighted_en       # {none, weighted_en, class_balanced}
+	beta: 0.999
+	oversample_cap: 3
+model:
+	backbone: convnextv2_base.fcmae_ft_in22k_in1k
+	head: linear            # {linear, arcface, cosface}
+	margin: 0.3
+opt:
+	name: adamw
+	lr_ref: 2.0e-4
+	weight_decay: 0.05
+train:
+	batch_per_gpu: 64
+	world_size: 2
+	grad_accum: 1
+	amp: true
+	clip_grad: 1.0
+sched:
+	warmup_epochs: 5
+	cosine_epochs: 40
+llrd:
+	enabled: true
+	multipliers: [0.25, 0.5, 1.0, 1.5]
+reg:
+	ls_eps: 0.05
+	mixup: 0.2
+	cutmix: 0.8
+	erase_p: 0.1
+ema:
+	enabled: true
+	decay: 0.9999
+robust:
+	enabled: true
+	kinds: [gaussian_noise, blur, brightness, jpeg, occlusion]
+	level: low
+es:
+	enabled: true
+	patience: 10
+	min_delta: 0.001
+select:
+	metric: combo
+	alpha: 0.7
+tta:
+	scales: [320, 384]
+	hflip: true
+ts:
+	enabled: true
+"""
+
+KEYS = [dotted for dotted, _, _ in schema.fields_of(schema.Recipe())]
+
+
+def values(made: schema.Recipe) -> dict[str, object]:
+    return {dotted: value for dotted, value, _ in schema.fields_of(made)}
+
+
+def written(text: str | bytes, name: str = "mine.yaml") -> Path:
+    path = Path(name)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def refused(*words: str, path: Path | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        load(path, list(words))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_every_key_of_the_seed_has_the_seeds_default():
+    have = values(load())
+    assert len(SEED_KEYS) == 52
+    assert {name: have[name] for name, value in SEED_KEYS.items() if value is not None} == {
+        name: value for name, value in SEED_KEYS.items() if value is not None
+    }
+    assert set(SEED_KEYS) <= set(have)
+
+
+def test_the_appendix_loads_with_spaces_and_changes_nothing():
+    got = values(load(written(APPENDIX.replace("\t", "  "))))
+    want = values(load())
+    assert got.pop("exp.name") == "mine"
+    want.pop("exp.name")
+    assert got == want
+
+
+def test_the_appendix_with_tabs_is_refused_by_line():
+    assert re.search(r"mine\.yaml:3: indented with a tab", refused(path=written(APPENDIX)))
+
+
+@pytest.mark.parametrize("name", ["convnext", "vit", "demo", "flowers17"])
+def test_shipped_recipes_hold_together(repo, name):
+    made = load(repo / "recipes" / f"{name}.yaml")
+    assert made.exp.name == name
+    for world in (1, 2):
+        derived.derive(made, world)
+    checks.check(made)
+
+
+def test_convnext_is_the_seed_and_vit_differs_in_the_backbone(repo):
+    convnext, vit = (values(load(repo / "recipes" / f"{name}.yaml")) for name in ("convnext", "vit"))
+    defaults = values(load())
+    assert {k: v for k, v in convnext.items() if v != defaults[k]} == {"exp.name": "convnext"}
+    assert vit["model.backbone"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    assert {k for k in vit if vit[k] != convnext[k]} <= {"exp.name", "model.backbone", "model.drop_path"}
+
+
+def test_yaml_of_a_recipe_is_the_recipe():
+    made = load(None, ["opt.lr=1e-3", "data.img_size=[[32,64]]", "train.clip_grad=null", "exp.name=a"])
+    assert values(load(written(to_yaml(made)))) == values(made)
+
+
+def test_later_layers_win():
+    written("opt: {lr_ref: 1e-3, momentum: 0.5}\nseed: 7\n", "base.yaml")
+    path = written("base: base.yaml\nseed: 8\n")
+    made = load(path, ["opt.momentum=0.1"])
+    assert (made.opt.lr_ref, made.seed, made.opt.momentum, made.exp.name) == (1e-3, 8, 0.1, "mine")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("opt.lr_ref=2e-4", 2e-4),  # plain PyYAML reads this as a string
+        ("opt.lr_ref=1e-3", 1e-3),
+        ("opt.lr=1", 1),
+        ("sampler.rf_t=100", 100),
+        ("sampler.oversample_cap=2", 2.0),
+        ("train.amp=False", False),
+        ("ema.enabled=false", False),
+        ("data.root=/x/a=b,c", "/x/a=b,c"),
+        ("train.clip_grad=null", None),
+        ("tta.scales=[64]", [64]),
+    ],
+)
+def test_words_become_the_type_of_their_key(word, value):
+    got = values(load(None, [word]))[word.partition("=")[0]]
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_a_byte_order_mark_is_no_key():
+    assert load(written("\ufeffseed: 3\n")).seed == 3
+
+
+def test_clip_grad_has_two_names():
+    assert load(None, ["opt.clip_grad=2"]).train.clip_grad == 2.0
+    assert load(None, ["opt.clip_grad=null"]).train.clip_grad is None
+    assert load(None, ["opt.clip_grad=3", "train.clip_grad=3"]).train.clip_grad == 3.0
+    assert "are the same key; give one" in refused("opt.clip_grad=3", "train.clip_grad=2")
+    assert "are the same key" in refused("opt.clip_grad=null", "train.clip_grad=2")
+
+
+def test_commands_take_one_file_and_words():
+    path = written("seed: 5\n")
+    made = parse_command(["opt.momentum=0.2", str(path)])
+    assert (made.seed, made.opt.momentum) == (5, 0.2)
+    assert parse_command([]).exp.name == "default"
+    with pytest.raises(InputError, match=r"got 2 recipe files \(a.yaml, b.yaml\)"):
+        parse_command(["a.yaml", "b.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "duplicate key seed"),
+        ("- 1\n", "a recipe is a map of keys, got list"),
+        (b"\xff\xfe\x00", "cannot be read as UTF-8"),
+        ("base: mine.yaml\n", "form a circle"),
+        ("base: mime.yaml\n", "did you mean"),
+        ("lr: 1e-3\n", "unknown key lr; did you mean opt.lr?"),
+        ("opt:\n", "a section holds keys, as in opt.lr=1e-3"),
+        ("seed: 1.5\n", "mine.yaml: seed = 1.5: must be a whole number"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(text, message):
+    assert message in refused(path=written(text))
+
+
+def test_a_missing_recipe_names_the_nearest():
+    written("seed: 1\n", "convnext.yaml")
+    assert "did you mean" in refused(path=Path("convnet.yaml"))
+    assert "convnext.yaml" in refused(path=Path("convnet.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("=3", "a change is written key=value"),
+        ("a b=3", "a change is written key=value"),
+        ("data.img_size.0=3", "a change is written key=value"),
+        ("opt.lrref=1", "unknown key opt.lrref; did you mean opt.lr_ref?"),
+        ("patience=3", "did you mean"),
+        ("opt=3", "opt=3: a section holds keys, as in opt.lr=1e-3"),
+        ("dta.root=x", "unknown key dta; did you mean data?"),
+        ("ops.lr=1", "unknown key ops; did you mean opt?"),
+        ("opt.lr_ref=abc", "opt.lr_ref = abc: must be a number"),
+        ("opt.lr=abc", "opt.lr = abc: must be a number or auto"),
+        ("sampler.type=balanced", "sampler.type = balanced: must be one of none, weighted_en"),
+        ("ema.enabled=maybe", "ema.enabled = maybe: must be true or false"),
+        ("seed=null", "seed = null: must be a whole number"),
+        ("tta.scales=320", "tta.scales: must be a list, each a whole number"),
+        ("opt.clip_grad=x", "opt.clip_grad = x: must be a number or null"),
+        ("opt.lr_ref=-1", "opt.lr_ref = -1.0: must be > 0"),
+        ("opt.lr_ref=nan", "opt.lr_ref = nan: must be > 0"),
+        ("model.drop_path=1", "must be >= 0 and < 1"),
+        ("aug.rrc_scale=[0.5,2]", "aug.rrc_scale = [0.5, 2.0]"),
+        ("exp.name=../x", "it names folders"),
+        ("data.root={a", "data.root={a"),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(word, message):
+    assert message in refused(word)
+
+
+def _alike(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+@pytest.mark.parametrize("dotted", KEYS)
+def test_no_typo_passes_and_the_real_key_is_named(dotted):
+    rng = random.Random(dotted)
+    section, _, name = dotted.rpartition(".")
+    for _ in range(2):
+        at = rng.randrange(len(name))
+        typo = rng.choice([name[:at] + name[at + 1 :], name[:at] + "x" + name[at:], name + "s"])
+        wrong = f"{section}.{typo}" if section else typo
+        if wrong in KEYS or not re.fullmatch(r"[A-Za-z_]\w*", typo) or wrong in vars(schema.Recipe()):
+            continue
+        message = refused(f"{wrong}=1")
+        assert f"unknown key {wrong}" in message
+        if len(name) > 4:
+            hint = re.search(r"did you mean (\S+)\?", message)
+            assert hint, message
+            assert _alike(hint[1], wrong) >= _alike(dotted, wrong)
+
+
+@pytest.mark.parametrize("dotted", KEYS)
+def test_no_value_out_of_its_limits_passes(dotted):
+    spec = {name: spec for name, _, spec in schema.fields_of(schema.Recipe())}[dotted]
+    default = values(load())[dotted]
+    wrap = "{0}={1}" if not isinstance(default, list) else "{0}=[{1}]"
+    for name, outside in (("gt", 0), ("ge", -1), ("lt", 0), ("le", 1)):
+        if name in spec.metadata:
+            message = refused(wrap.format(dotted, spec.metadata[name] + outside))
+            assert f"{dotted} = " in message
+            assert "must be" in message
+
+
+def test_every_key_has_a_meaning():
+    assert all(spec.metadata["doc"] for _, _, spec in schema.fields_of(schema.Recipe()))
+
+
+def _dotted_reads(path: Path) -> set[str]:
+    """Every `section.name` that a file reads as attributes, whatever stands before the section."""
+    reads = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if isinstance(owner, ast.Attribute):
+                reads.add(f"{owner.attr}.{node.attr}")
+            elif isinstance(owner, ast.Name):
+                reads.add(f"{owner.id}.{node.attr}")
+    return reads
+
+
+def test_every_key_is_read_by_the_program(repo):
+    """A key that nothing reads would be an option that does nothing. clip_grad's second name ends in recipe.py."""
+    files = [path for path in (repo / "fastflower").rglob("*.py") if path.parent.name != "recipe"]
+    reads = set().union(*(_dotted_reads(path) for path in files))
+    names = {name if "." in name else f"recipe.{name}" for name in KEYS}
+    assert sorted(names - reads - {"opt.clip_grad"}) == []

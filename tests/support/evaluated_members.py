@@ -1,0 +1,79 @@
+"""A converted project of 30 pictures and checkpoints with random weights, for tests of evaluate and what follows it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower.core import checkpoint, runs, seeding
+from fastflower.data.betons import fold_set
+from fastflower.data.conversion.pipeline import convert
+from fastflower.data.labels import read_labels
+from fastflower.model.network import NetworkSpec, build_network
+from fastflower.recipe import load
+
+WORDS = [
+    "exp.name=tiny", "data.root=train", "data.csv=labels.csv", "data.n_splits=2", "data.group=none",
+    "data.img_size=[32]", "data.store=raw", "data.workers=1", "model.backbone=resnet10t", "model.pretrained=false",
+    "tta.scales=[32,48]", "robust.kinds=[blur,brightness]", "train.batch_per_gpu=5",
+]  # fmt: skip
+
+
+BACKBONES = ("resnet10t", "convnextv2_atto")
+
+
+def draw(path: Path, colour: int, rng: np.random.Generator) -> None:
+    """A noisy picture whose hue tells its class; small enough to be stored as it is."""
+    height, width = rng.integers(36, 54, 2)
+    pixels = rng.integers(0, 90, (height, width, 3))
+    pixels[..., colour] += 150
+    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+
+
+def member(fold: int, backbone: str = BACKBONES[0], **changes: object) -> Path:
+    """A checkpoint with random weights and the description that training gives."""
+    settings = load(None, [*WORDS, f"model.backbone={backbone}"])
+    opened = fold_set.open_fold(settings, fold)
+    spec = NetworkSpec.from_recipe(settings, len(opened.classes))
+    seeding.seed_all(fold, len(backbone))
+    network = build_network(spec)
+    meta = {
+        **spec.meta(), "kind": "best_combo", "weights": "ema", "resize_factor": settings.eval.resize_factor,
+        "fold": fold, "seed": 42, "scores": {},
+        "epoch": 3, "class_ids": list(opened.classes.ids), "class_hash": opened.classes.hash,
+        "class_counts": [5] * len(opened.classes), "folds_hash": opened.folds.hash, "stored_side": 55, **changes,
+    }  # fmt: skip
+    path = runs.Run("tiny", backbone, fold, 42).file("best_combo", 3, 0.5)
+    checkpoint.save(path, dict(network.state_dict()), meta)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 30 pictures of 3 classes and their betons."""
+    folder, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    (folder / "train").mkdir()
+    rows = [(f"{i:02}.jpg", ("9", "10", "rose")[i % 3]) for i in range(30)]
+    for i, (name, _) in enumerate(rows):
+        draw(folder / "train" / name, i % 3, rng)
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("filename", "category_id"), *rows])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        settings = load(None, WORDS)
+        convert(settings, read_labels(settings))
+    return folder
+
+
+@pytest.fixture
+def place(converted: Path, tmp_path: Path) -> Path:
+    """A copy of it to work in."""
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    os.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,367 @@
+"""Whole trainings on the tiny project: what they leave, which keys they honour, how they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastflower.algorithms.gradients import GradientGuard
+from fastflower.callbacks.progress import COLUMNS, epoch_line, headline, step_line, time_left
+from fastflower.core import checkpoint, errors, runs
+from fastflower.core.console import clock
+from fastflower.core.scores import scores
+from fastflower.data.betons.beton_file import Beton
+from fastflower.data.betons.fold_set import open_fold
+from fastflower.data.loaders import EvalLoader
+from fastflower.model.network import NetworkSpec, build_network
+from fastflower.recipe import load, to_yaml
+from fastflower.recipe.derived import derive
+from fastflower.training import ranks
+from support import toy_project
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path) -> Path:
+    return toy_project.project(tmp_path)
+
+
+def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
+    assert toy_project.fit("log.tensorboard=true") == 0
+    run, rows = toy_project.run_of(), toy_project.epochs()
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    for kind in ("best_clean", "best_combo", "ema_best", "last"):
+        (path,) = run.files(kind)
+        assert path.samefile(run.model_dir / f"{kind}.pth")
+        found = checkpoint.load(path)
+        row = rows[found.meta["epoch"] - 1]
+        assert found.meta["kind"] == kind and found.meta["weights"] in ("raw", "ema")
+        assert {key: row[key] for key in found.meta["scores"]} == found.meta["scores"]
+        assert found.meta["size"] == row["size"] and found.meta["class_ids"] == ["3", "7", "12", "40"]
+        network = build_network(NetworkSpec.from_meta(found.meta))
+        network.load_state_dict(found.tensors)
+        assert bool(found.more) == (kind == "last")
+    best = max((row for row in rows if row["epoch"] > 1), key=lambda row: max(row["s_raw"], row["s_ema"]))
+    assert checkpoint.load(run.model_dir / "best_combo.pth").meta["epoch"] == best["epoch"]
+    text = to_yaml(load("tiny.yaml", ["log.tensorboard=true"]))
+    assert (run.meta_dir / "recipe.yaml").read_text() == text
+    derived = json.loads((run.meta_dir / f"derived_{run.stem}.json").read_text())
+    assert derived["batch_global"] == 10 and derived["lr"] == 1e-3 and sum(derived["class_counts"]) == 40
+    assert derived["determinism"] == "full" and {"part", "lr", "weight_decay"} <= set(derived["groups"][0])
+    end = json.loads(run.end.read_text())
+    assert end["identity"] == checkpoint.load(run.model_dir / "last.pth").meta["identity"]
+    assert end["reason"] == "all 3 epochs" and end["best"]["epoch"] == best["epoch"]
+    for name in ("folds.csv", "classes.csv"):
+        assert (run.meta_dir / name).read_bytes() == (Path("data") / name).read_bytes()
+    assert json.loads((run.meta_dir / "versions.json").read_text())["packages"]["torch"].startswith("2.7")
+    with Image.open(run.results_dir / f"samples_{run.stem}.png") as picture:
+        assert picture.width > 8 * 32
+    assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
+    assert [row["event"] for row in runs.read_events(run.events)] == [
+        "start",
+        "epoch",
+        "epoch",
+        "epoch",
+        "end",
+    ]
+    out, log = capsys.readouterr().out, (run.model_dir / f"train_{run.stem}.log").read_text()
+    for said in (
+        "fold 0   seed 42",
+        "1-1 at 32 (4 steps of 10), 2-3 at 48",
+        headline(),
+        "done: all 3 epochs",
+        "best_combo",
+    ):
+        assert said in out and said in log
+
+
+def logits(found: checkpoint.Checkpoint, beton: Beton) -> np.ndarray:
+    """(rows, classes) of a checkpoint over a beton, by hand."""
+    network = build_network(NetworkSpec.from_meta(found.meta))
+    network.load_state_dict(found.tensors)
+    network.eval()
+    size = tuple(found.meta["size"])
+    loader = EvalLoader(beton, 7, lambda: size, found.meta["resize_factor"], found.meta["interpolation"])
+    with torch.inference_mode():
+        parts = [network(b["image"].permute(0, 3, 1, 2).float())[b["valid"]] for b in loader]
+    return torch.cat(parts).numpy()
+
+
+def test_the_score_of_a_checkpoint_is_that_of_its_weights():
+    """Load best_combo, run it over the validation betons by hand, and meet the numbers of its epoch."""
+    assert toy_project.fit() == 0
+    found = checkpoint.load(toy_project.run_of().model_dir / "best_combo.pth")
+    opened = open_fold(load("tiny.yaml"), 0)
+    own, weights = scores(logits(found, opened.val), opened.val.labels), found.meta["weights"]
+    assert own["top1"] == found.meta["scores"][f"clean_{weights}"]
+    assert own["macro_f1"] == pytest.approx(found.meta["scores"][f"macro_f1_{weights}"])
+    hits = logits(found, opened.val_corrupt).argmax(1) == opened.val_corrupt.labels
+    assert hits.mean() == pytest.approx(found.meta["scores"][f"corrupt_{weights}"])
+    assert found.meta["scores"][f"s_{weights}"] == pytest.approx(0.7 * own["top1"] + 0.3 * hits.mean())
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch():
+    still = ("model.drop_rate=0", "model.drop_path=0", *toy_project.ONE)
+    toy_project.fit("exp.name=whole", *still)
+    toy_project.fit("exp.name=parts", "train.batch_per_gpu=5", "train.grad_accum=2", *still)
+    whole, parts = toy_project.last("whole"), toy_project.last("parts")
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(parts.tensors[name], tensor, rtol=0, atol=2e-6)
+    assert whole.more["time"]["batch"] == parts.more["time"]["batch"] == 4
+
+
+def test_a_stage_with_a_smaller_batch_has_more_steps():
+    toy_project.fit("train.stage_batch=[20,8]", "opt.lr=auto", "opt.lr_ref=0.005", "opt.lr_max_bound=1")
+    sizes = [row["batch_global"] for row in toy_project.epochs()]
+    assert sizes == [20, 8, 8]
+    assert toy_project.last().more["time"]["batch"] == 2 + 5 + 5
+
+
+def test_folds_train_one_after_the_other():
+    assert toy_project.fit("data.fold=[0,2]", *toy_project.ONE) == 0
+    assert [toy_project.run_of(fold=fold).files("best_combo") != [] for fold in (0, 1, 2)] == [
+        True,
+        False,
+        True,
+    ]
+    first, second = toy_project.last(fold=0), toy_project.last(fold=2)
+    assert first.meta["fold"] == 0 and second.meta["fold"] == 2
+    assert any(not torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+
+
+def test_without_averages_and_without_corruptions(capsys):
+    assert toy_project.fit("ema.enabled=false", "robust.enabled=false", *toy_project.ONE) == 0
+    (row,) = toy_project.epochs()
+    assert row["s_raw"] == row["clean_raw"] and "s_ema" not in row and row["per_kind"] == {}
+    assert toy_project.run_of().files("ema_best") == [] and toy_project.run_of().files("best_combo")
+    assert "best is chosen by clean top-1" in capsys.readouterr().out
+
+
+def test_swa_is_scored_and_kept_as_its_own_kind_with_statistics_of_its_own():
+    """A network with BatchNorm: the average's statistics are re-estimated, not averaged."""
+    words = (
+        "model.backbone=test_resnet",
+        "model.drop_path=0",
+        "swa.enabled=true",
+        "swa.start=0.5",
+        "sched.warmup_epochs=0",
+    )
+    assert toy_project.fit("sched.cosine_epochs=4", "data.size_epochs=[1,4]", *words) == 0
+    rows = toy_project.epochs()
+    assert ["s_swa" in row for row in rows] == [False, False, True, True]
+    run = runs.Run("tiny", "test_resnet", 0, 42)
+    swa, last = (checkpoint.load(run.files(kind)[-1]) for kind in ("swa", "last"))
+    assert swa.meta["weights"] == "swa"
+    statistics = [name for name in swa.tensors if name.endswith("running_mean")]
+    assert statistics and all(not torch.equal(swa.tensors[name], last.tensors[name]) for name in statistics)
+
+
+def test_a_run_that_stops_early_is_finished(capsys):
+    words = ("es.patience=1", "es.min_delta=1", "sched.cosine_epochs=6", "data.size_epochs=[1,6]")
+    assert toy_project.fit(*words) == 0
+    assert len(toy_project.epochs()) == 3  # a first at the new size, then one without a gain of 1
+    end = json.loads(toy_project.run_of().end.read_text())
+    assert end["stopped_early"] and end["reason"] == "no gain of 1 in 1 epochs up to epoch 3"
+    capsys.readouterr()
+    assert toy_project.fit(*words) == 0
+    assert "is finished (no gain of 1" in capsys.readouterr().out
+    assert len(toy_project.epochs()) == 3
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the gradients of some global steps NaN."""
+    original = GradientGuard.apply
+
+    def apply(self: GradientGuard, event, state, logger) -> None:
+        if str(event.value) == "after_train_batch" and state.timestamp.batch.value in steps:
+            next(self.network.parameters()).grad.fill_(math.nan)
+        original(self, event, state, logger)
+
+    monkeypatch.setattr(GradientGuard, "apply", apply)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
+    poison(monkeypatch, {0, 3})
+    assert toy_project.fit(*toy_project.ONE) == 0
+    (row,) = toy_project.epochs()
+    assert row["nonfinite"] == 2 and math.isfinite(row["train_loss"]) and math.isfinite(row["grad_norm"])
+    assert toy_project.last().more["parts"]["ema"]["updates"] == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in toy_project.last().tensors.values())
+    assert "2 steps were not finite and were skipped" in capsys.readouterr().out
+
+
+def test_a_run_of_nan_stops_with_advice(monkeypatch):
+    poison(monkeypatch, set(range(100)))
+    with pytest.raises(
+        errors.Diverged, match=r"3 steps in a row, up to step 3 .* lower opt.lr_ref or opt.lr"
+    ):
+        toy_project.fit("train.max_nonfinite=3", *toy_project.ONE)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["data.fold=7"], r"data.fold = 7: must be all, or a number \(or list\) in 0..2"),
+        (["train.save_every=often"], "train.save_every = often: must be epochs such as 1ep"),
+        (
+            ["train.batch_per_gpu=64"],
+            "40 training images with labels, fewer than the global batch of 64; lower train.batch_per_gpu",
+        ),
+        (["data.img_size=[32,64]"], "short side .* run convert with this recipe"),
+        (["robust.kinds=[jpeg]"], "robust.kinds or robust.level differ"),
+        (["data.home=elsewhere"], "elsewhere"),
+        (["model.pretrained=true"], "no pretrained weights of test_vit"),
+    ],
+)
+def test_what_cannot_train_is_refused_in_one_line(words, said):
+    with pytest.raises(errors.InputError, match=said) as refused:
+        toy_project.fit(*words)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_flipped_bit_in_a_beton_is_found_before_the_first_step():
+    path = Path("data/betons/fold0_train.beton")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(errors.CorruptionError, match="run convert again"):
+        toy_project.fit()
+    assert toy_project.run_of().files("last") == []
+
+
+def test_two_processes_do_not_train_one_run(monkeypatch):
+    recipe = load("tiny.yaml")
+    with (
+        ranks.claim(recipe, 0),
+        pytest.raises(errors.EnvironmentFault, match="another process trains fold 0, seed 42"),
+    ):
+        toy_project.fit()
+    assert toy_project.fit(*toy_project.ONE) == 0
+
+
+def test_the_console_reads_well():
+    row = {
+        "epoch": 3, "size": [224, 224], "lr_max": 1e-4, "train_loss": 3.125, "val_loss": 2.5, "clean_raw": 0.4512,
+        "clean_ema": 0.4301, "corrupt_raw": 0.39, "corrupt_ema": 0.38, "s_raw": 0.4332, "chosen": "raw",
+        "best": {"epoch": 3, "score": 0.4332}, "patience_left": 10, "images_per_s": 812.4,
+    }  # fmt: skip
+    line = epoch_line(row, 40, 2470)
+    assert len(line) <= len(headline()) <= 112 and line.endswith("  812    41:10")
+    assert "0.4332 @3*" in line and "3/40" in line
+    ends = np.cumsum([width + 2 for _, width in COLUMNS]) - 2
+    assert all(line[end - 1] != " " and headline()[end - 1] != " " for end in ends), line
+    moving = step_line(3, 40, 35, 78, 2.3456, 2.5, 1.2e-4, 812.0, 55, 4000)
+    assert moving == (
+        "epoch 3/40   45%  step 35/78  loss 2.3456  val 2.5000  lr 1.2e-04  812 img/s  0:55 left, 1:06:40 in all"
+    )
+    assert [clock(s) for s in (7, 750, 3723)] == ["0:07", "12:30", "1:02:03"]
+    recipe = load(None, ["data.img_size=[100,200]", "data.size_epochs=[2,4]", "sched.cosine_epochs=4"])
+    assert time_left(derive(recipe, 2), 1, 10.0) == 10 + 40 + 40
+
+
+def launch(
+    count: int, *words: str, script: Path = Path(toy_project.train.__file__)
+) -> subprocess.CompletedProcess[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "composer.cli.launcher",
+        "-n",
+        str(count),
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, "tiny.yaml", *words], capture_output=True, text=True, timeout=400, env=environment
+    )
+
+
+@pytest.mark.dist
+def test_two_ranks_are_one_rank():
+    """50 steps at the same global batch; each validation image counted once on any number of ranks."""
+    still = (
+        "model.drop_rate=0",
+        "model.drop_path=0",
+        "sched.cosine_epochs=10",
+        "data.size_epochs=[5,10]",
+        "opt.lr=1e-4",
+        "eval.batch=4",
+    )
+    done = launch(2, "exp.name=two", "train.batch_per_gpu=4", "train.world_size=2", *still)
+    assert done.returncode == 0, done.stdout + done.stderr
+    toy_project.fit("exp.name=one", "train.batch_per_gpu=8", *still, "eval.batch=7")
+    one, two = toy_project.last("one"), toy_project.last("two")
+    assert one.more["time"]["batch"] == two.more["time"]["batch"] == 50
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=0, atol=1e-5)
+    for a, b in zip(toy_project.epochs("one"), toy_project.epochs("two"), strict=True):
+        assert a["clean_raw"] == pytest.approx(b["clean_raw"], abs=0.051)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+
+
+WATCHED = """
+import os
+import torch
+from fastflower import errors, train
+from fastflower.callbacks.scoring import Scoring
+
+
+def note(when, state, networks):
+    name = f"{when}_{state.timestamp.epoch.value}_{os.environ['RANK']}.pt"
+    torch.save([{key: b.clone() for key, b in network.named_buffers()} for network in networks], name)
+
+
+def eval_before_all(self, state, logger):
+    note("before", state, self.networks())
+    before_all(self, state, logger)
+
+
+def eval_end(self, state, logger):
+    note("scored", state, self.networks())
+    end(self, state, logger)
+
+
+before_all, end = Scoring.eval_before_all, Scoring.eval_end
+Scoring.eval_before_all, Scoring.eval_end = eval_before_all, eval_end
+errors.run(train.main)
+"""
+
+
+@pytest.mark.dist
+def test_two_ranks_score_and_save_the_same_running_statistics():
+    """Between evaluations each rank has its own; the network that is scored on both is the one that is saved."""
+    Path("watched.py").write_text(WATCHED)
+    words = ("model.backbone=test_resnet", "model.drop_path=0", "train.batch_per_gpu=5", "train.world_size=2")
+    done = launch(2, *words, script=Path("watched.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for epoch in (1, 2, 3):
+        before, scored = (
+            [torch.load(f"{when}_{epoch}_{rank}.pt") for rank in (0, 1)] for when in ("before", "scored")
+        )
+        assert len(scored[0]) == 2  # raw and EMA
+        assert toy_project.different(*before) and toy_project.different(*scored) == []
+    found = checkpoint.load(runs.Run("tiny", "test_resnet", 0, 42).model_dir / "best_combo.pth")
+    saved = torch.load(f"scored_{found.meta['epoch']}_1.pt")[found.meta["weights"] == "ema"]
+    kept = {name: buffer for name, buffer in saved.items() if name in found.tensors}  # not mean and std
+    assert any("running_var" in name for name in kept) and not toy_project.different(
+        {name: found.tensors[name] for name in kept}, kept
+    )
+    val = open_fold(load("tiny.yaml"), 0).val
+    own = scores(logits(found, val), val.labels)
+    assert own["top1"] == found.meta["scores"][f"clean_{found.meta['weights']}"]
+
+
+@pytest.mark.dist
+def test_a_refusal_is_said_once_and_its_exit_code_is_the_launchers():
+    refused = launch(2, "opt.lr_reff=1")
+    assert refused.returncode == 2
+    assert (refused.stderr + refused.stdout).count("unknown key opt.lr_reff; did you mean opt.lr_ref?") == 1
