@@ -35,9 +35,9 @@ def run(work: Callable[[int, int], int], table: Any, say: Callable[[str], None])
         done = table.done()
         child = _fork()
         if child is None:
-            return 4 if (code := _tried(work, deaths, unexplained, say)) == ERROR else code
+            return 4 if (code := _tried(work, deaths, unexplained=unexplained, say=say)) == ERROR else code
         if child == 0:
-            _live(work, deaths, unexplained, say)
+            _live(work, deaths, unexplained=unexplained, say=say)
         try:
             code, late = _watch(child, table)
         finally:
@@ -49,7 +49,7 @@ def run(work: Callable[[int, int], int], table: Any, say: Callable[[str], None])
             return code
         deaths += 1
         name = "it stood still" if late else "an error" if code == ERROR else signal.Signals(-code).name
-        blamed = code != ERROR and _blame(table, name, late)
+        blamed = code != ERROR and _blame(table, name, late=late)
         table.reading[:] = 0
         unexplained += not blamed
         fruitless = 0 if blamed or table.done() > done else fruitless + 1
@@ -73,18 +73,22 @@ def _fork() -> int | None:
         return None
 
 
-def _live(work: Callable[[int, int], int], deaths: int, unexplained: int, say: Callable[[str], None]) -> None:
+def _live(
+    work: Callable[[int, int], int], deaths: int, *, unexplained: int, say: Callable[[str], None]
+) -> None:
     """The child: default signals, no clean-up that belongs to the parent, never past this line."""
     code = ERROR
     try:
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-        code = _tried(work, deaths, unexplained, say)
+        code = _tried(work, deaths, unexplained=unexplained, say=say)
     finally:
         os._exit(code)
 
 
-def _tried(work: Callable[[int, int], int], deaths: int, unexplained: int, say: Callable[[str], None]) -> int:
+def _tried(
+    work: Callable[[int, int], int], deaths: int, *, unexplained: int, say: Callable[[str], None]
+) -> int:
     """The exit code of work; ERROR and a line for an error that nobody foresaw."""
     try:
         return work(deaths, unexplained)
@@ -113,7 +117,7 @@ def _watch(child: int, table: Any) -> tuple[int, bool]:
         nap = min(0.2, nap * 1.5)
 
 
-def _blame(table: Any, name: str, late: bool) -> bool:
+def _blame(table: Any, name: str, *, late: bool) -> bool:
     """Give up the picture that did it, or mark all that may have; whether there was any."""
     rows = np.flatnonzero(table.reading)
     if late:

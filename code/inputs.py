@@ -103,7 +103,7 @@ class Pairs:
         values = values.reshape(height, width) if channels == 1 else values
         if values.dtype == np.uint8:
             return values
-        if not np.all(readable(values, self.unit[place])):
+        if not np.all(readable(values, unit=self.unit[place])):
             raise ValueError(
                 f"{self.arrays[place]}: {values.dtype} from {values.min():g} to {values.max():g}; "
                 "images are whole numbers 0..255, or floats 0..1"
@@ -187,11 +187,11 @@ def in_unit(values: np.ndarray) -> bool:
     parts = [
         values[at : at + ROWS].reshape(-1, math.prod(values.shape[1:])) for at in range(0, len(values), ROWS)
     ]
-    shares, levels = (sum(readable(part, unit).all(1).sum() for part in parts) for unit in (True, False))
+    shares, levels = (sum(readable(part, unit=unit).all(1).sum() for part in parts) for unit in (True, False))
     return bool(shares >= levels)
 
 
-def readable(values: np.ndarray, unit: bool) -> np.ndarray:
+def readable(values: np.ndarray, *, unit: bool) -> np.ndarray:
     """Which numbers can be pixels; NaN is none."""
     if values.dtype.kind != "f" or unit:
         return (values >= 0) & (values <= (1 if unit else 255))

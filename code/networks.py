@@ -33,7 +33,7 @@ class Networks:
     """
 
     def __init__(
-        self, folder: str, bundle: dict[str, Any], hashes: dict[str, str], device: str, half: str = "gpu"
+        self, folder: str, bundle: dict[str, Any], *, hashes: dict[str, str], device: str, half: str = "gpu"
     ) -> None:
         self.bundle = bundle
         self.notes: list[str] = []

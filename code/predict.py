@@ -69,7 +69,14 @@ def main(argv: list[str]) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_, number=number: sys.exit(number))
     files, shown = ordered(names, sample)
-    table = Table(files, bundle["class_ids"], bundle["prior"], header, shown, bundle["columns"] == "binary")
+    table = Table(
+        files,
+        bundle["class_ids"],
+        prior=bundle["prior"],
+        header=header,
+        shown=shown,
+        binary=bundle["columns"] == "binary",
+    )
     code = 0
     if names or not os.path.exists(options.csv):  # never an empty table over a good one
         code = put(table, options.csv)
@@ -89,7 +96,7 @@ def main(argv: list[str]) -> int:
         options.device = "cpu" if unexplained else options.device
         options.half = "gpu" if deaths and options.half == "all" else options.half
         try:
-            predict(options, bundle, hashes, given, table)
+            predict(options, bundle, hashes=hashes, given=given, table=table)
         except Problem as problem:
             say(str(problem), sys.stderr)
             return problem.code
@@ -118,7 +125,7 @@ def put(table: Table, place: str) -> int:
 
 
 def predict(
-    options: argparse.Namespace, bundle: dict[str, Any], hashes: dict[str, str], given: Any, table: Table
+    options: argparse.Namespace, bundle: dict[str, Any], *, hashes: dict[str, str], given: Any, table: Table
 ) -> None:
     """Fill the rows of the table, which is written after the first picture, every half minute and at the end."""
     start = time.monotonic()
@@ -133,7 +140,9 @@ def predict(
         import networks
 
         torch.set_num_threads(threads)
-        members = networks.Networks(options.bundle, bundle, hashes, options.device, options.half)
+        members = networks.Networks(
+            options.bundle, bundle, hashes=hashes, device=options.device, half=options.half
+        )
     except (ImportError, OSError) as error:  # a library of torch that is missing or does not fit into memory
         raise Problem(
             f"torch cannot be loaded ({error}); every row of {table.path} is the class prior", 4
@@ -150,7 +159,7 @@ def predict(
     told = 0
     before, warm = table.done(), 0.0
     done = before
-    for rows, logits in predicted(members, given, table, threads, options.batch or 64):
+    for rows, logits in predicted(members, given, table=table, threads=threads, batch=options.batch or 64):
         if rows:
             table.fill(rows, members.fuse(logits))
             kept.update(zip(rows, logits) if options.logits else ())
@@ -182,7 +191,7 @@ def predict(
 
 
 def predicted(
-    members: Any, given: Any, table: Table, threads: int, batch: int
+    members: Any, given: Any, *, table: Table, threads: int, batch: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Rows and their logits in order; pictures that cannot be read are left out and marked in the table.
 

@@ -32,6 +32,7 @@ class Table:
         self,
         names: list[bytes],
         class_ids: list[str],
+        *,
         prior: list[float],
         header: list[str],
         shown: list[bytes] | None = None,

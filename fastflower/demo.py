@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     print(f"[draw] contest of drawn flowers in {made.home}: {seconds['draw']:.0f} s", flush=True)
     folder = runs.RESULTS / recipe.exp.name
     disturbed = folder / "submission_disturbed.csv"
-    for stage, command in commands(recipe, made, disturbed, words):
+    for stage, command in commands(recipe, made, disturbed=disturbed, words=words):
         seconds[stage] = run(stage, command)
     summary: dict[str, Any] = {
         "clean_top1": score(made.truth, runs.SUBMISSION),
@@ -70,7 +70,7 @@ def begin_afresh(recipe: Recipe) -> None:
 
 
 def commands(
-    recipe: Recipe, made: flowers.DrawnSet, disturbed: Path, words: list[str]
+    recipe: Recipe, made: flowers.DrawnSet, *, disturbed: Path, words: list[str]
 ) -> list[tuple[str, list[str]]]:
     """The commands that a contestant would type, by stage."""
     python = (

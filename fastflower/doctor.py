@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def examine() -> list[Line]:
     """Every finding, in the order in which one would mend them."""
     built = kernel()
-    return [python(), *build_tools(built.ok is True), packages(), opencv_runtime(), built,
+    return [python(), *build_tools(built=built.ok is True), packages(), opencv_runtime(), built,
             *gpus(), cores(), memory(), disk(), weights(), photographs()]  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def python() -> Line:
     )
 
 
-def build_tools(built: bool) -> list[Line]:
+def build_tools(*, built: bool) -> list[Line]:
     """What ffcv and the decode kernel are built with; no longer needed once they are."""
     wanted = None if built else False
     tools = (

@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
         member = inference.predict(path, settings, device)
         logits.save_logits(logits.member_file(folder / "oof", member.about), member)
         members.append(member)
-    found = summary.summarise(members, folds.fold, classes, settings)
+    found = summary.summarise(members, folds.fold, classes=classes, recipe=settings)
     found["acceptance"] = acceptance.check(found, runs.read_events(folder / "events.jsonl"), settings.accept)
-    gradcam.save(folder / "gradcam", members, found, settings, device)
+    gradcam.save(folder / "gradcam", members, found=found, settings=settings, device=device)
     files.write_json(folder / "scores.json", found)
     files.write_json(folder / "temperature.json", summary.temperatures(found))
     tables.save(folder / "reports", found)
@@ -66,7 +66,9 @@ def leave_programs(settings: schema.Recipe) -> list[str]:
         names = [about(path)["backbone"] for path in chosen.paths]
         shares = shares_of(chosen, names, settings.ensembling.weighting)
         arrays = sources.pair_arrays(settings)
-        writer.leave_programs(chosen.paths, shares, settings, chosen.temperature, arrays)
+        writer.leave_programs(
+            chosen.paths, shares, recipe=settings, temperature=chosen.temperature, arrays=arrays
+        )
     except InputError as error:
         return [f"{error}; code/predict.py needs an export"]
     return []

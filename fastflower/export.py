@@ -34,9 +34,11 @@ def main(argv: list[str]) -> None:
         print(f"  {share:.3f}  {path}")
     with writer.aside() as folder:
         arrays = sources.pair_arrays(recipe)
-        made = writer.write(folder, members, shares, recipe, chosen.temperature, arrays)
+        made = writer.write(
+            folder, members, shares=shares, recipe=recipe, temperature=chosen.temperature, arrays=arrays
+        )
         known = out_of_fold(recipe, chosen.paths)
-        found, lines = gates.check(folder, made, members, recipe, known)
+        found, lines = gates.check(folder, made, members=members, recipe=recipe, out_of_fold=known)
         gates.table(found)
         for line in lines:
             print(f"  {line}")

@@ -23,21 +23,27 @@ def main(argv: list[str]) -> int:
     machine = ranks.prepare(recipe)
     fold = derived.fold_numbers(recipe)[0]
     d = derived.derive(recipe, machine.world)
-    tried, losses = build.lr_sweep(recipe, d, fold_data.open_data(recipe, fold), machine)
+    tried, losses = build.lr_sweep(recipe, d, fold=fold_data.open_data(recipe, fold), machine=machine)
     if machine.rank == 0:
-        tell(recipe, d, Run(recipe.exp.name, recipe.model.backbone, fold, recipe.seed), tried, losses)
+        tell(
+            recipe,
+            d,
+            run=Run(recipe.exp.name, recipe.model.backbone, fold, recipe.seed),
+            tried=tried,
+            losses=losses,
+        )
     machine.close()  # not after an error: it may wait for a rank that is stuck
     return 0
 
 
-def tell(recipe: Recipe, d: derived.Derived, run: Run, tried: list[float], losses: list[float]) -> None:
+def tell(recipe: Recipe, d: derived.Derived, *, run: Run, tried: list[float], losses: list[float]) -> None:
     """The table, the plot and the suggestion; InputError when the loss fell nowhere."""
     found, place = suggest(tried, losses), run.results_dir / f"lrfind_{run.stem}.csv"
     rows = zip(tried, losses, smoothed(losses), strict=True)
     lines = ["lr,loss,smoothed", *(f"{lr:.6g},{loss:.6g},{mean:.6g}" for lr, loss, mean in rows)]
     files.write_atomic(place, "\n".join(lines) + "\n")
     marks = {} if found is None else {"suggested": found.lr, "lowest loss": found.lowest}
-    chart = rate_chart(tried, losses, smoothed(losses), marks)
+    chart = rate_chart(tried, losses, smooth=smoothed(losses), marks=marks)
     files.write_atomic(place.with_suffix(".png"), chart.png())
     if found is None:
         raise InputError(

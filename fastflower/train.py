@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     try:
         for fold in derived.fold_numbers(recipe):
             with ranks.claim(recipe, fold) as run, ranks.console(run) as console:
-                train_fold(recipe, run, machine, stop, console, advice)
+                train_fold(recipe, run, machine=machine, stop=stop, console=console, advice=advice)
         machine.close()  # not after an error: it may wait for a rank that is stuck
     finally:
         stop.restore()
@@ -51,26 +51,33 @@ def main(argv: list[str]) -> int:
 
 
 def train_fold(
-    recipe: Recipe, run: Run, machine: ranks.Machine, stop: Stop, console: Console, advice: list[str]
+    recipe: Recipe, run: Run, *, machine: ranks.Machine, stop: Stop, console: Console, advice: list[str]
 ) -> None:
     """One run: open the data, go on from the last checkpoint if there is one, fit, summarise."""
     fold = fold_data.open_data(recipe, run.fold)
     more = fold.unlabelled.manifest if fold.unlabelled else None
-    same = identity(recipe, derived.derive(recipe, machine.world), fold.train.manifest, more)
+    same = identity(
+        recipe, derived.derive(recipe, machine.world), manifest=fold.train.manifest, unlabelled=more
+    )
     ranks.check_alike(same)
     last = ranks.on_rank_zero(lambda: resume.find_last(run, same, console.say))
     if last is not None and last.done:
         console.say(last.done)
         return
     fold_data.verify(fold)
-    training = build.training(recipe, run, fold, machine, stop, console, same)
+    training = build.training(recipe, run, fold=fold, machine=machine, stop=stop, console=console, same=same)
     try:
         if last is not None:
-            restore(checkpoint.load(last.path), training.trainer.state, training.network, training.parts)
+            restore(
+                checkpoint.load(last.path),
+                training.trainer.state,
+                network=training.network,
+                parts=training.parts,
+            )
         if last is not None and last.finished:  # cut between its last step and its summary
             ranks.on_rank_zero(lambda: adopt(run, "last", last.path))
         else:
-            announce(recipe, training, machine, advice)
+            announce(recipe, training, machine=machine, advice=advice)
             with stop.deferred():
                 ranks.fit(training.trainer)
         finish(training, machine, advice)
@@ -80,7 +87,7 @@ def train_fold(
             torch.cuda.empty_cache()
 
 
-def announce(recipe: Recipe, training: build.Training, machine: ranks.Machine, advice: list[str]) -> None:
+def announce(recipe: Recipe, training: build.Training, *, machine: ranks.Machine, advice: list[str]) -> None:
     """Header on the console, meta/, the picture of samples, the start row."""
     if machine.rank:
         return
@@ -98,7 +105,7 @@ def announce(recipe: Recipe, training: build.Training, machine: ranks.Machine, a
         say(line)
     for line in record.notes(recipe, facts, advice):
         say(f"  note: {line}", "yellow")
-    record.write_meta(recipe, facts, advice, machine.determinism())
+    record.write_meta(recipe, facts, advice=advice, determinism=machine.determinism())
     if start.batch.value:
         say(f"  going on after epoch {epoch}, step {step} of the next", "bold")
     else:
@@ -112,10 +119,15 @@ def finish(training: build.Training, machine: ranks.Machine, advice: list[str]) 
     """The summary, the end row and the record of how the run ended."""
     if machine.rank:
         return
-    row = record.end(training.run, training.scoring, training.recorder.meter.total, training.saving.seconds)
+    row = record.end(
+        training.run,
+        training.scoring,
+        seconds=training.recorder.meter.total,
+        saving_seconds=training.saving.seconds,
+    )
     row["determinism"] = machine.determinism()
     training.recorder.write(row)
-    record.write_end(training.facts, advice, row, training.saving.identity)
+    record.write_end(training.facts, advice, row=row, same=training.saving.identity)
     for line in record.summary(row):
         training.console.say(line, "bold" if line.startswith("done") else "")
 

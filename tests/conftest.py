@@ -63,7 +63,7 @@ def flowers17() -> Path:
 def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
     """The predictor's modules, as `python code/predict.py` sees them."""
     monkeypatch.syspath_prepend(str(REPO / "code"))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_, **__: None)
     names = ("predict", "bundles", "guard", "inputs", "pictures", "networks", "table")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -17,7 +17,7 @@ class DeviceAugment(Algorithm):
     the two halves of each image are augmented as the images they are.
     """
 
-    def __init__(self, aug: Aug, erase_p: float, fill: tuple[float, ...], pairs: bool = False) -> None:
+    def __init__(self, aug: Aug, erase_p: float, *, fill: tuple[float, ...], pairs: bool = False) -> None:
         self.aug = aug
         self.erase_p = erase_p
         self.pairs = pairs
@@ -30,5 +30,7 @@ class DeviceAugment(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         batch = state.device.batch_to_device(state.batch)
         self.fill = self.fill.to(batch["image"].device)
-        images = augment(batch["image"], batch["key"], self.aug, self.erase_p, self.fill, self.pairs)
+        images = augment(
+            batch["image"], batch["key"], aug=self.aug, erase_p=self.erase_p, fill=self.fill, pairs=self.pairs
+        )
         state.batch = {**batch, "image": images}

@@ -17,7 +17,7 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 
-def ramped(decay: float, updates: int, warmup: bool) -> float:
+def ramped(decay: float, updates: int, *, warmup: bool) -> float:
     """The decay of the next update after `updates` of them: min(decay, (1 + t) / (10 + t))."""
     return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 
@@ -76,7 +76,9 @@ def recalibrate(module: nn.Module, images: Iterable[Tensor]) -> None:
 class Ema(Algorithm):
     """BATCH_END: move the shadow towards the network, unless `skipped()` says that no step was made."""
 
-    def __init__(self, network: nn.Module, decay: float, warmup: bool, skipped: Callable[[], bool]) -> None:
+    def __init__(
+        self, network: nn.Module, decay: float, *, warmup: bool, skipped: Callable[[], bool]
+    ) -> None:
         self.network = network
         self.shadow = shadow_of(network)
         self.decay = decay
@@ -88,7 +90,7 @@ class Ema(Algorithm):
         return event == Event.BATCH_END and not self.skipped()
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
-        pull(self.shadow, self.network, 1 - ramped(self.decay, self.updates, self.warmup))
+        pull(self.shadow, self.network, 1 - ramped(self.decay, self.updates, warmup=self.warmup))
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,6 +112,7 @@ class Swa(Algorithm):
         self,
         network: nn.Module,
         first_epoch: int,
+        *,
         shadows: dict[str, Callable[[Tensor], Tensor]],
         batches: Callable[[State], Iterable[Tensor]],
         asked: Callable[[State], bool] = lambda state: False,

@@ -26,7 +26,7 @@ SUMS = ("seen", "loss", "known", "right")  # images; their loss; labels made who
 MEMORY = 0.99  # a step, of the predictions' mean: about the 128 batches of the paper
 
 
-def weight(epoch: int, step: int, steps: int, lambda_u: float, ramp_epochs: int) -> float:
+def weight(epoch: int, step: int, *, steps: int, lambda_u: float, ramp_epochs: int) -> float:
     """lambda_u at a step of an epoch counted from 0: rising linearly from 0 over ramp_epochs, then constant."""
     return lambda_u * min(1.0, (epoch + step / max(steps, 1)) / ramp_epochs) if ramp_epochs else lambda_u
 
@@ -48,6 +48,7 @@ class FixMatch(Algorithm):
         self,
         recipe: Recipe,
         class_counts: Sequence[int],
+        *,
         fill: tuple[float, ...],
         teacher: nn.Module | None = None,
     ) -> None:
@@ -91,7 +92,7 @@ class FixMatch(Algorithm):
         if self.semi.method == "fixmatch":
             images, keys = batch["strong"].flatten(0, 1), batch["strong_key"].flatten()
             with torch.no_grad():
-                views.append(augment(images, keys, self.aug, self.erase_p, self.fill))
+                views.append(augment(images, keys, aug=self.aug, erase_p=self.erase_p, fill=self.fill))
         state.batch = {**batch, "image": torch.cat([batch["image"], *views])}
 
     def _part(self, state: State) -> None:
@@ -110,7 +111,7 @@ class FixMatch(Algorithm):
         loss, labels, mask = consistency(made, self._learned, self.semi.threshold)
         now, steps = state.timestamp, int(state.dataloader_len or 1)
         semi, epoch, step = self.semi, now.epoch.value, now.batch_in_epoch.value
-        self.lambda_u = weight(epoch, step, steps, semi.lambda_u, semi.ramp_epochs)
+        self.lambda_u = weight(epoch, step, steps=steps, lambda_u=semi.lambda_u, ramp_epochs=semi.ramp_epochs)
         assert isinstance(state.loss, Tensor)
         state.loss = state.loss + self.lambda_u * loss
         truth = state.batch["truth"].flatten()

@@ -52,7 +52,7 @@ class GradientGuard(Algorithm):
     """
 
     def __init__(
-        self, network: nn.Module, clip_grad: float | None, limit: int, say: Callable[[str], None] = print
+        self, network: nn.Module, clip_grad: float | None, *, limit: int, say: Callable[[str], None] = print
     ) -> None:
         self.network = network
         self.say = say

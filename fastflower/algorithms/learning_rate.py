@@ -40,6 +40,7 @@ class LearningRate(Algorithm):
         self,
         recipe: Recipe,
         derived: Derived,
+        *,
         network: nn.Module,
         steps: Callable[[int], int],
         watched: Callable[[], float],
@@ -61,7 +62,14 @@ class LearningRate(Algorithm):
             return
         epoch, step = state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value
         stage = stage_factor(self.recipe, self.derived, epoch)
-        factor = lr_factor(epoch, step, self.steps(epoch), self.recipe, self.plateau.factor, stage)
+        factor = lr_factor(
+            epoch,
+            step,
+            steps_per_epoch=self.steps(epoch),
+            recipe=self.recipe,
+            plateau_factor=self.plateau.factor,
+            batch_factor=stage,
+        )
         frozen = frozen_parts(epoch, self.recipe)
         for group in state.optimizers[0].param_groups:  # lr 0 also stops AdamW's decay, which is lr * wd
             group["lr"] = 0.0 if group["part"] in frozen else group["initial_lr"] * factor

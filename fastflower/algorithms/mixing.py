@@ -37,13 +37,27 @@ class Mix(Algorithm):
         batch, reg = state.batch, self.recipe.reg
         epoch, step = state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value
         prob = probability(self.recipe, epoch)
-        kind = choose(self.recipe.seed, epoch, step, prob, reg.mix_switch_prob, reg.mixup, reg.cutmix)
+        kind = choose(
+            self.recipe.seed,
+            epoch,
+            step=step,
+            prob=prob,
+            switch=reg.mix_switch_prob,
+            mixup=reg.mixup,
+            cutmix=reg.cutmix,
+        )
         alpha = {"mixup": reg.mixup, "cutmix": reg.cutmix}.get(kind, 0.0)
         taught = None
         if self.teacher is not None:
             self.teacher = self.teacher.to(batch["label"].device)
             taught = self.teacher[batch["row"]]
         images, targets = mix(
-            batch["image"], batch["label"], batch["key"], self.num_classes, kind, alpha, taught
+            batch["image"],
+            batch["label"],
+            keys=batch["key"],
+            num_classes=self.num_classes,
+            kind=kind,
+            alpha=alpha,
+            teacher=taught,
         )
         state.batch = {**batch, "image": images, "target": targets}

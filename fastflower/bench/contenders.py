@@ -26,8 +26,8 @@ def ours(pictures: Pictures, size: int, threads: int, kind: str) -> Epoch:
     beton = pictures.beton(kind, 0 if kind == "original" else stored_side(size))
     order = np.resize(np.arange(beton.rows), -(-beton.rows // pictures.batch) * pictures.batch)
     loader = TrainLoader(
-        beton, lambda epoch: order, 0, lambda epoch: pictures.batch, lambda epoch: (size, size),
-        Crop(SCALE, RATIO, 0.5), threads=threads,
+        beton, lambda epoch: order, seed=0, batch=lambda epoch: pictures.batch, size=lambda epoch: (size, size),
+        crop=Crop(SCALE, RATIO, 0.5), threads=threads,
     )  # fmt: skip
     return lambda: iter(loader)
 
@@ -41,13 +41,15 @@ def limit(pictures: Pictures, size: int, threads: int, entropy_only: int) -> Epo
         for offset, length in part:
             kernel.ff_limit(beton.data.ctypes.data + offset, length, entropy_only)
 
-    return pooled(rows, pictures.batch, threads, some)
+    return pooled(rows, pictures.batch, threads=threads, some=some)
 
 
 def ffcv(pictures: Pictures, size: int, threads: int, mode: str) -> Epoch:
     from fastflower.data.decode.ffcv_loader import stock_loader
 
-    loader = stock_loader(pictures.ffcv(mode), (size, size), Crop(SCALE, RATIO, 0.5), pictures.batch, threads)
+    loader = stock_loader(
+        pictures.ffcv(mode), (size, size), crop=Crop(SCALE, RATIO, 0.5), batch=pictures.batch, threads=threads
+    )
     STOCK_LOADERS.append(loader)
     return lambda: iter(loader)
 

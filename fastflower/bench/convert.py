@@ -55,10 +55,12 @@ def main(argv: list[str]) -> int | None:
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
     with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
-        rows = measure(files, Path(work), args.size, args.workers, args.rounds)
+        rows = measure(files, Path(work), size=args.size, workers=args.workers, rounds=args.rounds)
         show(rows, len(files), args.workers)
         if args.memory:
-            rows += (memory := [_fresh(files, Path(work), count, args.workers) for count in ROWS])
+            rows += (
+                memory := [_fresh(files, Path(work), count=count, workers=args.workers) for count in ROWS]
+            )
             for row in memory:
                 print(f"{row['rows']} rows: peak {row['peak_mb']:.0f} MB, {row['seconds']:.1f} s")
     if args.json:
@@ -67,21 +69,25 @@ def main(argv: list[str]) -> int | None:
 
 
 def measure(
-    files: tuple[Path, ...], work: Path, size: int, workers: int, rounds: int
+    files: tuple[Path, ...], work: Path, *, size: int, workers: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Seconds of each contender, by round; every round writes all of them anew."""
     turns: dict[str, Callable[[Path], None]] = {
-        STOCK: lambda to: stock(files, to / "stock.beton", workers, 512),
-        "fastflower, five folds and corrupted sets, raw": lambda to: ours(files, to, size, workers, "raw"),
-        "fastflower, five folds and corrupted sets, jpeg": lambda to: ours(files, to, size, workers, "jpeg"),
+        STOCK: lambda to: stock(files, to / "stock.beton", workers=workers, longest=512),
+        "fastflower, five folds and corrupted sets, raw": lambda to: ours(
+            files, to, size=size, workers=workers, store="raw"
+        ),
+        "fastflower, five folds and corrupted sets, jpeg": lambda to: ours(
+            files, to, size=size, workers=workers, store="jpeg"
+        ),
         "ffcv DatasetWriter, jpeg q90, whole images": lambda to: stock(
-            files, to / "stock.beton", workers, 1 << 15
+            files, to / "stock.beton", workers=workers, longest=1 << 15
         ),
         "fastflower, one split, bytes as they are": lambda to: passed_through(files, to / "passed.beton"),
     }
     (work / "warm").mkdir()  # imports are nobody's time
-    stock(files[:8], work / "warm/stock.beton", workers, 512)
-    ours(files[:40], work / "warm", size, workers, "raw")
+    stock(files[:8], work / "warm/stock.beton", workers=workers, longest=512)
+    ours(files[:40], work / "warm", size=size, workers=workers, store="raw")
     times: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
         for name, turn in turns.items():
@@ -102,12 +108,12 @@ def measure(
     ]
 
 
-def stock(files: tuple[Path, ...], path: Path, workers: int, longest: int) -> None:
+def stock(files: tuple[Path, ...], path: Path, *, workers: int, longest: int) -> None:
     """FFCV's writer on images as torchvision's folders give them."""
     from fastflower.data.decode.ffcv_loader import write_stock
 
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        write_stock(path, cast(Any, _Opened(files)), "jpg", workers, longest)
+        write_stock(path, cast(Any, _Opened(files)), mode="jpg", workers=workers, longest=longest)
 
 
 class _Opened:
@@ -123,7 +129,7 @@ class _Opened:
         return Image.open(self.files[row]).convert("RGB"), 0
 
 
-def ours(files: tuple[Path, ...], place: Path, size: int, workers: int, store: str) -> None:
+def ours(files: tuple[Path, ...], place: Path, *, size: int, workers: int, store: str) -> None:
     """The command's own work, quietly."""
     labels, classes = place / "labels.csv", max(2, min(17, len(files) // 10))
     labels.write_text(
@@ -145,7 +151,7 @@ def passed_through(files: tuple[Path, ...], path: Path) -> None:
             data = file.read_bytes()
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
-            writer.jpeg(data, height, width, 0, row)
+            writer.jpeg(data, height, width=width, label=0, index=row)
         writer.commit({})
 
 
@@ -172,7 +178,7 @@ def probe(root: Path, place: Path, workers: int) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    ours(files, place, 32, workers, "raw")
+    ours(files, place, size=32, workers=workers, store="raw")
     ended.set()
     watcher.join()
     return {"rows": len(files), "peak_mb": round(peak[0]), "seconds": round(time.perf_counter() - start, 2)}
@@ -189,7 +195,7 @@ def _held() -> float:
     return total / 1024
 
 
-def _fresh(files: tuple[Path, ...], work: Path, count: int, workers: int) -> dict[str, Any]:
+def _fresh(files: tuple[Path, ...], work: Path, *, count: int, workers: int) -> dict[str, Any]:
     """A conversion of `count` small images under as many names, in a process of its own."""
     root = work / f"rows{count}"
     root.mkdir()

@@ -49,7 +49,12 @@ def main(argv: list[str]) -> int | None:
     rows = []
     for name, images, size in sets:
         with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
-            rows.append(row := {"set": name, **compare(images, Path(work), size, args.epochs, args.seeds)})
+            rows.append(
+                row := {
+                    "set": name,
+                    **compare(images, Path(work), size=size, epochs=args.epochs, seeds=args.seeds),
+                }
+            )
         print(
             "{set}: {train} images trained on at {size} px, {epochs} epochs, {seeds} seeds, n = {n}; "
             "top-1 fast {fast:.4f}, exact {exact:.4f}, difference {difference:+.4f} "
@@ -82,26 +87,29 @@ def photographs(folder: Path) -> list[tuple[bytes, int]]:
 
 
 def compare(
-    images: list[tuple[bytes, int]], work: Path, size: int, epochs: int, seeds: int
+    images: list[tuple[bytes, int]], work: Path, *, size: int, epochs: int, seeds: int
 ) -> dict[str, Any]:
     """Train on four fifths of the images by both decoders for every seed, and evaluate on the rest."""
     with BetonWriter(work / "all.beton", len(images)) as writer:
         for i, (data, label) in enumerate(images):
             width, height = Image.open(io.BytesIO(data)).size
-            writer.jpeg(data, height, width, label, i)
+            writer.jpeg(data, height, width=width, label=label, index=i)
         writer.commit({})
     beton = open_beton(work / "all.beton")
     held = np.arange(beton.rows) % 5 == 0
     order, rest = np.flatnonzero(~held), np.flatnonzero(held)
     viewed = np.empty((rest.size, size, size, 3), np.uint8)
-    decode_eval(beton, rest, viewed, 1.14, "bilinear", 1)
+    decode_eval(beton, rest, out=viewed, factor=1.14, interpolation="bilinear", threads=1)
     ways = {"fast": fast_views(beton), "exact": exact_views(beton)}
-    keys = seeding.row_keys(0, 0, np.arange(order.size), order)
+    keys = seeding.row_keys(0, 0, positions=np.arange(order.size), rows=order)
     first, second = (views(order, keys, size).astype(np.float32) for views in ways.values())
     psnr = 10 * np.log10(255**2 / np.maximum(((first - second) ** 2).mean((1, 2, 3)), 1e-3))
     scores = np.array(
         [
-            [train(beton, order, (rest, viewed), views, size, epochs, seed) for views in ways.values()]
+            [
+                train(beton, order, held=(rest, viewed), views=views, size=size, epochs=epochs, seed=seed)
+                for views in ways.values()
+            ]
             for seed in range(seeds)
         ]
     )
@@ -120,7 +128,7 @@ def fast_views(beton: Beton) -> Views:
 
     def views(rows: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
         out = np.empty((rows.size, size, size, 3), np.uint8)
-        decode_train(beton, rows, keys, out, CROP, 1)
+        decode_train(beton, rows, keys=keys, out=out, crop=CROP, threads=1)
         return out
 
     return views
@@ -134,7 +142,9 @@ def exact_views(beton: Beton) -> Views:
         out = np.empty((rows.size, size, size, 3), np.uint8)
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
             image = whole[row]
-            top, left, h, w, flip = crop_box(int(key), image.height, image.width, (size, size), CROP)
+            top, left, h, w, flip = crop_box(
+                int(key), image.height, width=image.width, size=(size, size), crop=CROP
+            )
             view = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
             out[i] = np.asarray(view)[:, ::-1] if flip else np.asarray(view)
         return out
@@ -143,7 +153,7 @@ def exact_views(beton: Beton) -> Views:
 
 
 def train(
-    beton: Beton, order: np.ndarray, held: tuple[np.ndarray, np.ndarray], views: Views, size: int, epochs: int,
+    beton: Beton, order: np.ndarray, *, held: tuple[np.ndarray, np.ndarray], views: Views, size: int, epochs: int,
     seed: int,
 ) -> float:  # fmt: skip
     """Top-1 on the held-out views of a small network after AdamW with a one-cycle schedule."""
@@ -160,7 +170,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for epoch in range(epochs):
         shuffled = seeding.generator(seed, epoch).permutation(order)
-        keys = seeding.row_keys(seed, epoch, np.arange(shuffled.size), shuffled)
+        keys = seeding.row_keys(seed, epoch, positions=np.arange(shuffled.size), rows=shuffled)
         for at in range(0, shuffled.size // BATCH * BATCH, BATCH):
             part = slice(at, at + BATCH)
             loss = nn.functional.cross_entropy(

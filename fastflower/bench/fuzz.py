@@ -52,12 +52,12 @@ def main(argv: list[str]) -> int | None:
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
     seeds = encoded(files)
     with tempfile.TemporaryDirectory(prefix="fastflower-fuzz-") as work:
-        prepared(Path(work), BACKBONE, [SIDE])
+        prepared(Path(work), BACKBONE, scales=[SIDE])
         root = sandbox.copy_hand_in(Path(work) / "hand-in", Path(work) / "bundle", [])
         alone, _ = measured([sys.executable, "-c", "import torch"], SECONDS)
         print(f"importing torch alone: {peak(alone):.0f} MB")
         for number in range(*args.portions):
-            portion(root, seeds, number, args.images)
+            portion(root, seeds, number=number, count=args.images)
     return None
 
 
@@ -135,7 +135,7 @@ def peak(done: subprocess.CompletedProcess[str]) -> float:
     return float(done.stdout.split()[-1])
 
 
-def portion(root: Path, seeds: list[bytes], number: int, count: int) -> None:
+def portion(root: Path, seeds: list[bytes], *, number: int, count: int) -> None:
     """Damage, predict and check one portion; prints a line, raises InputError with what was wrong."""
     folder = root / "test_dataset"
     shutil.rmtree(folder)

@@ -47,7 +47,10 @@ def main(argv: list[str]) -> int | None:
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
     if args.probe:
         name, work = args.probe
-        print(json.dumps(probe(name, Pictures(files, Path(work)), args.size[0], args.threads[0])), flush=True)
+        print(
+            json.dumps(probe(name, Pictures(files, Path(work)), size=args.size[0], threads=args.threads[0])),
+            flush=True,
+        )
         os._exit(0)  # not every peer's threads survive the interpreter's end
     names = [n for n in taking_part() if n == STOCK or not args.only or any(word in n for word in args.only)]
     rows: list[dict[str, Any]] = []
@@ -56,9 +59,9 @@ def main(argv: list[str]) -> int | None:
         print(f"{len(files)} photographs, {args.rounds} rounds; ratios to {STOCK}: median [quartiles]")
         for size in args.size:
             for threads in args.threads:
-                rows += (found := measure(pictures, names, size, threads, args.rounds))
+                rows += (found := measure(pictures, names, size=size, threads=threads, rounds=args.rounds))
                 for row in found:
-                    row |= _fresh(row["contender"], args, pictures, size, threads)
+                    row |= _fresh(row["contender"], args, pictures=pictures, size=size, threads=threads)
                 show(found)
         beton = pictures.beton("original", 0).path
         start = {
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def measure(
-    pictures: Pictures, names: list[str], size: int, threads: int, rounds: int
+    pictures: Pictures, names: list[str], *, size: int, threads: int, rounds: int
 ) -> list[dict[str, Any]]:
     """One row for each contender: median images/s, and the ratio to stock FFCV with its quartiles."""
     epochs = {name: CONTENDERS[name](pictures, size, threads) for name in names}
@@ -119,7 +122,7 @@ def seconds(epoch: Epoch) -> tuple[float, float]:
     return time.perf_counter() - start, _processor() - spent
 
 
-def probe(name: str, pictures: Pictures, size: int, threads: int) -> dict[str, float]:
+def probe(name: str, pictures: Pictures, *, size: int, threads: int) -> dict[str, float]:
     """Seconds from process start to the first batch, and peak memory after one epoch."""
     batches = iter(CONTENDERS[name](pictures, size, threads)())
     next(batches)
@@ -148,7 +151,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def _fresh(
-    name: str, args: argparse.Namespace, pictures: Pictures, size: int, threads: int
+    name: str, args: argparse.Namespace, *, pictures: Pictures, size: int, threads: int
 ) -> dict[str, float]:
     command = [sys.executable, "-m", "fastflower.bench", "loader", "--data", str(args.data)]
     command += ["--images", str(args.images), "--size", str(size), "--threads", str(threads)]

@@ -74,7 +74,7 @@ def opencv(pictures: Pictures, size: int, threads: int, decoder: str) -> Epoch:
             batch[i] = view[:, ::-1] if random.random() < 0.5 else view
         return batch
 
-    return pooled(pictures.data, pictures.batch, threads, some)
+    return pooled(pictures.data, pictures.batch, threads=threads, some=some)
 
 
 def dali(pictures: Pictures, size: int, threads: int, quick: bool) -> Epoch:

@@ -42,7 +42,7 @@ class Pictures:
                 for i, data in enumerate(self.data):
                     if kind == "original":
                         width, height = Image.open(io.BytesIO(data)).size
-                        writer.jpeg(data, height, width, 0, i)
+                        writer.jpeg(data, height, width=width, label=0, index=i)
                         continue
                     image = Image.open(io.BytesIO(data)).convert("RGB")
                     scale = side / min(image.size)
@@ -52,7 +52,7 @@ class Pictures:
                     else:
                         file = io.BytesIO()
                         image.save(file, "JPEG", quality=90)
-                        writer.jpeg(file.getvalue(), image.height, image.width, 0, i)
+                        writer.jpeg(file.getvalue(), image.height, width=image.width, label=0, index=i)
                 writer.commit({})
         return open_beton(path)
 
@@ -64,7 +64,7 @@ class Pictures:
 
             rows = [(Image.open(file).convert("RGB"), 0) for file in self.files]
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-                write_stock(path, rows, mode)
+                write_stock(path, rows, mode=mode)
         return path
 
 
@@ -81,7 +81,7 @@ def photographs(folder: Path, most: int) -> tuple[Path, ...]:
     return tuple(files[: most or None])
 
 
-def pooled(items: list[Any], batch: int, threads: int, some: Callable[[list[Any]], Any]) -> Epoch:
+def pooled(items: list[Any], batch: int, *, threads: int, some: Callable[[list[Any]], Any]) -> Epoch:
     """Batches of items, each worked on by one thread of a pool, two ahead of the reader."""
     parts = [items[i : i + batch] for i in range(0, len(items), batch)]
     pool = ThreadPoolExecutor(threads)

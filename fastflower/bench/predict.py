@@ -54,7 +54,17 @@ def main(argv: list[str]) -> int | None:
     with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
         for number, name in enumerate(args.backbone):
             place = Path(work) / str(number)
-            rows.append(measure(place, name, files, args.scales, args.rounds, args.device, args.half))
+            rows.append(
+                measure(
+                    place,
+                    name,
+                    files=files,
+                    scales=args.scales,
+                    rounds=args.rounds,
+                    device=args.device,
+                    half=args.half,
+                )
+            )
             show(rows[-1])
     if args.json:
         write_json(args.json, rows)
@@ -64,6 +74,7 @@ def main(argv: list[str]) -> int | None:
 def measure(
     place: Path,
     backbone: str,
+    *,
     files: Sequence[Path],
     scales: list[int],
     rounds: int,
@@ -72,9 +83,9 @@ def measure(
 ) -> dict[str, Any]:
     """Images/s of both sides in each round, start-up apart, and how often they name the same class."""
     place.mkdir()
-    network, spec = prepared(place, backbone, scales, half)
+    network, spec = prepared(place, backbone, scales=scales, half=half)
     root = sandbox.copy_hand_in(place / "hand-in", place / "bundle", list(files))
-    plain = plain_loop(network, spec, scales, device)
+    plain = plain_loop(network, spec, scales=scales, device=device)
     plain(files[:2])
     ours, theirs, starts = [], [], []
     labels, precision = np.empty(0), ""
@@ -104,7 +115,9 @@ def measure(
     }
 
 
-def prepared(place: Path, backbone: str, scales: list[int], half: str = "gpu") -> tuple[Network, NetworkSpec]:
+def prepared(
+    place: Path, backbone: str, *, scales: list[int], half: str = "gpu"
+) -> tuple[Network, NetworkSpec]:
     """A network with random weights, and a bundle of it in place/bundle."""
     torch.manual_seed(0)
     sizes = [(scales[-1], scales[-1])]
@@ -123,12 +136,12 @@ def prepared(place: Path, backbone: str, scales: list[int], half: str = "gpu") -
     checkpoint.save(path, network.state_dict(), meta)
     (place / "bundle").mkdir()
     members = writer.load_members([path], "fp32")
-    writer.write(place / "bundle", members, np.ones(1), load(None, words), 1.0)
+    writer.write(place / "bundle", members, shares=np.ones(1), recipe=load(None, words), temperature=1.0)
     return network, spec
 
 
 def plain_loop(
-    network: Network, spec: NetworkSpec, scales: list[int], device: str
+    network: Network, spec: NetworkSpec, *, scales: list[int], device: str
 ) -> Callable[[Sequence[Path]], np.ndarray]:
     """Class indices of files, one photograph and one view after another."""
     network.to(device)

@@ -63,10 +63,10 @@ def _first_batches(path: Path, size: int) -> dict[str, object]:
 
     beton = open_beton(path)
     train = TrainLoader(
-        beton, lambda epoch: np.arange(beton.rows), 0, lambda epoch: min(64, beton.rows), lambda epoch: (size, size),
-        Crop(),
+        beton, lambda epoch: np.arange(beton.rows), seed=0, batch=lambda epoch: min(64, beton.rows),
+        size=lambda epoch: (size, size), crop=Crop(),
     )  # fmt: skip
-    evaluation = EvalLoader(beton, 64, lambda: (size, size), 1.14, "bicubic")
+    evaluation = EvalLoader(beton, 64, size=lambda: (size, size), factor=1.14, interpolation="bicubic")
     for loader in (train, evaluation):
         next(iter(loader))
     seconds = time.time() - process_start()

@@ -51,6 +51,7 @@ class Gate:
 def check(
     folder: Path,
     bundle: dict[str, Any],
+    *,
     members: list[Member],
     recipe: Recipe,
     out_of_fold: dict[str, Logits],
@@ -66,7 +67,7 @@ def check(
         place = Path(temporary)
         photographs = held_out(place / "photographs", recipe, members)
         betons = written(place, bundle, photographs)
-        expected = trainer_logits(bundle, members, betons, len(photographs))
+        expected = trainer_logits(bundle, members, betons=betons, count=len(photographs))
         photographs = photographs.first(len(expected))
         root, python = sandbox.copy_hand_in(place / "hand-in", folder, photographs.files), None
         gates.append(pixel_parity(root, bundle, betons))
@@ -85,21 +86,38 @@ def check(
         gates.append(parity(got, expected, bundle))
         lines: list[str] = []
         if recipe.bundle.dtype != "fp32":
-            gate, lines = rounding(members, bundle, betons, expected, photographs.class_idx, recipe)
+            gate, lines = rounding(
+                members, bundle, betons=betons, logits=expected, labels=photographs.class_idx, recipe=recipe
+            )
             gates.append(gate)
-        gates.append(agreement(got, bundle, members, photographs, out_of_fold, recipe.bundle.max_loss))
+        gates.append(
+            agreement(
+                got,
+                bundle,
+                members=members,
+                photographs=photographs,
+                out_of_fold=out_of_fold,
+                max_loss=recipe.bundle.max_loss,
+            )
+        )
         for device in halved(recipe.bundle.half):
             gate, more = halving(
-                root, got, bundle, photographs.class_idx, recipe.bundle.max_loss, python, device
+                root,
+                got,
+                bundle=bundle,
+                labels=photographs.class_idx,
+                max_loss=recipe.bundle.max_loss,
+                python=python,
+                device=device,
             )
             gates.append(gate)
             lines += more
-        gates.append(latency(root, bundle, recipe.bundle.max_ms, python))
+        gates.append(latency(root, bundle, allowed=recipe.bundle.max_ms, python=python))
     return gates, lines
 
 
 def trainer_logits(
-    bundle: dict[str, Any], members: list[Member], betons: dict[int, Beton], count: int
+    bundle: dict[str, Any], members: list[Member], *, betons: dict[int, Beton], count: int
 ) -> np.ndarray:
     """The trainer's evaluation of the photographs: float32 (n, members, views, C), n as many as a minute allows."""
     found: list[np.ndarray] = []
@@ -107,7 +125,9 @@ def trainer_logits(
     for row in range(count):
         views = [
             [
-                views_logits(member.network, betons, row, bundle["crops"][view["crop"]], bundle["hflip"])
+                views_logits(
+                    member.network, betons, row=row, crop=bundle["crops"][view["crop"]], hflip=bundle["hflip"]
+                )
                 for view in spec["views"]
             ]
             for member, spec in zip(members, bundle["members"], strict=True)
@@ -120,7 +140,7 @@ def trainer_logits(
 
 @torch.inference_mode()
 def views_logits(
-    network: nn.Module, betons: dict[int, Beton], row: int, crop: dict[str, Any], hflip: bool
+    network: nn.Module, betons: dict[int, Beton], *, row: int, crop: dict[str, Any], hflip: bool
 ) -> np.ndarray:
     """Logits (1 or 2, C) of a row as training evaluates it, plain and mirrored."""
     image = torch.from_numpy(trained_view(betons, row, crop))
@@ -131,7 +151,14 @@ def views_logits(
 def trained_view(betons: dict[int, Beton], row: int, crop: dict[str, Any]) -> np.ndarray:
     """A row as the trainer's evaluation cuts it: uint8 (1, h, w, 3), of pairs (1, h, 2w, 3)."""
     beton, size = betons[crop["stored_side"]], (crop["height"], crop["width"])
-    return eval_images(beton, np.array([row]), size, crop["factor"], crop["interpolation"], 1).numpy()
+    return eval_images(
+        beton,
+        np.array([row]),
+        size=size,
+        factor=crop["factor"],
+        interpolation=crop["interpolation"],
+        threads=1,
+    ).numpy()
 
 
 def pixel_parity(root: Path, bundle: dict[str, Any], betons: dict[int, Beton]) -> Gate:
@@ -164,6 +191,7 @@ def predictors_input(root: Path, bundle: dict[str, Any]) -> Any:
 def rounding(
     members: list[Member],
     bundle: dict[str, Any],
+    *,
     betons: dict[int, Beton],
     logits: np.ndarray,
     labels: np.ndarray,
@@ -175,7 +203,7 @@ def rounding(
         network = load_network(checkpoint.load(member.path), member.path, torch.device("cpu"))
         crop = bundle["crops"][spec["views"][0]["crop"]]
         exact = np.concatenate(
-            [views_logits(network, betons, row, crop, False) for row in range(len(labels))]
+            [views_logits(network, betons, row=row, crop=crop, hflip=False) for row in range(len(labels))]
         )
         before.append(spec["weight"] * exact)
         after.append(spec["weight"] * logits[:, position, 0])
@@ -186,7 +214,9 @@ def rounding(
             f"{np.abs(exact - logits[:, position, 0]).max():.2g}"
         )
     right = [int((sum(own).argmax(1) == labels).sum()) for own in (before, after)]
-    return loss_gate(recipe.bundle.dtype, right[1], right[0], len(labels), recipe.bundle.max_loss), lines
+    return loss_gate(
+        recipe.bundle.dtype, right[1], before=right[0], count=len(labels), max_loss=recipe.bundle.max_loss
+    ), lines
 
 
 def halved(half: str) -> list[str]:
@@ -198,6 +228,7 @@ def halved(half: str) -> list[str]:
 def halving(
     root: Path,
     exact: np.ndarray,
+    *,
     bundle: dict[str, Any],
     labels: np.ndarray,
     max_loss: float,
@@ -227,12 +258,16 @@ def halving(
         f"{np.abs(exact).max():.2g}; another class for {np.sum(told[0] != told[1])} of {len(labels)}"
     )
     right = [int((own == labels).sum()) for own in told]
-    return loss_gate(name, right[0], right[1], len(labels), max_loss), [line, *run["notes"]]
+    return loss_gate(name, right[0], before=right[1], count=len(labels), max_loss=max_loss), [
+        line,
+        *run["notes"],
+    ]
 
 
 def agreement(
     got: np.ndarray,
     bundle: dict[str, Any],
+    *,
     members: list[Member],
     photographs: Photographs,
     out_of_fold: dict[str, Logits],
@@ -258,10 +293,10 @@ def agreement(
             theirs += int(np.argmax(known) == photographs.class_idx[row])
     if not seen:
         return Gate("out of fold", "no logits; run python -m fastflower.evaluate", "", None)
-    return loss_gate("out of fold", ours, theirs, seen, max_loss)
+    return loss_gate("out of fold", ours, before=theirs, count=seen, max_loss=max_loss)
 
 
-def loss_gate(name: str, after: int, before: int, count: int, max_loss: float) -> Gate:
+def loss_gate(name: str, after: int, *, before: int, count: int, max_loss: float) -> Gate:
     """Right answers that may be lost: a share of the photographs, and always one."""
     fewest = before - max(1, int(max_loss * count))
     return Gate(name, f"{after} right of {count}, {before} before", f">= {fewest} right", after >= fewest)
@@ -307,7 +342,7 @@ def noun(bundle: dict[str, Any]) -> str:
     return "pairs" if bundle.get("pairs") else "photographs"
 
 
-def latency(root: Path, bundle: dict[str, Any], allowed: float, python: Path | None) -> Gate:
+def latency(root: Path, bundle: dict[str, Any], *, allowed: float, python: Path | None) -> Gate:
     """Milliseconds a photograph or pair, start-up apart, on the device that the predictor chooses, with its name.
 
     Tried up to three times: that a machine is busy is not the bundle's fault.

@@ -116,5 +116,5 @@ def images_of(file: Path, pairs: dict[str, Any] | None) -> list[Image.Image]:
     """What convert reads in a file: a photograph, or the two images of a pair."""
     if not pairs:
         return [image_files.decode(image_files.read_bytes(file))]
-    stack = open_npz(file, [*pairs["arrays"], ""], pairs["shape"], labelled=False)
+    stack = open_npz(file, [*pairs["arrays"], ""], shape=pairs["shape"], labelled=False)
     return [Image.fromarray(images[0]).convert("RGB") for images in stack.images]

@@ -110,7 +110,7 @@ def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
     budget = ensembles.Budget.of([own[0] for own in runs_of], recipe.bundle)
     budget.check("bundle.members = greedy", "member")
     stack, labels = np.stack([own.logits for own in sets]), sets[0].class_idx
-    weights = ensembles.greedy_weights(stack, labels, budget)
+    weights = ensembles.greedy_weights(stack, labels, budget=budget)
     chosen = folds_within(runs_of, weights, budget)
     shares = {
         str(member.about["checkpoint"]): weight / len(own)
@@ -124,7 +124,9 @@ def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
     )
     t, source = 1.0, "ts.enabled=false"
     if recipe.ts.enabled:
-        fitted = calibration.fit_set(mixed, recipe.ts.fit_on, recipe.select.alpha, recipe.eval.ece_bins)
+        fitted = calibration.fit_set(
+            mixed, recipe.ts.fit_on, alpha=recipe.select.alpha, bins=recipe.eval.ece_bins
+        )
         t, source = fitted["t"], f"fitted on {len(labels)} out-of-fold images of the chosen runs"
     kept = [path for path in paths if path.name in shares]
     return Choice(kept, np.array([shares[path.name] for path in kept]), t, source)

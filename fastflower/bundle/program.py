@@ -28,7 +28,7 @@ CONVOLUTIONS = (nn.Conv2d, timm.layers.Conv2dSame)  # kinds that use their weigh
 
 
 def trace(
-    path: Path, network: nn.Module, height: int, width: int, tensors: dict[str, Tensor]
+    path: Path, network: nn.Module, *, height: int, width: int, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
     """A member's network for one view size as a program of (images, *weights).
 
@@ -57,11 +57,11 @@ def trace(
         program = torch.jit.trace(
             with_weights(made, list(weights)), (example, *weights.values()), check_trace=False
         )
-    check_program(program, what, network, height, width, list(weights.values()))
+    check_program(program, what, network=network, height=height, width=width, weights=list(weights.values()))
     buffer = io.BytesIO()
     torch.jit.save(program, buffer)
     data = without_paths(buffer.getvalue())
-    keeps = half_keeps(program, inputs, list(weights.values()), example[:1])
+    keeps = half_keeps(program, inputs, weights=list(weights.values()), images=example[:1])
     return {"data": data, "inputs": inputs, "norms": norms, "half_keeps": keeps}
 
 
@@ -190,7 +190,7 @@ def with_weights(network: nn.Module, names: list[str]) -> Any:
 
 
 def check_program(
-    program: Any, what: str, network: nn.Module, height: int, width: int, weights: list[Tensor]
+    program: Any, what: str, *, network: nn.Module, height: int, width: int, weights: list[Tensor]
 ) -> None:
     """Refuse a program whose logits leave the network's at any batch size, or that is bound to this device."""
     if 'value="cpu"' in str(program.inlined_graph):
@@ -206,7 +206,7 @@ def check_program(
             )
 
 
-def half_keeps(program: Any, names: list[str], weights: list[Tensor], images: Tensor) -> list[str] | None:
+def half_keeps(program: Any, names: list[str], *, weights: list[Tensor], images: Tensor) -> list[str] | None:
     """The weights that stay in fp32 when the rest of a program is run in half precision; None: it must not be.
 
     Cosine heads compute in fp32 and need their own so; a dtype that the tracer wrote down spoils the whole program.

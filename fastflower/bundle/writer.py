@@ -116,6 +116,7 @@ def along(scale: Tensor, tensor: Tensor) -> Tensor:
 def write(
     folder: Path,
     members: list[Member],
+    *,
     shares: np.ndarray,
     recipe: Recipe,
     temperature: float,
@@ -139,11 +140,11 @@ def write(
     described = []
     for number, (member, share) in enumerate(zip(members, shares, strict=True)):
         tensors, views, expected = unpack(member.stored), [], []
-        asked = views_of(member.size, recipe.tta.scales, hflip)
+        asked = views_of(member.size, recipe.tta.scales, hflip=hflip)
         for height, width in dict.fromkeys((view.height, view.width) for view in asked):
             crop = crop_of(member.meta, height, width)
             crops += [] if crop in crops else [crop]
-            program = trace(member.path, member.network, height, beside * width, tensors)
+            program = trace(member.path, member.network, height=height, width=beside * width, tensors=tensors)
             file = files.setdefault(program.pop("data"), f"program_{len(files)}.pt")
             program = {"file": file, **program}
             programs += [] if program in programs else [program]
@@ -212,12 +213,20 @@ def crop_of(meta: dict[str, Any], height: int, width: int) -> dict[str, Any]:
 
 
 def leave_programs(
-    paths: list[Path], shares: np.ndarray, recipe: Recipe, temperature: float, arrays: Sequence[str] = ()
+    paths: list[Path], shares: np.ndarray, *, recipe: Recipe, temperature: float, arrays: Sequence[str] = ()
 ) -> Path:
     """Write what a predictor that finds no bundle needs beside an experiment's members; the folder."""
     place = runs.MODELS / recipe.exp.name / PROGRAMS
     with aside(place) as folder:
-        write(folder, load_members(paths, "fp32"), shares, recipe, temperature, arrays, whole=False)
+        write(
+            folder,
+            load_members(paths, "fp32"),
+            shares=shares,
+            recipe=recipe,
+            temperature=temperature,
+            arrays=arrays,
+            whole=False,
+        )
         put_in_place(folder, place)
     return place
 

@@ -137,7 +137,7 @@ class Saving(Callback):
     """EVAL_AFTER_ALL: the best checkpoints. BATCH_CHECKPOINT, EPOCH_CHECKPOINT: `last`, every train.save_every.
 
     BATCH_END, EPOCH_END, EVAL_BATCH_END: when a signal asked, save `last` and leave with exit code 75. FIT_END: wait.
-    `parts` are whatever else has state, by name; `meta(epoch)` describes a member.
+    `parts` are whatever else has state, by name; `meta(epoch=...)` describes a member.
     Only rank 0 writes, behind the training; `seconds` is how long training stood still for it.
     """
 
@@ -145,9 +145,10 @@ class Saving(Callback):
         self,
         run: Run,
         networks: dict[str, nn.Module],
+        *,
         scoring: Scoring,
         parts: dict[str, Stateful],
-        meta: Callable[[int], dict[str, Any]],
+        meta: Callable[..., dict[str, Any]],
         identity: dict[str, Any],
         every: tuple[int, str],
         stop: Stop,
@@ -177,9 +178,9 @@ class Saving(Callback):
             weights: checkpoint.snapshot(self.networks[weights].state_dict()) for weights in {*new.values()}
         }
         for kind, weights in new.items():
-            meta = {**self.meta(board.epoch), "kind": kind, "weights": weights, "scores": board.flat()}
+            meta = {**self.meta(epoch=board.epoch), "kind": kind, "weights": weights, "scores": board.flat()}
             write = functools.partial(checkpoint.save, tensors=copies[weights], meta=meta)
-            self._behind(kind, board.epoch, self.scoring.selection.bests[kind].score, write)
+            self._behind(kind, board.epoch, score=self.scoring.selection.bests[kind].score, write=write)
         self.seconds += time.perf_counter() - start
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -205,7 +206,7 @@ class Saving(Callback):
         keep = self.keep > 0 and epoch % self.keep == 0
         if finished or keep or (unit == "ep" and epoch % number == 0):
             reason = self.scoring.selection.stopped or f"all {epoch} epochs are done"
-            self.save_last(state, state.timestamp, reason if finished else "", keep)
+            self.save_last(state, state.timestamp, finished=reason if finished else "", keep=keep)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.writer.settle()
@@ -214,7 +215,7 @@ class Saving(Callback):
         self.writer.close()
 
     def save_last(
-        self, state: State, timestamp: Timestamp | None, finished: str = "", keep: bool = False
+        self, state: State, timestamp: Timestamp | None, *, finished: str = "", keep: bool = False
     ) -> None:
         """Write the whole training state as it is at `timestamp`; `finished` is the reason, when it is.
 
@@ -227,7 +228,7 @@ class Saving(Callback):
         self.writer.settle("last")
         epoch = timestamp.epoch.value
         best = self.scoring.selection.best
-        meta = {**self.meta(epoch), "kind": "last", "weights": "raw", "scores": self.scoring.flat}
+        meta = {**self.meta(epoch=epoch), "kind": "last", "weights": "raw", "scores": self.scoring.flat}
         meta |= {
             "identity": self.identity,
             "layout": LAYOUT,
@@ -244,10 +245,10 @@ class Saving(Callback):
         write = functools.partial(checkpoint.save, tensors=tensors, meta=meta, **more)
         if keep:
             write = functools.partial(write_kept, write)
-        self._behind("last", epoch, self.scoring.score, write)
+        self._behind("last", epoch, score=self.scoring.score, write=write)
         self.seconds += time.perf_counter() - start
 
-    def _behind(self, kind: str, epoch: int, score: float, write: Callable[[Path], None]) -> None:
+    def _behind(self, kind: str, epoch: int, *, score: float, write: Callable[[Path], None]) -> None:
         self.writer.add(kind, functools.partial(place, self.run, kind, epoch, score, write))
 
     def _leave(self, state: State, timestamp: Timestamp | None) -> None:

@@ -70,7 +70,7 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
 
 
 def step_line(
-    epoch: int, epochs: int, step: int, steps: int, loss: float, val: float | None, lr: float, speed: float,
+    epoch: int, epochs: int, *, step: int, steps: int, loss: float, val: float | None, lr: float, speed: float,
     epoch_left: float, left: float,
 ) -> str:  # fmt: skip
     """Where the epoch stands, in at most 110 characters."""
@@ -92,7 +92,7 @@ def time_left(derived: Derived, done: int, seconds: float) -> float:
 class Progress(Callback):
     """BATCH_END: the moving line. EVAL_START: what is being scored. EVAL_AFTER_ALL: the epoch's row and notes."""
 
-    def __init__(self, console: Console, derived: Derived, recorder: Recorder, scoring: Scoring) -> None:
+    def __init__(self, console: Console, derived: Derived, *, recorder: Recorder, scoring: Scoring) -> None:
         self.console = console
         self.derived = derived
         self.recorder = recorder
@@ -162,5 +162,14 @@ class Progress(Callback):
         lr = max(self.recorder.meter.lr.values(), default=0.0)
         loss = self.recorder.meter.mean("loss")
         return step_line(
-            epoch, self.derived.epochs, step, steps, loss, row.get("val_loss"), lr, speed, epoch_left, left
-        )  # fmt: skip
+            epoch,
+            self.derived.epochs,
+            step=step,
+            steps=steps,
+            loss=loss,
+            val=row.get("val_loss"),
+            lr=lr,
+            speed=speed,
+            epoch_left=epoch_left,
+            left=left,
+        )

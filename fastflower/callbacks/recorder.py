@@ -73,6 +73,7 @@ class Recorder(Callback):
         self,
         run: Run,
         derived: Derived,
+        *,
         guard: Guard,
         scoring: Scoring,
         tensorboard: bool,

@@ -79,6 +79,7 @@ class Scoring(Callback):
         self,
         recipe: Recipe,
         derived: Derived,
+        *,
         networks: Callable[[], Iterable[nn.Module]],
         rows: dict[str, int],
         combos: list[list[str]],

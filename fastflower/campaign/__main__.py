@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     words = plan.read_words(options.words)
     place = place_of(options.recipes, words)
     search = (
-        Search(options.recipes, words, options.trials, place.with_suffix(".journal"))
+        Search(options.recipes, words, trials=options.trials, journal=place.with_suffix(".journal"))
         if options.trials
         else None
     )
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         return 0
     finished = Finished(ranks)
     if worth_sharing(ranks) if options.ray is None else options.ray:
-        ended = cluster.on_ray(tasks, ranks, finished, place.parent / "campaign_logs")
+        ended = cluster.on_ray(tasks, ranks, finished=finished, logs=place.parent / "campaign_logs")
     else:
         ended = launch.one_by_one(tasks, ranks, finished)
     found, whole = collect(ended, search, place)

@@ -16,7 +16,7 @@ from fastflower.core.errors import EnvironmentFault
 RETRIES = 2  # of a training whose node was lost; it goes on from its last checkpoint
 
 
-def on_ray(tasks: Iterable[Task], ranks: int, finished: Finished, logs: Path) -> Iterator[Result]:
+def on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: Path) -> Iterator[Result]:
     """As many trainings at once as there is room for, each with `ranks` GPUs (cores where no node has a GPU).
 
     Results come as trainings end. Output goes to a file each in `logs`. All nodes see this folder under this path.

@@ -71,7 +71,9 @@ class Finished:
         then = read_end(task).get("identity")
         if then is None or not task.run.files("last"):
             return False
-        now = identity(task.recipe, derive(task.recipe, self.ranks), *self.manifests[place])
+        train, *unlabelled = self.manifests[place]
+        derived = derive(task.recipe, self.ranks)
+        now = identity(task.recipe, derived, manifest=train, unlabelled=unlabelled[0] if unlabelled else None)
         return not differences(then, now)
 
 

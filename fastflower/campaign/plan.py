@@ -102,7 +102,7 @@ def tasks(files: list[str], words: Words) -> list[Task]:
         task
         for file in files
         for settings in combinations(words.axes)
-        for task in trainings(file, words.plain, settings)
+        for task in trainings(file, words.plain, settings=settings)
     ]
     runs: dict[Run, Task] = {}
     for task in found:
@@ -122,7 +122,7 @@ def combinations(axes: list[Axis]) -> list[dict[str, Any]]:
     ]
 
 
-def trainings(file: str, plain: list[str], settings: dict[str, Any], exp: str = "") -> list[Task]:
+def trainings(file: str, plain: list[str], *, settings: dict[str, Any], exp: str = "") -> list[Task]:
     """The folds of one combination of values; `exp` names its experiment, else the values do."""
     words = [*plain, *(f"{key}={written(value)}" for key, value in settings.items())]
     loaded = load(file, words)

@@ -23,7 +23,7 @@ class Search:
     one space: InputError when it was begun with others.
     """
 
-    def __init__(self, files: list[str], words: Words, trials: int, journal: Path) -> None:
+    def __init__(self, files: list[str], words: Words, *, trials: int, journal: Path) -> None:
         if len(files) > 1:
             raise InputError(f"got {len(files)} recipes ({', '.join(files)}); a search is of one")
         self.fixed = [axis for axis in words.axes if axis.key == "seed"]
@@ -101,7 +101,7 @@ class Search:
         exp = f"{self.exp}-trial_{number:04}"
         found = []
         for settings in combinations(self.fixed):
-            found += trainings(self.file, self.plain, {**settings, **params}, exp)
+            found += trainings(self.file, self.plain, settings={**settings, **params}, exp=exp)
         self.open[number] = dict.fromkeys(found)
         return found
 

@@ -18,7 +18,7 @@ def clock(seconds: float) -> str:
 class Console:
     """A terminal or pipe, and a log file beside it; neither can stop the training when it goes away."""
 
-    def __init__(self, log: Path | None, silent: bool = False) -> None:
+    def __init__(self, log: Path | None, *, silent: bool = False) -> None:
         self.stream: TextIO | None = None if silent else sys.stdout
         self.moving = self.stream is not None and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.moving and "NO_COLOR" not in os.environ

@@ -35,7 +35,7 @@ class Diverged(InputError):
     exit_code = 1
 
 
-def run(main: Callable[[list[str]], int | None], own_help: bool = False) -> None:
+def run(main: Callable[[list[str]], int | None], *, own_help: bool = False) -> None:
     """Run a command's `main(argv)` as a process: one line on stderr and an exit code instead of a traceback.
 
     `--help` prints what stands at the top of the command's file, unless its options have help of their own. Under a

@@ -74,7 +74,7 @@ def neighbourhood() -> str:
     return digest(started, container)[:8]
 
 
-def sweep(folder: Path, name: str = "*", below: bool = False) -> None:
+def sweep(folder: Path, name: str = "*", *, below: bool = False) -> None:
     """Remove what killed processes left of files and folders of a name, there and in the folders `below`."""
     for left in filter(abandoned, list(folder.glob(f"{'**/' * below}.{name}.*.tmp"))):
         remove(left)

@@ -100,13 +100,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise _wrong(where, value, f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is list or kind is list:
-        _require(value, list, where, "a list")
+        _require(value, list, where=where, name="a list")
         item = arguments[0] if arguments else Any
         return [_convert(item, one, f"{where}[{i}]") for i, one in enumerate(value)]
     if origin is tuple:
         return _tuple(arguments, value, where)
     if origin is dict or kind is dict:
-        _require(value, dict, where, "a map")
+        _require(value, dict, where=where, name="a map")
         key, item = arguments or (str, Any)
         return {
             _key(key, name, where): _convert(item, one, _below(where, name)) for name, one in value.items()
@@ -115,7 +115,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
-    _require(value, dict, where, "a map")
+    _require(value, dict, where=where, name="a map")
     hints, made = _hints(kind), {}
     for field in dataclasses.fields(kind):
         if field.name in value:
@@ -139,7 +139,7 @@ def _union(kind: Any, value: Any, where: str) -> Any:
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    _require(value, list, where, "a list")
+    _require(value, list, where=where, name="a list")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_convert(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value))
     if len(value) != len(arguments):
@@ -154,7 +154,7 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in (None, type(None)):
-        _require(value, type(None), where, "null")
+        _require(value, type(None), where=where, name="null")
         return None
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise _wrong(where, value, _NAMES.get(kind, kind.__name__))
@@ -171,7 +171,7 @@ def _key(kind: Any, name: str, where: str) -> Any:
         raise FieldError(f"{where} has the key '{name}', must be {_NAMES.get(kind, kind.__name__)}") from None
 
 
-def _require(value: Any, kind: type, where: str, name: str) -> None:
+def _require(value: Any, kind: type, *, where: str, name: str) -> None:
     if not isinstance(value, kind):
         raise _wrong(where, value, name)
 

@@ -28,7 +28,7 @@ def mix(x: np.ndarray | np.uint64 | int) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def row_keys(seed: int, epoch: int, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def row_keys(seed: int, epoch: int, *, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """One uint64 key per draw of an epoch; a row drawn twice sits at two positions and gets two keys."""
     base = mix(mix(np.uint64(seed & MASK)) ^ np.uint64(epoch))
     return mix(mix(base ^ np.asarray(positions, dtype=np.uint64)) ^ np.asarray(rows, dtype=np.uint64))

@@ -37,6 +37,7 @@ def beat(items: int = 1) -> None:
 def run(
     work: Callable[..., T],
     tasks: Iterator[tuple[Any, ...]],
+    *,
     count: int,
     tell: Callable[[int], None],
     meanwhile: Callable[[], object] = lambda: None,

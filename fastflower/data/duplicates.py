@@ -46,17 +46,17 @@ def hashing_seconds(side: int, rows: int, workers: int) -> float:
 
 
 def group(
-    content: list[str], hashes: np.ndarray, hashed: np.ndarray, threshold: int, largest: int
+    content: list[str], hashes: np.ndarray, *, hashed: np.ndarray, threshold: int, largest: int
 ) -> np.ndarray:
     """The groups of rows by their hashes, uint64 (N,), where `hashed` (bool (N,)) is true; see `join`."""
     rows = np.flatnonzero(hashed)
     if not len(rows):
-        return join(content, rows, rows, largest)
+        return join(content, rows, families=rows, largest=largest)
     distinct, which = np.unique(hashes[rows], return_inverse=True)
-    return join(content, rows, components(distinct, threshold)[which], largest)
+    return join(content, rows, families=components(distinct, threshold)[which], largest=largest)
 
 
-def join(content: list[str], rows: np.ndarray, families: np.ndarray, largest: int) -> np.ndarray:
+def join(content: list[str], rows: np.ndarray, *, families: np.ndarray, largest: int) -> np.ndarray:
     """A group id for each row, counted from 0 in order of first appearance: int64 (N,).
 
     content: a hash of each file's bytes; equal bytes are always one group. families: int64, of near-duplicates among

@@ -122,15 +122,15 @@ def read_labels(recipe: Recipe) -> LabelTable:
     notices = list(found.notices)
     rows = [row for row in found.rows if not row.problem]
     problems += _canonical_ids(rows, notices)
-    kept = _distinct(rows, found.source, problems, notices)
+    kept = _distinct(rows, found.source, problems=problems, notices=notices)
     if problems:
         raise InputError(f"{found.origin}: {_listing(problems)}")
     kept.sort(key=lambda entry: os.fsencode(entry[0].filename))
     table = _table(
         [row for row, _ in kept],
         np.array([size for _, size in kept], dtype=np.int64),
-        found,
-        notices,
+        found=found,
+        notices=notices,
     )
     if len(table.classes) < 2:
         raise InputError(
@@ -235,7 +235,7 @@ def _given_folds(recipe: Recipe, filenames: list[str]) -> np.ndarray:
     """The fold that data.fold_col gives each image: int64 (N,). InputError lists what is missing or no fold."""
     data = recipe.data
     path = Path(data.fold_csv or data.csv)
-    rows, *_ = csv_rows(path, Path(data.root), data.image_col, data.fold_col)
+    rows, *_ = csv_rows(path, Path(data.root), image_col=data.image_col, label_col=data.fold_col)
     of = {row.filename: row for row in rows}
     lacking = [name for name in filenames if name not in of]
     if lacking:
@@ -293,7 +293,7 @@ def _canonical_ids(rows: list[Row], notices: list[str]) -> list[str]:
 
 
 def _distinct(
-    rows: list[Row], source: Source, problems: list[str], notices: list[str]
+    rows: list[Row], source: Source, *, problems: list[str], notices: list[str]
 ) -> list[tuple[Row, int]]:
     """Each image once, with its size in bytes; names that leave the root or name no file become problems."""
     seen: dict[str, Row] = {}
@@ -336,7 +336,7 @@ def _listing(problems: list[str]) -> str:
     return count + "; ".join(problems[:SHOWN]) + more
 
 
-def _table(rows: list[Row], sizes: np.ndarray, found: Rows, notices: list[str]) -> LabelTable:
+def _table(rows: list[Row], sizes: np.ndarray, *, found: Rows, notices: list[str]) -> LabelTable:
     classes = ClassMap(order_ids({row.category_id for row in rows}))
     ids = [row.category_id for row in rows]
     class_idx = np.array([classes.index(category_id) for category_id in ids], dtype=np.int64)

@@ -46,6 +46,7 @@ class TrainLoader:
         self,
         beton: Beton,
         order: Callable[[int], np.ndarray],
+        *,
         seed: int,
         batch: Callable[[int], int],
         size: Callable[[int], Size],
@@ -96,10 +97,16 @@ class TrainLoader:
         for first in range(start * step, len(order) // step * step, step):
             positions = np.arange(first + self.rank, first + step, self.world)
             rows = order[positions]
-            keys = seeding.row_keys(self.seed, epoch, positions, rows)
+            keys = seeding.row_keys(self.seed, epoch, positions=positions, rows=rows)
             yield {
                 "image": train_images(
-                    self.beton, rows, keys, size, self.crop, self.threads, self._memory.images
+                    self.beton,
+                    rows,
+                    keys=keys,
+                    size=size,
+                    crop=self.crop,
+                    threads=self.threads,
+                    memory=self._memory.images,
                 ),
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
@@ -119,6 +126,7 @@ class EvalLoader:
         self,
         beton: Beton,
         batch: int,
+        *,
         size: Callable[[], Size],
         factor: float,
         interpolation: str,
@@ -150,7 +158,13 @@ class EvalLoader:
             rows = np.where(valid, places, 0)
             yield {
                 "image": eval_images(
-                    self.beton, rows[valid], size, self.factor, self.interpolation, self.threads, self._padded
+                    self.beton,
+                    rows[valid],
+                    size=size,
+                    factor=self.factor,
+                    interpolation=self.interpolation,
+                    threads=self.threads,
+                    memory=self._padded,
                 ),
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
@@ -171,6 +185,7 @@ def _fresh(count: int, height: int, width: int) -> torch.Tensor:
 def train_images(
     beton: Beton,
     rows: np.ndarray,
+    *,
     keys: np.ndarray,
     size: Size,
     crop: Crop,
@@ -184,7 +199,7 @@ def train_images(
     images = []
     for side in _sides(beton):
         images.append(memory(len(rows), *size))
-        decode_train(side, rows, keys, images[-1].numpy(), crop, threads)
+        decode_train(side, rows, keys=keys, out=images[-1].numpy(), crop=crop, threads=threads)
         keys = seeding.mix(keys)
     return _side_by_side(images)
 
@@ -192,6 +207,7 @@ def train_images(
 def eval_images(
     beton: Beton,
     rows: np.ndarray,
+    *,
     size: Size,
     factor: float,
     interpolation: str,
@@ -205,7 +221,14 @@ def eval_images(
     images = []
     for side in _sides(beton):
         images.append(memory(len(rows), *size))
-        decode_eval(side, rows, images[-1].numpy()[: len(rows)], factor, interpolation, threads)
+        decode_eval(
+            side,
+            rows,
+            out=images[-1].numpy()[: len(rows)],
+            factor=factor,
+            interpolation=interpolation,
+            threads=threads,
+        )
     return _side_by_side(images)
 
 

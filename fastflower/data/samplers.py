@@ -16,7 +16,7 @@ TAG = 0x5A  # separates these draws from others with the same seed and epoch
 
 
 def order(
-    sampler: Sampler, labels: np.ndarray, seed: int, epoch: int, fold: int, batch: int | None = None
+    sampler: Sampler, labels: np.ndarray, *, seed: int, epoch: int, fold: int, batch: int | None = None
 ) -> np.ndarray:
     """Row numbers of one epoch, int64 (N,), rows repeated or left out as the sampler says.
 
@@ -29,8 +29,10 @@ def order(
     kept = _kept(counts, sampler.undersample_frac)
     if sampler.type == "none" and not sampler.undersample_frac:
         return rng.permutation(len(labels)).astype(np.int64)
-    draws = _quotas(sampler, counts, kept, rng)
-    drawn = [_draw(np.flatnonzero(labels == c), kept[c], draws[c], rng) for c in np.flatnonzero(draws)]
+    draws = _quotas(sampler, counts, kept=kept, rng=rng)
+    drawn = [
+        _draw(np.flatnonzero(labels == c), kept[c], draws=draws[c], rng=rng) for c in np.flatnonzero(draws)
+    ]
     if sampler.type != "class_balanced":
         return rng.permutation(np.concatenate(drawn))
     rows = _rotate(drawn, draws[draws > 0] < _limits(sampler, counts)[draws > 0], rng)
@@ -80,7 +82,9 @@ def _limits(sampler: Sampler, counts: np.ndarray) -> np.ndarray:
     return np.floor(sampler.oversample_cap * counts + 1e-9).astype(np.int64)
 
 
-def _quotas(sampler: Sampler, counts: np.ndarray, kept: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _quotas(
+    sampler: Sampler, counts: np.ndarray, *, kept: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Whole draws of each class, int64 (C,), sum N, none above the cap; spare draws go to the rest by share."""
     n, limit = int(counts.sum()), _limits(sampler, counts)
     limit = np.minimum(limit, np.floor(sampler.oversample_cap * kept + 1e-9).astype(np.int64))
@@ -101,14 +105,14 @@ def _quotas(sampler: Sampler, counts: np.ndarray, kept: np.ndarray, rng: np.rand
             break
         capped |= over
     if sampler.type == "class_balanced":
-        return _round_fair(wanted, ~capped & (share > 0), n, rng)
+        return _round_fair(wanted, ~capped & (share > 0), n=n, rng=rng)
     # systematic rounding: each class gets the floor or the ceiling, and over epochs its exact share
     steps = np.round(np.cumsum(wanted), 6)
     steps[-1] = n
     return np.diff(np.floor(np.r_[0.0, steps] + rng.random() * (1 - 1e-6))).astype(np.int64)
 
 
-def _round_fair(wanted: np.ndarray, free: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+def _round_fair(wanted: np.ndarray, free: np.ndarray, *, n: int, rng: np.random.Generator) -> np.ndarray:
     """Capped classes as they are, the rest equally, with one more for some drawn at random."""
     draws = np.where(free, np.floor(wanted + 1e-6), wanted).astype(np.int64)
     lucky = rng.permutation(np.flatnonzero(free))[: n - draws.sum()]
@@ -116,7 +120,7 @@ def _round_fair(wanted: np.ndarray, free: np.ndarray, n: int, rng: np.random.Gen
     return draws
 
 
-def _draw(rows: np.ndarray, kept: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(rows: np.ndarray, kept: int, *, draws: int, rng: np.random.Generator) -> np.ndarray:
     """`draws` of a class's rows in random order, each as often as any other, give or take one."""
     pool = rng.permutation(rows)[:kept]
     whole, part = divmod(int(draws), len(pool))

@@ -23,7 +23,7 @@ CHOICE, STREAM = 0x1A, 0x0B  # tags that separate these draws from others of the
 WEAK, STRONG = 1 << 32, 2 << 32  # added to the seed: two views of an image are two crops
 
 
-def labelled_rows(labels: np.ndarray, per_class: int | None, seed: int, fold: int) -> np.ndarray:
+def labelled_rows(labels: np.ndarray, per_class: int | None, *, seed: int, fold: int) -> np.ndarray:
     """The rows whose labels count, int64, ascending: `per_class` of each class, drawn by seed and fold.
 
     labels: class_idx int64 (N,). A smaller class gives all it has; None: every row.
@@ -38,7 +38,7 @@ def labelled_rows(labels: np.ndarray, per_class: int | None, seed: int, fold: in
 def used_rows(recipe: Recipe, fold: FoldSet) -> np.ndarray:
     """The rows of the fold's training part whose labels count, int64, ascending."""
     number = fold.train.manifest["fold"]
-    return labelled_rows(fold.train.labels, recipe.data.labels_per_class, recipe.seed, number)
+    return labelled_rows(fold.train.labels, recipe.data.labels_per_class, seed=recipe.seed, fold=number)
 
 
 def unlabelled_rows(recipe: Recipe, fold: FoldSet) -> tuple[Beton, np.ndarray]:
@@ -69,7 +69,7 @@ def left_out(recipe: Recipe, fold: FoldSet) -> list[str]:
     return [f"{count} images of data.unlabelled validate this fold and are left out"] if count else []
 
 
-def stream(rows: np.ndarray, start: int, count: int, seed: int, fold: int) -> np.ndarray:
+def stream(rows: np.ndarray, start: int, *, count: int, seed: int, fold: int) -> np.ndarray:
     """Places start..start+count-1 of an endless stream, int64 (count,), in which every len(rows) are all rows once.
 
     Each turn through the rows has an order of its own.
@@ -105,7 +105,7 @@ class Unlabelled:
     def order(self, epoch: int) -> np.ndarray:
         """The rows of all ranks in an epoch, int64 (steps * world * batch * mu,)."""
         start = sum(self._draws(past) for past in range(epoch))
-        return stream(self.rows, start, self._draws(epoch), self.seed, self.fold)
+        return stream(self.rows, start, count=self._draws(epoch), seed=self.seed, fold=self.fold)
 
     def __call__(self, epoch: int, step: int) -> Iterator[Batch]:
         """From a step on: weak, and strong if there is one, uint8 (B, mu, h, w, 3); strong_key, truth int64 (B, mu).
@@ -136,8 +136,16 @@ class Unlabelled:
             return self.batch(epoch) * self.mu
 
         return TrainLoader(
-            self.beton, self.order, self.seed + view, batch, self.size, crop, self.rank, self.world, self.threads
-        )  # fmt: skip
+            self.beton,
+            self.order,
+            seed=self.seed + view,
+            batch=batch,
+            size=self.size,
+            crop=crop,
+            rank=self.rank,
+            world=self.world,
+            threads=self.threads,
+        )
 
 
 def strong_augmentation(recipe: Recipe) -> tuple[Aug, float]:

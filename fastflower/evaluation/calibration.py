@@ -29,7 +29,7 @@ def fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = Non
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
 
 
-def fit_set(data: Logits, fit_on: str, alpha: float, bins: int) -> dict[str, Any]:
+def fit_set(data: Logits, fit_on: str, *, alpha: float, bins: int) -> dict[str, Any]:
     """Fit T on a set of logits, `clean` or `combo`, and say what it does to NLL and ECE of the clean images.
 
     combo: clean rows weigh alpha in all, corrupted rows (one view) 1 - alpha.

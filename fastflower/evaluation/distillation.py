@@ -29,7 +29,9 @@ def probabilities(recipe: Recipe, fold: FoldSet, num_classes: int) -> Tensor | N
     sets = []
     for name in names:
         for members in summary.by_run(summary.evaluated(runs.RESULTS / name)).values():
-            _check(name, members[0].about, fold, members[0].logits.shape[1], num_classes)
+            _check(
+                name, members[0].about, fold=fold, classes=members[0].logits.shape[1], num_classes=num_classes
+            )
             sets.append(logits.assemble(members, fold.folds.fold))
     fused = logits.fuse(sets)
     place = np.full(len(fold.folds), -1)
@@ -53,7 +55,7 @@ def probabilities(recipe: Recipe, fold: FoldSet, num_classes: int) -> Tensor | N
     return torch.from_numpy(found)
 
 
-def _check(name: str, about: dict[str, object], fold: FoldSet, classes: int, num_classes: int) -> None:
+def _check(name: str, about: dict[str, object], *, fold: FoldSet, classes: int, num_classes: int) -> None:
     for key, noun, own in (
         ("class_hash", "classes", fold.classes.hash),
         ("folds_hash", "folds", fold.folds.hash),

@@ -138,7 +138,7 @@ def mixed(weights: np.ndarray) -> Predict:
 
 
 def greedy_weights(
-    stack: np.ndarray, labels: np.ndarray, budget: Budget | None = None, rounds: int = 20
+    stack: np.ndarray, labels: np.ndarray, *, budget: Budget | None = None, rounds: int = 20
 ) -> np.ndarray:
     """Greedy selection with replacement by NLL (Caruana et al. 2004, Ensemble Selection from Libraries of Models).
 
@@ -256,7 +256,7 @@ def run_weights(sets: list[Logits], recipe: Recipe) -> tuple[np.ndarray, np.ndar
 
     def fit(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if weighting == "greedy":
-            return greedy_weights(stack, labels, budget)
+            return greedy_weights(stack, labels, budget=budget)
         return learned_weights(stack, labels)
 
     stack = np.stack([run.logits for run in aligned])
@@ -282,7 +282,9 @@ def methods(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, M
         table["learned weights"] = lambda stack, labels: weighted(learned_weights(stack, labels))
         table["learned mixture"] = lambda stack, labels: mixed(mixture_weights(stack, labels))
         if budget.any:
-            table["greedy in budget"] = lambda stack, labels: weighted(greedy_weights(stack, labels, budget))
+            table["greedy in budget"] = lambda stack, labels: weighted(
+                greedy_weights(stack, labels, budget=budget)
+            )
     table["logistic stacking"] = logistic
     if importlib.util.find_spec("lightgbm"):
         table["LightGBM stacking"] = lightgbm
@@ -303,7 +305,7 @@ def splits(data: Logits) -> np.ndarray:
     return parts
 
 
-def nested(method: Method, stack: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+def nested(method: Method, stack: np.ndarray, *, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Predictions (N, C) where each part is predicted by a method fitted on all the others."""
     log_p = np.empty(stack.shape[1:], dtype=np.float64)
     for part in np.unique(parts):
@@ -323,24 +325,24 @@ def compare(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, A
         "hand-set weights": lambda: hand_weights(sets, hand),
         "learned weights": lambda: learned_weights(stack, labels),
         "learned mixture": lambda: mixture_weights(stack, labels),
-        "greedy in budget": lambda: greedy_weights(stack, labels, budget),
+        "greedy in budget": lambda: greedy_weights(stack, labels, budget=budget),
     }
     weights = {
         name: dict(zip(names, fit().tolist(), strict=True)) for name, fit in fits.items() if name in table
     }
     for name, method in table.items():
-        log_p = nested(method, stack, labels, parts)
+        log_p = nested(method, stack, labels=labels, parts=parts)
         hits = log_p.argmax(1) == labels
         base = hits if base is None else base
         gains = [float(hits[parts == part].mean() - base[parts == part].mean()) for part in np.unique(parts)]
         row = {"method": name, **scores.scores(log_p, labels), "gain": float(hits.mean() - base.mean())}
-        rows.append({**row, "gains": gains, **cost(name, weights.get(name), single, budget)})
+        rows.append({**row, "gains": gains, **cost(name, weights.get(name), single=single, budget=budget)})
     found = {"n": len(labels), "parts": len(np.unique(parts)), "runs": names, "single": single, "rows": rows}
     return {**found, "weights": weights}
 
 
 def cost(
-    method: str, weights: dict[str, float] | None, single: list[float], budget: Budget
+    method: str, weights: dict[str, float] | None, *, single: list[float], budget: Budget
 ) -> dict[str, Any]:
     """What a method's hand-in takes, in megabytes and milliseconds an image, and whether that is allowed.
 

@@ -129,7 +129,7 @@ def _yields_tokens(network: nn.Module, blocks: nn.Sequential, sample: Tensor) ->
     return shapes == [3]
 
 
-def _last_map(network: nn.Module, sample: Tensor, channels_last: bool) -> tuple[nn.Module, int]:
+def _last_map(network: nn.Module, sample: Tensor, *, channels_last: bool) -> tuple[nn.Module, int]:
     """The module that last yields a map of COARSEST x COARSEST positions or more, and how often it runs; failing
     that, the finest.
     """
@@ -157,7 +157,7 @@ BATCH = 8
 
 
 def save(
-    folder: Path, members: list[Logits], found: dict[str, Any], settings: Recipe, device: torch.device
+    folder: Path, members: list[Logits], *, found: dict[str, Any], settings: Recipe, device: torch.device
 ) -> None:
     """Write one JPEG for each shown image and class, and gradcam.json; one seed of each backbone.
 
@@ -180,7 +180,9 @@ def save(
         shares: dict[bool, list[float]] = {False: [], True: []}
         for member in (member for member in members if member.run == (backbone, seed)):
             own = [example for example in examples if example[0]["fold"] == member.about["fold"]]
-            for row, right, target, cam, share, pixels in _maps(member, own, shown, settings, device):
+            for row, right, target, cam, share, pixels in _maps(
+                member, own, shown=shown, settings=settings, device=device
+            ):
                 if target == row["guess"] and share == share:
                     shares[right].append(share)
                 if row["index"] in shown:
@@ -206,6 +208,7 @@ def _mean(shares: list[float]) -> dict[str, Any]:
 def _maps(
     member: Logits,
     examples: list[tuple[dict[str, Any], bool]],
+    *,
     shown: set[int],
     settings: Recipe,
     device: torch.device,
@@ -220,13 +223,20 @@ def _maps(
     network, meta = _network(settings, member, device)
     height, width = meta["size"]
     tasks = [
-        (row, right, target) for row, right in examples for target in _targets(row, row["index"] in shown)
+        (row, right, target)
+        for row, right in examples
+        for target in _targets(row, both=row["index"] in shown)
     ]
     for start in range(0, len(tasks), BATCH):
         part = tasks[start : start + BATCH]
         rows = np.array([place[row["index"]] for row, _, _ in part], np.int64)
         pixels = eval_images(
-            beton, rows, (height, width), meta["resize_factor"], meta["interpolation"], settings.data.workers
+            beton,
+            rows,
+            size=(height, width),
+            factor=meta["resize_factor"],
+            interpolation=meta["interpolation"],
+            threads=settings.data.workers,
         )
         images = pixels.to(device).permute(0, 3, 1, 2).float()
         targets = torch.tensor([target for _, _, target in part], device=device)
@@ -236,7 +246,7 @@ def _maps(
             yield *task, *found
 
 
-def _targets(row: dict[str, Any], both: bool) -> list[int]:
+def _targets(row: dict[str, Any], *, both: bool) -> list[int]:
     return list(dict.fromkeys([row["guess"], row["label"]] if both else [row["guess"]]))
 
 

@@ -35,7 +35,7 @@ class View:
     flip: bool
 
 
-def views_of(size: tuple[int, int], scales: list[int], hflip: bool) -> list[View]:
+def views_of(size: tuple[int, int], scales: list[int], *, hflip: bool) -> list[View]:
     """Every scale, plain and mirrored; a member trained on oblong images has its own size only."""
     sizes = [(scale, scale) for scale in scales] if size[0] == size[1] else [size]
     return [
@@ -47,7 +47,7 @@ def views_of(size: tuple[int, int], scales: list[int], hflip: bool) -> list[View
 
 @torch.inference_mode()
 def logits_of(
-    network: nn.Module, loader: EvalLoader, rows: int, flips: tuple[bool, ...], device: torch.device
+    network: nn.Module, loader: EvalLoader, *, rows: int, flips: tuple[bool, ...], device: torch.device
 ) -> list[np.ndarray]:
     """Logits (rows, C) float32 in the order of the beton for each of `flips`; every image is decoded once."""
     found: list[np.ndarray] = []
@@ -109,13 +109,22 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> Logits:
     def run(beton: Beton, size: tuple[int, int], flips: tuple[bool, ...]) -> list[np.ndarray]:
         batch = recipe.eval.batch or recipe.train.batch_per_gpu
         factor, interpolation = float(meta["resize_factor"]), str(meta["interpolation"])
-        loader = EvalLoader(beton, batch, lambda: size, factor, interpolation, 0, 1, recipe.data.workers)
+        loader = EvalLoader(
+            beton,
+            batch,
+            size=lambda: size,
+            factor=factor,
+            interpolation=interpolation,
+            rank=0,
+            world=1,
+            threads=recipe.data.workers,
+        )
         try:
-            return logits_of(network, loader, beton.rows, flips, device)
+            return logits_of(network, loader, rows=beton.rows, flips=flips, device=device)
         finally:
             loader.close()
 
-    views = views_of(size, recipe.tta.scales, recipe.tta.hflip)
+    views = views_of(size, recipe.tta.scales, hflip=recipe.tta.hflip)
     flips = (False, True) if recipe.tta.hflip else (False,)
     start = time.perf_counter()
     by_size = {side: run(clean, side, flips) for side in dict.fromkeys((v.height, v.width) for v in views)}

@@ -33,7 +33,7 @@ OVER_FOLDS = (
 )
 
 
-def block(data: Logits, alpha: float, bins: int, counts: np.ndarray, fit_on: str | None) -> dict[str, Any]:
+def block(data: Logits, alpha: float, *, bins: int, counts: np.ndarray, fit_on: str | None) -> dict[str, Any]:
     """Every number about one set of logits.
 
     clean: mean over the views; single, corrupted, s: one view at the trained size, as in training;
@@ -51,14 +51,14 @@ def block(data: Logits, alpha: float, bins: int, counts: np.ndarray, fit_on: str
         "single": single,
         "corrupted": corrupted,
         "s": share(s, len(data)),
-        "temperature": calibrated(data, fit_on, alpha, bins) if fit_on else None,
+        "temperature": calibrated(data, fit_on, alpha=alpha, bins=bins) if fit_on else None,
         "parts": by_part(data, counts),
     }
 
 
-def calibrated(data: Logits, fit_on: str, alpha: float, bins: int) -> dict[str, Any]:
+def calibrated(data: Logits, fit_on: str, *, alpha: float, bins: int) -> dict[str, Any]:
     """The fitted temperature, NLL and ECE before and after it, and their intervals after it."""
-    found = calibration.fit_set(data, fit_on, alpha, bins)
+    found = calibration.fit_set(data, fit_on, alpha=alpha, bins=bins)
     after = intervals(data.logits / found["t"], data.class_idx, bins)
     ends = {
         f"{name}_after_{side}": after[f"{name}_{side}"] for name in ("nll", "ece") for side in ("low", "high")
@@ -116,14 +116,14 @@ def intervals(logits: np.ndarray, labels: np.ndarray, bins: int) -> dict[str, fl
     half = scores.Z * float(losses.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     ends = {"top5": scores.wilson(top5 * n, n)}  # type: ignore[arg-type]
     ends["nll"] = (max(0.0, float(losses.mean()) - half), float(losses.mean()) + half)
-    ends |= bootstrap(probs, labels, bins)
+    ends |= bootstrap(probs, labels, bins=bins)
     return {
         f"{name}_{side}": pair[i] for name, pair in ends.items() for i, side in enumerate(("low", "high"))
     }
 
 
 def bootstrap(
-    probs: np.ndarray, labels: np.ndarray, bins: int, draws: int = 1000
+    probs: np.ndarray, labels: np.ndarray, *, bins: int, draws: int = 1000
 ) -> dict[str, tuple[float, float]]:
     """95% percentile intervals of macro recall, macro F1 and ECE of probabilities (N, C); the same on every call.
 

@@ -33,7 +33,7 @@ def confusion(data: Logits) -> list[list[int]]:
     return [[int(i), int(j), int(counts[i, j])] for i, j in zip(*np.nonzero(counts), strict=True)]
 
 
-def image(data: Logits, probs: np.ndarray, row: int, top: int = 5) -> dict[str, Any]:
+def image(data: Logits, probs: np.ndarray, *, row: int, top: int = 5) -> dict[str, Any]:
     """One image: where it lies, its label, its prediction and the most likely classes with probabilities."""
     order = np.argsort(-probs[row], kind="stable")[:top]
     label = int(data.class_idx[row])
@@ -61,7 +61,7 @@ def worst(data: Logits, t: float, count: int = 100) -> list[dict[str, Any]]:
     probs = scores.softmax(data.logits / t)
     wrong = np.flatnonzero(probs.argmax(1) != data.class_idx)
     order = wrong[np.argsort(probs[wrong, data.class_idx[wrong]], kind="stable")]
-    return [image(data, probs, row) for row in order[:count]]
+    return [image(data, probs, row=row) for row in order[:count]]
 
 
 def right(data: Logits, t: float, count: int = 48) -> list[dict[str, Any]]:
@@ -70,10 +70,10 @@ def right(data: Logits, t: float, count: int = 48) -> list[dict[str, Any]]:
     good = np.flatnonzero(probs.argmax(1) == data.class_idx)
     order = good[np.argsort(-probs[good].max(1), kind="stable")]
     places = np.unique(np.linspace(0, max(len(order) - 1, 0), min(count, len(order))).astype(int))
-    return [image(data, probs, row) for row in order[places]]
+    return [image(data, probs, row=row) for row in order[places]]
 
 
-def confused_pairs(data: Logits, t: float, count: int = 10, examples: int = 3) -> list[dict[str, Any]]:
+def confused_pairs(data: Logits, t: float, *, count: int = 10, examples: int = 3) -> list[dict[str, Any]]:
     """Pairs of classes by the number of images that went either way.
 
     Each has wrong images of both directions, and the most typical right image of each class.
@@ -97,7 +97,7 @@ def confused_pairs(data: Logits, t: float, count: int = 10, examples: int = 3) -
                 "b": int(b),
                 "a_as_b": int(counts[a, b]),
                 "b_as_a": int(counts[b, a]),
-                "wrong": [image(data, probs, row) for row in rows],
+                "wrong": [image(data, probs, row=row) for row in rows],
                 "typical": [typical(data, probs, int(c)) for c in (a, b)],
             }
         )
@@ -107,7 +107,7 @@ def confused_pairs(data: Logits, t: float, count: int = 10, examples: int = 3) -
 def typical(data: Logits, probs: np.ndarray, class_idx: int) -> dict[str, Any] | None:
     """The right image of a class with the highest probability; None when all are wrong."""
     rows = np.flatnonzero((data.class_idx == class_idx) & (probs.argmax(1) == class_idx))
-    return image(data, probs, int(rows[probs[rows, class_idx].argmax()])) if len(rows) else None
+    return image(data, probs, row=int(rows[probs[rows, class_idx].argmax()])) if len(rows) else None
 
 
 def suspects(data: Logits, t: float, count: int = 24) -> list[dict[str, Any]]:
@@ -126,4 +126,4 @@ def suspects(data: Logits, t: float, count: int = 24) -> list[dict[str, Any]]:
     rows = np.flatnonzero((confident.max(1) >= 0) & (other != label))
     margin = probs[rows, other[rows]] - probs[rows, label[rows]]
     order = rows[np.argsort(-margin, kind="stable")]
-    return [{**image(data, probs, row), "other": int(other[row])} for row in order[:count]]
+    return [{**image(data, probs, row=row), "other": int(other[row])} for row in order[:count]]

@@ -111,7 +111,7 @@ def of_checkpoints(recipe: Recipe, members: list[Logits], device: torch.device) 
             found = {}
             for fold in folds:
                 path = Path(pot) / f"{fold}_{len(chosen)}.pth"
-                mix(path, [files[fold][key] for key in chosen], recipe, fold, device)
+                mix(path, [files[fold][key] for key in chosen], recipe=recipe, fold=fold, device=device)
                 found[fold] = by_image(inference.predict(path, recipe, device), alpha)
             return found
 
@@ -134,7 +134,7 @@ def of_checkpoints(recipe: Recipe, members: list[Logits], device: torch.device) 
             run = runs.Run(recipe.exp.name, backbone, fold, chosen[0][1])
             epoch = max(int(checkpoint.load(path).meta["epoch"]) for path in sources)
             target = run.file("soup", epoch, float(tried[-1][fold].mean()))
-            mix(target, sources, recipe, fold, device)
+            mix(target, sources, recipe=recipe, fold=fold, device=device)
             written.append(target)
         found = f"{words}, accepted: {chosen[0][0]} alone has {single:.4f} out of fold"
         return Soup(f"{found}; evaluate with ensembling.find_pattern=soup__*", written)
@@ -151,7 +151,7 @@ def of_folds(recipe: Recipe, members: list[Logits], device: torch.device) -> Sou
     first = int(members[0].about["fold"])
     with tempfile.TemporaryDirectory(prefix="fastflower-soup-") as pot:
         whole = Path(pot) / "folds.pth"
-        mix(whole, sources, recipe, first, device)
+        mix(whole, sources, recipe=recipe, fold=first, device=device)
         soup, found = checkpoint.load(whole), []
         for member in members:
             path = Path(pot) / f"fold{member.about['fold']}.pth"
@@ -179,7 +179,7 @@ def ingredients(exp: str, backbone: str, fold: int) -> dict[Ingredient, Path]:
     return {key: found[key][1] for key in order}
 
 
-def mix(target: Path, sources: list[Path], recipe: Recipe, fold: int, device: torch.device) -> None:
+def mix(target: Path, sources: list[Path], *, recipe: Recipe, fold: int, device: torch.device) -> None:
     """Write the mean of checkpoints as one, described as the first; BatchNorm's statistics are taken anew."""
     parts = [checkpoint.load(path) for path in sources]
     meta = parts[0].meta | {
@@ -190,11 +190,11 @@ def mix(target: Path, sources: list[Path], recipe: Recipe, fold: int, device: to
     }
     soup = Checkpoint(mean([part.tensors for part in parts]), meta)
     if len(sources) > 1:
-        soup = refresh_norms(soup, target, recipe, device)
+        soup = refresh_norms(soup, target, recipe=recipe, device=device)
     checkpoint.save(target, soup.tensors, soup.meta)
 
 
-def refresh_norms(soup: Checkpoint, path: Path, recipe: Recipe, device: torch.device) -> Checkpoint:
+def refresh_norms(soup: Checkpoint, path: Path, *, recipe: Recipe, device: torch.device) -> Checkpoint:
     """The same with statistics of BatchNorm from training images of its fold; as it is where there is none."""
     network = inference.load_network(soup, path, device)
     if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules()):
@@ -207,7 +207,14 @@ def refresh_norms(soup: Checkpoint, path: Path, recipe: Recipe, device: torch.de
     parts = [part for part in np.array_split(rows, max(1, len(rows) // batch)) if len(part) > 1]
 
     def images(part: np.ndarray) -> Tensor:
-        pixels = eval_images(beton, part, (height, width), factor, interpolation, recipe.data.workers)
+        pixels = eval_images(
+            beton,
+            part,
+            size=(height, width),
+            factor=factor,
+            interpolation=interpolation,
+            threads=recipe.data.workers,
+        )
         return pixels.permute(0, 3, 1, 2).float()
 
     update_bn((images(part) for part in parts), network, device)

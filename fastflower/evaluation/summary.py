@@ -41,7 +41,7 @@ DESCRIBED = (
 
 
 def summarise(
-    members: list[Logits], folds: np.ndarray, classes: list[dict[str, str]], recipe: Recipe
+    members: list[Logits], folds: np.ndarray, *, classes: list[dict[str, str]], recipe: Recipe
 ) -> dict[str, Any]:
     """The content of scores.json. `folds` (rows,) is folds.csv's column, `classes` the rows of classes.csv.
 
@@ -57,7 +57,7 @@ def summarise(
     counts = np.array([int(row["n"]) for row in classes])
 
     def block(data: Logits) -> dict[str, Any]:
-        return metrics.block(data, alpha, bins, counts, fit_on)
+        return metrics.block(data, alpha, bins=bins, counts=counts, fit_on=fit_on)
 
     own = [{**{key: member.about[key] for key in DESCRIBED}, **block(member)} for member in members]
     rows = []

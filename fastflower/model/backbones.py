@@ -115,7 +115,7 @@ def check_name(name: str) -> None:
 
 
 def check_sizes(
-    name: str, sizes: Sequence[Size], key: str = "data.img_size", built_for: Sequence[Size] | None = None
+    name: str, sizes: Sequence[Size], *, key: str = "data.img_size", built_for: Sequence[Size] | None = None
 ) -> None:
     """Refuse (height, width) pairs that a backbone built for `built_for` (by default, for them) cannot take.
 
@@ -210,7 +210,9 @@ def _create_loaded(name: str, arguments: dict[str, Any], path: Path) -> tuple[nn
     def load(
         model: nn.Module, pretrained_cfg: dict[str, Any], filter_fn: Callable | None = None, **_: Any
     ) -> None:
-        reports.append(_load(model, weights, path, pretrained_cfg.get("classifier"), filter_fn))
+        reports.append(
+            _load(model, weights, path=path, classifier=pretrained_cfg.get("classifier"), convert=filter_fn)
+        )
 
     with mock.patch.object(timm.models._builder, "load_pretrained", load):
         backbone = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
@@ -218,7 +220,7 @@ def _create_loaded(name: str, arguments: dict[str, Any], path: Path) -> tuple[nn
 
 
 def _load(
-    model: nn.Module, weights: dict[str, Tensor], path: Path, classifier: Any, convert: Callable | None
+    model: nn.Module, weights: dict[str, Tensor], *, path: Path, classifier: Any, convert: Callable | None
 ) -> LoadReport:
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
     if convert is not None:

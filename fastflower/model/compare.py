@@ -41,7 +41,7 @@ class CompareNet(nn.Module):
     The terms of `adaptive` have learned shares, softmax times their number, so that they begin at 1.
     """
 
-    def __init__(self, layers: list[int], fusion: str, cbam: bool, width: float) -> None:
+    def __init__(self, layers: list[int], fusion: str, *, cbam: bool, width: float) -> None:
         super().__init__()
         channels = [round(wide * width / 8) * 8 for wide in WIDTHS]
         self.stem = nn.Sequential(
@@ -73,7 +73,7 @@ class CompareNet(nn.Module):
         """(B, 3, H, W) -> (B, F), with the same weights for either image of a pair."""
         return self.features(self.stages(self.stem(images)).mean((2, 3)))
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, *, coarse: bool = False) -> dict[str, Any]:
         """timm's description of the layers, first to last."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^features|^shares", (99999,))]}
@@ -94,7 +94,7 @@ def _register(layers: str, fusion: str, cbam: bool, percent: int) -> None:
         cache_dir: Any = None,
         num_classes: int = 0,
     ) -> CompareNet:
-        return CompareNet([int(count) for count in layers], fusion, cbam, percent / 100)
+        return CompareNet([int(count) for count in layers], fusion, cbam=cbam, width=percent / 100)
 
     name = f"compare_resnet{layers}_{fusion}{'_cbam' if cbam else ''}"
     make.__name__ = make.__qualname__ = name if percent == 100 else f"{name}_w{percent}"

@@ -46,7 +46,7 @@ def embedder(recipe: Recipe) -> Embed:
 
     def view(pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
-        box = eval_box(height, width, size, recipe.eval.resize_factor)
+        box = eval_box(height, width, size=size, factor=recipe.eval.resize_factor)
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box))
 
     @torch.inference_mode()

@@ -27,7 +27,7 @@ class CosineHead(nn.Module):
             return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight))
 
 
-def build_head(name: str, features: int, classes: int, scale: float) -> nn.Module:
+def build_head(name: str, features: int, *, classes: int, scale: float) -> nn.Module:
     """`linear`, initialised as timm does, or the cosine head of `arcface` and `cosface`."""
     if name in MARGIN_HEADS:
         return CosineHead(features, classes, scale)

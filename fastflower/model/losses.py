@@ -25,7 +25,7 @@ def build_loss(recipe: Recipe, class_counts: Sequence[int]) -> Loss | Distilled:
     loss = _of_labels(recipe, class_counts)
     if not distill.teacher:
         return loss
-    return Distilled(loss, distill.weight, distill.temperature, distill.t_squared)
+    return Distilled(loss, distill.weight, temperature=distill.temperature, t_squared=distill.t_squared)
 
 
 def _of_labels(recipe: Recipe, class_counts: Sequence[int]) -> Loss:
@@ -60,6 +60,7 @@ class Loss(nn.Module):
         self,
         smoothing: float = 0.0,
         gamma: float = 0.0,
+        *,
         log_prior: Tensor | None = None,
         pos_weight: Tensor | None = None,
         margin: str | None = None,
@@ -119,7 +120,7 @@ class Distilled(nn.Module):
     arXiv:1503.02531). No parameters, nothing to save.
     """
 
-    def __init__(self, loss: Loss, weight: float, temperature: float, t_squared: bool) -> None:
+    def __init__(self, loss: Loss, weight: float, *, temperature: float, t_squared: bool) -> None:
         super().__init__()
         self.loss, self.weight, self.temperature = loss, weight, temperature
         self.scale = temperature**2 if t_squared else 1.0

@@ -101,7 +101,7 @@ class Network(nn.Module):
     std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, spec: NetworkSpec, drop_rate: float = 0.0
+        self, backbone: nn.Module, head: nn.Module, *, spec: NetworkSpec, drop_rate: float = 0.0
     ) -> None:
         super().__init__()
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
@@ -118,7 +118,7 @@ class Network(nn.Module):
 def build_network(spec: NetworkSpec) -> Network:
     """The network of a checkpoint's spec with random weights, ready for `load_state_dict`."""
     backbone, _ = backbones.build_backbone(spec.backbone, [spec.size])
-    return Network(backbone, _head(spec, [spec.size]), spec)
+    return Network(backbone, _head(spec, [spec.size]), spec=spec)
 
 
 def training_network(
@@ -132,7 +132,7 @@ def training_network(
     spec = NetworkSpec.from_recipe(recipe, num_classes)
     if all(height == width for height, width in sizes):
         backbones.check_sizes(
-            spec.backbone, [(side, side) for side in recipe.tta.scales], "tta.scales", sizes
+            spec.backbone, [(side, side) for side in recipe.tta.scales], key="tta.scales", built_for=sizes
         )
     backbone, report = backbones.build_backbone(
         spec.backbone,
@@ -141,14 +141,14 @@ def training_network(
         grad_checkpointing=model.grad_checkpointing,
         pretrained=pretrained if model.pretrained else None,
     )
-    network = Network(backbone, _head(spec, sizes), spec, model.drop_rate)
+    network = Network(backbone, _head(spec, sizes), spec=spec, drop_rate=model.drop_rate)
     if recipe.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network, spec, [str(report or f"{spec.backbone}: random initial weights (model.pretrained=false)")]
 
 
 def synchronise_norms(
-    network: Network, recipe: Recipe, device: torch.device, world_size: int
+    network: Network, recipe: Recipe, *, device: torch.device, world_size: int
 ) -> tuple[Network, int]:
     """BatchNorm that spans several GPUs, and how many layers became it; a CPU or one device keeps its own."""
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
@@ -159,4 +159,4 @@ def synchronise_norms(
 
 def _head(spec: NetworkSpec, sizes: list[tuple[int, int]]) -> nn.Module:
     features = backbones.profile(spec.backbone, sizes).features
-    return build_head(spec.head, features, spec.num_classes, spec.head_scale)
+    return build_head(spec.head, features, classes=spec.num_classes, scale=spec.head_scale)

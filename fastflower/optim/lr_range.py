@@ -59,7 +59,7 @@ def suggest(tried: list[float], losses: list[float]) -> Suggestion | None:
 
 
 def rate_chart(
-    tried: list[float], losses: list[float], smooth: list[float], marks: dict[str, float]
+    tried: list[float], losses: list[float], *, smooth: list[float], marks: dict[str, float]
 ) -> Chart:
     """Losses over the learning rate; `marks` are rates with a name."""
     title = "Loss over the learning rate"

@@ -15,6 +15,7 @@ THRESHOLD = 1e-4  # the relative gain that counts as better, torch's default
 def lr_factor(
     epoch: int,
     step: int,
+    *,
     steps_per_epoch: int,
     recipe: Recipe,
     plateau_factor: float = 1.0,

@@ -20,7 +20,11 @@ FREE = (
 
 
 def identity(
-    recipe: Recipe, derived: Derived, manifest: Mapping[str, Any], unlabelled: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    derived: Derived,
+    *,
+    manifest: Mapping[str, Any],
+    unlabelled: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it; the manifests are those of the betons."""
     keys = {name: value for name, value, _ in fields_of(recipe) if not name.startswith(FREE)}

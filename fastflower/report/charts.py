@@ -79,7 +79,7 @@ def over_epochs(name: str, lines: Lines, borders: list[int]) -> Chart:
     return Chart(name, lines.title, f"{lines.title}. {'; '.join(words)}.", figure)
 
 
-def intervals(name: str, title: str, rows: list[Interval], line: float | None, words: str) -> Chart:
+def intervals(name: str, title: str, *, rows: list[Interval], line: float | None, words: str) -> Chart:
     """Shares with their 95% intervals, a row for each name, a colour for each series; `line`: what they compare to."""
     names, series = list(dict.fromkeys(row[0] for row in rows)), list(dict.fromkeys(row[1] for row in rows))
     with matplotlib.rc_context(STYLE):
@@ -110,7 +110,9 @@ def robustness(corrupted: dict[str, Any], clean: float) -> Chart:
     ]
     said = "; ".join(f"{row['kind']} {row['level']} {100 * row['top1']:.1f}%" for row in rows)
     words = f"Top-1 by corruption, clean {100 * clean:.1f}%: {said}."
-    return intervals("robustness", "Top-1 by corruption (dotted: clean)", shares, clean, words)
+    return intervals(
+        "robustness", "Top-1 by corruption (dotted: clean)", rows=shares, line=clean, words=words
+    )
 
 
 def reliability(bins: list[dict[str, Any]], t: float | None) -> Chart:

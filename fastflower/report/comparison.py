@@ -53,7 +53,9 @@ def scores_chart(summaries: list[dict[str, Any]]) -> Chart:
         if (own := summary["fused"][key])
     ]
     said = "; ".join(f"{exp} {name} {100 * value:.1f}%" for exp, name, value, *_ in rows)
-    return intervals("compare-scores", "Scores with 95% intervals", rows, None, f"Scores: {said}.")
+    return intervals(
+        "compare-scores", "Scores with 95% intervals", rows=rows, line=None, words=f"Scores: {said}."
+    )
 
 
 def pairs_chart(rows: list[dict[str, Any]]) -> Chart | None:
@@ -63,7 +65,7 @@ def pairs_chart(rows: list[dict[str, Any]]) -> Chart | None:
         return None
     said = "; ".join(f"{exp} {100 * value:+.2f} points" for exp, _, value, *_ in known)
     words = f"Change of top-1 against {rows[0]['a']}: {said}."
-    return intervals("compare-pairs", "Change of top-1, image by image", known, 0.0, words)
+    return intervals("compare-pairs", "Change of top-1, image by image", rows=known, line=0.0, words=words)
 
 
 def differing(recipes: dict[str, Recipe]) -> list[dict[str, Any]]:

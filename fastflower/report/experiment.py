@@ -38,7 +38,7 @@ class Experiment:
     notes: list[str] = field(default_factory=list)
 
 
-def read(exp: str, with_pictures: bool = True) -> Experiment:
+def read(exp: str, *, with_pictures: bool = True) -> Experiment:
     """Read an experiment's files. InputError when it was not evaluated; what else is missing is left out."""
     folder = runs.RESULTS / exp
     scores = _json(folder / "scores.json")

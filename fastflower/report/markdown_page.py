@@ -37,13 +37,17 @@ def write(folder: Path, found: Experiment, experiments: list[Experiment]) -> Pat
     training = {"All runs": together, **({runs_of[0].label: first} if runs_of else {})}
     for chart in [*charts, *together, *first]:
         files.write_atomic(folder / "figures" / f"{chart.name}.png", chart.png())
-    text = _environment().get_template("report.md.j2").render(_content(found, experiments, charts, training))
+    text = (
+        _environment()
+        .get_template("report.md.j2")
+        .render(_content(found, experiments, charts=charts, training=training))
+    )
     files.write_atomic(folder / "report.md", text)
     return folder / "report.md"
 
 
 def _content(
-    found: Experiment, experiments: list[Experiment], charts: list[Chart], training: dict[str, list[Chart]]
+    found: Experiment, experiments: list[Experiment], *, charts: list[Chart], training: dict[str, list[Chart]]
 ) -> dict[str, Any]:
     others = [other.scores for other in experiments if other.name != found.name]
     return {

@@ -30,7 +30,7 @@ def data_uri(data: bytes) -> str:
 
 def whole(beton: Beton, rows: np.ndarray) -> np.ndarray:
     """The largest centred square of each row: uint8 (B, SIDE, SIDE, 3), of pairs (B, SIDE, 2 * SIDE, 3)."""
-    return eval_images(beton, rows, (SIDE, SIDE), 1.0, "bicubic").numpy()
+    return eval_images(beton, rows, size=(SIDE, SIDE), factor=1.0, interpolation="bicubic").numpy()
 
 
 def thumbnails(home: Path, folds_hash: str, wanted: dict[int, set[int]]) -> dict[int, str]:
@@ -54,7 +54,7 @@ def augmented(recipe: Recipe, folds_hash: str, fold: int) -> dict[str, Any] | No
         return None
     rows = np.unique(np.linspace(0, beton.rows - 1, SAMPLES).round().astype(np.int64))
     height, width = derived.image_sizes(recipe)[0]
-    draws = [draw(beton, rows, recipe, epoch, (height, width)) for epoch in (0, 1)]
+    draws = [draw(beton, rows, recipe=recipe, epoch=epoch, size=(height, width)) for epoch in (0, 1)]
     labels, keys = (
         torch.from_numpy(beton.labels[rows]),
         torch.from_numpy(_keys(recipe, 0, rows).view(np.int64)),
@@ -66,7 +66,9 @@ def augmented(recipe: Recipe, folds_hash: str, fold: int) -> dict[str, Any] | No
     )
     for kind, title, alpha in kinds:
         if alpha and recipe.reg.mix_prob:
-            mixed, _ = mix(draws[0], labels, keys, int(beton.labels.max()) + 1, kind, alpha)
+            mixed, _ = mix(
+                draws[0], labels, keys=keys, num_classes=int(beton.labels.max()) + 1, kind=kind, alpha=alpha
+            )
             groups.append((title, _bytes(mixed)))
     shown = []
     for title, pixels in groups:
@@ -75,21 +77,23 @@ def augmented(recipe: Recipe, folds_hash: str, fold: int) -> dict[str, Any] | No
     return {"fold": fold, "size": f"{height} × {width}", "groups": shown}
 
 
-def draw(beton: Beton, rows: np.ndarray, recipe: Recipe, epoch: int, size: tuple[int, int]) -> torch.Tensor:
+def draw(
+    beton: Beton, rows: np.ndarray, *, recipe: Recipe, epoch: int, size: tuple[int, int]
+) -> torch.Tensor:
     """Rows as training draws them at the start of an epoch (from 0): float32 (B, 3, h, w), of pairs (B, 3, h, 2w),
     0..255.
     """
     aug, keys = recipe.aug, _keys(recipe, epoch, rows)
     scale, ratio = (aug.rrc_scale[0], aug.rrc_scale[1]), (aug.rrc_ratio[0], aug.rrc_ratio[1])
     crop = Crop(scale, ratio, min(1.0, aug.hflip_p * aug.strength))
-    images = train_images(beton, rows, keys, size, crop)
+    images = train_images(beton, rows, keys=keys, size=size, crop=crop)
     fill = NetworkSpec.from_recipe(recipe, int(beton.labels.max()) + 1).fill
     own = torch.from_numpy(keys.view(np.int64))
-    return augment(images, own, aug, recipe.reg.erase_p, fill, beton.images == 2)
+    return augment(images, own, aug=aug, erase_p=recipe.reg.erase_p, fill=fill, pairs=beton.images == 2)
 
 
 def _keys(recipe: Recipe, epoch: int, rows: np.ndarray) -> np.ndarray:
-    return seeding.row_keys(recipe.seed, epoch, np.arange(len(rows)), rows)
+    return seeding.row_keys(recipe.seed, epoch, positions=np.arange(len(rows)), rows=rows)
 
 
 def _bytes(images: torch.Tensor) -> np.ndarray:

@@ -77,6 +77,7 @@ class Training:
 def training(
     recipe: Recipe,
     run: Run,
+    *,
     fold: FoldSet,
     machine: Machine,
     stop: Stop,
@@ -87,20 +88,35 @@ def training(
     d, clock, counts = derived.derive(recipe, machine.world), Clock(), class_counts(recipe, fold)
     network, spec, notes = _network(recipe, len(counts), machine)
     notes += left_out(recipe, fold)
-    data = loaders(recipe, d, clock, fold, spec.interpolation, machine)
+    data = loaders(recipe, d, clock=clock, fold=fold, interpolation=spec.interpolation, machine=machine)
     groups = param_groups(network, d.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
-    guard = GradientGuard(network, recipe.train.clip_grad, recipe.train.max_nonfinite, console.say)
-    averages = _averages(recipe, d, classifier, data, guard, spec.fill, stop)
+    guard = GradientGuard(network, recipe.train.clip_grad, limit=recipe.train.max_nonfinite, say=console.say)
+    averages = _averages(recipe, d, classifier=classifier, data=data, guard=guard, paint=spec.fill, stop=stop)
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
     rows = {label: loader.beton.rows for label, loader in data.evaluation.items()}
-    scoring = Scoring(recipe, d, networks.values, rows, data.combos)
+    scoring = Scoring(recipe, d, networks=networks.values, rows=rows, combos=data.combos)
     schedule = LearningRate(
-        recipe, d, network, data.train.steps, lambda: float(getattr(scoring, recipe.sched.monitor))
+        recipe,
+        d,
+        network=network,
+        steps=data.train.steps,
+        watched=lambda: float(getattr(scoring, recipe.sched.monitor)),
     )
     labeller = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
-    semi = {"semi": FixMatch(recipe, counts.tolist(), spec.fill, labeller)} if recipe.semi.enabled else {}
-    recorder = Recorder(run, d, guard, scoring, recipe.log.tensorboard, [part.row for part in semi.values()])
+    semi = (
+        {"semi": FixMatch(recipe, counts.tolist(), fill=spec.fill, teacher=labeller)}
+        if recipe.semi.enabled
+        else {}
+    )
+    recorder = Recorder(
+        run,
+        d,
+        guard=guard,
+        scoring=scoring,
+        tensorboard=recipe.log.tensorboard,
+        more=[part.row for part in semi.values()],
+    )
     parts: dict[str, Stateful] = {
         **averages,
         "guard": guard,
@@ -110,34 +126,57 @@ def training(
         "machine": machine,
         **semi,
     }
-    meta = functools.partial(member_meta, recipe, run, spec, d, fold, counts)
+    meta = functools.partial(member_meta, recipe, run, spec=spec, d=d, fold=fold, counts=counts)
     every, keep = parse_interval(recipe.train.save_every), recipe.train.keep_every
-    saving = Saving(run, networks, scoring, parts, meta, same, every, stop, keep)
+    saving = Saving(
+        run,
+        networks,
+        scoring=scoring,
+        parts=parts,
+        meta=meta,
+        identity=same,
+        every=every,
+        stop=stop,
+        keep=keep,
+    )
     trainer = _trainer(
-        recipe, d, machine, fold, spec, classifier, data, groups,
-        [*semi.values(), schedule, guard, *averages.values()],
+        recipe, d, machine=machine, fold=fold, spec=spec, classifier=classifier, data=data, groups=groups,
+        algorithms=[*semi.values(), schedule, guard, *averages.values()],
         max_duration=f"{d.epochs}ep",
         eval_dataloader=[_evaluator(label, loader) for label, loader in data.evaluation.items()],
-        callbacks=[scoring, recorder, saving, Progress(console, d, recorder, scoring)],
+        callbacks=[scoring, recorder, saving, Progress(console, d, recorder=recorder, scoring=scoring)],
         loggers=trackers(recipe, run),
         run_name=f"{run.exp}_{run.stem}",
         compile_config={"dynamic": False} if recipe.train.compile else None,
     )  # fmt: skip
     clock.state = trainer.state
-    facts = _facts(run, d, machine, network, fold, data, counts, groups, notes)
+    facts = _facts(
+        run,
+        d,
+        machine=machine,
+        network=network,
+        fold=fold,
+        data=data,
+        counts=counts,
+        groups=groups,
+        notes=notes,
+    )
     return Training(run, facts, spec, trainer, network, data, parts, scoring, recorder, saving, console)
 
 
-def lr_sweep(recipe: Recipe, d: Derived, fold: FoldSet, machine: Machine) -> tuple[list[float], list[float]]:
+def lr_sweep(
+    recipe: Recipe, d: Derived, *, fold: FoldSet, machine: Machine
+) -> tuple[list[float], list[float]]:
     """Rates and the losses that they met, from a training of the recipe's network that leaves nothing behind."""
     clock, counts = Clock(), class_counts(recipe, fold)
     network, spec, _ = _network(recipe, len(counts), machine)
-    data = loaders(recipe, d, clock, fold, spec.interpolation, machine)
+    data = loaders(recipe, d, clock=clock, fold=fold, interpolation=spec.interpolation, machine=machine)
     sweep = Sweep(recipe, d.lr)
     trainer = _trainer(
-        recipe, d, machine, fold, spec, Classifier(network, build_loss(recipe, counts.tolist())), data,
-        param_groups(network, d.lr, recipe),
-        [sweep, GradientGuard(network, recipe.train.clip_grad, recipe.lrfind.steps + 1)],
+        recipe, d, machine=machine, fold=fold, spec=spec,
+        classifier=Classifier(network, build_loss(recipe, counts.tolist())), data=data,
+        groups=param_groups(network, d.lr, recipe),
+        algorithms=[sweep, GradientGuard(network, recipe.train.clip_grad, limit=recipe.lrfind.steps + 1)],
         max_duration=f"{recipe.lrfind.steps}ba",
     )  # fmt: skip
     clock.state = trainer.state
@@ -151,6 +190,7 @@ def lr_sweep(recipe: Recipe, d: Derived, fold: FoldSet, machine: Machine) -> tup
 def _trainer(
     recipe: Recipe,
     d: Derived,
+    *,
     machine: Machine,
     fold: FoldSet,
     spec: NetworkSpec,
@@ -166,7 +206,7 @@ def _trainer(
         train_dataloader=data.train,
         spin_dataloaders=False,  # spinning abandons an iterator for every past epoch
         algorithms=[
-            DeviceAugment(recipe.aug, recipe.reg.erase_p, spec.fill, fold.train.images == 2),
+            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill=spec.fill, pairs=fold.train.images == 2),
             Stages(recipe.seed, d, data.train.steps),
             Mix(recipe, spec.num_classes, distillation.probabilities(recipe, fold, spec.num_classes)),
             *algorithms,
@@ -192,7 +232,9 @@ def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, N
     """The recipe's network on its device, with initial weights that are equal on all ranks, and notes on it."""
     seeding.seed_all(recipe.seed)
     network, spec, notes = training_network(recipe, classes)
-    network, synchronised = synchronise_norms(network, recipe, machine.torch_device, machine.world)
+    network, synchronised = synchronise_norms(
+        network, recipe, device=machine.torch_device, world_size=machine.world
+    )
     network.to(machine.torch_device)
     return network, spec, notes + _norm_notes(network, synchronised, machine)
 
@@ -200,6 +242,7 @@ def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, N
 def _facts(
     run: Run,
     d: Derived,
+    *,
     machine: Machine,
     network: nn.Module,
     fold: FoldSet,
@@ -237,15 +280,29 @@ def picture(recipe: Recipe, training: Training) -> None:
     if isinstance(beside, Unlabelled):
         beside = replace(beside, batch=lambda epoch: COLUMNS, mu=1, rank=0, world=1)
     loader = TrainLoader(
-        train.beton, train.order, train.seed, lambda epoch: COLUMNS, train.size, train.crop, beside=beside
+        train.beton,
+        train.order,
+        seed=train.seed,
+        batch=lambda epoch: COLUMNS,
+        size=train.size,
+        crop=train.crop,
+        beside=beside,
     )
     path = run.results_dir / f"samples_{run.stem}.png"
-    save_samples(path, recipe, loader, len(training.facts.counts), spec.interpolation, spec.fill)
+    save_samples(
+        path,
+        recipe,
+        loader=loader,
+        num_classes=len(training.facts.counts),
+        interpolation=spec.interpolation,
+        fill=spec.fill,
+    )
 
 
 def _averages(
     recipe: Recipe,
     d: Derived,
+    *,
     classifier: Classifier,
     data: Loaders,
     guard: GradientGuard,
@@ -256,7 +313,9 @@ def _averages(
     network = classifier.network
     averages: dict[str, Any] = {}
     if recipe.ema.enabled:
-        averages["ema"] = Ema(network, recipe.ema.decay, recipe.ema.warmup, lambda: guard.skipped)
+        averages["ema"] = Ema(
+            network, recipe.ema.decay, warmup=recipe.ema.warmup, skipped=lambda: guard.skipped
+        )
         classifier.shadows["ema"] = averages["ema"].shadow
     if recipe.swa.enabled:
 
@@ -267,10 +326,17 @@ def _averages(
             for batch in itertools.islice(loader, SWA_BATCHES):
                 batch = state.device.batch_to_device(batch)
                 pairs = data.train.beton.images == 2
-                yield augment(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, paint, pairs)
+                yield augment(
+                    batch["image"],
+                    batch["key"],
+                    aug=recipe.aug,
+                    erase_p=recipe.reg.erase_p,
+                    fill=paint,
+                    pairs=pairs,
+                )
 
         first = min(d.epochs, math.floor(recipe.swa.start * d.epochs) + 1)
-        averages["swa"] = Swa(network, first, classifier.shadows, batches, stop.agreed)
+        averages["swa"] = Swa(network, first, shadows=classifier.shadows, batches=batches, asked=stop.agreed)
     return averages
 
 

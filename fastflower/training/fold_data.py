@@ -71,7 +71,7 @@ def verify(fold: FoldSet) -> None:
 
 
 def loaders(
-    recipe: Recipe, d: Derived, clock: Clock, fold: FoldSet, interpolation: str, machine: Machine
+    recipe: Recipe, d: Derived, *, clock: Clock, fold: FoldSet, interpolation: str, machine: Machine
 ) -> Loaders:
     """Batches of a fold from where `clock` stands. Raises InputError when an epoch holds no global batch."""
     number, passes, labelled = fold.train.manifest["fold"], recipe.sampler.passes, used_rows(recipe, fold)
@@ -80,7 +80,10 @@ def loaders(
     @functools.lru_cache(maxsize=2)  # length and content of an epoch are asked for many times
     def rows(epoch: int) -> np.ndarray:
         batch, turns = per_rank(epoch) * machine.world, range(epoch * passes, (epoch + 1) * passes)
-        drawn = [order(recipe.sampler, labels, recipe.seed, turn, number, batch) for turn in turns]
+        drawn = [
+            order(recipe.sampler, labels, seed=recipe.seed, epoch=turn, fold=number, batch=batch)
+            for turn in turns
+        ]
         return labelled[np.concatenate(drawn)]
 
     def per_rank(epoch: int) -> int:
@@ -110,13 +113,13 @@ def loaders(
     train = TrainLoader(
         fold.train,
         rows,
-        recipe.seed,
-        per_rank,
-        size,
-        crop,
-        machine.rank,
-        machine.world,
-        threads,
+        seed=recipe.seed,
+        batch=per_rank,
+        size=size,
+        crop=crop,
+        rank=machine.rank,
+        world=machine.world,
+        threads=threads,
         beside=beside,
     )
     train.cursor = lambda: clock.now
@@ -133,12 +136,12 @@ def loaders(
             evaluation[label] = EvalLoader(
                 beton,
                 batch,
-                lambda: size(clock.scored),
-                recipe.eval.resize_factor,
-                interpolation,
-                machine.rank,
-                machine.world,
-                threads,
+                size=lambda: size(clock.scored),
+                factor=recipe.eval.resize_factor,
+                interpolation=interpolation,
+                rank=machine.rank,
+                world=machine.world,
+                threads=threads,
             )
     return Loaders(train, evaluation, fold.val_corrupt.manifest["combos"] if fold.val_corrupt else [])
 

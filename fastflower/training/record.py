@@ -61,7 +61,7 @@ class Facts:
 
 
 def member_meta(
-    recipe: Recipe, run: Run, spec: NetworkSpec, d: Derived, fold: FoldSet, counts: np.ndarray, epoch: int
+    recipe: Recipe, run: Run, *, spec: NetworkSpec, d: Derived, fold: FoldSet, counts: np.ndarray, epoch: int
 ) -> dict[str, Any]:
     """What a checkpoint of an epoch (from 1) says of itself, less kind, weights and scores."""
     stage = d.stage(max(epoch - 1, 0))
@@ -123,7 +123,7 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def write_meta(recipe: Recipe, facts: Facts, advice: list[str], determinism: str) -> None:
+def write_meta(recipe: Recipe, facts: Facts, *, advice: list[str], determinism: str) -> None:
     """Freeze recipe, folds, classes, versions and derived numbers in meta/."""
     folder = facts.run.meta_dir
     facts.run.end.unlink(missing_ok=True)  # of a training whose checkpoints were removed or damaged
@@ -236,7 +236,7 @@ def _best_by(recipe: Recipe) -> str:
     return f"{score}, {stop}"
 
 
-def end(run: Run, scoring: Scoring, seconds: float, saving_seconds: float) -> dict[str, Any]:
+def end(run: Run, scoring: Scoring, *, seconds: float, saving_seconds: float) -> dict[str, Any]:
     """How a run ended, as a row of events.jsonl and for meta/."""
     best, flat = scoring.selection.best, scoring.flat
     epochs = scoring.epoch
@@ -300,7 +300,7 @@ def notes(recipe: Recipe, facts: Facts, advice: list[str]) -> list[str]:
     return [*lines, *advice]
 
 
-def write_end(facts: Facts, advice: list[str], row: dict[str, Any], same: dict[str, Any]) -> None:
+def write_end(facts: Facts, advice: list[str], *, row: dict[str, Any], same: dict[str, Any]) -> None:
     """Put the end, early or not, beside what the run started with; `same` is its identity."""
     write_derived(facts, advice, row["determinism"])
     files.write_json(facts.run.end, {**row, "identity": same})  # the very last: now nothing is left to do

@@ -78,7 +78,7 @@ def load_last(run: Run, say: Callable[[str], None]) -> tuple[Path, Checkpoint] |
     return None
 
 
-def restore(found: Checkpoint, state: State, network: nn.Module, parts: dict[str, Stateful]) -> None:
+def restore(found: Checkpoint, state: State, *, network: nn.Module, parts: dict[str, Stateful]) -> None:
     """Put a `last` back into a freshly built trainer: weights, optimizer, scaler, time and all parts.
 
     Raises InputError when the network or the optimizer's groups are not those that were saved.

@@ -22,7 +22,7 @@ BAND = 16  # pixels for a row's title
 
 
 def sample_rows(
-    recipe: Recipe, loader: TrainLoader, num_classes: int, interpolation: str, fill: tuple[float, ...]
+    recipe: Recipe, loader: TrainLoader, *, num_classes: int, interpolation: str, fill: tuple[float, ...]
 ) -> dict[str, np.ndarray]:
     """Title -> uint8 (n, h, w, 3) of the first rows of epoch 0: stored, augmented, MixUp, CutMix, unlabelled views.
 
@@ -32,19 +32,29 @@ def sample_rows(
     keys, labels = batch["key"], batch["label"]
     beton, size = loader.beton, loader.size(0)
     stored = eval_images(
-        beton, batch["row"].numpy(), size, recipe.eval.resize_factor, interpolation, loader.threads
+        beton,
+        batch["row"].numpy(),
+        size=size,
+        factor=recipe.eval.resize_factor,
+        interpolation=interpolation,
+        threads=loader.threads,
     )
-    images = augment(batch["image"], keys, recipe.aug, recipe.reg.erase_p, fill, beton.images == 2)
+    images = augment(
+        batch["image"], keys, aug=recipe.aug, erase_p=recipe.reg.erase_p, fill=fill, pairs=beton.images == 2
+    )
     rows = {"as evaluated": stored.numpy(), "as trained": pixels(images)}
     alphas: dict[Kind, float] = {"mixup": recipe.reg.mixup, "cutmix": recipe.reg.cutmix}
     for kind, alpha in alphas.items():
         if alpha and recipe.reg.mix_prob:
-            rows[kind] = pixels(mix(images, labels, keys, num_classes, kind, alpha)[0])
+            rows[kind] = pixels(
+                mix(images, labels, keys=keys, num_classes=num_classes, kind=kind, alpha=alpha)[0]
+            )
     if "weak" in batch:
         rows["unlabelled, weak view"] = batch["weak"].flatten(0, 1).numpy()
     if "strong" in batch:
         images, keys = batch["strong"].flatten(0, 1), batch["strong_key"].flatten()
-        rows["the same, strong view"] = pixels(augment(images, keys, *strong_augmentation(recipe), fill))
+        aug, erase_p = strong_augmentation(recipe)
+        rows["the same, strong view"] = pixels(augment(images, keys, aug=aug, erase_p=erase_p, fill=fill))
     return rows
 
 
@@ -69,6 +79,7 @@ def grid(rows: dict[str, np.ndarray]) -> Image.Image:
 def save_samples(
     path: Path,
     recipe: Recipe,
+    *,
     loader: TrainLoader,
     num_classes: int,
     interpolation: str,
@@ -77,7 +88,9 @@ def save_samples(
     """Write the picture of the loader's first batch and close the loader."""
     try:
         buffer = io.BytesIO()
-        grid(sample_rows(recipe, loader, num_classes, interpolation, fill)).save(buffer, "PNG")
+        grid(
+            sample_rows(recipe, loader, num_classes=num_classes, interpolation=interpolation, fill=fill)
+        ).save(buffer, "PNG")
         files.write_atomic(path, buffer.getvalue())
     finally:
         loader.close()

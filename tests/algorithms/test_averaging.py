@@ -40,14 +40,19 @@ def moved(network: nn.Module) -> None:
 
 
 def test_ramp_is_the_formula_until_the_decay():
-    assert [ramped(0.9999, t, True) for t in (0, 1, 10, 1000)] == [1 / 10, 2 / 11, 11 / 20, 1001 / 1010]
-    assert ramped(0.9999, 10**6, True) == 0.9999
-    assert ramped(0.9999, 0, False) == 0.9999
+    assert [ramped(0.9999, t, warmup=True) for t in (0, 1, 10, 1000)] == [
+        1 / 10,
+        2 / 11,
+        11 / 20,
+        1001 / 1010,
+    ]
+    assert ramped(0.9999, 10**6, warmup=True) == 0.9999
+    assert ramped(0.9999, 0, warmup=False) == 0.9999
 
 
 def test_ema_follows_the_formula_for_every_float_and_copies_the_rest():
     network = Net()
-    ema = Ema(network, 0.9, True, skipped=lambda: False)
+    ema = Ema(network, 0.9, warmup=True, skipped=lambda: False)
     expected = {name: tensor.double().clone() for name, tensor in network.state_dict().items()}
     for t in range(30):
         moved(network)
@@ -66,7 +71,7 @@ def test_ema_follows_the_formula_for_every_float_and_copies_the_rest():
 
 def test_the_ramp_forgets_the_initial_weights():
     network = Net()
-    ema = Ema(network, 0.9999, True, skipped=lambda: False)
+    ema = Ema(network, 0.9999, warmup=True, skipped=lambda: False)
     with torch.no_grad():
         network.linear.weight.fill_(1.0)
         ema.shadow.linear.weight.fill_(0.0)
@@ -77,7 +82,7 @@ def test_the_ramp_forgets_the_initial_weights():
 
 def test_a_skipped_step_is_not_averaged():
     network, skipped = Net(), [True]
-    ema = Ema(network, 0.9, False, skipped=lambda: skipped[0])
+    ema = Ema(network, 0.9, warmup=False, skipped=lambda: skipped[0])
     assert not ema.match(Event.BATCH_END, None)
     skipped[0] = False
     assert ema.match(Event.BATCH_END, None)
@@ -96,10 +101,10 @@ def test_the_shadow_is_apart_and_untrained():
 
 def test_ema_state_goes_through_a_state_dict():
     network = Net()
-    one = Ema(network, 0.9, True, skipped=lambda: False)
+    one = Ema(network, 0.9, warmup=True, skipped=lambda: False)
     moved(network)
     one.apply(Event.BATCH_END, None, None)
-    other = Ema(Net(), 0.9, True, skipped=lambda: False)
+    other = Ema(Net(), 0.9, warmup=True, skipped=lambda: False)
     other.load_state_dict(one.state_dict())
     assert other.updates == 1
     assert all(
@@ -112,7 +117,7 @@ def test_ema_state_goes_through_a_state_dict():
 
 def test_swa_is_the_plain_mean_of_the_last_epochs():
     network, shadows = Net(), {}
-    swa = Swa(network, 3, shadows, lambda state: [torch.randn(16, 3)])
+    swa = Swa(network, 3, shadows=shadows, batches=lambda state: [torch.randn(16, 3)])
     seen = []
     for epoch in range(1, 6):
         moved(network)
@@ -126,9 +131,9 @@ def test_swa_is_the_plain_mean_of_the_last_epochs():
 
 def test_swa_does_not_average_the_same_epoch_twice():
     """A run that is resumed between its last step and its evaluation meets the end of the epoch again."""
-    swa = Swa(Net(), 1, {}, lambda state: [torch.randn(16, 3)])
+    swa = Swa(Net(), 1, shadows={}, batches=lambda state: [torch.randn(16, 3)])
     swa.apply(Event.EPOCH_END, Clock(1), None)
-    again = Swa(Net(), 1, {}, lambda state: [])
+    again = Swa(Net(), 1, shadows={}, batches=lambda state: [])
     again.load_state_dict(swa.state_dict())
     assert not again.match(Event.EPOCH_END, Clock(1))
     assert again.match(Event.EPOCH_END, Clock(2))
@@ -142,9 +147,9 @@ def test_swa_leaves_everything_as_it_was_when_the_run_is_asked_to_end():
     swa = Swa(
         network,
         1,
-        {},
-        lambda state: (seen.append(1) or batch for batch in batches),
-        lambda state: len(seen) > 2,
+        shadows={},
+        batches=lambda state: (seen.append(1) or batch for batch in batches),
+        asked=lambda state: len(seen) > 2,
     )
     before = copy.deepcopy(swa.state_dict())
     moved(network)
@@ -154,8 +159,8 @@ def test_swa_leaves_everything_as_it_was_when_the_run_is_asked_to_end():
     assert all(
         torch.equal(before["shadow"][name], tensor) for name, tensor in swa.shadow.state_dict().items()
     )
-    whole = Swa(network, 1, {}, lambda state: batches)
-    for average in (again := Swa(network, 1, {}, lambda state: batches), whole):
+    whole = Swa(network, 1, shadows={}, batches=lambda state: batches)
+    for average in (again := Swa(network, 1, shadows={}, batches=lambda state: batches), whole):
         average.shadow.load_state_dict(before["shadow"])
     again.load_state_dict(swa.state_dict())
     for average in (again, whole):

@@ -40,7 +40,13 @@ def built(*words: str, score: float = 0.5) -> tuple[LearningRate, Net, Recipe]:
     recipe = load(None, ["sched.cosine_epochs=10", "sched.warmup_epochs=2", "llrd.enabled=false", *words])
     network = Net()
     return (
-        LearningRate(recipe, derived.derive(recipe, 2), network, lambda epoch: STEPS, lambda: score),
+        LearningRate(
+            recipe,
+            derived.derive(recipe, 2),
+            network=network,
+            steps=lambda epoch: STEPS,
+            watched=lambda: score,
+        ),
         network,
         recipe,
     )

@@ -58,7 +58,7 @@ def test_wrong_words_are_refused(tmp_path: Path) -> None:
 
 
 def test_decoders_are_compared_on_the_same_crops(tmp_path: Path) -> None:
-    found = decoder.compare(decoder.digits()[:200], tmp_path, 24, epochs=3, seeds=2)
+    found = decoder.compare(decoder.digits()[:200], tmp_path, size=24, epochs=3, seeds=2)
     assert (found["train"], found["n"], found["seeds"]) == (160, 40, 2)
     assert found["psnr_min"] > 40 and found["low"] <= found["difference"] <= found["high"]
     assert min(found["fast"], found["exact"]) > 0.2  # of ten classes: it learns

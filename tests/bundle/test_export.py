@@ -83,7 +83,13 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
     modes = {path.stat().st_mode & 0o777 for path in runs.BUNDLE.iterdir()}
     assert modes == {0o644}  # whoever runs the folder may be another user
     Path("again").mkdir()
-    writer.write(Path("again"), writer.load_members(members, "fp16"), HALVES, load(None, WORDS), 1.0)
+    writer.write(
+        Path("again"),
+        writer.load_members(members, "fp16"),
+        shares=HALVES,
+        recipe=load(None, WORDS),
+        temperature=1.0,
+    )
     for path in runs.BUNDLE.iterdir():
         assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
     writer.zip_hand_in(Path("again.zip"))
@@ -158,7 +164,9 @@ def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
 
 def test_what_nothing_measured_is_not_left_beside_members(members):
     for half, left in (("all", "gpu"), ("gpu", "gpu"), ("none", "none")):
-        place = writer.leave_programs(members, HALVES, load(None, [*WORDS, f"bundle.half={half}"]), 1.0)
+        place = writer.leave_programs(
+            members, HALVES, recipe=load(None, [*WORDS, f"bundle.half={half}"]), temperature=1.0
+        )
         assert json.loads((place / "bundle.json").read_text())["half"] == left
 
 
@@ -169,7 +177,7 @@ def half(monkeypatch):
     exact = np.zeros((40, 2, 1, 3))
     exact[:, :, :, 1] = 1.0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gates, "submission_fault", lambda *_: None)
+    monkeypatch.setattr(gates, "submission_fault", lambda *_, **__: None)
 
     def gate(
         got: np.ndarray,
@@ -185,7 +193,15 @@ def half(monkeypatch):
 
         monkeypatch.setattr(sandbox, "run", run)
         monkeypatch.setattr(gates, "about", lambda _: {"device": where, "notes": list(notes)})
-        return gates.halving(Path(), exact, weights, np.ones(40, np.int64), 0.05, None, device)
+        return gates.halving(
+            Path(),
+            exact,
+            bundle=weights,
+            labels=np.ones(40, np.int64),
+            max_loss=0.05,
+            python=None,
+            device=device,
+        )
 
     return gate, exact, weights
 
@@ -217,7 +233,7 @@ def test_half_precision_without_logits_fails_and_that_of_no_device_is_not_seen(h
     assert gate(exact, "cpu, fp32", device="cpu")[0].got == "no bf16 instructions here"
     weights["programs"][0]["half_keeps"] = None
     assert gate(exact, "cuda, fp32")[0].got == "networks unfit for it"
-    monkeypatch.setattr(gates, "submission_fault", lambda *_: "3 photographs unreadable")
+    monkeypatch.setattr(gates, "submission_fault", lambda *_, **__: "3 photographs unreadable")
     found, _ = gate(exact)
     assert (found.passed, found.got) == (False, "3 photographs unreadable")
     assert gates.halved("all") == ["cpu", "gpu"]
@@ -231,20 +247,20 @@ def test_latency_is_that_of_a_run_that_ended_well(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = {"device": "cpu, bf16", "threads": 2, "ms_per_image": 30.0}
     monkeypatch.setattr(gates, "about", lambda _: told)
-    monkeypatch.setattr(sandbox, "run", lambda *_: "exit 3: damaged")
-    found = gates.latency(Path(), description, 50.0, None)
+    monkeypatch.setattr(sandbox, "run", lambda *_, **__: "exit 3: damaged")
+    found = gates.latency(Path(), description, allowed=50.0, python=None)
     assert found.passed and re.search(r"^30.0 ms an image on .*, 2 threads, bf16$", found.got)
-    found = gates.latency(Path(), description, 20.0, None)  # tried again
+    found = gates.latency(Path(), description, allowed=20.0, python=None)  # tried again
     assert found == gates.Gate("latency", "exit 3: damaged", "<= 20 ms", False)
     del told["ms_per_image"]
-    monkeypatch.setattr(sandbox, "run", lambda *_: None)
-    assert gates.latency(Path(), description, 50.0, None).passed is False
+    monkeypatch.setattr(sandbox, "run", lambda *_, **__: None)
+    assert gates.latency(Path(), description, allowed=50.0, python=None).passed is False
 
 
 def test_a_loss_of_score_is_a_failed_gate():
-    assert gates.loss_gate("int8", 94, 96, 200, 0.01).passed is True
-    assert gates.loss_gate("int8", 93, 96, 200, 0.01).passed is False
-    assert gates.loss_gate("int8", 7, 8, 8, 0.01).passed is True
+    assert gates.loss_gate("int8", 94, before=96, count=200, max_loss=0.01).passed is True
+    assert gates.loss_gate("int8", 93, before=96, count=200, max_loss=0.01).passed is False
+    assert gates.loss_gate("int8", 7, before=8, count=8, max_loss=0.01).passed is True
 
 
 def test_accuracy_is_that_of_members_that_did_not_train_on_the_photograph(members):
@@ -261,11 +277,25 @@ def test_accuracy_is_that_of_members_that_did_not_train_on_the_photograph(member
         member.path.name: types.SimpleNamespace(index=np.arange(4), logits=right.astype(np.float32))
         for member in loaded
     }
-    gate = gates.agreement(got, made, loaded, photographs, known, 0.01)
+    gate = gates.agreement(
+        got, made, members=loaded, photographs=photographs, out_of_fold=known, max_loss=0.01
+    )
     assert gate.got == "4 right of 4, 4 before" and gate.passed
-    gate = gates.agreement(np.roll(got, 1, axis=3), made, loaded, photographs, known, 0.01)
+    gate = gates.agreement(
+        np.roll(got, 1, axis=3),
+        made,
+        members=loaded,
+        photographs=photographs,
+        out_of_fold=known,
+        max_loss=0.01,
+    )
     assert gate.got == "0 right of 4, 4 before" and gate.passed is False
-    assert gates.agreement(got, made, loaded, photographs, {}, 0.01).passed is None
+    assert (
+        gates.agreement(
+            got, made, members=loaded, photographs=photographs, out_of_fold={}, max_loss=0.01
+        ).passed
+        is None
+    )
 
 
 def test_a_bare_environment_has_what_the_predictor_needs_and_no_more(tmp_path):
@@ -291,7 +321,9 @@ def test_a_failed_gate_keeps_the_old_bundle(members, capsys):
 
 def test_parity_fails_when_the_predictor_says_something_else(members, monkeypatch):
     honest = gates.views_logits
-    monkeypatch.setattr(gates, "views_logits", lambda *words: honest(*words) + np.float32(0.001))
+    monkeypatch.setattr(
+        gates, "views_logits", lambda *words, **named: honest(*words, **named) + np.float32(0.001)
+    )
     with pytest.raises(InputError, match=r"parity: 0.001 on 24 photographs, allowed <= 0.0001$"):
         export.main(WORDS)
     assert not runs.BUNDLE.exists()
@@ -299,7 +331,7 @@ def test_parity_fails_when_the_predictor_says_something_else(members, monkeypatc
 
 def test_pixels_that_are_not_the_trainers_fail(members, monkeypatch):
     honest = gates.trained_view
-    monkeypatch.setattr(gates, "trained_view", lambda *words: honest(*words) ^ 1)
+    monkeypatch.setattr(gates, "trained_view", lambda *words, **named: honest(*words, **named) ^ 1)
     with pytest.raises(InputError, match=r"^pixels: 1 of 255 on 24 photographs, allowed <= 0"):
         export.main([*WORDS, "tta.scales=[32]"])
 
@@ -333,7 +365,7 @@ def test_a_kill_while_a_bundle_is_put_in_place_loses_none(monkeypatch, exchange)
     child = os.fork()
     if not child:
         rename, turns = os.rename, iter([True])
-        os.rename = lambda *words: rename(*words) if next(turns, False) else os._exit(9)
+        os.rename = lambda *words, **named: rename(*words, **named) if next(turns, False) else os._exit(9)
         files.fsync_folder = lambda folder: os._exit(9)
         try:
             put("new")
@@ -532,17 +564,31 @@ def test_a_program_that_says_something_else_is_refused(members):
     with pytest.raises(
         InputError, match=r"at 32x32: traced logits are 0.01 off at batch 1, 0.0001 is allowed"
     ):
-        check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
+        check_program(
+            Program(),
+            "a.pth at 32x32",
+            network=member.network,
+            height=32,
+            width=32,
+            weights=list(weights.values()),
+        )
     Program.inlined_graph = 'prim::Constant[value="cpu"]()'
     with pytest.raises(InputError, match="its program is bound to the CPU"):
-        check_program(Program(), "a.pth at 32x32", member.network, 32, 32, list(weights.values()))
+        check_program(
+            Program(),
+            "a.pth at 32x32",
+            network=member.network,
+            height=32,
+            width=32,
+            weights=list(weights.values()),
+        )
 
 
 def test_columns_for_two_classes_are_refused_for_three(members):
     Path("made").mkdir()
     words, packed = load(None, [*WORDS, "bundle.columns=binary"]), writer.load_members(members, "fp16")
     with pytest.raises(InputError, match=r"bundle.columns = binary: there are 3 classes, not two; use three"):
-        writer.write(Path("made"), packed, HALVES, words, 1.0)
+        writer.write(Path("made"), packed, shares=HALVES, recipe=words, temperature=1.0)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -565,7 +611,13 @@ def test_the_quick_response_norm_is_timms(channels_last):
 
 def test_one_program_serves_all_members_and_convolutions_all_sizes(members):
     Path("made").mkdir()
-    made = writer.write(Path("made"), writer.load_members(members, "fp16"), HALVES, load(None, WORDS), 1.0)
+    made = writer.write(
+        Path("made"),
+        writer.load_members(members, "fp16"),
+        shares=HALVES,
+        recipe=load(None, WORDS),
+        temperature=1.0,
+    )
     assert [program["file"] for program in made["programs"]] == ["program_0.pt"]
     assert made["class_ids"] == ["10", "17", "24"] and sum(made["prior"]) == pytest.approx(1)
     assert json.loads(Path("made/bundle.json").read_text()) == made

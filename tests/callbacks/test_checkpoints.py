@@ -147,14 +147,18 @@ def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
 def test_a_kill_leaves_the_samples_of_before(tmp_path, monkeypatch):
     path = tmp_path / "samples.png"
     path.write_bytes(b"old")
-    monkeypatch.setattr(samples, "sample_rows", lambda *_: {"stored": np.zeros((8, 4, 4, 3), np.uint8)})
+    monkeypatch.setattr(samples, "sample_rows", lambda *_, **__: {"stored": np.zeros((8, 4, 4, 3), np.uint8)})
     loader = types.SimpleNamespace(close=lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            samples.save_samples(path, None, loader, 2, "bilinear", (0.0, 0.0, 0.0))
+            samples.save_samples(
+                path, None, loader=loader, num_classes=2, interpolation="bilinear", fill=(0.0, 0.0, 0.0)
+            )
     assert path.read_bytes() == b"old"
-    samples.save_samples(path, None, loader, 2, "bilinear", (0.0, 0.0, 0.0))
+    samples.save_samples(
+        path, None, loader=loader, num_classes=2, interpolation="bilinear", fill=(0.0, 0.0, 0.0)
+    )
     with Image.open(path) as picture:
         picture.load()
         assert picture.format == "PNG"

@@ -161,7 +161,7 @@ def test_kinds_are_means_over_their_levels():
 
 def test_a_run_in_which_nothing_is_finite_ends_with_advice():
     recipe = load(None, [])
-    scoring = Scoring(recipe, derive(recipe, 1), list, {}, [])
+    scoring = Scoring(recipe, derive(recipe, 1), networks=list, rows={}, combos=[])
     row = dict.fromkeys(("top1", "top5", "macro_recall", "macro_f1", "ece"), 0.25)
     state = SimpleNamespace(timestamp=SimpleNamespace(epoch=SimpleNamespace(value=3)))
     scoring.latest = Scoreboard(

@@ -243,7 +243,7 @@ def test_a_grid_trains_keeps_what_is_finished_and_tries_failures_again(project, 
 
 def test_an_interrupted_campaign_keeps_its_table(project, monkeypatch, capfd):
     codes = iter([(0, ""), (launch.PREEMPTED, "stopped by a signal")])
-    monkeypatch.setattr(launch, "run", lambda *_: next(codes))
+    monkeypatch.setattr(launch, "run", lambda *_, **__: next(codes))
     assert main(["tiny.yaml", "data.fold=all"]) == 130
     assert "interrupted; the same command goes on" in capfd.readouterr().out
 
@@ -256,7 +256,7 @@ def test_keys_that_end_alike_are_whole_in_the_names_of_files(project, monkeypatc
     names = {path.name for path in Path("results/results/tiny").glob("campaign*")}
     stem = "campaign_reg.erase_p_semi.erase_p"
     assert names == {f"{stem}.csv", f"{stem}.png"}
-    monkeypatch.setattr(launch, "run", lambda *_: (2, "no images"))
+    monkeypatch.setattr(launch, "run", lambda *_, **__: (2, "no images"))
     assert main(["tiny.yaml", *words, "--trials", "1"]) == 1
     assert Path(f"results/results/tiny/{stem}.journal").is_file()
 
@@ -346,7 +346,7 @@ def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
     journal = Path("study.journal")
 
     def play(trials: int, cut: int = 0) -> Search:
-        search = Search(["tiny.yaml"], words, trials, journal)
+        search = Search(["tiny.yaml"], words, trials=trials, journal=journal)
         for number, task in enumerate(search.tasks()):
             if cut and number == cut:
                 return search
@@ -368,20 +368,20 @@ def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
     assert f"best of 10 trials is trial {best.number}" in search.summary()[0]
     again = play(10)  # every trial is listed once more, for the table, and keeps its value
     assert [trial.value for trial in again.study.trials] == [trial.value for trial in trials]
-    listed = {task.run.exp for task in Search(["tiny.yaml"], words, 10, journal).tasks()}
+    listed = {task.run.exp for task in Search(["tiny.yaml"], words, trials=10, journal=journal).tasks()}
     assert listed == {f"tiny-trial_{number:04}" for number in range(10)}
     with pytest.raises(InputError, match=r"study.journal holds a search of another recipe or other ranges"):
-        Search(["tiny.yaml"], plan.read_words(["opt.lr=log:1e-4..1e-1"]), 30, journal)
+        Search(["tiny.yaml"], plan.read_words(["opt.lr=log:1e-4..1e-1"]), trials=30, journal=journal)
 
 
 def test_a_trial_of_which_a_training_failed_is_tried_again(project):
     words = plan.read_words(["opt.lr=[1e-3,1e-4]", "seed=[1,2]"])
-    search = Search(["tiny.yaml"], words, 1, Path("j"))
+    search = Search(["tiny.yaml"], words, trials=1, journal=Path("j"))
     one, other = search.tasks()
     search.tell(ended(one, 0.9))
     search.tell(Result(other, "failed", "why"))
     assert search.summary() == ["search: none of 1 trials has a score"]
-    again = Search(["tiny.yaml"], words, 1, Path("j"))
+    again = Search(["tiny.yaml"], words, trials=1, journal=Path("j"))
     same = list(again.tasks())
     assert [task.run for task in same] == [one.run, other.run]
     assert [task.words for task in same] == [one.words, other.words]
@@ -411,8 +411,8 @@ def test_a_search_whose_trials_fail_says_so_every_time(project, monkeypatch):
 
 def test_what_was_killed_while_it_was_drawn_is_no_trial(project):
     words = plan.read_words(["opt.lr=1e-4..1e-3"])
-    Search(["tiny.yaml"], words, 2, Path("j")).study.ask()
-    names = [task.run.exp for task in Search(["tiny.yaml"], words, 2, Path("j")).tasks()]
+    Search(["tiny.yaml"], words, trials=2, journal=Path("j")).study.ask()
+    names = [task.run.exp for task in Search(["tiny.yaml"], words, trials=2, journal=Path("j")).tasks()]
     assert names == ["tiny-trial_0001", "tiny-trial_0002"]
 
 

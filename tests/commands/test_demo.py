@@ -53,7 +53,7 @@ def test_words_reach_the_recipe_and_every_command(at_root):
     words = ["seed=7", "train.world_size=1"]
     made = demo.check(words)
     assert made.seed == 7
-    stages = demo.commands(made, flowers.DrawnSet(Path("data/demo")), Path("d.csv"), words)
+    stages = demo.commands(made, flowers.DrawnSet(Path("data/demo")), disturbed=Path("d.csv"), words=words)
     assert [stage for stage, _ in stages] == [
         "convert", "train", "evaluate", "export", "predict", "predict disturbed", "report",
     ]  # fmt: skip

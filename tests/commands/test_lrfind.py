@@ -74,7 +74,7 @@ def test_a_sweep_leaves_no_trace_in_the_run(tmp_path, capsys):
 def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, command):
     waited: list[float] = []
     monkeypatch.setattr(ranks.time, "sleep", waited.append)
-    monkeypatch.setattr(ranks.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(ranks.signal, "signal", lambda *_, **__: None)
 
     def end(error: BaseException) -> None:
         def refuse(argv: list[str]) -> None:
@@ -107,8 +107,8 @@ def test_the_ranks_part_only_when_all_went_well(tmp_path, monkeypatch):
         patch.setattr(build, "lr_sweep", fail)
         lrfind.main(["tiny.yaml"])
     assert closed == []  # a rank that waits for this one would wait on
-    monkeypatch.setattr(build, "lr_sweep", lambda *_: ([1e-4, 1e-3], [2.0, 1.0]))
-    monkeypatch.setattr(lrfind, "tell", lambda *_: None)
+    monkeypatch.setattr(build, "lr_sweep", lambda *_, **__: ([1e-4, 1e-3], [2.0, 1.0]))
+    monkeypatch.setattr(lrfind, "tell", lambda *_, **__: None)
     assert lrfind.main(["tiny.yaml"]) == 0 and closed == [True]
 
 

@@ -75,29 +75,39 @@ def test_batches_hold_both_images_side_by_side(recipe):
     fold = open_fold(recipe, 0)
     assert (fold.train.rows, fold.val.rows, fold.train.images) == (64, 24, 2)
     rows, out = np.arange(8), np.empty((8, 16, 16, 3), np.uint8)
-    (batch, *_) = EvalLoader(fold.val, 8, lambda: (16, 16), 1.0, "bilinear", threads=1)
+    (batch, *_) = EvalLoader(
+        fold.val, 8, size=lambda: (16, 16), factor=1.0, interpolation="bilinear", threads=1
+    )
     for beton, half in zip((fold.val, fold.val.second), batch["image"].chunk(2, 2), strict=True):
-        decode_eval(beton, rows, out, 1.0, "bilinear", 1)
+        decode_eval(beton, rows, out=out, factor=1.0, interpolation="bilinear", threads=1)
         assert np.array_equal(half.numpy(), out)
     crop = Crop((0.5, 1.0), (1, 1), 0.5)
     (batch, *_) = TrainLoader(
-        fold.train, lambda epoch: np.arange(64), 1, lambda epoch: 8, lambda epoch: (16, 16), crop, threads=1
+        fold.train,
+        lambda epoch: np.arange(64),
+        seed=1,
+        batch=lambda epoch: 8,
+        size=lambda epoch: (16, 16),
+        crop=crop,
+        threads=1,
     )
     keys = batch["key"].numpy().view(np.uint64)
     halves = zip(
         (fold.train, fold.train.second), (keys, seeding.mix(keys)), batch["image"].chunk(2, 2), strict=True
     )
     for beton, own, half in halves:
-        decode_train(beton, rows, own, out, crop, 1)
+        decode_train(beton, rows, keys=own, out=out, crop=crop, threads=1)
         assert np.array_equal(half.numpy(), out)
 
 
 def test_the_halves_are_augmented_as_the_images_they_are():
     images = torch.randint(0, 256, (5, 12, 20, 3), dtype=torch.uint8)
     keys, aug = torch.arange(5) * 977, load(None, ["aug.photometric_p=0.5"]).aug
-    got = augment(images, keys, aug, 0.3, (1.0, 2.0, 3.0), pairs=True)
-    first = augment(images[:, :, :10].contiguous(), keys, aug, 0.3, (1.0, 2.0, 3.0))
-    second = augment(images[:, :, 10:].contiguous(), seeding.mix_tensor(keys), aug, 0.3, (1.0, 2.0, 3.0))
+    got = augment(images, keys, aug=aug, erase_p=0.3, fill=(1.0, 2.0, 3.0), pairs=True)
+    first = augment(images[:, :, :10].contiguous(), keys, aug=aug, erase_p=0.3, fill=(1.0, 2.0, 3.0))
+    second = augment(
+        images[:, :, 10:].contiguous(), seeding.mix_tensor(keys), aug=aug, erase_p=0.3, fill=(1.0, 2.0, 3.0)
+    )
     assert torch.equal(got, torch.cat([first, second], 3))
 
 
@@ -331,7 +341,7 @@ def threads(monkeypatch) -> set[int]:
 
 def test_a_soups_statistics_are_those_of_both_images(coloured, seen, threads):
     path = checkpointed(coloured, "best_clean")
-    soups.mix(path.with_name("mixed.pth"), [path, path], coloured, 0, torch.device("cpu"))
+    soups.mix(path.with_name("mixed.pth"), [path, path], recipe=coloured, fold=0, device=torch.device("cpu"))
     assert sum(map(len, seen)) == 24 and threads == {0}
     assert all(images.shape[1:] == (16, 32, 3) and red_and_blue(images) for images in seen)
 
@@ -339,10 +349,10 @@ def test_a_soups_statistics_are_those_of_both_images(coloured, seen, threads):
 def test_grad_cam_sees_both_images_and_has_a_map_of_either(coloured, seen, threads):
     path = checkpointed(coloured, "best_clean")
     member = inference.predict(path, coloured, torch.device("cpu"))
-    rows = [mistakes.image(member, scores.softmax(member.logits), row) for row in range(4)]
+    rows = [mistakes.image(member, scores.softmax(member.logits), row=row) for row in range(4)]
     seen.clear(), threads.clear()
     found = {"mistakes": rows[:2], "right": rows[2:]}
-    gradcam.save(Path("gradcam"), [member], found, coloured, torch.device("cpu"))
+    gradcam.save(Path("gradcam"), [member], found=found, settings=coloured, device=torch.device("cpu"))
     assert seen and all(images.shape[1:] == (16, 32, 3) and red_and_blue(images) for images in seen)
     assert threads == {0}
     files = list(Path("gradcam").glob("*.jpg"))
@@ -403,13 +413,13 @@ def first_rows(coloured) -> tuple[schema.Recipe, TrainLoader]:
         Crop((0.9, 1.0), (strong.rrc_ratio[0], strong.rrc_ratio[1]), 0.0),
     )
     size, order = (lambda epoch: (16, 16)), (lambda epoch: np.arange(8))
-    return recipe, TrainLoader(beton, order, recipe.seed, lambda epoch: 8, size, crop)
+    return recipe, TrainLoader(beton, order, seed=recipe.seed, batch=lambda epoch: 8, size=size, crop=crop)
 
 
 def trained_on(recipe: schema.Recipe, loader: TrainLoader) -> torch.Tensor:
     """What the network is given of the loader's one batch, (B, 3, h, 2w)."""
     (batch,) = loader
-    algorithm = DeviceAugment(recipe.aug, recipe.reg.erase_p, FILL, pairs=True)
+    algorithm = DeviceAugment(recipe.aug, recipe.reg.erase_p, fill=FILL, pairs=True)
     device = types.SimpleNamespace(batch_to_device=lambda batch: batch)
     state = types.SimpleNamespace(batch=batch, device=device)
     algorithm.apply(Event.AFTER_DATALOADER, state, None)
@@ -418,7 +428,7 @@ def trained_on(recipe: schema.Recipe, loader: TrainLoader) -> torch.Tensor:
 
 def test_the_reports_augmented_pairs_are_those_of_training(first_rows):
     recipe, loader = first_rows
-    drawn = thumbnails.draw(loader.beton, np.arange(8), recipe, 0, (16, 16))
+    drawn = thumbnails.draw(loader.beton, np.arange(8), recipe=recipe, epoch=0, size=(16, 16))
     assert torch.equal(drawn, trained_on(recipe, loader))
     found = thumbnails.augmented(recipe, open_fold(recipe, 0).folds.hash, 0)
     for group in found["groups"]:
@@ -429,9 +439,9 @@ def test_the_reports_augmented_pairs_are_those_of_training(first_rows):
 
 def test_samples_of_pairs_are_what_evaluation_and_training_make_of_them(first_rows):
     recipe, loader = first_rows
-    found = samples.sample_rows(recipe, loader, 2, "bilinear", FILL)
+    found = samples.sample_rows(recipe, loader, num_classes=2, interpolation="bilinear", fill=FILL)
     evaluated = found["as evaluated"]
     assert evaluated.shape == (8, 16, 32, 3) and red_and_blue(evaluated)
-    (batch,) = EvalLoader(loader.beton, 24, lambda: (16, 16), 1.0, "bilinear")
+    (batch,) = EvalLoader(loader.beton, 24, size=lambda: (16, 16), factor=1.0, interpolation="bilinear")
     assert np.array_equal(evaluated, batch["image"][:8].numpy())
     assert np.array_equal(found["as trained"], samples.pixels(trained_on(recipe, loader)))

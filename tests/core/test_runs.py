@@ -125,7 +125,7 @@ def test_a_folder_replaced_by_a_process_that_is_killed_is_the_old_or_the_new(tmp
             turns = iter(range(step, -1, -1))
 
             def counted(real, turns=turns):
-                return lambda *words: real(*words) if next(turns) else os._exit(9)
+                return lambda *words, **named: real(*words, **named) if next(turns) else os._exit(9)
 
             for module, name in (
                 (os, "rename"),

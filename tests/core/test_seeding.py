@@ -19,7 +19,7 @@ def as_tensor(keys: np.ndarray) -> torch.Tensor:
 
 
 def keys_of(count: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    return seeding.row_keys(seed, epoch, np.arange(count), np.arange(count))
+    return seeding.row_keys(seed, epoch, positions=np.arange(count), rows=np.arange(count))
 
 
 @pytest.mark.parametrize(
@@ -69,20 +69,20 @@ def test_python_formula() -> None:
 
     for seed, epoch, position, row in [(0, 0, 0, 0), (42, 3, 17, 5), (2**64 - 1, 99, 2**40, 2**33)]:
         key = mix(mix(mix(mix(seed) ^ epoch) ^ position) ^ row)
-        assert int(seeding.row_keys(seed, epoch, np.array(position), np.array(row))) == key
+        assert int(seeding.row_keys(seed, epoch, positions=np.array(position), rows=np.array(row))) == key
         assert float(seeding.uniform(np.array(key, np.uint64), 9)) == (mix(key ^ mix(9)) >> 11) / 2**53
 
 
 def test_keys_are_a_pure_function_of_each_position() -> None:
     positions, rows = np.arange(1000), np.arange(1000)[::-1].copy()
-    whole = seeding.row_keys(7, 2, positions, rows)
-    assert np.array_equal(whole[1::2], seeding.row_keys(7, 2, positions[1::2], rows[1::2]))
+    whole = seeding.row_keys(7, 2, positions=positions, rows=rows)
+    assert np.array_equal(whole[1::2], seeding.row_keys(7, 2, positions=positions[1::2], rows=rows[1::2]))
     assert whole.dtype == np.uint64
 
 
 def test_keys_differ_between_rows_positions_epochs_and_seeds() -> None:
     count = 20000
-    row_twice = seeding.row_keys(0, 0, np.arange(count), np.zeros(count, np.int64))
+    row_twice = seeding.row_keys(0, 0, positions=np.arange(count), rows=np.zeros(count, np.int64))
     families = [keys_of(count, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     everything = np.concatenate([row_twice[1:], *families])
     assert len(np.unique(everything)) == len(everything)

@@ -86,20 +86,22 @@ def test_groups_join_equal_bytes_and_near_hashes() -> None:
     content = ["a", "b", "a", "c", "d", "e"]
     hashes = np.array([0, 0xFFFF, 0xFF << 40, 0xFFFE, 0x3FF << 50, 0x3FF << 50], np.uint64)
     hashed = np.array([True, True, True, True, False, True])
-    groups = duplicates.group(content, hashes, hashed, threshold=4, largest=4)
+    groups = duplicates.group(content, hashes, hashed=hashed, threshold=4, largest=4)
     assert groups.tolist() == [0, 1, 0, 1, 2, 3]
 
 
 def test_a_chain_is_one_group_and_an_implausible_one_is_none() -> None:
     hashes = np.array([0b0, 0b1111, 0b11111111], np.uint64)  # 4 bits from the next, 8 from end to end
     hashed = np.ones(3, bool)
-    assert duplicates.group(list("abc"), hashes, hashed, 4, largest=3).tolist() == [0, 0, 0]
-    assert duplicates.group(list("abc"), hashes, hashed, 4, largest=2).tolist() == [0, 1, 2]
-    assert duplicates.group(list("aba"), hashes, hashed, 4, largest=2).tolist() == [0, 1, 0]
+    assert duplicates.group(list("abc"), hashes, hashed=hashed, threshold=4, largest=3).tolist() == [0, 0, 0]
+    assert duplicates.group(list("abc"), hashes, hashed=hashed, threshold=4, largest=2).tolist() == [0, 1, 2]
+    assert duplicates.group(list("aba"), hashes, hashed=hashed, threshold=4, largest=2).tolist() == [0, 1, 0]
 
 
 def test_unhashed_rows_are_grouped_by_bytes_alone() -> None:
-    groups = duplicates.group(list("abab"), np.zeros(4, np.uint64), np.zeros(4, bool), 4, 2)
+    groups = duplicates.group(
+        list("abab"), np.zeros(4, np.uint64), hashed=np.zeros(4, bool), threshold=4, largest=2
+    )
     assert groups.tolist() == [0, 1, 0, 1]
 
 

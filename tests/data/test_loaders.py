@@ -28,7 +28,7 @@ def write(path: Path, bad: int | None = None) -> Beton:
     with BetonWriter(path, ROWS) as writer:
         for i in range(ROWS):
             if i == bad:
-                writer.jpeg(b"not a JPEG", 20, 30, i % 5, i)
+                writer.jpeg(b"not a JPEG", 20, width=30, label=i % 5, index=i)
             else:
                 writer.raw(rng.integers(0, 256, (20 + i, 30, 3), np.uint8), i % 5, i)
         writer.commit({})
@@ -47,7 +47,7 @@ def order(epoch: int) -> np.ndarray:
 
 def loader(beton: Beton, batch: int = 8, **options: object) -> TrainLoader:
     given = {"size": lambda epoch: (12, 16), "crop": Crop(), **options}
-    return TrainLoader(beton, given.pop("order", order), 3, lambda epoch: batch, **given)  # type: ignore[arg-type]
+    return TrainLoader(beton, given.pop("order", order), seed=3, batch=lambda epoch: batch, **given)  # type: ignore[arg-type]
 
 
 def epoch(source: TrainLoader, number: int, start: int = 0) -> list[Batch]:
@@ -76,7 +76,7 @@ def test_a_batch_is_what_the_plan_says(beton: Beton) -> None:
         assert batch["image"].shape == (8, 12, 16, 3) and batch["image"].dtype == torch.uint8
         assert batch["row"].tolist() == rows.tolist()
         assert batch["label"].tolist() == (rows % 5).tolist() and batch["label"].dtype == torch.int64
-        keys = seeding.row_keys(3, 2, np.arange(8 * t, 8 * t + 8), rows)
+        keys = seeding.row_keys(3, 2, positions=np.arange(8 * t, 8 * t + 8), rows=rows)
         assert batch["key"].numpy().view(np.uint64).tolist() == keys.tolist()
 
 
@@ -108,10 +108,10 @@ def test_sizes_and_batches_follow_the_epoch(beton: Beton) -> None:
     source = TrainLoader(
         beton,
         order,
-        3,
-        lambda e: 8 if e < 2 else 4,
-        lambda e: (8, 8) if e < 2 else (16, 24),
-        Crop(),
+        seed=3,
+        batch=lambda e: 8 if e < 2 else 4,
+        size=lambda e: (8, 8) if e < 2 else (16, 24),
+        crop=Crop(),
         threads=1,
     )
     small, large = epoch(source, 1), epoch(source, 2)
@@ -152,10 +152,19 @@ def test_a_kept_view_keeps_its_memory(beton: Beton) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_evaluation_sees_every_row_once(beton: Beton, world: int) -> None:
     expected = np.empty((ROWS, 12, 16, 3), np.uint8)
-    decode_eval(beton, np.arange(ROWS), expected, 1.14, "bicubic", 1)
+    decode_eval(beton, np.arange(ROWS), out=expected, factor=1.14, interpolation="bicubic", threads=1)
     seen: list[int] = []
     for rank in range(world):
-        source = EvalLoader(beton, 4, lambda: (12, 16), 1.14, "bicubic", rank, world, threads=1)
+        source = EvalLoader(
+            beton,
+            4,
+            size=lambda: (12, 16),
+            factor=1.14,
+            interpolation="bicubic",
+            rank=rank,
+            world=world,
+            threads=1,
+        )
         batches = list(source)
         assert len(batches) == len(source) == -(-ROWS // (4 * world))
         for batch in batches:
@@ -177,7 +186,7 @@ def test_an_undecodable_row_reaches_next(tmp_path: Path) -> None:
         next(batches)
     assert next(batches, None) is None and not threads()
     with pytest.raises(CorruptionError, match="row 13 "):
-        list(EvalLoader(bad, 4, lambda: (12, 16), 1.14, "bicubic", threads=1))
+        list(EvalLoader(bad, 4, size=lambda: (12, 16), factor=1.14, interpolation="bicubic", threads=1))
 
 
 def test_any_exception_of_the_thread_reaches_next(beton: Beton) -> None:
@@ -248,7 +257,14 @@ def test_a_slow_reader_bounds_what_is_ahead(beton: Beton) -> None:
                 yield batch
 
     source = Watched(
-        beton, lambda e: np.arange(200) % ROWS, 3, lambda e: 2, sizes, Crop(), threads=1, ahead=3
+        beton,
+        lambda e: np.arange(200) % ROWS,
+        seed=3,
+        batch=lambda e: 2,
+        size=sizes,
+        crop=Crop(),
+        threads=1,
+        ahead=3,
     )
     batches = iter(source)
     next(batches)

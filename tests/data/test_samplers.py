@@ -17,7 +17,9 @@ def labels_of(counts: np.ndarray | list[int]) -> np.ndarray:
 
 def draws(sampler: schema.Sampler, counts: np.ndarray | list[int], epoch: int = 0) -> np.ndarray:
     labels = labels_of(counts)
-    return np.bincount(labels[samplers.order(sampler, labels, 42, epoch, 0)], minlength=len(counts))
+    return np.bincount(
+        labels[samplers.order(sampler, labels, seed=42, epoch=epoch, fold=0)], minlength=len(counts)
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,16 +76,18 @@ def test_spare_draws_go_to_the_other_classes_by_share() -> None:
 @pytest.mark.parametrize("kind", TYPES)
 def test_an_order_is_a_pure_function(kind: str) -> None:
     labels, sampler = labels_of(TAIL), schema.Sampler(kind)  # type: ignore[arg-type]
-    one = samplers.order(sampler, labels, 42, 3, 1)
+    one = samplers.order(sampler, labels, seed=42, epoch=3, fold=1)
     assert one.dtype == np.int64
-    assert np.array_equal(one, samplers.order(sampler, labels, 42, 3, 1))
-    for other in ((43, 3, 1), (42, 4, 1), (42, 3, 2)):
-        assert not np.array_equal(one, samplers.order(sampler, labels, *other))
+    assert np.array_equal(one, samplers.order(sampler, labels, seed=42, epoch=3, fold=1))
+    for seed, epoch, fold in ((43, 3, 1), (42, 4, 1), (42, 3, 2)):
+        assert not np.array_equal(one, samplers.order(sampler, labels, seed=seed, epoch=epoch, fold=fold))
 
 
 def test_no_image_of_a_class_is_drawn_twice_more_than_another() -> None:
     labels = labels_of(TAIL)
-    times = np.bincount(samplers.order(schema.Sampler(), labels, 0, 0, 0), minlength=len(labels))
+    times = np.bincount(
+        samplers.order(schema.Sampler(), labels, seed=0, epoch=0, fold=0), minlength=len(labels)
+    )
     for c in range(3):
         assert np.ptp(times[labels == c]) <= 1
 
@@ -93,7 +97,9 @@ def test_no_image_of_a_class_is_drawn_twice_more_than_another() -> None:
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_balanced_batches_differ_by_one_at_most(counts: list[int], batch: int, shuffle: bool) -> None:
     labels = labels_of(counts)
-    rows = samplers.order(schema.Sampler("class_balanced"), labels, 1, 2, 0, batch if shuffle else None)
+    rows = samplers.order(
+        schema.Sampler("class_balanced"), labels, seed=1, epoch=2, fold=0, batch=batch if shuffle else None
+    )
     for at in range(0, len(rows), batch):
         seen = np.bincount(labels[rows[at : at + batch]], minlength=len(counts))
         assert np.ptp(seen) <= 1
@@ -102,7 +108,7 @@ def test_balanced_batches_differ_by_one_at_most(counts: list[int], batch: int, s
 
 def test_capped_classes_are_spread_over_the_epoch() -> None:
     labels = labels_of([1000, 1000, 20])
-    rows = samplers.order(schema.Sampler("class_balanced"), labels, 1, 0, 0)
+    rows = samplers.order(schema.Sampler("class_balanced"), labels, seed=1, epoch=0, fold=0)
     where = np.flatnonzero(labels[rows] == 2)
     assert len(where) == 60
     assert np.diff(where).max() <= 2 * len(rows) / 60
@@ -110,8 +116,10 @@ def test_capped_classes_are_spread_over_the_epoch() -> None:
 
 def test_undersampling_leaves_out_images_of_the_largest_class() -> None:
     labels = labels_of(TAIL)
-    rows = samplers.order(schema.Sampler(undersample_frac=0.2), labels, 0, 0, 0)
+    rows = samplers.order(schema.Sampler(undersample_frac=0.2), labels, seed=0, epoch=0, fold=0)
     assert len(np.unique(rows[labels[rows] == 0])) <= 800
     assert len(rows) == 1110
     with pytest.raises(InputError, match=r"leaves room for 910 of 1110 draws"):
-        samplers.order(schema.Sampler(undersample_frac=0.2, oversample_cap=1), labels, 0, 0, 0)
+        samplers.order(
+            schema.Sampler(undersample_frac=0.2, oversample_cap=1), labels, seed=0, epoch=0, fold=0
+        )

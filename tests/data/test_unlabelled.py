@@ -77,9 +77,16 @@ def test_one_bad_row_below_the_threshold_does_not_spoil_the_mean():
 
 
 def test_the_weight_rises_linearly():
-    assert [weight(0, 0, 4, 2.0, 0), weight(0, 0, 4, 2.0, 5)] == [2.0, 0.0]
-    assert weight(2, 2, 4, 2.0, 5) == pytest.approx(1.0)
-    assert weight(5, 0, 4, 2.0, 5) == weight(9, 3, 4, 2.0, 5) == 2.0
+    assert [
+        weight(0, 0, steps=4, lambda_u=2.0, ramp_epochs=0),
+        weight(0, 0, steps=4, lambda_u=2.0, ramp_epochs=5),
+    ] == [2.0, 0.0]
+    assert weight(2, 2, steps=4, lambda_u=2.0, ramp_epochs=5) == pytest.approx(1.0)
+    assert (
+        weight(5, 0, steps=4, lambda_u=2.0, ramp_epochs=5)
+        == weight(9, 3, steps=4, lambda_u=2.0, ramp_epochs=5)
+        == 2.0
+    )
 
 
 # --- the data -------------------------------------------------------------------------------------------------------
@@ -87,21 +94,24 @@ def test_the_weight_rises_linearly():
 
 def test_the_labels_that_count_are_drawn_by_class_seed_and_fold():
     labels = np.repeat([0, 1, 3], [20, 3, 10])
-    rows = unlabelled.labelled_rows(labels, 5, 1, 0)
+    rows = unlabelled.labelled_rows(labels, 5, seed=1, fold=0)
     assert np.bincount(labels[rows]).tolist() == [5, 3, 0, 5] and (np.diff(rows) > 0).all()
-    assert rows.tolist() == unlabelled.labelled_rows(labels, 5, 1, 0).tolist()
-    assert rows.tolist() != unlabelled.labelled_rows(labels, 5, 2, 0).tolist()
-    assert unlabelled.labelled_rows(labels, None, 1, 0).tolist() == list(range(33))
+    assert rows.tolist() == unlabelled.labelled_rows(labels, 5, seed=1, fold=0).tolist()
+    assert rows.tolist() != unlabelled.labelled_rows(labels, 5, seed=2, fold=0).tolist()
+    assert unlabelled.labelled_rows(labels, None, seed=1, fold=0).tolist() == list(range(33))
 
 
 def test_the_stream_goes_through_all_rows_again_and_again():
     rows = np.arange(100, 107)
-    whole = unlabelled.stream(rows, 0, 30, 5, 0)
+    whole = unlabelled.stream(rows, 0, count=30, seed=5, fold=0)
     for start in range(0, 28, 7):
         assert sorted(whole[start : start + 7]) == rows.tolist()
     assert whole[:7].tolist() != whole[7:14].tolist()
     for start, count in ((0, 0), (3, 5), (6, 1), (7, 7), (5, 25)):
-        assert unlabelled.stream(rows, start, count, 5, 0).tolist() == whole[start : start + count].tolist()
+        assert (
+            unlabelled.stream(rows, start, count=count, seed=5, fold=0).tolist()
+            == whole[start : start + count].tolist()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +147,9 @@ def test_views_are_two_crops_of_the_same_images_and_none_is_labelled(opened):
         ("weak", unlabelled.WEAK, source.weak),
         ("strong", unlabelled.STRONG, source.strong),
     ):
-        keys = seeding.row_keys(7 + tag, 1, np.arange(48, 72), rows)
+        keys = seeding.row_keys(7 + tag, 1, positions=np.arange(48, 72), rows=rows)
         out = np.empty((24, 16, 24, 3), np.uint8)
-        decode_train(fold.train, rows, keys, out, crop, 1)
+        decode_train(fold.train, rows, keys=keys, out=out, crop=crop, threads=1)
         assert np.array_equal(step[name].flatten(0, 1).numpy(), out)
     assert (step["strong_key"].flatten().numpy().view(np.uint64) == keys).all()
 
@@ -147,7 +157,7 @@ def test_views_are_two_crops_of_the_same_images_and_none_is_labelled(opened):
 def test_epochs_follow_one_another_in_the_stream_whatever_their_batch(opened):
     source = views(opened)
     drawn = np.concatenate([source.order(0), source.order(1), source.order(2)])
-    assert drawn.tolist() == unlabelled.stream(source.rows, 0, len(drawn), 7, 0).tolist()
+    assert drawn.tolist() == unlabelled.stream(source.rows, 0, count=len(drawn), seed=7, fold=0).tolist()
 
 
 def test_batches_are_the_same_after_a_resume_and_ranks_interleave(opened):
@@ -164,7 +174,13 @@ def test_batches_are_the_same_after_a_resume_and_ranks_interleave(opened):
 def test_a_loader_carries_them_beside_its_own_and_starts_where_it_is_told(opened):
     _, fold = opened
     loader = TrainLoader(
-        fold.train, lambda e: np.arange(40), 7, lambda e: 8, lambda e: (16, 24), Crop(), beside=views(opened)
+        fold.train,
+        lambda e: np.arange(40),
+        seed=7,
+        batch=lambda e: 8,
+        size=lambda e: (16, 24),
+        crop=Crop(),
+        beside=views(opened),
     )
     loader.cursor = lambda: (1, 3)
     got = list(loader)
@@ -204,7 +220,7 @@ def one_step(words: list[str], teacher: nn.Module | None = None):
         "strong_key": torch.arange(6).view(3, 2),
     }
     network = Small().train()
-    algorithm = FixMatch(recipe, SHARES, (1.0, 2.0, 3.0), teacher)
+    algorithm = FixMatch(recipe, SHARES, fill=(1.0, 2.0, 3.0), teacher=teacher)
     state = types.SimpleNamespace(
         batch=batch, timestamp=Timestamp(epoch=1, batch_in_epoch=2), dataloader_len=4,
         precision=Precision.FP32, precision_config=None, outputs=None, loss=None,
@@ -232,7 +248,11 @@ def test_all_images_pass_the_network_together_and_no_view_is_mixed():
     weak = batch["weak"].flatten(0, 1)
     assert torch.equal(seen[3:9], weak.permute(0, 3, 1, 2).float())
     strong = augment(
-        batch["strong"].flatten(0, 1), torch.arange(6), algorithm.aug, algorithm.erase_p, (1.0, 2.0, 3.0)
+        batch["strong"].flatten(0, 1),
+        torch.arange(6),
+        aug=algorithm.aug,
+        erase_p=algorithm.erase_p,
+        fill=(1.0, 2.0, 3.0),
     )
     assert torch.equal(seen[9:], strong)
     assert algorithm.aug.randaugment_n == 2 and algorithm.erase_p == 1.0

@@ -10,7 +10,9 @@ from support.fake_members import BACKBONES, classes_csv, folds, member
 
 def made(*words: str) -> tuple[dict, schema.Recipe]:
     settings = load(None, list(words))
-    return summary.summarise([member(fold) for fold in range(3)], folds(), classes_csv(), settings), settings
+    return summary.summarise(
+        [member(fold) for fold in range(3)], folds(), classes=classes_csv(), recipe=settings
+    ), settings
 
 
 def course(fold: int, *values: float, size: int = 32) -> list[dict]:

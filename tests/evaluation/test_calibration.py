@@ -56,15 +56,15 @@ def test_combo_weighs_clean_and_corrupted_by_alpha() -> None:
     logits = np.concatenate([own.logits, *own.corrupt])
     weights = np.concatenate([np.full(n, alpha / n), np.full(n * kinds, (1 - alpha) / (n * kinds))])
     expected = torch_fit(logits, np.tile(own.class_idx, 1 + kinds), weights)
-    found = calibration.fit_set(own, "combo", alpha, 15)
+    found = calibration.fit_set(own, "combo", alpha=alpha, bins=15)
     assert found["t"] == pytest.approx(expected, rel=1e-4)
     assert found["fit_on"] == "combo"
-    assert found["t"] != pytest.approx(calibration.fit_set(own, "clean", alpha, 15)["t"], rel=1e-3)
+    assert found["t"] != pytest.approx(calibration.fit_set(own, "clean", alpha=alpha, bins=15)["t"], rel=1e-3)
 
 
 def test_nll_and_ece_before_and_after_are_those_of_torch_and_torchmetrics() -> None:
     own = member(0, skill=1.0)
-    found = calibration.fit_set(own, "clean", 0.7, 15)
+    found = calibration.fit_set(own, "clean", alpha=0.7, bins=15)
     for when, t in (("before", 1.0), ("after", found["t"])):
         logits, labels = torch.from_numpy(own.logits / np.float32(t)), torch.from_numpy(own.class_idx)
         nll = torch.nn.functional.cross_entropy(logits, labels)

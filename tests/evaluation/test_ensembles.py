@@ -60,13 +60,13 @@ def test_learned_weights_reach_the_lowest_loss_on_a_grid() -> None:
 
 def test_greedy_selection_leaves_out_what_does_not_help_or_fit() -> None:
     stack, labels = made()
-    weights = ensembles.greedy_weights(stack, labels, FREE)
+    weights = ensembles.greedy_weights(stack, labels, budget=FREE)
     assert weights.sum() == pytest.approx(1) and weights[2] < min(weights[:2])
     small = ensembles.Budget(np.array([60.0, 50.0, 10.0]), np.ones(3), max_mb=70, max_ms=100)
-    chosen = np.flatnonzero(ensembles.greedy_weights(stack, labels, small))
+    chosen = np.flatnonzero(ensembles.greedy_weights(stack, labels, budget=small))
     assert small.mb[chosen].sum() <= 70 and not {0, 1} <= set(chosen)
     slow = ensembles.Budget(np.ones(3), np.array([5.0, 50.0, 5.0]), max_mb=100, max_ms=20)
-    assert ensembles.greedy_weights(stack, labels, slow)[1] == 0
+    assert ensembles.greedy_weights(stack, labels, budget=slow)[1] == 0
 
 
 class EnsembleModel(torch.nn.Module):
@@ -109,7 +109,7 @@ def test_the_learned_mixture_finds_the_one_run_that_knows() -> None:
 def test_nested_predictions_are_those_of_a_model_that_did_not_see_the_part() -> None:
     stack, labels = made(n=200)
     parts = np.arange(200) % 4
-    found = ensembles.nested(ensembles.logistic, stack, labels, parts)
+    found = ensembles.nested(ensembles.logistic, stack, labels=labels, parts=parts)
     own = parts == 2
     model = LogisticRegression(C=0.01, max_iter=100)
     model.fit(ensembles.features(stack[:, ~own]), labels[~own])
@@ -121,7 +121,7 @@ def test_nested_predictions_are_those_of_a_model_that_did_not_see_the_part() -> 
 def test_nothing_is_gained_by_fitting_to_labels_that_mean_nothing() -> None:
     stack, labels = made(n=400, classes=2)
     shuffled = np.random.default_rng(3).permutation(labels)
-    log_p = ensembles.nested(ensembles.logistic, stack, shuffled, np.arange(400) % 5)
+    log_p = ensembles.nested(ensembles.logistic, stack, labels=shuffled, parts=np.arange(400) % 5)
     assert abs((log_p.argmax(1) == shuffled).mean() - 0.5) < 0.1
 
 
@@ -171,7 +171,7 @@ def test_what_does_not_fit_in_the_limits_is_said() -> None:
 
 def test_lightgbm_stacking_is_that_of_a_booster_that_did_not_see_the_part() -> None:
     stack, labels = made(n=240)
-    log_p = ensembles.nested(ensembles.lightgbm, stack, labels, np.arange(240) % 3)
+    log_p = ensembles.nested(ensembles.lightgbm, stack, labels=labels, parts=np.arange(240) % 3)
     own = np.arange(240) % 3 == 1
     model = lightgbm.LGBMClassifier(
         n_estimators=50, learning_rate=0.1, num_leaves=7, min_child_samples=5, max_bin=63, random_state=0,
@@ -226,7 +226,7 @@ def test_learned_weights_of_an_image_come_from_other_folds() -> None:
     members = [
         member(f, b, s, skill=1.2) for b, s in ((BACKBONES[0], 1), (BACKBONES[1], 1)) for f in range(3)
     ]
-    found = summary.summarise(members, folds(), classes_csv(), settings)
+    found = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
     assert sum(found["fused"]["weights"].values()) == pytest.approx(1)
     assert summary.temperatures(found)["weights"] == found["fused"]["weights"]
 
@@ -276,7 +276,9 @@ def test_the_command_reads_saved_logits_and_writes_its_table(
     for own in members:
         logits.save_logits(logits.member_file(folder / "oof", own.about), own)
     settings = load(None, ["exp.name=made"])
-    files.write_json(folder / "scores.json", summary.summarise(members, folds(), classes_csv(), settings))
+    files.write_json(
+        folder / "scores.json", summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
+    )
     columns = {"category_id": "7", "class_idx": "0", "group_id": "0", "sha256": ""}
     rows = [
         {"filename": f"image_{row}.jpg", "fold": str(fold), **columns} for row, fold in enumerate(folds())

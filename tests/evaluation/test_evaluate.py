@@ -133,7 +133,7 @@ def test_the_page_shows_the_photographs_it_speaks_of(place: Path) -> None:
 def test_the_page_erases_with_what_training_does(place: Path, mean: str, fill: tuple[float, ...]) -> None:
     settings = load(None, [*WORDS, f"data.mean={mean}", "reg.erase_p=1"])
     beton = fold_set.open_fold(settings, 0).train
-    drawn = thumbnails.draw(beton, np.arange(beton.rows), settings, 0, (32, 32))
+    drawn = thumbnails.draw(beton, np.arange(beton.rows), recipe=settings, epoch=0, size=(32, 32))
     painted = (drawn - torch.tensor(fill)[:, None, None]).abs().amax(1) < 1e-3
     assert (painted.flatten(1).float().mean(1) > 0.01).all()  # erased boxes take 0.02 of the area or more
 
@@ -261,8 +261,8 @@ def test_no_member_and_a_damaged_member_are_refused_before_any_work(place: Path)
 
 
 def test_views_of_oblong_members_keep_their_size() -> None:
-    assert inference.views_of((32, 64), [48, 96], True) == [
+    assert inference.views_of((32, 64), [48, 96], hflip=True) == [
         inference.View(32, 64, False),
         inference.View(32, 64, True),
     ]
-    assert inference.views_of((32, 32), [48], False) == [inference.View(48, 48, False)]
+    assert inference.views_of((32, 32), [48], hflip=False) == [inference.View(48, 48, False)]

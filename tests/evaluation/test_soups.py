@@ -109,7 +109,7 @@ def test_a_worse_soup_is_refused_and_leaves_nothing(place, monkeypatch) -> None:
 def test_statistics_of_batchnorm_are_those_of_the_training_images(place) -> None:
     path = checkpoint_of(0)
     settings = load(None, WORDS)
-    soups.mix(path.with_name("mixed.pth"), [path, path], settings, 0, CPU)
+    soups.mix(path.with_name("mixed.pth"), [path, path], recipe=settings, fold=0, device=CPU)
     found = checkpoint.load(path.with_name("mixed.pth"))
     network = inference.load_network(found, path, CPU)
     seen: list[torch.Tensor] = []
@@ -118,7 +118,9 @@ def test_statistics_of_batchnorm_are_those_of_the_training_images(place) -> None
     beton = fold_set.open_fold(settings, 0).train
     rows = np.arange(beton.rows)
     pixels = np.empty((len(rows), 32, 32, 3), np.uint8)
-    decode_eval(beton, rows, pixels, 1.14, str(found.meta["interpolation"]), 1)
+    decode_eval(
+        beton, rows, out=pixels, factor=1.14, interpolation=str(found.meta["interpolation"]), threads=1
+    )
     with torch.no_grad():
         network(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())
     torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)

@@ -116,7 +116,7 @@ def test_a_fixed_backbone_takes_the_one_size_that_it_was_built_for() -> None:
     with pytest.raises(
         InputError, match=r"tta.scales = 384: beit_base_patch16_224 cannot take images of this size"
     ):
-        check_sizes("beit_base_patch16_224", [(384, 384)], "tta.scales", [(320, 320)])
+        check_sizes("beit_base_patch16_224", [(384, 384)], key="tta.scales", built_for=[(320, 320)])
 
 
 def test_vit_interpolates_its_position_embeddings_as_timm_does() -> None:

@@ -213,7 +213,7 @@ def test_losses_hold_no_state() -> None:
 
 
 def test_cosine_head_gives_scaled_cosines_without_margin_in_float32() -> None:
-    head = build_head("arcface", 8, 3, 30.0)
+    head = build_head("arcface", 8, classes=3, scale=30.0)
     assert isinstance(head, CosineHead)
     features = torch.randn(5, 8)
     want = 30 * F.cosine_similarity(features[:, None], head.weight[None], dim=2)
@@ -224,5 +224,5 @@ def test_cosine_head_gives_scaled_cosines_without_margin_in_float32() -> None:
 
 
 def test_linear_head_starts_as_timms() -> None:
-    head = build_head("linear", 64, 1000, 30.0)
+    head = build_head("linear", 64, classes=1000, scale=30.0)
     assert not head.bias.any() and head.weight.std().item() == pytest.approx(0.02, rel=0.05)

@@ -168,13 +168,17 @@ def test_norms_are_synchronised_for_cnns_on_several_gpus_only() -> None:
     cnn, _, _ = training_network(recipe(backbone="test_resnet"), CLASSES)
     names = list(cnn.state_dict())
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in cnn.modules())
-    assert synchronise_norms(cnn, recipe(), cpu, 2)[1] == synchronise_norms(cnn, recipe(), cuda, 1)[1] == 0
-    assert synchronise_norms(cnn, recipe("train.sync_bn=false"), cuda, 2)[1] == 0
-    converted, count = synchronise_norms(cnn, recipe(), cuda, 2)
+    assert (
+        synchronise_norms(cnn, recipe(), device=cpu, world_size=2)[1]
+        == synchronise_norms(cnn, recipe(), device=cuda, world_size=1)[1]
+        == 0
+    )
+    assert synchronise_norms(cnn, recipe("train.sync_bn=false"), device=cuda, world_size=2)[1] == 0
+    converted, count = synchronise_norms(cnn, recipe(), device=cuda, world_size=2)
     assert count == norms == sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
     assert list(converted.state_dict()) == names
     plain, _, _ = training_network(recipe(), CLASSES)
-    assert synchronise_norms(plain, recipe(), cuda, 2) == (plain, 0)
+    assert synchronise_norms(plain, recipe(), device=cuda, world_size=2) == (plain, 0)
 
 
 @pytest.fixture

@@ -46,12 +46,14 @@ def seed_002(i: int, horizon: int, warmup: int, base: float, eta_min: float = 0.
 )
 def test_one_step_an_epoch_gives_the_seeds_numbers(horizon: int, epoch: int, lr: float) -> None:
     recipe = curve(f"sched.cosine_epochs={horizon}")
-    assert 1e-4 * lr_factor(epoch, 0, 1, recipe) == pytest.approx(lr, rel=1e-4, abs=1e-12)
+    assert 1e-4 * lr_factor(epoch, 0, steps_per_epoch=1, recipe=recipe) == pytest.approx(
+        lr, rel=1e-4, abs=1e-12
+    )
 
 
 def test_every_step_follows_seed_002s_class_counted_in_steps() -> None:
     recipe, steps = curve("sched.cosine_epochs=8", "sched.warmup_epochs=2"), 7
-    got = [lr_factor(t // steps, t % steps, steps, recipe) for t in range(8 * steps)]
+    got = [lr_factor(t // steps, t % steps, steps_per_epoch=steps, recipe=recipe) for t in range(8 * steps)]
     assert got == pytest.approx([seed_002(t, 8 * steps, 2 * steps, 1.0) for t in range(8 * steps)], rel=1e-12)
     assert got[0] == 1 / 14 and got[13] == 1.0 and 0 < got[-1] < 2e-3
 
@@ -61,36 +63,44 @@ def test_digits_warm_up_for_an_epoch_of_steps_as_seed_002_calls_it(repo: Path) -
     recipe = load(repo / "recipes/digits.yaml", ["sched.eta_min=0.01", "sched.cosine_epochs=10"])
     steps, base = 525, float(recipe.opt.lr)
     horizon = 10 * steps
-    got = [base * lr_factor(t // steps, t % steps, steps, recipe) for t in range(horizon)]
+    got = [
+        base * lr_factor(t // steps, t % steps, steps_per_epoch=steps, recipe=recipe) for t in range(horizon)
+    ]
     expected = [seed_002(t, horizon, horizon // 10, base, 0.01 * base) for t in range(horizon)]
     assert got == pytest.approx(expected, rel=1e-12)
 
 
 def test_last_lr_ends_at_eta_min_and_stays() -> None:
     recipe = curve("sched.eta_min=0.01")
-    assert lr_factor(40, 0, 100, recipe) == pytest.approx(0.01)
-    assert lr_factor(45, 50, 100, recipe) == pytest.approx(0.01)
-    assert lr_factor(5, 0, 100, recipe) == 1.0
+    assert lr_factor(40, 0, steps_per_epoch=100, recipe=recipe) == pytest.approx(0.01)
+    assert lr_factor(45, 50, steps_per_epoch=100, recipe=recipe) == pytest.approx(0.01)
+    assert lr_factor(5, 0, steps_per_epoch=100, recipe=recipe) == 1.0
 
 
 def test_cosine_stays_continuous_when_a_stage_has_more_steps() -> None:
     recipe = curve()
-    before, after = lr_factor(14, 99, 100, recipe), lr_factor(15, 0, 200, recipe)
-    usual = lr_factor(14, 98, 100, recipe) - before
+    before, after = (
+        lr_factor(14, 99, steps_per_epoch=100, recipe=recipe),
+        lr_factor(15, 0, steps_per_epoch=200, recipe=recipe),
+    )
+    usual = lr_factor(14, 98, steps_per_epoch=100, recipe=recipe) - before
     assert before - after == pytest.approx(usual, rel=0.01)
-    assert lr_factor(20, 0, 200, recipe, batch_factor=0.5) == lr_factor(20, 0, 100, recipe) / 2
+    assert (
+        lr_factor(20, 0, steps_per_epoch=200, recipe=recipe, batch_factor=0.5)
+        == lr_factor(20, 0, steps_per_epoch=100, recipe=recipe) / 2
+    )
 
 
 def test_no_warmup_starts_at_the_whole_lr() -> None:
-    assert lr_factor(0, 0, 10, curve("sched.warmup_epochs=0")) == 1.0
+    assert lr_factor(0, 0, steps_per_epoch=10, recipe=curve("sched.warmup_epochs=0")) == 1.0
 
 
 def test_plateau_warms_up_then_follows_its_factor_and_none_is_constant() -> None:
     recipe = curve("sched.name=plateau")
-    got = [1e-4 * lr_factor(e, 0, 1, recipe, plateau_factor=0.5) for e in range(7)]
+    got = [1e-4 * lr_factor(e, 0, steps_per_epoch=1, recipe=recipe, plateau_factor=0.5) for e in range(7)]
     assert got == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4, 5e-5, 5e-5])
     none = curve("sched.name=none")
-    assert {lr_factor(e, s, 9, none) for e in (0, 3, 50) for s in (0, 8)} == {1.0}
+    assert {lr_factor(e, s, steps_per_epoch=9, recipe=none) for e in (0, 3, 50) for s in (0, 8)} == {1.0}
 
 
 @pytest.mark.parametrize("monitor", ["score", "val_loss"])

@@ -46,7 +46,14 @@ def export(folder: str, *words: str) -> Path:
     checkpoint.save(file, build_network(NetworkSpec.from_meta(meta)).state_dict(), meta)
     settings = load(None, ["tta.scales=[16]", "tta.hflip=false", *words])
     Path(folder).mkdir()
-    writer.write(Path(folder), writer.load_members([file], "fp32"), np.ones(1), settings, 1.0, NAMES)
+    writer.write(
+        Path(folder),
+        writer.load_members([file], "fp32"),
+        shares=np.ones(1),
+        recipe=settings,
+        temperature=1.0,
+        arrays=NAMES,
+    )
     return Path(folder)
 
 
@@ -86,7 +93,7 @@ def run(code, exported):
 )
 def test_numbers_become_the_trainers_pixels(code, values, shape):
     np.savez("given.npz", xa=values, xb=values[::-1])
-    want = arrays.open_npz(Path("given.npz"), [*NAMES, "y"], shape, labelled=False).images
+    want = arrays.open_npz(Path("given.npz"), [*NAMES, "y"], shape=shape, labelled=False).images
     given = code.inputs.Pairs("given.npz", NAMES, shape)
     given.load()
     for place in (0, 1):
@@ -103,7 +110,7 @@ def test_views_are_those_of_the_trainers_loader(code, repo, size, factor):
     convert.main(words)
     val = open_fold(parse_command(words), 0).val
     side = val.manifest["stored_side"]
-    (batch,) = EvalLoader(val, 12, lambda: size, factor, "bilinear", threads=1)
+    (batch,) = EvalLoader(val, 12, size=lambda: size, factor=factor, interpolation="bilinear", threads=1)
     given = code.inputs.find("data/pairs/val.npz", {"arrays": NAMES, "shape": "auto"})
     given.load()
     assert given.names == [b"val/%02d" % row for row in range(12)]

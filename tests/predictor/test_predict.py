@@ -81,7 +81,7 @@ def write_bundle(folder: Path, paths: list[Path], *words: str) -> list[Member]:
     folder.mkdir(parents=True)
     made = load(None, ["tta.scales=[32,64]", *words])
     members = load_members(paths, made.bundle.dtype)
-    write(folder, members, np.full(len(members), 1 / len(members)), made, temperature=1.5)
+    write(folder, members, shares=np.full(len(members), 1 / len(members)), recipe=made, temperature=1.5)
     return members
 
 
@@ -192,7 +192,9 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
     for row, file in enumerate(files):
         for height, width, factor, interpolation in ((128, 128, 1.14, "bicubic"), (32, 48, 1.0, "bilinear")):
             out = np.empty((1, height, width, 3), np.uint8)
-            decode_eval(beton, np.array([row]), out, factor, interpolation, 1)
+            decode_eval(
+                beton, np.array([row]), out=out, factor=factor, interpolation=interpolation, threads=1
+            )
             crop = {"height": height, "width": width, "factor": factor, "interpolation": interpolation}
             crop["stored_side"] = 146
             (got,) = code.pictures.prepare(os.fsencode(file), [crop])
@@ -203,7 +205,7 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
 def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
     (made,) = write_bundle(tmp_path / "bundle", [member(tmp_path, backbone, head)], "tta.scales=[32,80]")
     description, hashes = code.bundles.read(str(tmp_path / "bundle"))
-    networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
+    networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes=hashes, device="cpu")
     assert networks.notes == []
     flower(3, (200, 150)).save(tmp_path / "picture.png")
     crops = code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), description["crops"])
@@ -219,8 +221,8 @@ def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
                     want = made.network(image.permute(2, 0, 1)[None].float())[0].numpy()
                 assert np.abs(got[row, 0, view] - want).max() <= 1e-4
     for dtype, share in ((torch.float16, 0.02), (torch.bfloat16, 0.05)):
-        monkeypatch.setattr(code.networks, "choices", lambda *_, dtype=dtype: [("cpu", dtype)])
-        half = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
+        monkeypatch.setattr(code.networks, "choices", lambda *_, dtype=dtype, **__: [("cpu", dtype)])
+        half = code.networks.Networks(str(tmp_path / "bundle"), description, hashes=hashes, device="cpu")
         assert half.members[0]["inputs"][0][0].dtype == dtype and half.notes == []
         gap = np.abs(half.logits(noise[:1]) - got[:1]).max()
         assert 0 < gap <= share * max(1, np.abs(got[:1]).max())
@@ -256,7 +258,7 @@ def test_each_member_sees_pictures_as_it_was_trained(tmp_path, code):
     paths = [member(tmp_path), member(tmp_path, "test_resnet", seed=1, stored_side=60, **other)]
     made = write_bundle(tmp_path / "bundle", paths, "tta.scales=[32]", "tta.hflip=false")
     description, hashes = code.bundles.read(str(tmp_path / "bundle"))
-    networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes, "cpu")
+    networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes=hashes, device="cpu")
     assert networks.notes == []
     flower(3, (200, 150)).save(tmp_path / "picture.png")
     got = networks.logits(
@@ -521,10 +523,14 @@ def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
         return [np.full((2, 2, 3), 1, np.uint8)]
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
-    table = code.table.Table([b"%d" % n for n in range(4)], IDS, [1, 0, 0], ["filename", "category_id"])
+    table = code.table.Table(
+        [b"%d" % n for n in range(4)], IDS, prior=[1, 0, 0], header=["filename", "category_id"]
+    )
     found = [
         row
-        for rows, _ in code.predict.predicted(Sums([]), code.inputs.Folder(b"."), table, 2, 2)
+        for rows, _ in code.predict.predicted(
+            Sums([]), code.inputs.Folder(b"."), table=table, threads=2, batch=2
+        )
         for row in rows
     ]
     assert found == [0, 1, 2, 3] and not table.unreadable and not faults
@@ -533,10 +539,12 @@ def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
 def test_words_on_unreadable_pictures_fit_into_a_pipe(code, monkeypatch, capfd):
     """Who starts it and reads what it says only at the end would else wait for ever: a pipe holds 64 KiB."""
     names = [b"%0200d.jpg" % n for n in range(2000)]
-    table = code.table.Table(names, IDS, [1, 0, 0], ["filename", "category_id"])
+    table = code.table.Table(names, IDS, prior=[1, 0, 0], header=["filename", "category_id"])
     assert all(
         rows == []
-        for rows, _ in code.predict.predicted(Sums([]), code.inputs.Folder(b"nowhere"), table, 2, 16)
+        for rows, _ in code.predict.predicted(
+            Sums([]), code.inputs.Folder(b"nowhere"), table=table, threads=2, batch=16
+        )
     )
     assert len(table.unreadable) == 2000
     said = capfd.readouterr().err
@@ -552,11 +560,13 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
         flower(number).save(f"some/{number}.png")
     Path("some/4.png").write_bytes(b"")
     table = code.table.Table(
-        [b"%d.png" % n for n in range(8)], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"]
+        [b"%d.png" % n for n in range(8)], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"]
     )
     members = Sums(crop)
     found = {}
-    for rows, logits in code.predict.predicted(members, code.inputs.Folder(b"some"), table, 2, batch):
+    for rows, logits in code.predict.predicted(
+        members, code.inputs.Folder(b"some"), table=table, threads=2, batch=batch
+    ):
         found.update(zip(rows, logits.ravel().tolist(), strict=True))
     want = {n: float(code.pictures.prepare(b"some/%d.png" % n, crop)[0].sum()) for n in range(8) if n != 4}
     assert found == want and list(table.unreadable) == [4]
@@ -574,7 +584,7 @@ def test_a_torch_that_calls_torchscript_deprecated_says_nothing(kind, code, expo
 
     monkeypatch.setattr(torch.jit, "load", deprecated)
     description, hashes = code.bundles.read(str(exported[0]))
-    assert code.networks.Networks(str(exported[0]), description, hashes, "cpu").notes == []
+    assert code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu").notes == []
 
 
 def test_a_torch_that_does_not_know_this_numpy_is_enough(code, exported, monkeypatch):
@@ -586,12 +596,12 @@ def test_a_torch_that_does_not_know_this_numpy_is_enough(code, exported, monkeyp
     monkeypatch.setattr(torch, "from_numpy", missing)
     monkeypatch.setattr(torch.Tensor, "numpy", missing)
     description, hashes = code.bundles.read(str(exported[0]))
-    assert code.networks.Networks(str(exported[0]), description, hashes, "cpu").notes == []
+    assert code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu").notes == []
 
 
 def test_short_memory_halves_the_batch(code, exported, monkeypatch):
     description, hashes = code.bundles.read(str(exported[0]))
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu")
     crops = [
         [np.full((c["height"], c["width"], 3), 9 * n, np.uint8) for c in description["crops"]]
         for n in range(5)
@@ -622,14 +632,16 @@ def test_short_memory_halves_the_batch(code, exported, monkeypatch):
 
 def test_a_member_without_finite_logits_has_no_say(code, exported):
     description, hashes = code.bundles.read(str(exported[0]))
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu")
     logits = np.ones((3, 2, 4, 3), np.float32)
     logits[:, 1] = 3
     logits[1, 1, 2, 0] = np.nan
     logits[2] = np.inf
     fused = networks.fuse(logits)
     np.testing.assert_allclose(fused[:2] * 1.5, [[2, 2, 2], [1, 1, 1]])
-    table = code.table.Table([b"a", b"b", b"c"], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    table = code.table.Table(
+        [b"a", b"b", b"c"], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"]
+    )
     table.fill([0, 1, 2], fused)
     assert table.known.tolist() == [True, True, False] and 2 in table.unreadable
 
@@ -709,7 +721,7 @@ def evaluated(run, code, monkeypatch):
     monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     folder, made = Path("results/model/exp"), load(None, ["exp.name=exp", "tta.scales=[32,64]"])
     paths = [member(folder, name, seed=seed) for seed, name in enumerate(("resnet10t", "test_vit"))]
-    leave_programs(paths, np.array([0.25, 0.75]), made, temperature=1.5)
+    leave_programs(paths, np.array([0.25, 0.75]), recipe=made, temperature=1.5)
     fill(5)
     return paths
 
@@ -731,7 +743,7 @@ def test_without_a_bundle_the_members_are_run_as_evaluate_left_them(run, code, e
     whole.mkdir()
     words = ["exp.name=exp", "tta.scales=[32,64]", "bundle.dtype=fp32"]
     members = load_members(evaluated, "fp32")
-    write(whole, members, np.array([0.25, 0.75]), load(None, words), temperature=1.5)
+    write(whole, members, shares=np.array([0.25, 0.75]), recipe=load(None, words), temperature=1.5)
     assert run("--bundle", "whole")[0] == 0
     assert Path("out/submission.csv").read_bytes() == table
     left = sum(path.stat().st_size for path in Path("results/model/exp/programs").glob("*.safetensors"))
@@ -885,8 +897,8 @@ def test_weights_that_are_none_leave_their_member_out(code, exported, monkeypatc
         hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     if name == "absent":
         path.unlink()
-    monkeypatch.setattr(code.networks.Networks, "_place", lambda *_: None)
-    networks = code.networks.Networks("copy", description, hashes, "cpu")
+    monkeypatch.setattr(code.networks.Networks, "_place", lambda *_, **__: None)
+    networks = code.networks.Networks("copy", description, hashes=hashes, device="cpu")
     assert [own["name"] for own in networks.members] == [exported[1][1].path.stem]
     assert len(networks.notes) == 1 and networks.notes[0].startswith(
         f"member {exported[1][0].path.stem} left out: "
@@ -926,7 +938,7 @@ def guarded(code, monkeypatch):
     def call(work: object, rows: int = 6) -> tuple[int, object, list[str]]:
         said: list[str] = []
         names = [b"%d.jpg" % number for number in range(rows)]
-        table = code.table.Table(names, IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+        table = code.table.Table(names, IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"])
         table.open("guarded.csv")
         return code.guard.run(lambda *numbers: work(table, *numbers), table, said.append), table, said
 
@@ -997,7 +1009,7 @@ def test_where_nothing_can_be_forked_the_work_is_done_all_the_same(guarded, code
         code.guard.sys.platform = "darwin"
     number, table, said = guarded(lambda table, *_: know(table, table.waiting()))
     assert number == 0 and table.known.all() and not said
-    number, _, said = guarded(lambda *_: {}["absent"])
+    number, _, said = guarded(lambda *_, **__: {}["absent"])
     assert number == 4 and said == ["KeyError: 'absent'"]
 
 
@@ -1016,7 +1028,7 @@ def test_after_a_death_that_no_picture_explains_the_cpu_does_it(run, code, monke
 
 def test_a_machine_that_was_paused_has_no_slow_pictures(code, monkeypatch):
     """A container that is frozen for an hour: the clock goes on, and a picture that was being read is not at fault."""
-    table = code.table.Table([b"a.jpg"], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    table = code.table.Table([b"a.jpg"], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"])
     begin, end = os.pipe()
     child = os.posix_spawn(
         "/bin/cat", ["cat"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, begin, 0), (os.POSIX_SPAWN_CLOSE, end)]
@@ -1293,7 +1305,9 @@ def test_a_picture_that_ends_while_it_is_watched_is_not_slow(code):
             self[...] = 0
             return answer
 
-    table = code.table.Table([b"a.jpg", b"b.jpg"], IDS, [0.2, 0.5, 0.3], ["filename", "category_id"])
+    table = code.table.Table(
+        [b"a.jpg", b"b.jpg"], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"]
+    )
     table.reading[:] = time.monotonic()
     table.reading = table.reading.view(Ending)
     child = os.posix_spawn("/bin/true", ["true"], {})
@@ -1332,7 +1346,10 @@ def test_the_evaluator_may_read_the_table_whatever_the_umask(run):
 
 def test_the_bytes_of_a_table(code):
     table = code.table.Table(
-        [b"a,b.jpg", b"\xe9.jpg"], ["7", "012"], [0.25, 0.75], ["filename", "category_id", "confidence"]
+        [b"a,b.jpg", b"\xe9.jpg"],
+        ["7", "012"],
+        prior=[0.25, 0.75],
+        header=["filename", "category_id", "confidence"],
     )
     table.fill([0], np.array([[2.0, 0.0]]))
     assert table.text() == (b'filename,category_id,confidence\n"a,b.jpg",7,0.880797\n\xe9.jpg,012,0.750000\n')
@@ -1341,9 +1358,9 @@ def test_the_bytes_of_a_table(code):
 def test_a_gpu_that_does_not_work_leaves_the_work_to_the_cpu(code, exported, monkeypatch):
     description, hashes = code.bundles.read(str(exported[0]))
     monkeypatch.setattr(
-        code.networks, "choices", lambda *_: [("cuda:9", torch.float16), ("cpu", torch.float32)]
+        code.networks, "choices", lambda *_, **__: [("cuda:9", torch.float16), ("cpu", torch.float32)]
     )
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="auto")
     assert str(networks.device) == "cpu" and networks.dtype == torch.float32
     assert len(networks.notes) == 1 and networks.notes[0].startswith("cuda:9 in fp16: ")
 
@@ -1360,10 +1377,10 @@ def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypat
     """By how much the test picture's logits are off in half precision, in fp32, on the CPU."""
     description, hashes = code.bundles.read(str(exported[0]))
     errors = iter(off)
-    monkeypatch.setattr(code.networks, "program", lambda *_: None)
-    monkeypatch.setattr(code.networks.Networks, "_inputs", lambda *_: [])
+    monkeypatch.setattr(code.networks, "program", lambda *_, **__: None)
+    monkeypatch.setattr(code.networks.Networks, "_inputs", lambda *_, **__: [])
     monkeypatch.setattr(code.networks.Networks, "_self_test", lambda _: next(errors))
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cuda")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cuda")
     assert (str(networks.device), networks.dtype) == (device, dtype)
     passed = [f"logits of the test picture are {error:.2g} off" for error in off[: len(networks.notes)]]
     assert [note.split(": ")[1] for note in networks.notes] == passed
@@ -1372,7 +1389,7 @@ def test_a_device_that_computes_wrongly_is_passed_over(code, exported, monkeypat
 def test_what_half_precision_cannot_hold_is_computed_in_fp32(code, exported, monkeypatch):
     description, hashes = code.bundles.read(str(exported[0]))
     white = [np.full((crop["height"], crop["width"], 3), 255, np.uint8) for crop in description["crops"]]
-    plain = code.networks.Networks(str(exported[0]), description, hashes, "cpu").logits([white])
+    plain = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu").logits([white])
     honest = code.networks.Networks._forward
 
     def forward(self, images, view, inputs):
@@ -1380,8 +1397,10 @@ def test_what_half_precision_cannot_hold_is_computed_in_fp32(code, exported, mon
         return found * np.inf if self.dtype == torch.float16 and images.min() == 255 else found
 
     monkeypatch.setattr(code.networks.Networks, "_forward", forward)
-    monkeypatch.setattr(code.networks, "choices", lambda *_: [("cpu", torch.float16), ("cpu", torch.float32)])
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
+    monkeypatch.setattr(
+        code.networks, "choices", lambda *_, **__: [("cpu", torch.float16), ("cpu", torch.float32)]
+    )
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="auto")
     assert networks.dtype == torch.float16 and networks.notes == []
     np.testing.assert_array_equal(networks.logits([white]), plain)
     assert networks.notes == ["cpu in fp16: logits that are not finite; going on with cpu in fp32"]
@@ -1434,7 +1453,7 @@ def test_bf16_that_is_wrong_leaves_the_work_to_fp32(code, exported, monkeypatch)
         "_self_test",
         lambda self: 0.2 if self.dtype == torch.bfloat16 else honest(self),
     )
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu", half="all")
     assert networks.dtype == torch.float32
     assert networks.notes == ["cpu in bf16: logits of the test picture are 0.2 off"]
 
@@ -1449,7 +1468,7 @@ def test_bf16_that_is_wrong_at_one_size_is_seen_before_the_work(code, exported, 
         return found + (self.dtype == torch.bfloat16 and images.shape[1] == 64)
 
     monkeypatch.setattr(code.networks.Networks, "_forward", forward)
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu", half="all")
     assert networks.dtype == torch.float32 and len(networks.notes) == 1
     assert networks.notes[0].startswith("cpu in bf16: logits of the test picture are ")
 
@@ -1465,7 +1484,7 @@ def test_bf16_that_fails_at_work_is_replaced_by_fp32(code, exported, monkeypatch
         [[rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes] for _ in range(3)]
         for _ in range(8)
     ]
-    exact = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    exact = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu")
     want = [exact.logits(part) for part in parts]
     honest = code.networks.Networks._forward
 
@@ -1478,7 +1497,7 @@ def test_bf16_that_fails_at_work_is_replaced_by_fp32(code, exported, monkeypatch
         return found
 
     monkeypatch.setattr(code.networks.Networks, "_forward", forward)
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu", half="all")
     assert networks.dtype == torch.bfloat16
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(networks.logits, parts))
@@ -1493,7 +1512,7 @@ def test_networks_that_half_precision_does_not_fit_are_said_to_run_in_fp32(code,
     monkeypatch.setattr(code.networks, "multiplies_bf16", lambda: True)
     for program in description["programs"]:
         program["half_keeps"] = None
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu", "all")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu", half="all")
     assert networks.where() == "cpu, fp32" and networks.notes == []
 
 
@@ -1528,7 +1547,7 @@ def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatc
     """The logits are those of fp32; bf16 and TF32 are never used."""
     description, hashes = code.bundles.read(str(exported[0]))
     views = [np.zeros((crop["height"], crop["width"], 3), np.uint8) for crop in description["crops"]]
-    plain = code.networks.Networks(str(exported[0]), description, hashes, "cpu").logits([views])
+    plain = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu").logits([views])
     honest, seen = code.networks.Networks._forward, set()
 
     def forward(self, images, view, inputs):
@@ -1538,8 +1557,10 @@ def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatc
         return honest(self, images, view, inputs)
 
     monkeypatch.setattr(code.networks.Networks, "_forward", forward)
-    monkeypatch.setattr(code.networks, "choices", lambda *_: [("cpu", torch.float16), ("cpu", torch.float32)])
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "auto")
+    monkeypatch.setattr(
+        code.networks, "choices", lambda *_, **__: [("cpu", torch.float16), ("cpu", torch.float32)]
+    )
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="auto")
     assert networks.dtype == torch.float32 and len(networks.notes) == 1
     assert "no kernel for Half" in networks.notes[0]
     np.testing.assert_array_equal(networks.logits([views]), plain)
@@ -1550,7 +1571,7 @@ def test_a_gpu_without_half_precision_goes_on_in_fp32(code, exported, monkeypatc
 def test_a_network_that_says_something_else_than_at_export_is_noticed(code, exported):
     description, hashes = code.bundles.read(str(exported[0]))
     description["members"][0]["expected"][0][1] += 0.5
-    networks = code.networks.Networks(str(exported[0]), description, hashes, "cpu")
+    networks = code.networks.Networks(str(exported[0]), description, hashes=hashes, device="cpu")
     assert any("another version of torch than at export?" in note for note in networks.notes)
 
 
@@ -1588,7 +1609,7 @@ def test_a_picture_that_vanishes_keeps_its_row(run, code, monkeypatch):
 def test_a_picture_that_comes_later_is_told(run, code, monkeypatch, capsys):
     fill(2)
     monkeypatch.setattr(
-        code.guard, "run", lambda *_: bool(os.link("test_dataset/000.jpg", "test_dataset/late.jpg"))
+        code.guard, "run", lambda *_, **__: bool(os.link("test_dataset/000.jpg", "test_dataset/late.jpg"))
     )
     number, rows = run()
     assert number == 0 and [row[0] for row in rows[1:]] == ["000.jpg", "001.jpg"]
@@ -1605,8 +1626,12 @@ def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
         return [np.zeros((2, 2, 3), np.uint8)]
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
-    table = code.table.Table([b"%d" % n for n in range(5000)], IDS, [1, 0, 0], ["filename", "category_id"])
-    for rows, _ in code.predict.predicted(Sums([]), code.inputs.Folder(b"."), table, 2, 16):
+    table = code.table.Table(
+        [b"%d" % n for n in range(5000)], IDS, prior=[1, 0, 0], header=["filename", "category_id"]
+    )
+    for rows, _ in code.predict.predicted(
+        Sums([]), code.inputs.Folder(b"."), table=table, threads=2, batch=16
+    ):
         waiting -= len(rows)
         most = max(most, waiting)
         table.known[rows] = True

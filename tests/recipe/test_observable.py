@@ -89,7 +89,10 @@ def plan(recipe: Recipe) -> Any:
     plateau, factors = Plateau(recipe.sched.factor, recipe.sched.patience, recipe.sched.monitor), []
     for epoch in range(numbers.epochs):
         plateau.step(0.5 + 0.01 * max(0, epoch - 5))
-        factors += [lr_factor(epoch, step, 4, recipe, plateau.factor) for step in (0, 3)]
+        factors += [
+            lr_factor(epoch, step, steps_per_epoch=4, recipe=recipe, plateau_factor=plateau.factor)
+            for step in (0, 3)
+        ]
     return (
         advice,
         numbers.as_dict(),
@@ -122,12 +125,21 @@ def batches(recipe: Recipe) -> Any:
     """Training batches of several epochs after augmentation and mixing, and evaluation batches."""
     clock, seen = fold_data.Clock(), []
     fold = fold_set.open_fold(recipe, 0)
-    data = fold_data.loaders(recipe, derive(recipe, 1), clock, fold, "bicubic", ranks.prepare(recipe))
+    data = fold_data.loaders(
+        recipe,
+        derive(recipe, 1),
+        clock=clock,
+        fold=fold,
+        interpolation="bicubic",
+        machine=ranks.prepare(recipe),
+    )
     mix, grey = Mix(recipe, len(fold.classes)), (128.0, 128.0, 128.0)
     for epoch in range(3):
         data.train.cursor = lambda at=epoch: (at, 0)
         for step, batch in enumerate(data.train):
-            images = augment(batch["image"], batch["key"], recipe.aug, recipe.reg.erase_p, grey)
+            images = augment(
+                batch["image"], batch["key"], aug=recipe.aug, erase_p=recipe.reg.erase_p, fill=grey
+            )
             state = types.SimpleNamespace(
                 batch={**batch, "image": images}, timestamp=Timestamp(epoch=epoch, batch_in_epoch=step)
             )
@@ -143,7 +155,7 @@ def batches(recipe: Recipe) -> Any:
 def unlabelled(recipe: Recipe) -> Any:
     """What unlabelled images add to the loss of a fixed network, and to what it is shown."""
     found, pictures = (
-        FixMatch(recipe, [1, 1, 1], (0.0, 0.0, 0.0)),
+        FixMatch(recipe, [1, 1, 1], fill=(0.0, 0.0, 0.0)),
         torch.arange(2 * 3 * 8 * 8 * 3).view(2, 3, 8, 8, 3),
     )
     pictures, keys = (pictures % 251).to(torch.uint8), torch.arange(6).view(2, 3)
@@ -164,7 +176,7 @@ def unlabelled(recipe: Recipe) -> Any:
 def drawn(recipe: Recipe) -> Any:
     """The rows of an epoch from a long tail."""
     labels = np.repeat(np.arange(5), [200, 80, 20, 5, 1])
-    return order(recipe.sampler, labels, recipe.seed, 0, 0, 1).tolist()
+    return order(recipe.sampler, labels, seed=recipe.seed, epoch=0, fold=0, batch=1).tolist()
 
 
 def network(recipe: Recipe) -> Any:
@@ -176,7 +188,7 @@ def network(recipe: Recipe) -> Any:
         made, spec, notes = training_network(recipe, classes)
         images = torch.linspace(0, 255, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
         groups = param_groups(made, 1e-3, recipe)
-        _, synchronised = synchronise_norms(made, recipe, torch.device("cuda"), 2)
+        _, synchronised = synchronise_norms(made, recipe, device=torch.device("cuda"), world_size=2)
         layouts = [p.stride() for p in made.parameters()]
         checkpointing = [getattr(module, "grad_checkpointing", None) for module in made.modules()]
         made.train()
@@ -267,7 +279,15 @@ def arguments(recipe: Recipe) -> Any:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen) as seen:
         patch.setattr(build, "Trainer", trainer)
         fold, run = fold_set.open_fold(recipe, 0), toy_project.run_of()
-        build.training(recipe, run, fold, ranks.prepare(recipe), None, types.SimpleNamespace(say=print), {})  # type: ignore[arg-type]
+        build.training(
+            recipe,
+            run,
+            fold=fold,
+            machine=ranks.prepare(recipe),
+            stop=None,
+            console=types.SimpleNamespace(say=print),
+            same={},
+        )  # type: ignore[arg-type]
     return seen.value.args
 
 
@@ -277,7 +297,8 @@ def summed_up(recipe: Recipe) -> Any:
     members += [fake_members.member(fold, seed=7) for fold in range(3)]
     members += [fake_members.member(fold, fake_members.BACKBONES[1]) for fold in range(3)]
     return json.dumps(
-        summary.summarise(members, fake_members.folds(), fake_members.classes_csv(), recipe), default=str
+        summary.summarise(members, fake_members.folds(), classes=fake_members.classes_csv(), recipe=recipe),
+        default=str,
     )
 
 
@@ -298,7 +319,9 @@ def combined(recipe: Recipe) -> Any:
 def accepted(recipe: Recipe) -> Any:
     """What the thresholds say of made-up members."""
     members = [fake_members.member(fold) for fold in range(3)]
-    scores = summary.summarise(members, fake_members.folds(), fake_members.classes_csv(), recipe)
+    scores = summary.summarise(
+        members, fake_members.folds(), classes=fake_members.classes_csv(), recipe=recipe
+    )
     return acceptance.check(scores, [], recipe.accept)
 
 
@@ -312,7 +335,7 @@ def bundled(recipe: Recipe) -> Any:
     chosen = choose(recipe, [])
     members = writer.load_members(chosen.paths, recipe.bundle.dtype)
     with writer.aside() as folder:
-        made = writer.write(folder, members, np.ones(1), recipe, chosen.temperature)
+        made = writer.write(folder, members, shares=np.ones(1), recipe=recipe, temperature=chosen.temperature)
         return json.dumps(made), (folder / "weights_0.safetensors").stat().st_size
 
 
@@ -326,7 +349,7 @@ def exported(recipe: Recipe) -> Any:
 
 def lost(recipe: Recipe) -> Any:
     """The gate of a bundle that forgot 20 of 100 answers."""
-    return gates.loss_gate("int8", 70, 90, 100, recipe.bundle.max_loss)
+    return gates.loss_gate("int8", 70, before=90, count=100, max_loss=recipe.bundle.max_loss)
 
 
 # --- the keys -------------------------------------------------------------------------------------------------------

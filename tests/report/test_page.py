@@ -44,7 +44,7 @@ def made(
     """An evaluated experiment in the current directory: its scores.json, and the fused logits they are about."""
     members = [member(fold, backbone, skill=skill) for backbone in BACKBONES for fold in which]
     settings = load(None, [f"exp.name={exp}", "opt.lr_ref=1e-4"])
-    found = summary.summarise(members, folds(), classes_csv(), settings)
+    found = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
     folder = runs.RESULTS / exp
     files.write_json(folder / "scores.json", found)
     files.write_atomic(folder / "meta" / "recipe.yaml", to_yaml(settings))
@@ -170,7 +170,7 @@ def test_views_that_cost_accuracy_are_said() -> None:
 
 def test_a_member_that_does_not_score_what_its_checkpoint_says_is_named() -> None:
     members = [member(fold, stored=0.1 if fold == 2 else None) for fold in range(3)]
-    found = summary.summarise(members, folds(), classes_csv(), load())
+    found = summary.summarise(members, folds(), classes=classes_csv(), recipe=load())
     lines = [line for line in found["advice"] if "training scored" in line]
     assert len(lines) == 1 and "__fold2_" in lines[0] and "training scored 0.1000" in lines[0]
 
@@ -178,7 +178,7 @@ def test_a_member_that_does_not_score_what_its_checkpoint_says_is_named() -> Non
 def test_members_with_heads_of_different_kinds_are_not_averaged() -> None:
     members = [member(0), member(0, BACKBONES[1], head="arcface")]
     with pytest.raises(InputError, match="linear and with cosine heads"):
-        summary.summarise(members, folds(), classes_csv(), load())
+        summary.summarise(members, folds(), classes=classes_csv(), recipe=load())
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,9 @@ def hundred() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         for c in range(classes)
     ]
     members = [one(backbone, seed) for backbone in BACKBONES for seed in (42,)]
-    found = summary.summarise(members, np.zeros(n, np.int64), table, load(None, ["exp.name=made"]))
+    found = summary.summarise(
+        members, np.zeros(n, np.int64), classes=table, recipe=load(None, ["exp.name=made"])
+    )
     events = [
         {**event(e, 0), "backbone": backbone, "fold": f}
         for backbone in BACKBONES for f in range(5) for e in (1, 9)

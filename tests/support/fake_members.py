@@ -87,7 +87,7 @@ def experiment(
         logits.save_logits(logits.member_file(folder / "oof", own.about), own)
     for row in events:
         runs.append_event(folder / "events.jsonl", row)
-    found = summary.summarise(members, folds(), classes_csv(), settings)
+    found = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
     found["acceptance"] = acceptance.check(found, events, settings.accept)
     files.write_json(folder / "scores.json", found)
     tables.save(folder / "reports", found)

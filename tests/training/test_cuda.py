@@ -61,7 +61,7 @@ def test_batch_norms_are_synchronised_and_score_alike():
     network = training_network(recipe, 5)[0].to(CUDA)
     images = torch.rand(4, 3, 64, 64, device=CUDA) * 255
     plain = network.eval()(images)
-    converted, count = synchronise_norms(network, recipe, CUDA, 2)
+    converted, count = synchronise_norms(network, recipe, device=CUDA, world_size=2)
     assert count and count == sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
     torch.testing.assert_close(converted.to(CUDA).eval()(images), plain)
 
@@ -95,16 +95,16 @@ def test_the_predictor_says_on_a_gpu_what_it_says_on_the_cpu(backbone: str, tmp_
     """In fp16 nearly so; a batch that does not fit is run in parts, and the GPU goes on."""
     place = tmp_path / "prepared"
     place.mkdir()
-    prepared(place, backbone, [64, 96])
+    prepared(place, backbone, scales=[64, 96])
     folder = str(place / "bundle")
     description, hashes = code.bundles.read(folder)
     rng = np.random.default_rng(0)
     shapes = [(crop["height"], crop["width"], 3) for crop in description["crops"]]
     pictures = [[rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes] for _ in range(8)]
-    want = code.networks.Networks(folder, description, hashes, "cpu").logits(pictures)
+    want = code.networks.Networks(folder, description, hashes=hashes, device="cpu").logits(pictures)
     largest = max(1.0, float(np.abs(want).max()))
     for half, dtype, share in (("none", torch.float32, 1e-3), ("gpu", torch.float16, 0.02)):
-        networks = code.networks.Networks(folder, description, hashes, "cuda", half)
+        networks = code.networks.Networks(folder, description, hashes=hashes, device="cuda", half=half)
         assert networks.dtype == dtype and networks.notes == []
         assert np.abs(networks.logits(pictures) - want).max() <= share * largest
     torch.cuda.empty_cache()

@@ -89,7 +89,13 @@ def logits(found: checkpoint.Checkpoint, beton: Beton) -> np.ndarray:
     network.load_state_dict(found.tensors)
     network.eval()
     size = tuple(found.meta["size"])
-    loader = EvalLoader(beton, 7, lambda: size, found.meta["resize_factor"], found.meta["interpolation"])
+    loader = EvalLoader(
+        beton,
+        7,
+        size=lambda: size,
+        factor=found.meta["resize_factor"],
+        interpolation=found.meta["interpolation"],
+    )
     with torch.inference_mode():
         parts = [network(b["image"].permute(0, 3, 1, 2).float())[b["valid"]] for b in loader]
     return torch.cat(parts).numpy()
@@ -258,7 +264,9 @@ def test_the_console_reads_well():
     assert "0.4332 @3*" in line and "3/40" in line
     ends = np.cumsum([width + 2 for _, width in COLUMNS]) - 2
     assert all(line[end - 1] != " " and headline()[end - 1] != " " for end in ends), line
-    moving = step_line(3, 40, 35, 78, 2.3456, 2.5, 1.2e-4, 812.0, 55, 4000)
+    moving = step_line(
+        3, 40, step=35, steps=78, loss=2.3456, val=2.5, lr=1.2e-4, speed=812.0, epoch_left=55, left=4000
+    )
     assert moving == (
         "epoch 3/40   45%  step 35/78  loss 2.3456  val 2.5000  lr 1.2e-04  812 img/s  0:55 left, 1:06:40 in all"
     )

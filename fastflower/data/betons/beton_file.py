@@ -96,7 +96,7 @@ class BetonWriter:
         except OSError as error:
             raise self._refusal(error) from None
 
-    def jpeg(self, data: bytes, height: int, width: int, label: int, index: int) -> None:
+    def jpeg(self, data: bytes, height: int, *, width: int, label: int, index: int) -> None:
         """Append a JPEG file; height and width are those in its header."""
         self.append(label, index, Picture(JPEG, data, height, width))
 

@@ -58,7 +58,9 @@ def settings(recipe: Recipe, store: str) -> dict[str, Any]:
     }
 
 
-def manifest(made: dict[str, Any], table: LabelTable, folds: Folds, split: str, fold: int) -> dict[str, Any]:
+def manifest(
+    made: dict[str, Any], table: LabelTable, *, folds: Folds, split: str, fold: int
+) -> dict[str, Any]:
     """The manifest of one beton, less what its writer adds (rows, size, checksums)."""
     return {
         "fastflower": __version__,
@@ -132,7 +134,7 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
             beton,
             wanted | {"split": split, "fold": fold, "settings": opened["train"].manifest.get("settings")},
         )
-        _check_rows(beton, folds, split, fold)
+        _check_rows(beton, folds, split=split, fold=fold)
     _check_settings(opened["train"], made)
     more = open_unlabelled(recipe) if recipe.semi.enabled and recipe.data.unlabelled else None
     return FoldSet(folds, classes, opened["train"], opened["val"], opened.get("val_corrupt"), more)
@@ -167,7 +169,7 @@ def _check(beton: Beton, wanted: dict[str, Any]) -> None:
         )
 
 
-def _check_rows(beton: Beton, folds: Folds, split: str, fold: int) -> None:
+def _check_rows(beton: Beton, folds: Folds, *, split: str, fold: int) -> None:
     """Each row must be the one folds.csv means, with its label."""
     rows = folds.train_rows(fold) if split == "train" else folds.val_rows(fold)
     rows = np.tile(rows, max(1, len(beton.manifest["combos"])))

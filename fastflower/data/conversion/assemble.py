@@ -54,6 +54,7 @@ def keep(home: Path, folder: Path, wanted: dict[str, Any]) -> bool:
 def write_betons(
     folder: Path,
     manifests: list[dict[str, Any]],
+    *,
     folds: Folds,
     images: encode.Spool,
     good: np.ndarray,
@@ -76,7 +77,9 @@ def write_betons(
                     rows.tolist(), folds.class_idx[rows].tolist(), stored, strict=True
                 ):
                     if combo:
-                        pictures = corrupted(pictures, folds.filenames[row], combo, wanted["settings"])
+                        pictures = corrupted(
+                            pictures, folds.filenames[row], combo=combo, settings=wanted["settings"]
+                        )
                     writer.append(label, row, *pictures)
                     workers.beat()
             writer.commit(wanted)
@@ -86,7 +89,11 @@ def write_betons(
     total = sum(len(rows_of(folds, wanted)) * max(1, len(wanted["combos"])) for wanted in manifests)
     tasks = ((wanted,) for wanted in manifests)
     for _ in workers.run(
-        write, tasks, min(count, len(manifests)), workers.Progress("rows", total), meanwhile
+        write,
+        tasks,
+        count=min(count, len(manifests)),
+        tell=workers.Progress("rows", total),
+        meanwhile=meanwhile,
     ):
         pass
 
@@ -96,7 +103,7 @@ def rows_of(folds: Folds, wanted: dict[str, Any]) -> np.ndarray:
 
 
 def corrupted(
-    pictures: list[Picture], name: str, combo: list[str], settings: dict[str, Any]
+    pictures: list[Picture], name: str, *, combo: list[str], settings: dict[str, Any]
 ) -> list[Picture]:
     """The disturbed copies of a row's raw pictures, as its settings store them; the two of a pair differ."""
     (kind, level), made = combo, []
@@ -105,11 +112,14 @@ def corrupted(
         key = image_key(name if place == 0 else f"{name}:{place}")
         data: bytes | memoryview
         if settings["store"] == "raw":
-            mode, data = RAW, corrupt(pixels, kind, level, key).data.cast("B")
+            mode, data = RAW, corrupt(pixels, kind, level=level, key=key).data.cast("B")
         elif kind == "jpeg":  # a file as it is
             mode, data = JPEG, jpeg_bytes(pixels, level)
         else:
-            mode, data = JPEG, encode_jpeg(corrupt(pixels, kind, level, key), settings["jpeg_quality"])
+            mode, data = (
+                JPEG,
+                encode_jpeg(corrupt(pixels, kind, level=level, key=key), settings["jpeg_quality"]),
+            )
         made.append(Picture(mode, data, picture.height, picture.width))
     return made
 

@@ -90,7 +90,7 @@ class Spool:
         one = self._read(*self.blobs[row, 0, TRAIN].tolist())
         if one.mode == RAW:
             return np.frombuffer(one.data, np.uint8).reshape(one.height, one.width, 3)
-        return decode_file(bytes(one.data), one.height, one.width, (one.height, one.width))
+        return decode_file(bytes(one.data), (one.height, one.width), (one.height, one.width))
 
     def _read(
         self, file: int, mode: int, height: int, width: int, offset: int, size: int, crc: int
@@ -122,6 +122,7 @@ class _Part:
 def run(
     encoding: Encoding,
     filenames: list[str],
+    *,
     validating: np.ndarray,
     count: int,
     tell: Callable[[int], None],
@@ -147,7 +148,7 @@ def run(
     at = 0
     encoding.source.load()
     work = functools.partial(_encode_files, encoding)
-    for part in workers.run(work, tasks, min(count, -(-n // CHUNK)), tell):
+    for part in workers.run(work, tasks, count=min(count, -(-n // CHUNK)), tell=tell):
         size = len(part.sha256)
         span = slice(at, at + size)
         spool.blobs[span], spool.sha256[span], spool.problems[span] = part.blobs, part.sha256, part.problems
@@ -166,7 +167,10 @@ def _encode_files(encoding: Encoding, filenames: list[str], validating: list[boo
         with open(path, "ab") as file:
             for row, (name, validates) in enumerate(zip(filenames, validating, strict=True)):
                 content = [
-                    _encode_image(encoding, name, place, validates, file, part, row) for place in range(count)
+                    _encode_image(
+                        encoding, name, place=place, validates=validates, file=file, part=part, row=row
+                    )
+                    for place in range(count)
                 ]
                 # of a pair's two images in either order
                 part.sha256.append(content[0] if count == 1 else digest(*sorted(content)))
@@ -179,7 +183,7 @@ def _encode_files(encoding: Encoding, filenames: list[str], validating: list[boo
 
 
 def _encode_image(
-    encoding: Encoding, name: str, place: int, validates: bool, file: IO[bytes], part: _Part, row: int
+    encoding: Encoding, name: str, *, place: int, validates: bool, file: IO[bytes], part: _Part, row: int
 ) -> str:
     """Everything about one image; returns its hash, taken of the very bytes that are decoded and stored."""
     try:
@@ -198,15 +202,15 @@ def _encode_image(
         part.hashes[row] = phash(small)
     blobs = part.blobs[row, place]
     if encoding.raw:
-        blobs[:] = _write(file, RAW, pixels)
+        blobs[:] = _write(file, RAW, pixels=pixels)
     elif kept and isinstance(data, bytes):
-        blobs[[TRAIN, VAL]] = _write(file, JPEG, pixels, data)
+        blobs[[TRAIN, VAL]] = _write(file, JPEG, pixels=pixels, data=data)
         if validates and encoding.corrupting:
-            blobs[PIXELS] = _write(file, RAW, pixels)
+            blobs[PIXELS] = _write(file, RAW, pixels=pixels)
     else:
-        blobs[TRAIN] = _write(file, JPEG, pixels, encode_jpeg(pixels, encoding.quality))
+        blobs[TRAIN] = _write(file, JPEG, pixels=pixels, data=encode_jpeg(pixels, encoding.quality))
         if validates:  # its pixels are never lossy a second time
-            blobs[[VAL, PIXELS]] = _write(file, RAW, pixels)
+            blobs[[VAL, PIXELS]] = _write(file, RAW, pixels=pixels)
     return content
 
 
@@ -220,11 +224,11 @@ def _file(data: bytes, side: int) -> tuple[Image.Image, str, bool, str]:
         return decode(data), content, False, header.form
     size = (header.image.height, header.image.width)
     if header.turn is not None:
-        upright = Image.fromarray(decode_file(data, *size, size)).transpose(header.turn)
+        upright = Image.fromarray(decode_file(data, size, size)).transpose(header.turn)
         return upright, content, False, header.form
     wanted = stored_size(*size, side)
     kept = wanted == size and max(size) <= LONGEST * side
-    return Image.fromarray(decode_file(data, *size, wanted)), content, kept, header.form
+    return Image.fromarray(decode_file(data, size, wanted)), content, kept, header.form
 
 
 def _numbers(pixels: np.ndarray) -> tuple[Image.Image, str, bool]:
@@ -234,7 +238,7 @@ def _numbers(pixels: np.ndarray) -> tuple[Image.Image, str, bool]:
     return Image.fromarray(pixels).convert("RGB"), content.hexdigest(), False
 
 
-def _write(file: IO[bytes], mode: int, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:
+def _write(file: IO[bytes], mode: int, *, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:
     """Append the file `data`, or the pixels themselves; returns the BLOB record."""
     offset, content = file.tell(), np.ascontiguousarray(pixels).data if data is None else data
     size, crc = file.write(content), crc32(content)

@@ -85,11 +85,19 @@ def convert(
         validating = folds.fold >= 0 if folds else candidates(table, recipe)
         hashing = folds is None and _hashing(recipe, table, made["stored_side"])
         embed = embedder(recipe) if embedder and folds is None and recipe.data.group == "embedding" else None
-        with _encoded(recipe, table.source, table.filenames, validating, made, aside, hashing) as images:
-            table, good = _without_bad(recipe, table, images, folds, home)
+        with _encoded(
+            recipe,
+            table.source,
+            names=table.filenames,
+            validating=validating,
+            made=made,
+            aside=aside,
+            hashing=hashing,
+        ) as images:
+            table, good = _without_bad(recipe, table, images=images, folds=folds, home=home)
             pairs = None
             if folds is None:
-                folds, pairs = _new_folds(recipe, table, images, good, embed)
+                folds, pairs = _new_folds(recipe, table, images=images, good=good, embed=embed)
             elif folds.sha256 != images.sha256:
                 _refuse_changed(folds, images, home)
             for fold in folds.numbers:
@@ -97,9 +105,11 @@ def convert(
             wanted = [one for one in _manifests(made, table, folds) if not assemble.keep(home, aside, one)]
             drawn = functools.cache(lambda: distribution(table))
             workers = cores(recipe.data.workers)
-            assemble.write_betons(aside, wanted, folds, images, good, workers, meanwhile=drawn)
+            assemble.write_betons(
+                aside, wanted, folds=folds, images=images, good=good, count=workers, meanwhile=drawn
+            )
         if unlabelled and not assemble.keep(home, aside, unlabelled.manifest(made)):
-            _convert_unlabelled(recipe, unlabelled, made, home, aside)
+            _convert_unlabelled(recipe, unlabelled, made=made, home=home, aside=aside)
         write_classes(home / "classes.csv", table)
         write_csv(home / "class_stats.csv", class_stats(table))
         files.write_atomic(home / "class_stats.png", drawn())
@@ -132,15 +142,23 @@ def _look_unlabelled(recipe: Recipe) -> Unlabelled:
 
 
 def _convert_unlabelled(
-    recipe: Recipe, found: Unlabelled, made: dict[str, Any], home: Path, aside: Path
+    recipe: Recipe, found: Unlabelled, *, made: dict[str, Any], home: Path, aside: Path
 ) -> None:
     """One beton of images without labels (-1), whose order unlabelled.csv says."""
     n = len(found.names)
-    with _encoded(recipe, found.source, found.names, np.zeros(n, bool), made, aside, False) as images:
+    with _encoded(
+        recipe,
+        found.source,
+        names=found.names,
+        validating=np.zeros(n, bool),
+        made=made,
+        aside=aside,
+        hashing=False,
+    ) as images:
         good = [row for row in range(n) if not images.problems[row]]
         bad = [(found.names[row], "", images.problems[row]) for row in range(n) if images.problems[row]]
         if bad and not (recipe.data.on_bad == "skip" and good):
-            _refuse(bad, n, home, "replace them, or use data.on_bad=skip")
+            _refuse(bad, n, home=home, remedy="replace them, or use data.on_bad=skip")
         if bad:
             write_skipped(home / "unlabelled_skipped.csv", bad)
             print(f"skipped {len(bad)} unreadable images; {home / 'unlabelled_skipped.csv'} has the list")
@@ -156,7 +174,7 @@ def _convert_unlabelled(
 
 def _manifests(made: dict[str, Any], table: LabelTable, folds: Folds) -> list[dict[str, Any]]:
     return [
-        fold_set.manifest(made, table, folds, split, fold)
+        fold_set.manifest(made, table, folds=folds, split=split, fold=fold)
         for fold in folds.numbers
         for split in fold_set.splits(made)
     ]
@@ -200,6 +218,7 @@ def _locked(home: Path) -> Iterator[None]:
 def _encoded(
     recipe: Recipe,
     source: Source,
+    *,
     names: list[str],
     validating: np.ndarray,
     made: dict[str, Any],
@@ -221,7 +240,9 @@ def _encoded(
     )
     images = None
     try:
-        images = encode.run(encoding, names, validating, workers, Progress("images", len(names)))
+        images = encode.run(
+            encoding, names, validating=validating, count=workers, tell=Progress("images", len(names))
+        )
         odd = [row for row, form in enumerate(images.misnamed) if form]
         if odd:
             print(
@@ -259,7 +280,7 @@ def _hashing(recipe: Recipe, table: LabelTable, side: int) -> bool:
 
 
 def _without_bad(
-    recipe: Recipe, table: LabelTable, images: encode.Spool, folds: Folds | None, home: Path
+    recipe: Recipe, table: LabelTable, *, images: encode.Spool, folds: Folds | None, home: Path
 ) -> tuple[LabelTable, np.ndarray]:
     """The rows that can be used, and their places in the spool; all unreadable images are named at once."""
     bad = [row for row, problem in enumerate(images.problems) if problem]
@@ -271,15 +292,15 @@ def _without_bad(
     rows = [(table.filenames[row], table.category_ids[row], images.problems[row]) for row in bad]
     if folds is not None:
         remedy = "folds.csv counts on them: restore them, or move it away and use data.on_bad=skip"
-        _refuse(rows, len(table), home, remedy)
+        _refuse(rows, len(table), home=home, remedy=remedy)
     if recipe.data.on_bad == "error" or not len(good):
-        _refuse(rows, len(table), home, "replace them, or use data.on_bad=skip")
+        _refuse(rows, len(table), home=home, remedy="replace them, or use data.on_bad=skip")
     write_skipped(home / "skipped.csv", rows)
     print(f"skipped {len(bad)} unreadable images; {home / 'skipped.csv'} has the list")
     return table.take(good), good
 
 
-def _refuse(rows: list[tuple[str, str, str]], of: int, home: Path, remedy: str) -> NoReturn:
+def _refuse(rows: list[tuple[str, str, str]], of: int, *, home: Path, remedy: str) -> NoReturn:
     named = "; ".join(f"{shown(name)} {reason}" for name, _, reason in rows[:SHOWN])
     more = ""
     if len(rows) > SHOWN:
@@ -289,7 +310,7 @@ def _refuse(rows: list[tuple[str, str, str]], of: int, home: Path, remedy: str) 
 
 
 def _new_folds(
-    recipe: Recipe, table: LabelTable, images: encode.Spool, good: np.ndarray, embed: Embed | None
+    recipe: Recipe, table: LabelTable, *, images: encode.Spool, good: np.ndarray, embed: Embed | None
 ) -> tuple[Folds, Iterator[dict[str, str]]]:
     """Group, split, and say what was found: the folds, and the rows of duplicates.csv as they are asked for."""
     content = [images.sha256[row] for row in good]
@@ -300,9 +321,11 @@ def _new_folds(
         print(f"near-duplicates: embedding {len(good)} images")
         vectors = embed(images.pixels(row) for row in good.tolist())
         families = duplicates.similar(vectors, recipe.data.group_cosine)
-        groups = duplicates.join(content, np.arange(len(good)), families, largest)
+        groups = duplicates.join(content, np.arange(len(good)), families=families, largest=largest)
     else:
-        groups = duplicates.group(content, hashes, hashed, recipe.data.group_threshold, largest)
+        groups = duplicates.group(
+            content, hashes, hashed=hashed, threshold=recipe.data.group_threshold, largest=largest
+        )
     fold = make_folds(table, groups, recipe)
     folds = Folds(table.filenames, table.category_ids, table.class_idx, fold, groups, content)
     first = np.unique(groups, return_index=True)[1][groups]
@@ -325,7 +348,7 @@ def _new_folds(
     for line in rare_classes(folds, table):
         print(f"warning: {line}")
     cosines = None if vectors is None else (vectors[copies] * vectors[first[copies]]).sum(1)
-    return folds, _pairs(folds, copies, first[copies], hashes, hashed, cosines)
+    return folds, _pairs(folds, copies, others=first[copies], hashes=hashes, hashed=hashed, cosines=cosines)
 
 
 PAIRS = (
@@ -343,6 +366,7 @@ PAIRS = (
 def _pairs(
     folds: Folds,
     copies: np.ndarray,
+    *,
     others: np.ndarray,
     hashes: np.ndarray,
     hashed: np.ndarray,

@@ -101,7 +101,7 @@ class EvalDecoder(_Decoder):
 
 
 def write_stock(
-    path: Path, rows: Sequence[tuple[Any, int]], mode: str, workers: int = 1, longest: int = 512
+    path: Path, rows: Sequence[tuple[Any, int]], *, mode: str, workers: int = 1, longest: int = 512
 ) -> None:
     """(image, label) rows by FFCV's writer as "jpg" or "raw", at most `longest` pixels a side, quality 90."""
     fields = {
@@ -111,7 +111,7 @@ def write_stock(
     DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(rows)
 
 
-def stock_loader(path: Path, size: tuple[int, int], crop: Crop, batch: int, threads: int) -> Loader:
+def stock_loader(path: Path, size: tuple[int, int], *, crop: Crop, batch: int, threads: int) -> Loader:
     """FFCV's loader with its own decoder, crop and flip, over a beton with fields image and label."""
     image = [
         RandomResizedCropRGBImageDecoder(size, crop.scale, crop.ratio),

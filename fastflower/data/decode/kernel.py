@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
 
 
 def decode_train(
-    beton: Beton, rows: np.ndarray, keys: np.ndarray, out: np.ndarray, crop: Crop, threads: int
+    beton: Beton, rows: np.ndarray, *, keys: np.ndarray, out: np.ndarray, crop: Crop, threads: int
 ) -> None:
     """Decode, crop, flip and resize rows (B,) by their keys uint64 (B,) into out uint8 (B, h, w, 3).
 
@@ -85,7 +85,7 @@ def decode_train(
 
 
 def decode_eval(
-    beton: Beton, rows: np.ndarray, out: np.ndarray, factor: float, interpolation: str, threads: int
+    beton: Beton, rows: np.ndarray, *, out: np.ndarray, factor: float, interpolation: str, threads: int
 ) -> None:
     """Decode the centred view of rows (B,) into out uint8 (B, h, w, 3), equal to Pillow's to the bit.
 
@@ -101,12 +101,12 @@ def decode_eval(
     _raise(beton, rows, fault)
 
 
-def decode_file(data: bytes, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
-    """A whole JPEG file of (height, width) brought to size (h, w), bicubic as Pillow's: uint8 (h, w, 3).
+def decode_file(data: bytes, stored: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Decode a whole JPEG file of `stored` (height, width) and resize it to `size`, bicubic as Pillow: uint8 (h, w, 3).
 
     Raises InputError for all that libjpeg warns of, where Pillow keeps silent and most pictures show garbage.
     """
-    table, out = np.array([(0, len(data), height, width, JPEG, 0)], ROW), np.empty((1, *size, 3), np.uint8)
+    table, out = np.array([(0, len(data), *stored, JPEG, 0)], ROW), np.empty((1, *size, 3), np.uint8)
     fault, rows = _Fault(), np.zeros(1, np.int64)
     library().ff_eval(
         *_pointers(np.frombuffer(data, np.uint8), table, rows), 1, out.ctypes.data, *size, 0.0, True, 1,
@@ -119,7 +119,7 @@ def decode_file(data: bytes, height: int, width: int, size: tuple[int, int]) -> 
 
 
 def eval_box(
-    height: int, width: int, size: tuple[int, int], factor: float
+    height: int, width: int, *, size: tuple[int, int], factor: float
 ) -> tuple[float, float, float, float]:
     """The largest centred box of the aspect of size (h, w), less the margin of `factor`: left, top, right, bottom."""
     box = np.zeros(4, np.float32)
@@ -129,7 +129,7 @@ def eval_box(
 
 
 def crop_box(
-    key: int, height: int, width: int, size: tuple[int, int], crop: Crop
+    key: int, height: int, *, width: int, size: tuple[int, int], crop: Crop
 ) -> tuple[int, int, int, int, bool]:
     """What a key crops from an image for a target of size (h, w): top, left, height, width, flip."""
     box, packed = np.zeros(5, np.int32), crop.pack()

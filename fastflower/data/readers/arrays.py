@@ -46,7 +46,7 @@ class Stack:
         return self.load()
 
 
-def open_npz(path: Path, wanted: Any, shape: Any, labelled: bool) -> Stack:
+def open_npz(path: Path, wanted: Any, *, shape: Any, labelled: bool) -> Stack:
     """Images and labels of a .npz: `wanted` names the arrays as [images, labels] or [first, second, labels].
 
     "auto" finds them by shape: images are the one or two arrays of pictures, labels the one array with a single
@@ -54,7 +54,7 @@ def open_npz(path: Path, wanted: Any, shape: Any, labelled: bool) -> Stack:
     """
     try:
         shapes = _shapes(path)
-        names, label = _choose(path, shapes, wanted, labelled)
+        names, label = _choose(path, shapes, wanted=wanted, labelled=labelled)
         with np.load(path, allow_pickle=False) as file:
             values = file[label] if label else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
@@ -92,7 +92,7 @@ def npy_labels(path: Path, rows: int) -> list[str]:
     return _labels(np.array(_npy(path)), str(path), rows)
 
 
-def open_pixels(path: Path, label_col: str, shape: Any, labelled: bool) -> Stack:
+def open_pixels(path: Path, label_col: str, *, shape: Any, labelled: bool) -> Stack:
     """A table with a column of labels (label_col, or else `label`) in which every other one is a pixel, 0..255."""
     header = pixel_columns(path)
     label = next((name for name in (label_col, "label") if name in header), None)
@@ -199,7 +199,7 @@ def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def _choose(
-    path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], wanted: Any, labelled: bool
+    path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], *, wanted: Any, labelled: bool
 ) -> tuple[list[str], str | None]:
     """The names of the images and of the labels."""
     there = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in shapes.items())

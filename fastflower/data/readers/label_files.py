@@ -28,7 +28,7 @@ class Row:
     problem: str = ""
 
 
-def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[list[Row], Names, list[str]]:
+def csv_rows(path: Path, root: Path, *, image_col: str, label_col: str) -> tuple[list[Row], Names, list[str]]:
     """The rows of a label file in its order, each further column that is constant within classes, and notices.
 
     UTF-8 with or without its mark; else, if then every file name exists below `root`, GB18030 or UTF-8 with file
@@ -45,12 +45,14 @@ def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[li
         kind = "looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "has a NUL byte"
         raise InputError(f"{path}:{line}: {kind}; save it as UTF-8 text")
     try:
-        return *_parse(data.decode("utf-8-sig"), path, image_col, label_col), []
+        return *_parse(data.decode("utf-8-sig"), path, image_col=image_col, label_col=label_col), []
     except UnicodeDecodeError as error:
         fault = f"{path}: byte {error.start} is not UTF-8; save it as UTF-8"
     for encoding, errors in (("gb18030", "strict"), ("utf-8-sig", "surrogateescape")):
         try:
-            rows, names = _parse(data.decode(encoding, errors), path, image_col, label_col)
+            rows, names = _parse(
+                data.decode(encoding, errors), path, image_col=image_col, label_col=label_col
+            )
             # only names of files may be other than text
             json.dumps([[row.category_id for row in rows], names], ensure_ascii=False).encode()
         except (UnicodeError, InputError):
@@ -61,7 +63,7 @@ def csv_rows(path: Path, root: Path, image_col: str, label_col: str) -> tuple[li
     raise InputError(f"{fault} (read otherwise, its file names do not exist)")
 
 
-def _parse(text: str, path: Path, image_col: str, label_col: str) -> tuple[list[Row], Names]:
+def _parse(text: str, path: Path, *, image_col: str, label_col: str) -> tuple[list[Row], Names]:
     wanted = (image_col, label_col)
     first = text.lstrip("\r\n").splitlines()[:1]
     if not first:

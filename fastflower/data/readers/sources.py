@@ -193,7 +193,7 @@ def form_of(recipe: Recipe) -> str:
     elif root.suffix == ".npz":
         fits, found = ("arrays", "pairs"), "arrays"
         if said == "auto":
-            found = ("arrays", "pairs")[_open_arrays(recipe, root, True).count - 1]
+            found = ("arrays", "pairs")[_open_arrays(recipe, root, labelled=True).count - 1]
     else:
         found = "arrays" if root.suffix == ".npy" else "pixels"
         fits = (found,)
@@ -213,7 +213,7 @@ def present(recipe: Recipe) -> bool:
 def open_labelled(recipe: Recipe) -> Rows:
     """The training rows in any form, and behind them those of data.val."""
     form = form_of(recipe)
-    first = _rows(recipe, form, Path(recipe.data.root), "")
+    first = _rows(recipe, form, path=Path(recipe.data.root), prefix="")
     if not recipe.data.val:
         return first
     path = Path(recipe.data.val)
@@ -224,7 +224,7 @@ def open_labelled(recipe: Recipe) -> Rows:
     if not path.exists():
         raise InputError(f"data.val = {path}: no such folder or file; give images in the form of data.root")
     prefix = f"{path.name if form == 'folders' else path.stem}/"
-    second = _rows(recipe, form, path, prefix)
+    second = _rows(recipe, form, path=path, prefix=prefix)
     if any(row.filename.startswith(prefix) for row in first.rows):
         raise InputError(
             f"data.val = {path}: data.root = {recipe.data.root} has images below the same name; rename one"
@@ -246,7 +246,7 @@ def open_unlabelled(recipe: Recipe) -> tuple[Source, list[str]]:
         return Files(path), names
     if not path.is_file():
         raise InputError(f"data.unlabelled = {path}: no such folder or file")
-    source = Arrays(path.stem, _open_arrays(recipe, path, False))
+    source = Arrays(path.stem, _open_arrays(recipe, path, labelled=False))
     return source, [source.name(row) for row in range(source.stack.rows)]
 
 
@@ -257,21 +257,23 @@ def pair_arrays(recipe: Recipe, path: str = "") -> list[str]:
         return []
     if not file.is_file():
         raise InputError(f"{file}: no such file, and it says whether its images are pairs; bring it here")
-    stack = _open_arrays(recipe, file, True)
+    stack = _open_arrays(recipe, file, labelled=True)
     return list(stack.names) if stack.count == 2 else []
 
 
-def _rows(recipe: Recipe, form: str, path: Path, prefix: str) -> Rows:
+def _rows(recipe: Recipe, form: str, *, path: Path, prefix: str) -> Rows:
     data = recipe.data
     if form == "csv":
-        rows, names, notices = csv_rows(Path(data.csv), path, data.image_col, data.label_col)
+        rows, names, notices = csv_rows(
+            Path(data.csv), path, image_col=data.image_col, label_col=data.label_col
+        )
         return Rows(Files(path), rows, data.csv, names, notices=notices)
     if form == "folders":
         rows = folder_rows(path)
         for row in rows:
             row.filename = prefix + row.filename
         return Rows(Files(path, prefix), rows, str(path))
-    stack = _open_arrays(recipe, path, True)
+    stack = _open_arrays(recipe, path, labelled=True)
     if form == "pairs" and stack.count != 2:
         raise InputError(f"data.form = pairs: {path} has one array of images; {arrays.REMEDY}")
     if form != "pairs" and stack.count == 2:
@@ -283,10 +285,10 @@ def _rows(recipe: Recipe, form: str, path: Path, prefix: str) -> Rows:
     return Rows(source, rows, str(path))
 
 
-def _open_arrays(recipe: Recipe, path: Path, labelled: bool) -> Stack:
+def _open_arrays(recipe: Recipe, path: Path, *, labelled: bool) -> Stack:
     data = recipe.data
     if path.suffix == ".npz":
-        return arrays.open_npz(path, data.arrays, data.shape, labelled)
+        return arrays.open_npz(path, data.arrays, shape=data.shape, labelled=labelled)
     if path.suffix == ".npy":
         csv = Path(data.csv)
         if labelled and csv.suffix != ".npy":
@@ -294,4 +296,4 @@ def _open_arrays(recipe: Recipe, path: Path, labelled: bool) -> Stack:
         return arrays.open_npy(
             path, data.shape, (lambda rows: arrays.npy_labels(csv, rows)) if labelled else None
         )
-    return arrays.open_pixels(path, data.label_col, data.shape, labelled)
+    return arrays.open_pixels(path, data.label_col, shape=data.shape, labelled=labelled)

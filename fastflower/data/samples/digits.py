@@ -49,7 +49,7 @@ def unpack(table: Path, folder: Path) -> arrays.Stack:
     """A table of pixels without labels (Kaggle's test.csv) as folder/<ImageId>.png; ImageId counts rows."""
     if not table.is_file():
         raise InputError(f"no {table}; give a table with one column for each pixel")
-    stack = arrays.open_pixels(table, "label", "auto", labelled=False)
+    stack = arrays.open_pixels(table, "label", shape="auto", labelled=False)
     write_images(stack.images[0], folder)
     return stack
 

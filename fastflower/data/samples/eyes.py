@@ -56,8 +56,8 @@ def draw(seed: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     is_open = dice.happens(OPEN)
     gap = np.where(is_open > 0, dice(0.3, 1), dice(0, 0.05))
     along, down = _axes(dice)
-    image = _eye(dice, along, down, gap)
-    image = _surroundings(dice, along, down, image)
+    image = _eye(dice, along, down=down, gap=gap)
+    image = _surroundings(dice, along, down=down, image=image)
     return _photograph(dice, image), is_open[:, 0, 0] > 0
 
 
@@ -85,7 +85,7 @@ def _paint(image: np.ndarray, colour: np.ndarray, cover: np.ndarray) -> np.ndarr
     return image + (colour - image) * cover[:, None]
 
 
-def _eye(dice: _Dice, along: np.ndarray, down: np.ndarray, gap: np.ndarray) -> np.ndarray:
+def _eye(dice: _Dice, along: np.ndarray, *, down: np.ndarray, gap: np.ndarray) -> np.ndarray:
     """Skin, eyeball and lids, float32 (N, 3, H, W) in 0..1; `gap` is 0 for shut lids and 1 for wide ones."""
     skew = along + dice(-0.25, 0.25) * (1 - along**2)
     arch = np.clip(1 - skew**2, 0, 1) ** dice(0.55, 0.95)
@@ -96,7 +96,7 @@ def _eye(dice: _Dice, along: np.ndarray, down: np.ndarray, gap: np.ndarray) -> n
     image = skin * (socket * (1 + dice(-0.2, 0.2) * along + dice(-0.3, 0.3) * down))[:, None]
     image = _paint(image, image * 0.55, dice(0, 0.9) * _line(down - 1.35 * above + 0.08, dice(0.03, 0.06)))
     inside = _cover(down - lid) * _cover(lower - down) * (np.abs(along) < 1)
-    image = _paint(image, _eyeball(dice, along, down, lid), inside)
+    image = _paint(image, _eyeball(dice, along, down=down, lid=lid), inside)
     thick, strength = dice(0.03, 0.08), dice(0.45, 0.98)
     near = np.clip(1.25 - np.abs(along), 0, 0.25) * 4
     image = _paint(image, DARK, strength * near * _line(down - lid + thick / 2, thick))
@@ -109,7 +109,7 @@ def _eye(dice: _Dice, along: np.ndarray, down: np.ndarray, gap: np.ndarray) -> n
     return _paint(image, DARK, dice(0, 0.5) * near * _line(down - lower, dice(0.02, 0.05)))
 
 
-def _eyeball(dice: _Dice, along: np.ndarray, down: np.ndarray, lid: np.ndarray) -> np.ndarray:
+def _eyeball(dice: _Dice, along: np.ndarray, *, down: np.ndarray, lid: np.ndarray) -> np.ndarray:
     white = dice(0.6, 0.95)[:, None] * np.array([1.0, 0.97, 0.95], np.float32)[:, None, None]
     ball = white * (1 - 0.45 * _line(down - lid, dice(0.06, 0.16)))[:, None]  # the lid's shadow
     radius, gaze = dice(0.25, 0.36), dice(-0.4, 0.4)
@@ -123,7 +123,7 @@ def _eyeball(dice: _Dice, along: np.ndarray, down: np.ndarray, lid: np.ndarray) 
     return _paint(ball, WHITE, dice(0, 1) * _cover(dice(0.03, 0.09) - glint))
 
 
-def _surroundings(dice: _Dice, along: np.ndarray, down: np.ndarray, image: np.ndarray) -> np.ndarray:
+def _surroundings(dice: _Dice, along: np.ndarray, *, down: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Brow, glasses and their glare, of some."""
     brow = _line(down + dice(0.62, 0.85) - dice(0, 0.15) * along**2, dice(0.05, 0.12))
     image = _paint(image, DARK * 2, dice.happens(0.6) * dice(0.4, 0.9) * brow * (np.abs(along) < 1.3))
@@ -171,7 +171,7 @@ def write(home: Path, rows: int = 20000, held_out: int = 1000, seed: int = 0) ->
         with (home / labels).open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(("filename", "category_id"))
-            for made in workers.run(draw_chunk, zip(chunks), workers.cores(0), progress):
+            for made in workers.run(draw_chunk, zip(chunks), count=workers.cores(0), tell=progress):
                 table.writerows(made)
 
 

@@ -82,7 +82,7 @@ class Pen:
     """Draws in a flower's own units: centre (0, 0), radius 1, y up, turned and foreshortened with it."""
 
     def __init__(
-        self, image: Image.Image, x: float, y: float, radius: float, turn: float, squash: float = 1.0
+        self, image: Image.Image, x: float, *, y: float, radius: float, turn: float, squash: float = 1.0
     ) -> None:
         self.draw = ImageDraw.Draw(image)
         self.at = np.array([x, y]) * image.width
@@ -99,7 +99,7 @@ class Pen:
         pixels = (points @ self.matrix.T + self.at).ravel().tolist()
         self.draw.line(pixels, fill=rgb(colour), width=max(1, round(width * self.radius)), joint="curve")
 
-    def dot(self, x: float, y: float, radius: float, colour: Colour) -> None:
+    def dot(self, x: float, y: float, *, radius: float, colour: Colour) -> None:
         angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
         self.fill(np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1), colour)
 
@@ -171,29 +171,29 @@ def _radial(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> 
 
 def _disc(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
     """Florets in the golden angle's spiral."""
-    pen.dot(0, 0, size, shade(colour, 0.7))
-    pen.dot(0, 0, size * 0.9, colour)
+    pen.dot(0, 0, radius=size, colour=shade(colour, 0.7))
+    pen.dot(0, 0, radius=size * 0.9, colour=colour)
     steps = np.arange(70)
     angles, radii = steps * 2.39996, size * 0.93 * np.sqrt(steps / 70)
     for step in range(70):
         light = 1.25 if step % 3 else 0.75
         x, y = radii[step] * math.cos(angles[step]), radii[step] * math.sin(angles[step])
-        pen.dot(x, y, size * 0.06, shade(colour, light))
+        pen.dot(x, y, radius=size * 0.06, colour=shade(colour, light))
 
 
 def _stamens(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
     for angle in np.linspace(0, 2 * math.pi, 18, endpoint=False) + rng.uniform(0, 1):
         end = size * rng.uniform(0.7, 1.1) * np.array([math.cos(angle), math.sin(angle)])
         pen.line(np.array([[0.0, 0.0], end]), shade(colour, 0.9, 0.8), 0.02)
-        pen.dot(end[0], end[1], 0.04, shade(colour, 1.25))
-    pen.dot(0, 0, size * 0.42, shade(colour, 0.85))
-    pen.dot(0, 0, size * 0.25, LIME)
+        pen.dot(end[0], end[1], radius=0.04, colour=shade(colour, 1.25))
+    pen.dot(0, 0, radius=size * 0.42, colour=shade(colour, 0.85))
+    pen.dot(0, 0, radius=size * 0.25, colour=LIME)
 
 
 def _eye(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
-    pen.dot(0, 0, size * 1.25, WHITE)
-    pen.dot(0, 0, size, colour)
-    pen.dot(0, 0, size * 0.4, shade(colour, 0.4))
+    pen.dot(0, 0, radius=size * 1.25, colour=WHITE)
+    pen.dot(0, 0, radius=size, colour=colour)
+    pen.dot(0, 0, radius=size * 0.4, colour=shade(colour, 0.4))
 
 
 def _face(pen: Pen, rng: Rng) -> None:
@@ -201,16 +201,16 @@ def _face(pen: Pen, rng: Rng) -> None:
     for angle in np.linspace(-2.6, -0.54, 9):
         end = rng.uniform(0.4, 0.55) * np.array([math.cos(angle), math.sin(angle)])
         pen.line(np.array([[0.0, 0.0], end]), DARK, 0.02)
-    pen.dot(0, 0, 0.09, YELLOW)
-    pen.dot(0, -0.03, 0.05, LIME)
+    pen.dot(0, 0, radius=0.09, colour=YELLOW)
+    pen.dot(0, -0.03, radius=0.05, colour=LIME)
 
 
 def _anthers(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
     """A lily's freckles and six long stamens."""
     for _ in range(40):
         angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.15, 0.5)
-        pen.dot(far * math.cos(angle), far * math.sin(angle), 0.012, shade(colour, 1.2))
-    pen.dot(0, 0, 0.1, LIME)
+        pen.dot(far * math.cos(angle), far * math.sin(angle), radius=0.012, colour=shade(colour, 1.2))
+    pen.dot(0, 0, radius=0.1, colour=LIME)
     lean = rng.uniform(0, 2 * math.pi)
     for angle in np.linspace(0, 2 * math.pi, 6, endpoint=False) + lean:
         end = size * rng.uniform(0.85, 1.1) * np.array([math.cos(angle), math.sin(angle)])
@@ -227,7 +227,7 @@ def _trumpet(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> No
     for share, light in ((1.0, 0.8), (0.93, 1.0), (0.72, 0.85), (0.5, 0.6)):
         pen.fill(ring * size * share, shade(colour, light))
     for k in range(6):
-        pen.dot(0.09 * math.cos(k), 0.09 * math.sin(k), 0.03, YELLOW)
+        pen.dot(0.09 * math.cos(k), 0.09 * math.sin(k), radius=0.03, colour=YELLOW)
 
 
 def _tuft(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
@@ -236,12 +236,12 @@ def _tuft(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
         angle, far = rng.uniform(0, 2 * math.pi), size * rng.uniform(0.2, 1.0)
         way = np.array([math.cos(angle), math.sin(angle)])
         pen.line(np.array([way * far * 0.4, way * far]), shade(colour, rng.uniform(0.8, 1.5)), 0.03)
-        pen.dot(way[0] * far, way[1] * far, 0.022, (0.86, 0.35, 0.95))
+        pen.dot(way[0] * far, way[1] * far, radius=0.022, colour=(0.86, 0.35, 0.95))
 
 
 def _whorl(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
     """A rose's rolled heart: arcs of a spiral, darker inside."""
-    pen.dot(0, 0, 0.3, shade(tip, 0.72))
+    pen.dot(0, 0, radius=0.3, colour=shade(tip, 0.72))
     for turn in range(9):
         angle = turn * 2.4 + np.linspace(0, 2.6, 10)
         far = 0.3 - 0.03 * turn
@@ -302,9 +302,9 @@ def _spike(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> N
             x, y = side * wide * rng.uniform(0.75, 1.05), -0.85 + 1.95 * k + rng.normal(0, 0.02)
             size = (0.115 - 0.06 * k) * rng.uniform(0.85, 1.15)
             light = rng.uniform(0.8, 1.08) * (0.85 + 0.15 * abs(side))
-            pen.dot(x, y, size, shade(tip, 0.75 * light))
-            pen.dot(x, y + size * 0.15, size * 0.82, shade(tip, light))
-            pen.dot(x, y - size * 0.2, size * 0.42, base)
+            pen.dot(x, y, radius=size, colour=shade(tip, 0.75 * light))
+            pen.dot(x, y + size * 0.15, radius=size * 0.82, colour=shade(tip, light))
+            pen.dot(x, y - size * 0.2, radius=size * 0.42, colour=base)
 
 
 def head(pen: Pen, species: Species, palette: tuple[Colour, Colour], rng: Rng) -> None:

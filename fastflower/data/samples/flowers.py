@@ -69,7 +69,7 @@ def draw(species: int, seed: int, index: int) -> Image.Image:
     image = image.resize((SIZE * OVER, SIZE * OVER), Image.Resampling.NEAREST)  # halved again below
     _plants(image, SPECIES[species], rng)
     if rng.random() < 0.35:
-        _blades(ImageDraw.Draw(image), image.width, rng, int(rng.integers(1, 4)))
+        _blades(ImageDraw.Draw(image), image.width, rng=rng, count=int(rng.integers(1, 4)))
     return _photograph(image.reduce(OVER), rng)
 
 
@@ -119,6 +119,7 @@ class Shot(NamedTuple):
 def write(
     home: Path,
     seed: int = 0,
+    *,
     head: int = 130,
     tail: int = 18,
     held_out: int = 24,
@@ -137,7 +138,7 @@ def write(
     numbers = rng.permutation(len(drafts)) + 1
     shots = sorted(Shot(f"img_{n:06d}.jpg", *draft) for n, draft in zip(numbers, drafts, strict=True))
     take, progress = partial(_take, made, seed), workers.Progress("photographs", len(shots))
-    for _ in workers.run(take, zip(shots), workers.cores(0), progress):
+    for _ in workers.run(take, zip(shots), count=workers.cores(0), tell=progress):
         pass
     known = [shot for shot in shots if not shot.held_out]
     classes = [shot.species for shot in known]
@@ -158,7 +159,9 @@ def _take(made: DrawnSet, seed: int, shot: Shot) -> None:
         combos = derived.combos(list(corruptions.STRENGTHS), "low")
         kind, level = combos[shot.number % len(combos)]
         with Image.open(buffer) as stored:
-            pixels = corruptions.corrupt(np.array(stored), kind, level, corruptions.image_key(shot.name))
+            pixels = corruptions.corrupt(
+                np.array(stored), kind, level=level, key=corruptions.image_key(shot.name)
+            )
         Image.fromarray(pixels).save(made.disturbed / shot.name, "JPEG", quality=95, subsampling=0)
     workers.beat()
 
@@ -191,21 +194,21 @@ def _plants(image: Image.Image, species: Species, rng: Rng) -> None:
         squash = 1.0 if upright else rng.uniform(0.68, 1.0)
         placed.append((x, y, radius * rng.uniform(0.88, 1.12), turn, squash))
     for x, y, size, _, _ in placed:
-        _stem(image, x, y, size, green, rng)
+        _stem(image, x, y=y, size=size, green=green, rng=rng)
     for x, y, size, turn, squash in placed:
-        head(Pen(image, x, y, size, turn, squash), species, palette, rng)
+        head(Pen(image, x, y=y, radius=size, turn=turn, squash=squash), species, palette, rng)
 
 
 def _leaf_green(rng: Rng) -> Colour:
     return rng.uniform(0.22, 0.38), rng.uniform(0.45, 0.8), rng.uniform(0.28, 0.6)
 
 
-def _stem(image: Image.Image, x: float, y: float, size: float, green: Colour, rng: Rng) -> None:
+def _stem(image: Image.Image, x: float, *, y: float, size: float, green: Colour, rng: Rng) -> None:
     foot = x + rng.normal(0, 0.12)
     t = np.linspace(0, 1, 14)
     bend = rng.normal(0, 0.06)
     path = np.stack([x + (foot - x) * t + bend * np.sin(np.pi * t), y + (1.1 - y) * t], axis=1)
-    pen = Pen(image, 0, 0, 1, 0)
+    pen = Pen(image, 0, y=0, radius=1, turn=0)
     pen.matrix = np.eye(2) * image.width  # picture units, y down
     pen.line(path, shade(green, 0.85), 0.012 + 0.02 * size)
     shape = outline(Petal(rng.uniform(0.25, 0.5), 0.4, 0.8))
@@ -219,7 +222,7 @@ def _stem(image: Image.Image, x: float, y: float, size: float, green: Colour, rn
         pen.line(np.stack([path[k], tip]), shade(green, 1.3, 0.8), 0.004)
 
 
-def _blades(draw: ImageDraw.ImageDraw, side: int, rng: Rng, count: int) -> None:
+def _blades(draw: ImageDraw.ImageDraw, side: int, *, rng: Rng, count: int) -> None:
     """Grass in front of the flowers."""
     for _ in range(count):
         x, lean = rng.uniform(0, 1), rng.normal(0, 0.2)
@@ -253,7 +256,7 @@ def _backdrop(rng: Rng, species: int) -> Image.Image:
         other = SPECIES[(species + rng.integers(1, len(SPECIES))) % len(SPECIES)]
         size = rng.uniform(0.04, 0.1)
         x, y = rng.uniform(0, 1), rng.uniform(0.2, 1)
-        pen = Pen(image, x, y, size, rng.normal(0, 0.3), rng.uniform(0.7, 1))
+        pen = Pen(image, x, y=y, radius=size, turn=rng.normal(0, 0.3), squash=rng.uniform(0.7, 1))
         head(pen, other, other.palettes[rng.integers(len(other.palettes))], rng)
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 3.2)))
 

@@ -62,6 +62,7 @@ class Stream(enum.IntEnum):
 def augment(
     images: Tensor,
     keys: Tensor,
+    *,
     aug: Aug,
     erase_p: float,
     fill: Sequence[float] | Tensor,
@@ -76,7 +77,10 @@ def augment(
     if pairs:
         halves = images.unflatten(2, (2, images.shape[2] // 2)).transpose(1, 2).flatten(0, 1)  # (2B, H, W, 3)
         own = torch.stack([keys, seeding.mix_tensor(keys)], 1).flatten()
-        return torch.cat(augment(halves, own, aug, erase_p, fill).unflatten(0, (len(keys), 2)).unbind(1), 3)
+        return torch.cat(
+            augment(halves, own, aug=aug, erase_p=erase_p, fill=fill).unflatten(0, (len(keys), 2)).unbind(1),
+            3,
+        )
     batch, height, width, _ = images.shape
     if aug.strength == 0:
         return images.permute(0, 3, 1, 2).to(torch.float32)
@@ -85,25 +89,35 @@ def augment(
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device).permute(0, 3, 1, 2)
     rows = batch if images.is_cuda else max(1, CHUNK // (height * width))
     for part in (slice(start, start + rows) for start in range(0, batch, rows)):
-        out[part] = _augment(images[part], keys[part], aug, erase_p, fill)
+        out[part] = _augment(images[part], keys[part], aug=aug, erase_p=erase_p, fill=fill)
     return out
 
 
-def _augment(images: Tensor, keys: Tensor, aug: Aug, erase_p: float, fill: Tensor) -> Tensor:
+def _augment(images: Tensor, keys: Tensor, *, aug: Aug, erase_p: float, fill: Tensor) -> Tensor:
     x = _turn(images, keys, aug)
     x = _jitter(x, keys, aug)
     if aug.photometric_p:
         x = _distort(x, keys, aug)
     if aug.clahe_p:
-        x = _for_some(x, keys, happens(keys, Stream.CLAHE, aug.clahe_p * aug.strength), _clahe, aug)
+        x = _for_some(
+            x, keys, chosen=happens(keys, Stream.CLAHE, aug.clahe_p * aug.strength), change=_clahe, aug=aug
+        )
     for step in range(aug.randaugment_n):
-        chosen, sign = draw_operation(keys, step, len(OPERATIONS), aug.strength)
+        chosen, sign = draw_operation(keys, step, count=len(OPERATIONS), probability=aug.strength)
         level = min(1.0, aug.randaugment_m / LEVELS * aug.strength)
-        x = _apply(x, chosen, torch.full_like(sign, level), sign, tuple(OPERATIONS))
+        x = _apply(x, chosen, strength=torch.full_like(sign, level), sign=sign, names=tuple(OPERATIONS))
     if aug.augmix_p:
-        x = _for_some(x, keys, happens(keys, Stream.AUGMIX, aug.augmix_p * aug.strength), _augmix, aug)
+        x = _for_some(
+            x, keys, chosen=happens(keys, Stream.AUGMIX, aug.augmix_p * aug.strength), change=_augmix, aug=aug
+        )
     if aug.corrupt_p:
-        x = _for_some(x, keys, happens(keys, Stream.CORRUPT, aug.corrupt_p * aug.strength), _corrupt, aug)
+        x = _for_some(
+            x,
+            keys,
+            chosen=happens(keys, Stream.CORRUPT, aug.corrupt_p * aug.strength),
+            change=_corrupt,
+            aug=aug,
+        )
     if erase_p:
         x = image_ops.erase(x, erase_boxes(keys, erase_p * aug.strength, *x.shape[2:]), fill)
     return x
@@ -205,7 +219,7 @@ COLOURS = ("brightness", "color", "contrast", "sharpness")
 AUGMIX_OPERATIONS = tuple(name for name in OPERATIONS if name not in COLOURS)
 
 
-def draw_operation(keys: Tensor, step: int, count: int, probability: float) -> tuple[Tensor, Tensor]:
+def draw_operation(keys: Tensor, step: int, *, count: int, probability: float) -> tuple[Tensor, Tensor]:
     """What each row does at a step: an operation, int64 (B,) in 0..count-1, and its sign, float32 (B,).
 
     With `probability` it is one of them all alike, else 0, identity.
@@ -216,7 +230,7 @@ def draw_operation(keys: Tensor, step: int, count: int, probability: float) -> t
     return chosen * happens(keys, stream + 2, probability), sign
 
 
-def _apply(x: Tensor, chosen: Tensor, strength: Tensor, sign: Tensor, names: Sequence[str]) -> Tensor:
+def _apply(x: Tensor, chosen: Tensor, *, strength: Tensor, sign: Tensor, names: Sequence[str]) -> Tensor:
     """Each operation once, on the rows that chose it; 0 is identity."""
     choices = chosen.cpu()
     out = x.clone()
@@ -238,11 +252,11 @@ def _augmix(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
         length = (seeding.uniform_tensor(chain, Stream.AUGMIX_LENGTH) * AUGMIX_DEPTH).long()
         y = x
         for step in range(AUGMIX_DEPTH):
-            chosen, sign = draw_operation(chain, step, len(AUGMIX_OPERATIONS), 1.0)
+            chosen, sign = draw_operation(chain, step, count=len(AUGMIX_OPERATIONS), probability=1.0)
             level = between(
                 chain, Stream.OPERATION + 4 * step + 3, 0.0, min(1.0, AUGMIX_STRENGTH * aug.strength)
             )
-            y = _apply(y, chosen * (step <= length), level, sign, AUGMIX_OPERATIONS)
+            y = _apply(y, chosen * (step <= length), strength=level, sign=sign, names=AUGMIX_OPERATIONS)
         out.add_(y * image_ops.column(weight))
     return out
 
@@ -257,10 +271,12 @@ def _corrupt(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
         return image_ops.noise(x, keys, between(keys, Stream.CORRUPT_LEVEL, *NOISE_SIGMA) * aug.strength)
 
     blurred = happens(keys, Stream.CORRUPT_KIND, 0.5)
-    return _for_some(_for_some(x, keys, blurred, blur, aug), keys, ~blurred, noise, aug)
+    return _for_some(
+        _for_some(x, keys, chosen=blurred, change=blur, aug=aug), keys, chosen=~blurred, change=noise, aug=aug
+    )
 
 
-def _for_some(x: Tensor, keys: Tensor, chosen: Tensor, change: Change, aug: Aug) -> Tensor:
+def _for_some(x: Tensor, keys: Tensor, *, chosen: Tensor, change: Change, aug: Aug) -> Tensor:
     rows = chosen.nonzero().view(-1)
     return x.index_copy(0, rows, change(x[rows], keys[rows], aug)) if len(rows) else x
 

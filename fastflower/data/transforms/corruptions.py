@@ -43,11 +43,11 @@ def image_key(filename: str) -> int:
     return int.from_bytes(hashlib.sha256(filename.encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
-def corrupt(pixels: np.ndarray, kind: str, level: str, key: int) -> np.ndarray:
+def corrupt(pixels: np.ndarray, kind: str, *, level: str, key: int) -> np.ndarray:
     """A disturbed copy of uint8 (H, W, 3), of the same shape."""
     if kind == "jpeg":
         height, width = pixels.shape[:2]
-        return decode_file(jpeg_bytes(pixels, level), height, width, (height, width))
+        return decode_file(jpeg_bytes(pixels, level), (height, width), (height, width))
     words = [key & 0xFFFFFFFF, key >> 32, KINDS.index(kind), ("low", "medium").index(level)]
     return _KINDS[kind](pixels, STRENGTHS[kind][level], np.random.default_rng(words))
 

@@ -150,8 +150,8 @@ def clahe(x: Tensor, clip: Tensor, tiles: int) -> Tensor:
     counts = counts.minimum(limit) + excess // 256 + ((bins % stride == 0) & (bins // stride < left))
     tables = (counts.cumsum(2) * (255 / area)).round().clamp(max=255).view(batch, tiles, tiles * 256)
 
-    top, bottom, down = _between_tiles(height, tall, tiles, device)
-    before, after, across = _between_tiles(width, wide, tiles, device)
+    top, bottom, down = _between_tiles(height, tall, tiles=tiles, device=device)
+    before, after, across = _between_tiles(width, wide, tiles=tiles, device=device)
     value = level[:, 0].long()
 
     def looked_up(tile_rows: Tensor) -> Tensor:
@@ -169,7 +169,9 @@ def _mirrored(length: int, padded: int, device: torch.device) -> Tensor:
     return place.minimum(2 * length - 2 - place)
 
 
-def _between_tiles(length: int, side: int, tiles: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _between_tiles(
+    length: int, side: int, *, tiles: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """For each place of a side: the tile before, the tile after, and the weight of the second."""
     place = torch.arange(length, device=device) / side - 0.5
     before = place.floor()

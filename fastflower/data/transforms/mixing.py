@@ -23,7 +23,9 @@ WHETHER, WHICH, SHARE, CENTRE_ROW, CENTRE_COLUMN = range(3000, 3005)  # streams
 KNOTS = 4096
 
 
-def choose(seed: int, epoch: int, step: int, prob: float, switch: float, mixup: float, cutmix: float) -> Kind:
+def choose(
+    seed: int, epoch: int, *, step: int, prob: float, switch: float, mixup: float, cutmix: float
+) -> Kind:
     """What happens to the global batch of a step, the same on every rank.
 
     It is mixed at all with probability `prob`, and then by CutMix with probability `switch`. A method whose
@@ -31,7 +33,7 @@ def choose(seed: int, epoch: int, step: int, prob: float, switch: float, mixup: 
     """
     if not (mixup or cutmix):
         return "none"
-    key = seeding.row_keys(seed, epoch, np.array(step), np.array(0))
+    key = seeding.row_keys(seed, epoch, positions=np.array(step), rows=np.array(0))
     if seeding.uniform(key, WHETHER) >= prob:
         return "none"
     if mixup and cutmix:
@@ -42,6 +44,7 @@ def choose(seed: int, epoch: int, step: int, prob: float, switch: float, mixup: 
 def mix(
     images: Tensor,
     labels: Tensor,
+    *,
     keys: Tensor,
     num_classes: int,
     kind: Kind,
@@ -92,12 +95,15 @@ def boxes(keys: Tensor, share: Tensor, height: int, width: int) -> tuple[Tensor,
     off.
     """
     side = (1 - share.double()).sqrt()
-    down, across = _span(keys, CENTRE_ROW, side, height), _span(keys, CENTRE_COLUMN, side, width)
+    down, across = (
+        _span(keys, CENTRE_ROW, side=side, length=height),
+        _span(keys, CENTRE_COLUMN, side=side, length=width),
+    )
     area = down.sum(1) * across.sum(1)
     return (down[:, :, None] & across[:, None])[:, None], 1 - area / (height * width)
 
 
-def _span(keys: Tensor, stream: int, side: Tensor, length: int) -> Tensor:
+def _span(keys: Tensor, stream: int, *, side: Tensor, length: int) -> Tensor:
     """Bool (B, length): places within a span of floor(side * length) around a uniform centre."""
     size = (side * length).floor()
     start = (seeding.uniform_tensor(keys, stream) * length).floor() - (size / 2).floor()

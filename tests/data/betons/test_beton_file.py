@@ -39,7 +39,7 @@ def write(path: Path, rows: int = 6) -> Beton:
             if i % 2:
                 writer.raw(pixels, label=i % 3, index=100 + i)
             else:
-                writer.jpeg(jpeg(pixels), 20 + i, 31, label=i % 3, index=100 + i)
+                writer.jpeg(jpeg(pixels), 20 + i, width=31, label=i % 3, index=100 + i)
         writer.commit({"split": "train"})
     return open_beton(path)
 
@@ -193,7 +193,7 @@ def test_too_few_and_too_many_rows(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="raw rows are uint8"):
             writer.raw(np.zeros((4, 4)), 0, 0)
     with BetonWriter(tmp_path / "a.beton", 1) as writer, pytest.raises(InputError, match="sides reach 65535"):
-        writer.jpeg(b"x", 70000, 3, 0, 0)
+        writer.jpeg(b"x", 70000, width=3, label=0, index=0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -169,10 +169,10 @@ def test_consoles_that_show_little_change_nothing(repo: Path) -> None:
 
 def test_every_cut_of_a_jpeg_is_refused_by_the_decoder() -> None:
     data = jpeg(picture(2, (64, 48)))
-    decode_file(data, 48, 64, (48, 64))
+    decode_file(data, (48, 64), (48, 64))
     for cut in range(data.index(b"\xff\xda") + 20, len(data)):
         with pytest.raises(InputError, match="cannot be decoded"):
-            decode_file(data[:cut], 48, 64, (48, 64))
+            decode_file(data[:cut], (48, 64), (48, 64))
 
 
 def test_a_conversion_refuses_every_cut_jpeg() -> None:
@@ -200,7 +200,7 @@ def test_most_damage_that_shows_is_noticed() -> None:
         if got.shape != want.shape or np.abs(got - want).mean() > 2:
             shows += 1
             try:
-                decode_file(data, *got.shape[:2], got.shape[:2])
+                decode_file(data, got.shape[:2], got.shape[:2])
             except InputError:
                 noticed += 1
     assert shows > 300 and noticed / shows > 0.85, f"{noticed} of {shows}"
@@ -227,10 +227,10 @@ def test_images_of_any_size_go_through_conversion_loaders_and_predictor(store: s
         train = TrainLoader(
             opened.train,
             lambda epoch, rows=rows: rows,
-            3,
-            lambda epoch: 1,
-            lambda epoch: (16, 16),
-            Crop(),
+            seed=3,
+            batch=lambda epoch: 1,
+            size=lambda epoch: (16, 16),
+            crop=Crop(),
             threads=1,
         )
         train.cursor = lambda: (0, 0)
@@ -240,7 +240,7 @@ def test_images_of_any_size_go_through_conversion_loaders_and_predictor(store: s
             assert max(beton.heights.max(), beton.widths.max()) <= 4 * 18
             images = np.concatenate(
                 [batch["image"][batch["valid"]] for batch in EvalLoader(
-                    beton, 8, lambda: (16, 16), 1.14, "bicubic", threads=1
+                    beton, 8, size=lambda: (16, 16), factor=1.14, interpolation="bicubic", threads=1
                 )]
             )  # fmt: skip
             assert len(images) == beton.rows
@@ -447,10 +447,10 @@ def test_an_error_of_the_work_itself_reaches_the_caller() -> None:
 
     for count in (1, 2):
         with pytest.raises(InputError, match="row 3 is wrong"):
-            list(workers.run(work, ((k,) for k in range(8)), count, lambda done: None))
+            list(workers.run(work, ((k,) for k in range(8)), count=count, tell=lambda done: None))
     heard: list[int] = []
     assert list(
-        workers.run(lambda k: (workers.beat(), k)[1], ((k,) for k in range(8)), 2, heard.append)
+        workers.run(lambda k: (workers.beat(), k)[1], ((k,) for k in range(8)), count=2, tell=heard.append)
     ) == list(range(8))
     assert heard[-1] == 8
 

@@ -74,7 +74,7 @@ def pixels_of(path: Path, row: int) -> np.ndarray:
     beton = open_beton(path)
     height, width = int(beton.heights[row]), int(beton.widths[row])
     out = np.empty((1, height, width, 3), np.uint8)
-    decode_eval(beton, np.array([row]), out, 1.0, "bilinear", 1)
+    decode_eval(beton, np.array([row]), out=out, factor=1.0, interpolation="bilinear", threads=1)
     return out[0]
 
 
@@ -110,7 +110,9 @@ def test_rows_are_the_pictures(photographs: dict[str, bytes], store: str) -> Non
             want = np.asarray(image_files.stored(image_files.decode(photographs[names[index]]), SIDE))
             combo = combos[row * len(combos) // beton.rows]
             if combo:
-                want = corruptions.corrupt(want, *combo, corruptions.image_key(names[index]))
+                want = corruptions.corrupt(
+                    want, combo[0], level=combo[1], key=corruptions.image_key(names[index])
+                )
             exact = store == "raw" or split == "val" or combo[0] == "jpeg"
             got = pixels_of(path, row)
             assert np.array_equal(got, want) if exact else np.abs(got.astype(int) - want).mean() < 4
@@ -135,7 +137,9 @@ def test_each_file_is_read_once_and_encoded_once(
     seen: list[str] = []
     for module, name in ((sources, "read_bytes"), (encode, "decode_file"), (encode, "encode_jpeg")):
         real: Callable[..., object] = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
+        monkeypatch.setattr(
+            module, name, lambda *a, name=name, real=real, **k: (seen.append(name), real(*a, **k))[1]
+        )
     run("data.store=jpeg", "data.n_splits=5", "robust.enabled=false")
     assert {name: seen.count(name) for name in set(seen)} == {
         "read_bytes": 18,
@@ -238,7 +242,7 @@ def rotten(data: bytes) -> bytes:
         except InputError:
             continue
         try:
-            decode_file(changed, 48, 60, (48, 60))
+            decode_file(changed, (48, 60), (48, 60))
         except InputError:
             return changed
     pytest.fail("no change of one byte makes libjpeg warn")
@@ -443,7 +447,7 @@ def test_the_store_follows_memory(
 def test_hashing_is_left_out_when_it_takes_long(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline.duplicates, "hashing_seconds", lambda *a: 600.0)
+    monkeypatch.setattr(pipeline.duplicates, "hashing_seconds", lambda *a, **k: 600.0)
     monkeypatch.setattr(encode, "phash", lambda image: pytest.fail("hashed all the same"))
     run()
     assert "hashing takes about 600 s: left out; data.group=phash looks for them" in capsys.readouterr().out
@@ -753,7 +757,7 @@ def test_groups_by_embeddings_of_a_local_backbone(photographs: dict[str, bytes])
     for fold in range(3):
         beton = open_beton(Path(f"plain/betons/fold{fold}_val.beton"))
         part = np.empty((beton.rows, 32, 32, 3), np.uint8)
-        decode_eval(beton, np.arange(beton.rows), part, 1.14, "bicubic", 1)
+        decode_eval(beton, np.arange(beton.rows), out=part, factor=1.14, interpolation="bicubic", threads=1)
         views[beton.index] = part
     mean, std = np.array(network.pretrained_cfg["mean"]), np.array(network.pretrained_cfg["std"])
     with torch.no_grad():

@@ -59,7 +59,7 @@ def write(path: Path, images: list[bytes | np.ndarray]) -> Beton:
         for i, image in enumerate(images):
             if isinstance(image, bytes):
                 width, height = Image.open(io.BytesIO(image)).size
-                writer.jpeg(image, height, width, 0, i)
+                writer.jpeg(image, height, width=width, label=0, index=i)
             else:
                 writer.raw(image, 0, i)
         writer.commit({})
@@ -75,7 +75,7 @@ def pixels(beton: Beton, row: int) -> Image.Image:
 
 def train(beton: Beton, keys: np.ndarray, size: tuple[int, int], crop: Crop, threads: int = 1) -> np.ndarray:
     out = np.empty((beton.rows, *size, 3), np.uint8)
-    decode_train(beton, np.arange(beton.rows), keys, out, crop, threads)
+    decode_train(beton, np.arange(beton.rows), keys=keys, out=out, crop=crop, threads=threads)
     return out
 
 
@@ -105,11 +105,11 @@ def portable() -> Iterator[None]:
 
 def assert_as_pillow(beton: Beton, size: tuple[int, int], factor: float, interpolation: str) -> None:
     out = np.zeros((beton.rows, *size, 3), np.uint8)
-    decode_eval(beton, np.arange(beton.rows), out, factor, interpolation, 2)
+    decode_eval(beton, np.arange(beton.rows), out=out, factor=factor, interpolation=interpolation, threads=2)
     how = Image.Resampling[interpolation.upper()]
     for row in range(beton.rows):
         image = pixels(beton, row)
-        box = eval_box(image.height, image.width, size, factor)
+        box = eval_box(image.height, image.width, size=size, factor=factor)
         assert np.array_equal(out[row], np.array(image.resize(size[::-1], how, box=box))), (row, image.size)
 
 
@@ -128,12 +128,12 @@ def test_portable_evaluation_is_pillow_too(beton: Beton, portable: None) -> None
 
 
 def test_eval_box_is_the_largest_centred_one() -> None:
-    assert eval_box(300, 400, (224, 224), 1.0) == (50.0, 0.0, 350.0, 300.0)
-    left, top, right, bottom = eval_box(300, 400, (32, 64), 1.25)
+    assert eval_box(300, 400, size=(224, 224), factor=1.0) == (50.0, 0.0, 350.0, 300.0)
+    left, top, right, bottom = eval_box(300, 400, size=(32, 64), factor=1.25)
     assert (left, top, right, bottom) == pytest.approx((40, 70, 360, 230))
     for size in ((3, 7), (224, 224), (333, 1)):  # never outside, whatever the rounding
         for shape in ((1, 1), (7, 1000), (667, 500)):
-            left, top, right, bottom = eval_box(*shape, size, 1.0)
+            left, top, right, bottom = eval_box(*shape, size=size, factor=1.0)
             assert 0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0]
 
 
@@ -166,18 +166,18 @@ def reference_box(
     "crop", [Crop(), Crop((0.08, 1.0), (0.5, 2.0), 0.2), Crop((0.9, 1.0), (1.0, 1.0), 1.0)]
 )
 def test_crops_are_torchvisions(size: tuple[int, int], crop: Crop) -> None:
-    keys = seeding.row_keys(3, 1, np.arange(60), np.arange(60))
+    keys = seeding.row_keys(3, 1, positions=np.arange(60), rows=np.arange(60))
     for height, width in ((500, 666), (40, 300), (300, 40), (9, 9)):
         for key in keys:
-            box = crop_box(int(key), height, width, size, crop)
+            box = crop_box(int(key), height, width=width, size=size, crop=crop)
             assert box == reference_box(int(key), height, width, size, crop)
             assert box[0] >= 0 <= box[1] and box[0] + box[2] <= height and box[1] + box[3] <= width
 
 
 def test_crops_are_uniform_and_independent() -> None:
-    keys = seeding.row_keys(0, np.uint64(0), np.arange(4000), np.arange(4000))
+    keys = seeding.row_keys(0, np.uint64(0), positions=np.arange(4000), rows=np.arange(4000))
     quarter = Crop((0.25, 0.25), (1.0, 1.0))
-    boxes = np.array([crop_box(int(key), 1000, 1000, (64, 64), quarter) for key in keys])
+    boxes = np.array([crop_box(int(key), 1000, width=1000, size=(64, 64), crop=quarter) for key in keys])
     top, left, flip = boxes[:, 0], boxes[:, 1], boxes[:, 4]
     assert (boxes[:, 2] == 500).all()
     for place in (top, left):
@@ -185,8 +185,8 @@ def test_crops_are_uniform_and_independent() -> None:
     assert stats.binomtest(int(flip.sum()), 4000, 0.5).pvalue > 1e-3
     for a, b in ((top, left), (top[1:], top[:-1]), (left, flip)):
         assert abs(stats.pearsonr(a, b).statistic) < 0.06
-    keys = seeding.row_keys(0, 1, np.arange(4000), np.arange(4000))
-    later = np.array([crop_box(int(key), 1000, 1000, (64, 64), quarter)[0] for key in keys])
+    keys = seeding.row_keys(0, 1, positions=np.arange(4000), rows=np.arange(4000))
+    later = np.array([crop_box(int(key), 1000, width=1000, size=(64, 64), crop=quarter)[0] for key in keys])
     assert abs(stats.pearsonr(top, later).statistic) < 0.06
 
 
@@ -196,12 +196,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 64), (100, 180), (250, 160)])
 def test_training_is_near_pillow(beton: Beton, size: tuple[int, int]) -> None:
-    keys = seeding.row_keys(1, 2, np.arange(beton.rows), np.arange(beton.rows))
+    keys = seeding.row_keys(1, 2, positions=np.arange(beton.rows), rows=np.arange(beton.rows))
     crop = Crop((0.3, 1.0), (3 / 4, 4 / 3), 0.5)
     out = train(beton, keys, size, crop)
     for row in range(beton.rows):
         image = pixels(beton, row)
-        top, left, height, width, flip = crop_box(int(keys[row]), image.height, image.width, size, crop)
+        top, left, height, width, flip = crop_box(
+            int(keys[row]), image.height, width=image.width, size=size, crop=crop
+        )
         view = image.crop((left, top, left + width, top + height)).resize(
             size[::-1], Image.Resampling.BILINEAR
         )
@@ -218,12 +220,17 @@ def test_training_quality_on_photographs(flowers17: Path, tmp_path: Path) -> Non
 
     files = sorted((flowers17 / "train").iterdir())[::60]
     beton = write(tmp_path / "a.beton", [file.read_bytes() for file in files])
-    keys, crop = seeding.row_keys(1, 2, np.arange(beton.rows), np.arange(beton.rows)), Crop(hflip_p=0.0)
+    keys, crop = (
+        seeding.row_keys(1, 2, positions=np.arange(beton.rows), rows=np.arange(beton.rows)),
+        Crop(hflip_p=0.0),
+    )
     for size, bilinear, area in ((224, (38, 44), (32, 40)), (320, (44, 48), (38, 45))):
         out, found = train(beton, keys, (size, size), crop), []
         for row in range(beton.rows):
             image = pixels(beton, row)
-            top, left, h, w, _ = crop_box(int(keys[row]), image.height, image.width, (size, size), crop)
+            top, left, h, w, _ = crop_box(
+                int(keys[row]), image.height, width=image.width, size=(size, size), crop=crop
+            )
             view = image.crop((left, top, left + w, top + h))
             smooth = np.array(view.resize((size, size), Image.Resampling.BILINEAR))
             mean = cv2.resize(np.array(view), (size, size), interpolation=cv2.INTER_AREA)
@@ -235,7 +242,7 @@ def test_training_quality_on_photographs(flowers17: Path, tmp_path: Path) -> Non
 def test_a_constant_image_stays_constant(tmp_path: Path) -> None:
     values = [0, 1, 127, 128, 200, 254, 255]
     beton = write(tmp_path / "a.beton", [np.full((77, 91, 3), v, np.uint8) for v in values])
-    keys = seeding.row_keys(5, 0, np.arange(len(values)), np.arange(len(values)))
+    keys = seeding.row_keys(5, 0, positions=np.arange(len(values)), rows=np.arange(len(values)))
     for size in ((32, 32), (224, 224), (13, 100), (76, 90)):
         out = train(beton, keys, size, Crop())
         for row, value in enumerate(values):
@@ -250,7 +257,7 @@ def test_flip_is_a_mirror(beton: Beton) -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (3, 5), (31, 97), (200, 333)])
 def test_fast_code_equals_portable_code(beton: Beton, size: tuple[int, int]) -> None:
-    keys = seeding.row_keys(1, 2, np.arange(beton.rows), np.arange(beton.rows))
+    keys = seeding.row_keys(1, 2, positions=np.arange(beton.rows), rows=np.arange(beton.rows))
     crop, outs = Crop((0.1, 1.0)), []
     for on in (0, 1, 0):
         library().ff_portable(on)
@@ -292,7 +299,7 @@ def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, w
         files += [kind[:-2] + tail + b"\xff\xd9" + behind for tail in tails for behind in (b"", b"behind")]
     with BetonWriter(tmp_path / "a.beton", len(files)) as writer:
         for i, data in enumerate(files):
-            writer.jpeg(data, 40, 50, 0, i)
+            writer.jpeg(data, 40, width=50, label=0, index=i)
         writer.commit({})
     beton, refused = open_beton(tmp_path / "a.beton"), 0
     for row, data in enumerate(files):
@@ -302,9 +309,16 @@ def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, w
             out = np.zeros((1, 30, 30, 3), np.uint8)
             try:
                 if whole:
-                    out = decode_file(data, 40, 50, (40, 50))
+                    out = decode_file(data, (40, 50), (40, 50))
                 else:
-                    decode_train(beton, np.array([row]), np.array([row], np.uint64), out, Crop((0.5, 1)), 1)
+                    decode_train(
+                        beton,
+                        np.array([row]),
+                        keys=np.array([row], np.uint64),
+                        out=out,
+                        crop=Crop((0.5, 1)),
+                        threads=1,
+                    )
                 found.append((out.tobytes(), ""))
             except (CorruptionError, InputError) as error:
                 found.append((b"", str(error)))
@@ -315,16 +329,16 @@ def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, w
 
 def test_threads_order_and_batch_do_not_matter(beton: Beton) -> None:
     rows = np.random.default_rng(0).permutation(np.repeat(np.arange(beton.rows), 2))
-    keys = seeding.row_keys(1, 2, np.arange(rows.size), rows)
+    keys = seeding.row_keys(1, 2, positions=np.arange(rows.size), rows=rows)
     one, three = np.empty((2, rows.size, 48, 64, 3), np.uint8)
-    decode_train(beton, rows, keys, one, Crop(), 1)
-    decode_train(beton, rows, keys, three, Crop(), 3)
+    decode_train(beton, rows, keys=keys, out=one, crop=Crop(), threads=1)
+    decode_train(beton, rows, keys=keys, out=three, crop=Crop(), threads=3)
     assert np.array_equal(one, three)
     back, single = rows.size - 1 - np.arange(rows.size), np.empty((1, 48, 64, 3), np.uint8)
-    decode_train(beton, rows[back], keys[back], three, Crop(), 2)
+    decode_train(beton, rows[back], keys=keys[back], out=three, crop=Crop(), threads=2)
     assert np.array_equal(one, three[back])
     for i in range(0, rows.size, 17):
-        decode_train(beton, rows[i : i + 1], keys[i : i + 1], single, Crop(), 4)
+        decode_train(beton, rows[i : i + 1], keys=keys[i : i + 1], out=single, crop=Crop(), threads=4)
         assert np.array_equal(single[0], one[i])
     first, second = one[rows == beton.rows - 1]
     assert not np.array_equal(first, second)  # another key, another crop
@@ -349,17 +363,17 @@ def test_an_undecodable_row_is_named(tmp_path: Path, how: str, threads: int) -> 
     good, size = [jpeg(picture(90, 120, i)) for i in range(8)], (40, 40)
     with BetonWriter(tmp_path / "a.beton", 8) as writer:
         for i, data in enumerate(good):
-            writer.jpeg(broken(data, how) if i in (3, 6) else data, 90, 120, 0, 70 + i)
+            writer.jpeg(broken(data, how) if i in (3, 6) else data, 90, width=120, label=0, index=70 + i)
         writer.commit({})
     beton, out = open_beton(tmp_path / "a.beton"), np.empty((8, *size, 3), np.uint8)
     keys, rows = np.arange(8, dtype=np.uint64), np.arange(8)
     words = r"row 3 \(row 73 of folds.csv\): cannot be decoded \(.+\)"
     with pytest.raises(CorruptionError, match=words):
-        decode_train(beton, rows, keys, out, WHOLE, threads)
+        decode_train(beton, rows, keys=keys, out=out, crop=WHOLE, threads=threads)
     with pytest.raises(CorruptionError, match=words):
-        decode_eval(beton, rows, out, 1.0, "bicubic", threads)
+        decode_eval(beton, rows, out=out, factor=1.0, interpolation="bicubic", threads=threads)
     fine = np.array([0, 1, 2, 4, 5, 7])  # and the kernel is none the worse for it
-    decode_train(beton, fine, keys[fine], out[:6], WHOLE, threads)
+    decode_train(beton, fine, keys=keys[fine], out=out[:6], crop=WHOLE, threads=threads)
     middle = pixels(beton, 4).crop((15, 0, 105, 90))
     assert psnr(out[3], np.array(middle.resize((40, 40), Image.Resampling.BILINEAR))) > 27
 
@@ -367,13 +381,15 @@ def test_an_undecodable_row_is_named(tmp_path: Path, how: str, threads: int) -> 
 def test_wrong_arguments_are_refused(beton: Beton) -> None:
     keys, out = np.zeros(2, np.uint64), np.empty((2, 8, 8, 3), np.uint8)
     with pytest.raises(InputError, match=r"rows are 0\.\.98, got 0\.\.99"):
-        decode_train(beton, np.array([0, 99]), keys, out, Crop(), 1)
+        decode_train(beton, np.array([0, 99]), keys=keys, out=out, crop=Crop(), threads=1)
     with pytest.raises(InputError, match="out must be contiguous"):
-        decode_eval(beton, np.array([0, 1]), out[:, :, ::2], 1.0, "bicubic", 1)
+        decode_eval(
+            beton, np.array([0, 1]), out=out[:, :, ::2], factor=1.0, interpolation="bicubic", threads=1
+        )
     with pytest.raises(InputError, match="3 keys for 2 rows"):
-        decode_train(beton, np.array([0, 1]), np.zeros(3, np.uint64), out, Crop(), 1)
+        decode_train(beton, np.array([0, 1]), keys=np.zeros(3, np.uint64), out=out, crop=Crop(), threads=1)
     with pytest.raises(InputError, match="interpolation = nearest: must be one of bilinear, bicubic"):
-        decode_eval(beton, np.array([0, 1]), out, 1.0, "nearest", 1)
+        decode_eval(beton, np.array([0, 1]), out=out, factor=1.0, interpolation="nearest", threads=1)
 
 
 def test_a_missing_kernel_says_make_setup(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,9 +427,16 @@ def test_ffcvs_loader_runs_the_same_kernel(beton: Beton, os_cache: bool) -> None
                 np.empty((beton.rows, *size, 3), np.uint8),
             )
             if decoder is trained:
-                decode_train(beton, rows, seeding.row_keys(seed, epoch, 0 * rows, rows), expected, Crop(), 1)
+                decode_train(
+                    beton,
+                    rows,
+                    keys=seeding.row_keys(seed, epoch, positions=0 * rows, rows=rows),
+                    out=expected,
+                    crop=Crop(),
+                    threads=1,
+                )
             else:
-                decode_eval(beton, rows, expected, 1.14, "bicubic", 1)
+                decode_eval(beton, rows, out=expected, factor=1.14, interpolation="bicubic", threads=1)
             assert np.array_equal(got, expected)
             assert np.concatenate([b[1] for b in batches])[:, 0].tolist() == beton.index.tolist()
         decoder.check(beton.path)
@@ -443,11 +466,11 @@ def test_stock_ffcv_trains_on_our_betons(tmp_path: Path) -> None:
             if i % 2:
                 writer.raw(np.array(image), i % 3, i)
             else:
-                writer.jpeg(jpeg(image, quality=98), 64, 64, i % 3, i)
+                writer.jpeg(jpeg(image, quality=98), 64, width=64, label=i % 3, index=i)
         writer.commit({})
     batches = [
         (batch[0].numpy().copy(), batch[1].numpy().copy())
-        for batch in stock_loader(tmp_path / "a.beton", (64, 64), WHOLE, 4, 1)
+        for batch in stock_loader(tmp_path / "a.beton", (64, 64), crop=WHOLE, batch=4, threads=1)
     ]
     assert [len(batch[0]) for batch in batches] == [4, 4, 2]
     assert np.concatenate([batch[1] for batch in batches])[:, 0].tolist() == [i % 3 for i in range(10)]

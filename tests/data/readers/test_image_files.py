@@ -197,7 +197,7 @@ FOREIGN |= {
 def test_foreign_parsers_are_never_started(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.init()
     own = {name: Image.OPEN[name] for name in image_files.FORMATS}
-    foreign = dict.fromkeys(Image.OPEN, (lambda *a: pytest.fail("a foreign parser ran"), None))
+    foreign = dict.fromkeys(Image.OPEN, (lambda *a, **k: pytest.fail("a foreign parser ran"), None))
     monkeypatch.setattr(Image, "OPEN", foreign | own)
     Path("named.jpg").write_bytes(FOREIGN[form])
     for read in (image_files.decode, image_files.inspect):

@@ -39,7 +39,7 @@ def grey(rows: int = 12, height: int = 28, width: int = 28, seed: int = 0) -> np
 def shown(beton: Beton, row: int) -> np.ndarray:
     """A stored image at its own size: uint8 (H, W, 3)."""
     out = np.empty((1, int(beton.heights[row]), int(beton.widths[row]), 3), np.uint8)
-    decode_eval(beton, np.array([row]), out, 1.0, "bilinear", 1)
+    decode_eval(beton, np.array([row]), out=out, factor=1.0, interpolation="bilinear", threads=1)
     return out[0]
 
 
@@ -309,7 +309,7 @@ def test_labels_of_a_table_of_pixels_stay_text() -> None:
 def test_pixels_are_read_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     write_pixels(Path("train.csv"), grey(), IDS)
     np.savez("train.npz", x=grey(), y=np.array(IDS))
-    monkeypatch.setattr(arrays, "as_uint8", lambda *a: pytest.fail("read the pixels"))
+    monkeypatch.setattr(arrays, "as_uint8", lambda *a, **k: pytest.fail("read the pixels"))
     for root in ("train.csv", "train.npz"):
         assert len(labels.read_labels(settings(f"data.root={root}"))) == 12
 

@@ -112,7 +112,7 @@ def test_each_held_out_photograph_is_disturbed_once(contest):
             disturbed = np.array(image).astype(int)
         key = corruptions.image_key(row["filename"])
         distances = {
-            kind: np.abs(corruptions.corrupt(clean, kind, "low", key) - disturbed).mean()
+            kind: np.abs(corruptions.corrupt(clean, kind, level="low", key=key) - disturbed).mean()
             for kind in corruptions.STRENGTHS
         }
         nearest = min(distances, key=distances.__getitem__)

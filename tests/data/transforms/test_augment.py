@@ -36,7 +36,7 @@ EVERYTHING = Aug(photometric_p=0.5, clahe_p=0.5, randaugment_n=2, augmix_p=0.5, 
 
 def keys_of(count: int, epoch: int = 0) -> Tensor:
     rows = np.arange(count)
-    return torch.from_numpy(seeding.row_keys(5, epoch, rows, rows).view(np.int64))
+    return torch.from_numpy(seeding.row_keys(5, epoch, positions=rows, rows=rows).view(np.int64))
 
 
 def pictures(count: int, height: int = 40, width: int = 48) -> Tensor:
@@ -63,7 +63,7 @@ def floats(images: Tensor) -> Tensor:
 def test_shape_type_format_and_range(aug: Aug) -> None:
     images = pictures(9)
     before = images.clone()
-    out = augment(images, keys_of(9), aug, 0.5, FILL)
+    out = augment(images, keys_of(9), aug=aug, erase_p=0.5, fill=FILL)
     assert out.shape == (9, 3, 40, 48) and out.dtype == torch.float32
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert out.min() >= 0 and out.max() <= 255
@@ -76,38 +76,40 @@ def test_shape_type_format_and_range(aug: Aug) -> None:
 def test_nothing_happens(aug: Aug) -> None:
     images = pictures(6)
     erase_p = 1.0 if aug.strength == 0 else 0.0
-    assert torch.equal(augment(images, keys_of(6), aug, erase_p, FILL), floats(images))
+    assert torch.equal(augment(images, keys_of(6), aug=aug, erase_p=erase_p, fill=FILL), floats(images))
 
 
 @pytest.mark.parametrize("aug", [Aug(), EVERYTHING], ids=["default", "everything"])
 def test_a_row_does_not_depend_on_its_batch(aug: Aug, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit: whole, one by one, permuted, every other row, and in pieces of any size."""
     images, keys = pictures(24), keys_of(24)
-    whole = augment(images, keys, aug, 0.3, FILL)
-    singles = [augment(images[i : i + 1], keys[i : i + 1], aug, 0.3, FILL) for i in range(24)]
+    whole = augment(images, keys, aug=aug, erase_p=0.3, fill=FILL)
+    singles = [
+        augment(images[i : i + 1], keys[i : i + 1], aug=aug, erase_p=0.3, fill=FILL) for i in range(24)
+    ]
     assert torch.equal(torch.cat(singles), whole)
     order = torch.randperm(24)
-    assert torch.equal(augment(images[order], keys[order], aug, 0.3, FILL), whole[order])
-    assert torch.equal(augment(images[1::2], keys[1::2], aug, 0.3, FILL), whole[1::2])
+    assert torch.equal(augment(images[order], keys[order], aug=aug, erase_p=0.3, fill=FILL), whole[order])
+    assert torch.equal(augment(images[1::2], keys[1::2], aug=aug, erase_p=0.3, fill=FILL), whole[1::2])
     monkeypatch.setattr(augment_module, "CHUNK", 5 * 40 * 48)
-    assert torch.equal(augment(images, keys, aug, 0.3, FILL), whole)
+    assert torch.equal(augment(images, keys, aug=aug, erase_p=0.3, fill=FILL), whole)
 
 
 def test_epochs_differ_and_repeat() -> None:
     images = pictures(4)
-    first, again = (augment(images, keys_of(4), EVERYTHING, 0.1, FILL) for _ in range(2))
+    first, again = (augment(images, keys_of(4), aug=EVERYTHING, erase_p=0.1, fill=FILL) for _ in range(2))
     assert torch.equal(first, again)
-    other = augment(images, keys_of(4, epoch=1), EVERYTHING, 0.1, FILL)
+    other = augment(images, keys_of(4, epoch=1), aug=EVERYTHING, erase_p=0.1, fill=FILL)
     assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_global_random_state_is_neither_read_nor_moved() -> None:
     images, keys = pictures(4), keys_of(4)
     state = torch.get_rng_state()
-    first = augment(images, keys, EVERYTHING, 0.5, FILL)
+    first = augment(images, keys, aug=EVERYTHING, erase_p=0.5, fill=FILL)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert torch.equal(augment(images, keys, EVERYTHING, 0.5, FILL), first)
+    assert torch.equal(augment(images, keys, aug=EVERYTHING, erase_p=0.5, fill=FILL), first)
 
 
 @pytest.mark.parametrize(("strength", "rate"), [(1.0, 0.1), (2.0, 0.2), (0.5, 0.05)])
@@ -115,7 +117,10 @@ def test_vertical_flip_rate(strength: float, rate: float) -> None:
     images = torch.zeros(10_000, 2, 1, 3, dtype=torch.uint8)
     images[:, 0] = 200
     flipped = (
-        augment(images, keys_of(10_000), changed(vflip_p=0.1, strength=strength), 0, FILL)[:, 0, 0, 0] == 0
+        augment(images, keys_of(10_000), aug=changed(vflip_p=0.1, strength=strength), erase_p=0, fill=FILL)[
+            :, 0, 0, 0
+        ]
+        == 0
     )
     assert abs(float(flipped.float().mean()) - rate) < 0.01
 
@@ -123,7 +128,7 @@ def test_vertical_flip_rate(strength: float, rate: float) -> None:
 @pytest.mark.parametrize("strength", [1.0, 2.0])
 def test_a_probability_stops_at_one(strength: float) -> None:
     assert happens(keys_of(1000), Stream.VFLIP, 0.8 * 2).all()
-    out = augment(pictures(50), keys_of(50), changed(vflip_p=1, strength=strength), 0, FILL)
+    out = augment(pictures(50), keys_of(50), aug=changed(vflip_p=1, strength=strength), erase_p=0, fill=FILL)
     assert torch.equal(out, floats(pictures(50)).flip(2))
 
 
@@ -135,18 +140,18 @@ def test_angles_are_uniform() -> None:
 
 def test_rotation_turns_each_row_by_its_own_angle() -> None:
     images, keys = pictures(8, 64, 64), keys_of(8)
-    out = augment(images, keys, changed(rotation_deg=10.0), 0, FILL)
+    out = augment(images, keys, aug=changed(rotation_deg=10.0), erase_p=0, fill=FILL)
     for row, angle in enumerate(between(keys, Stream.ANGLE, -10, 10).tolist()):
         expected = tv.rotate(floats(images)[row], angle, InterpolationMode.BILINEAR)
         torch.testing.assert_close(out[row, :, 12:-12, 12:-12], expected[:, 12:-12, 12:-12], atol=0.1, rtol=0)
     constant = torch.full((8, 64, 64, 3), 77, dtype=torch.uint8)
-    filled = augment(constant, keys, changed(rotation_deg=10.0), 0, FILL)
+    filled = augment(constant, keys, aug=changed(rotation_deg=10.0), erase_p=0, fill=FILL)
     torch.testing.assert_close(filled, torch.full_like(filled, 77), atol=1e-3, rtol=0)  # the corners, too
 
 
 def test_jitter_equals_torchvision_in_our_order() -> None:
     images, keys = pictures(8), keys_of(8)
-    out = augment(images, keys, changed(jitter=[0.2, 0.3, 0.4, 0.1]), 0, FILL)
+    out = augment(images, keys, aug=changed(jitter=[0.2, 0.3, 0.4, 0.1]), erase_p=0, fill=FILL)
     draws = [
         between(keys, stream, 1 - strength, 1 + strength).tolist()
         for stream, strength in [(Stream.BRIGHTNESS, 0.2), (Stream.CONTRAST, 0.3), (Stream.SATURATION, 0.4)]
@@ -161,15 +166,19 @@ def test_jitter_equals_torchvision_in_our_order() -> None:
 
 def test_jitter_factors_span_their_range() -> None:
     grey = torch.full((10_000, 1, 1, 3), 100, dtype=torch.uint8)
-    levels = augment(grey, keys_of(10_000), changed(jitter=[0.2, 0, 0, 0]), 0, FILL)[:, 0, 0, 0].numpy()
+    levels = augment(grey, keys_of(10_000), aug=changed(jitter=[0.2, 0, 0, 0]), erase_p=0, fill=FILL)[
+        :, 0, 0, 0
+    ].numpy()
     assert stats.kstest(levels, stats.uniform(80, 40).cdf).pvalue > 1e-3
-    strong = augment(grey, keys_of(10_000), changed(jitter=[0.8, 0, 0, 0], strength=2), 0, FILL)[:, 0, 0, 0]
+    strong = augment(
+        grey, keys_of(10_000), aug=changed(jitter=[0.8, 0, 0, 0], strength=2), erase_p=0, fill=FILL
+    )[:, 0, 0, 0]
     assert 0 <= strong.min() < 1 and strong.max() > 254  # a factor is never below 0
 
 
 def test_hue_shifts_a_saturated_patch() -> None:
     red = torch.tensor([220, 30, 30], dtype=torch.uint8).expand(100, 4, 4, 3).contiguous()
-    out = augment(red, keys_of(100), changed(jitter=[0, 0, 0, 0.1]), 0, FILL)[:, :, 0, 0]
+    out = augment(red, keys_of(100), aug=changed(jitter=[0, 0, 0, 0.1]), erase_p=0, fill=FILL)[:, :, 0, 0]
     assert torch.allclose(out.amax(1), torch.full((100,), 220.0), atol=1e-3)
     assert (out[:, 1:] - 30).abs().amax(1).gt(5).float().mean() > 0.8
 
@@ -191,7 +200,7 @@ def test_erasing_rate_shape_and_colour() -> None:
     )
     images = torch.zeros(200, 30, 30, 3, dtype=torch.uint8)
     mean, std = torch.tensor(FILL) / 255, torch.tensor([0.229, 0.224, 0.225])
-    out = augment(images, keys[:200], OFF, 1.0, FILL)
+    out = augment(images, keys[:200], aug=OFF, erase_p=1.0, fill=FILL)
     normalised = (out / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     assert normalised[out > 0].abs().max() < 1e-6
     assert torch.equal((out > 0).all(1), (out > 0).any(1))
@@ -217,13 +226,13 @@ def test_erasing_draws_as_torchvision_does() -> None:
 
 def test_randaugment_draws_every_operation_alike() -> None:
     keys = keys_of(14_000)
-    chosen, sign = draw_operation(keys, 0, 14, 1.0)
+    chosen, sign = draw_operation(keys, 0, count=14, probability=1.0)
     assert stats.chisquare(np.bincount(chosen, minlength=14)).pvalue > 1e-3
     assert set(sign.tolist()) == {-1.0, 1.0} and abs(float(sign.mean())) < 0.03
-    second, _ = draw_operation(keys, 1, 14, 1.0)
+    second, _ = draw_operation(keys, 1, count=14, probability=1.0)
     table = np.histogram2d(chosen, second, bins=14)[0]
     assert stats.chi2_contingency(table).pvalue > 1e-3
-    halved, _ = draw_operation(keys, 0, 14, 0.5)
+    halved, _ = draw_operation(keys, 0, count=14, probability=0.5)
     assert abs(float((halved == 0).float().mean()) - (0.5 + 0.5 / 14)) < 0.02
 
 
@@ -269,8 +278,8 @@ def test_randaugment_magnitudes_are_torchvisions(name: str, magnitude: int) -> N
 def test_randaugment_applies_n_operations() -> None:
     """n = 1 on a batch equals each row's own operation, applied alone."""
     images, keys = pictures(40), keys_of(40)
-    out = augment(images, keys, changed(randaugment_n=1, randaugment_m=9), 0, FILL)
-    chosen, sign = draw_operation(keys, 0, 14, 1.0)
+    out = augment(images, keys, aug=changed(randaugment_n=1, randaugment_m=9), erase_p=0, fill=FILL)
+    chosen, sign = draw_operation(keys, 0, count=14, probability=1.0)
     for row in range(40):
         operation = list(OPERATIONS.values())[int(chosen[row])]
         expected = operation(floats(images[row : row + 1]), torch.tensor([9 / 30]), sign[row : row + 1])
@@ -281,7 +290,7 @@ def test_randaugment_applies_n_operations() -> None:
 @pytest.mark.parametrize("key", ["augmix_p", "corrupt_p", "clahe_p"])
 def test_share_of_changed_rows(key: str) -> None:
     images = pictures(1, 8, 8).expand(3000, -1, -1, -1)
-    out = augment(images, keys_of(3000), changed(**{key: 0.3}, clahe_tiles=2), 0, FILL)
+    out = augment(images, keys_of(3000), aug=changed(**{key: 0.3}, clahe_tiles=2), erase_p=0, fill=FILL)
     touched = (out != floats(images)).flatten(1).any(1).float().mean()
     assert abs(float(touched) - 0.3) < 0.03
 
@@ -289,7 +298,7 @@ def test_share_of_changed_rows(key: str) -> None:
 def test_augmix_and_corruption_are_light() -> None:
     images = pictures(100)
     for aug in (changed(augmix_p=1.0), changed(corrupt_p=1.0)):
-        out = augment(images, keys_of(100), aug, 0, FILL)
+        out = augment(images, keys_of(100), aug=aug, erase_p=0, fill=FILL)
         difference = (out - floats(images)).abs().mean((1, 2, 3))
         assert 0.3 < float(difference.median()) < 25
 
@@ -297,22 +306,26 @@ def test_augmix_and_corruption_are_light() -> None:
 def test_photometric_distortion() -> None:
     count = 5000
     images = torch.tensor([200, 120, 60], dtype=torch.uint8).expand(count, 2, 2, 3).contiguous()
-    out = augment(images, keys_of(count), changed(photometric_p=0.5), 0, FILL)[:, :, 0, 0]
+    out = augment(images, keys_of(count), aug=changed(photometric_p=0.5), erase_p=0, fill=FILL)[:, :, 0, 0]
     untouched = ((out - torch.tensor([200.0, 120, 60])).abs() < 1e-2).all(1).float().mean()
     # on a constant image contrast moves little but does move; swaps keep the order in one of six cases
     assert abs(float(untouched) - 0.5**4 * (0.5 + 0.5 / 6)) < 0.01
     swapped = (out.argmax(1) != 0).float().mean()
     assert abs(float(swapped) - 0.5 * 2 / 3) < 0.03
-    everything = augment(pictures(20), keys_of(20), changed(photometric_p=1.0), 0, FILL)
+    everything = augment(pictures(20), keys_of(20), aug=changed(photometric_p=1.0), erase_p=0, fill=FILL)
     assert everything.min() >= 0 and everything.max() <= 255
 
 
 def test_strength_scales_linearly() -> None:
     images, keys = pictures(6, 64, 64), keys_of(6)
-    doubled = augment(images, keys, changed(rotation_deg=5, strength=2.0), 0, FILL)
-    assert torch.equal(doubled, augment(images, keys, changed(rotation_deg=10), 0, FILL))
-    halved = augment(images, keys, changed(jitter=[0.4, 0.4, 0.4, 0.2], strength=0.5), 0, FILL)
-    torch.testing.assert_close(halved, augment(images, keys, changed(jitter=[0.2, 0.2, 0.2, 0.1]), 0, FILL))
+    doubled = augment(images, keys, aug=changed(rotation_deg=5, strength=2.0), erase_p=0, fill=FILL)
+    assert torch.equal(doubled, augment(images, keys, aug=changed(rotation_deg=10), erase_p=0, fill=FILL))
+    halved = augment(
+        images, keys, aug=changed(jitter=[0.4, 0.4, 0.4, 0.2], strength=0.5), erase_p=0, fill=FILL
+    )
+    torch.testing.assert_close(
+        halved, augment(images, keys, aug=changed(jitter=[0.2, 0.2, 0.2, 0.1]), erase_p=0, fill=FILL)
+    )
 
 
 def test_constants_are_made_once() -> None:
@@ -322,11 +335,13 @@ def test_constants_are_made_once() -> None:
 @pytest.mark.gpu
 def test_gpu_equals_cpu_within_rounding() -> None:
     images, keys = pictures(64), keys_of(64)
-    default = augment(images.cuda(), keys.cuda(), Aug(), 0.3, FILL)
+    default = augment(images.cuda(), keys.cuda(), aug=Aug(), erase_p=0.3, fill=FILL)
     assert default.is_cuda and default.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(default.cpu(), augment(images, keys, Aug(), 0.3, FILL), atol=0.02, rtol=0)
-    everything = augment(images.cuda(), keys.cuda(), EVERYTHING, 0.3, FILL).cpu()
-    difference = (everything - augment(images, keys, EVERYTHING, 0.3, FILL)).abs()
+    torch.testing.assert_close(
+        default.cpu(), augment(images, keys, aug=Aug(), erase_p=0.3, fill=FILL), atol=0.02, rtol=0
+    )
+    everything = augment(images.cuda(), keys.cuda(), aug=EVERYTHING, erase_p=0.3, fill=FILL).cpu()
+    difference = (everything - augment(images, keys, aug=EVERYTHING, erase_p=0.3, fill=FILL)).abs()
     assert (
         difference > 0.5
     ).float().mean() < 0.01  # a rounding may cross a threshold of posterize or solarize

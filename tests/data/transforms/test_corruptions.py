@@ -43,11 +43,11 @@ def test_kinds_are_those_of_the_recipe() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_shape_range_and_strength(photo: np.ndarray, kind: str) -> None:
     low, medium = (
-        np.mean([psnr(corrupt(photo, kind, level, k), photo) for k in range(8)])
+        np.mean([psnr(corrupt(photo, kind, level=level, key=k), photo) for k in range(8)])
         for level in ("low", "medium")
     )
     assert medium < low
-    bad = corrupt(photo, kind, "low", 5)
+    bad = corrupt(photo, kind, level="low", key=5)
     assert (bad.shape, bad.dtype) == (photo.shape, np.uint8)
     assert np.mean(np.any(bad != photo, axis=2)) > 0.05
 
@@ -55,23 +55,23 @@ def test_shape_range_and_strength(photo: np.ndarray, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2)])
 def test_tiny_pictures_work(kind: str, size: tuple[int, int]) -> None:
-    assert corrupt(np.full((*size, 3), 90, np.uint8), kind, "medium", 1).shape == (*size, 3)
+    assert corrupt(np.full((*size, 3), 90, np.uint8), kind, level="medium", key=1).shape == (*size, 3)
 
 
 def test_the_numbers_are_those_of_the_table(photo: np.ndarray) -> None:
     flat = np.full((400, 400, 3), 128, np.uint8)
-    assert corrupt(flat, "gaussian_noise", "low", 1).std() == pytest.approx(0.06 * 255, rel=0.01)
-    assert corrupt(flat, "gaussian_noise", "low", 1).mean() == pytest.approx(128, abs=0.1)
-    assert {int(corrupt(flat, "brightness", "low", key)[0, 0, 0]) for key in range(20)} == {96, 160}
-    covered = np.any(corrupt(photo, "occlusion", "medium", 3) != photo, axis=2)
+    assert corrupt(flat, "gaussian_noise", level="low", key=1).std() == pytest.approx(0.06 * 255, rel=0.01)
+    assert corrupt(flat, "gaussian_noise", level="low", key=1).mean() == pytest.approx(128, abs=0.1)
+    assert {int(corrupt(flat, "brightness", level="low", key=key)[0, 0, 0]) for key in range(20)} == {96, 160}
+    covered = np.any(corrupt(photo, "occlusion", level="medium", key=3) != photo, axis=2)
     assert covered.sum() == pytest.approx(0.2 * 120 * 120, rel=0.05)
     columns = np.flatnonzero(covered.any(0))
     assert 20 <= columns.min() <= columns.max() < 140
     for level, share in (("low", 0.006), ("medium", 0.012)):
         want = gaussian_filter(photo.astype(float), (share * 120, share * 120, 0), mode="nearest", truncate=4)
-        assert np.abs(corrupt(photo, "blur", level, 1) - want).max() < 1
+        assert np.abs(corrupt(photo, "blur", level=level, key=1) - want).max() < 1
     with Image.open(io.BytesIO(corruptions.jpeg_bytes(photo, "low"))) as image:
-        assert np.array_equal(corrupt(photo, "jpeg", "low", 1), np.asarray(image))
+        assert np.array_equal(corrupt(photo, "jpeg", level="low", key=1), np.asarray(image))
     buffer = io.BytesIO()
     Image.fromarray(photo).save(buffer, "JPEG", quality=30, subsampling="4:2:0")
     assert buffer.getvalue() == corruptions.jpeg_bytes(photo, "low")
@@ -80,9 +80,9 @@ def test_the_numbers_are_those_of_the_table(photo: np.ndarray) -> None:
 def test_images_differ_and_an_image_never_does(photo: np.ndarray) -> None:
     keys = [corruptions.image_key(name) for name in ("a.jpg", "b.jpg")]
     for kind in ("gaussian_noise", "occlusion"):
-        one, other = (corrupt(photo, kind, "low", key) for key in keys)
+        one, other = (corrupt(photo, kind, level="low", key=key) for key in keys)
         assert not np.array_equal(one, other)
-        assert np.array_equal(one, corrupt(photo, kind, "low", keys[0]))
+        assert np.array_equal(one, corrupt(photo, kind, level="low", key=keys[0]))
 
 
 def test_the_same_in_another_process(photo: np.ndarray) -> None:
@@ -94,5 +94,7 @@ def test_the_same_in_another_process(photo: np.ndarray) -> None:
     there = subprocess.run(
         [sys.executable, "-c", program], input=photo.tobytes(), capture_output=True, check=True
     )
-    here = b"".join(corrupt(photo, kind, "low", corruptions.image_key("x")).tobytes() for kind in KINDS)
+    here = b"".join(
+        corrupt(photo, kind, level="low", key=corruptions.image_key("x")).tobytes() for kind in KINDS
+    )
     assert there.stdout.decode().strip() == hashlib.sha256(here).hexdigest()

@@ -16,7 +16,7 @@ KINDS = ("mixup", "cutmix")
 
 def keys_of(count: int, epoch: int = 0) -> Tensor:
     rows = np.arange(count)
-    return torch.from_numpy(seeding.row_keys(9, epoch, rows, rows).view(np.int64))
+    return torch.from_numpy(seeding.row_keys(9, epoch, positions=rows, rows=rows).view(np.int64))
 
 
 def flat(count: int, size: int = 20) -> Tensor:
@@ -27,7 +27,7 @@ def flat(count: int, size: int = 20) -> Tensor:
 
 def rates(**changes: float) -> dict[str, float]:
     words = {"prob": 0.4, "switch": 0.5, "mixup": 0.2, "cutmix": 0.8, **changes}
-    kinds = [choose(42, step // 500, step % 500, **words) for step in range(5000)]
+    kinds = [choose(42, step // 500, step=step % 500, **words) for step in range(5000)]
     return {kind: kinds.count(kind) / 5000 for kind in ("none", *KINDS)}
 
 
@@ -57,7 +57,9 @@ def test_what_is_off_leaves_its_share_to_the_other(changes: dict, expected: dict
 
 def test_choice_is_a_pure_function_of_seed_epoch_and_step() -> None:
     def kinds(seed: int, epoch: int) -> list[str]:
-        return [choose(seed, epoch, step, 0.5, 0.5, 0.2, 0.8) for step in range(200)]
+        return [
+            choose(seed, epoch, step=step, prob=0.5, switch=0.5, mixup=0.2, cutmix=0.8) for step in range(200)
+        ]
 
     assert kinds(1, 0) == kinds(1, 0)
     assert len({tuple(kinds(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
@@ -90,7 +92,9 @@ def test_interpolation_error_of_the_quantiles(alpha: float) -> None:
 def test_label_weight_is_pixel_fraction(kind: str) -> None:
     """Partner of i is (i + B/2) mod B; on constant pictures the mean pixel tells the share."""
     count = 16
-    images, targets = mix(flat(count), torch.arange(count), keys_of(count), count, kind, 0.8)
+    images, targets = mix(
+        flat(count), torch.arange(count), keys=keys_of(count), num_classes=count, kind=kind, alpha=0.8
+    )
     for row in range(count):
         partner = (row + count // 2) % count
         weight = float(targets[row, row])
@@ -108,7 +112,7 @@ def test_targets_and_formats(kind: str, count: int) -> None:
     labels = torch.arange(count) % 3
     for dtype in (torch.float32, torch.bfloat16):
         before = flat(count).to(dtype)
-        images, targets = mix(before, labels, keys_of(count), 5, kind, 0.4)
+        images, targets = mix(before, labels, keys=keys_of(count), num_classes=5, kind=kind, alpha=0.4)
         assert images.dtype == dtype and targets.dtype == torch.float32 and targets.shape == (count, 5)
         assert images.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(targets.sum(1), torch.ones(count), atol=1e-6, rtol=0)
@@ -118,13 +122,15 @@ def test_targets_and_formats(kind: str, count: int) -> None:
 def test_mixup_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     images, keys = 255 * torch.rand(6, 3, 8, 8, generator=generator), keys_of(6)
-    mixed, _ = mix(images, torch.arange(6), keys, 6, "mixup", 0.7)
+    mixed, _ = mix(images, torch.arange(6), keys=keys, num_classes=6, kind="mixup", alpha=0.7)
     share = beta(keys, 0.7).view(-1, 1, 1, 1)
     torch.testing.assert_close(mixed, share * images + (1 - share) * images[[3, 4, 5, 0, 1, 2]])
 
 
 def test_cutmix_pastes_one_box_of_whole_pixels() -> None:
-    images, _ = mix(flat(64, 32), torch.arange(64), keys_of(64), 64, "cutmix", 0.8)
+    images, _ = mix(
+        flat(64, 32), torch.arange(64), keys=keys_of(64), num_classes=64, kind="cutmix", alpha=0.8
+    )
     for row in range(64):
         pasted = images[row, 0] != row
         assert set(images[row].unique().tolist()) <= {float(row), float((row + 32) % 64)}
@@ -149,9 +155,9 @@ def test_cutmix_boxes_have_the_drawn_area_where_nothing_is_cut_off() -> None:
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])
 def test_hard_targets_when_nothing_is_mixed(kind: str) -> None:
-    images, targets = mix(flat(1), torch.tensor([2]), keys_of(1), 4, kind, 0.2)
+    images, targets = mix(flat(1), torch.tensor([2]), keys=keys_of(1), num_classes=4, kind=kind, alpha=0.2)
     assert torch.equal(images, flat(1)) and targets.tolist() == [[0, 0, 1, 0]]
-    images, targets = mix(flat(4), torch.arange(4), keys_of(4), 4, "none", 0.2)
+    images, targets = mix(flat(4), torch.arange(4), keys=keys_of(4), num_classes=4, kind="none", alpha=0.2)
     assert torch.equal(images, flat(4)) and torch.equal(targets, torch.eye(4))
 
 
@@ -159,16 +165,18 @@ def test_hard_targets_when_nothing_is_mixed(kind: str) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_meet_the_pairs_of_one_rank(kind: str, world: int) -> None:
     labels, keys = torch.arange(24) % 7, keys_of(24)
-    images, targets = mix(flat(24), labels, keys, 7, kind, 0.8)
+    images, targets = mix(flat(24), labels, keys=keys, num_classes=7, kind=kind, alpha=0.8)
     for rank in range(world):
         part = slice(rank, None, world)
-        mine, mine_targets = mix(flat(24)[part], labels[part], keys[part], 7, kind, 0.8)
+        mine, mine_targets = mix(
+            flat(24)[part], labels[part], keys=keys[part], num_classes=7, kind=kind, alpha=0.8
+        )
         assert torch.equal(mine, images[part]) and torch.equal(mine_targets, targets[part])
 
 
 def test_global_random_state_stays() -> None:
     state = torch.get_rng_state()
-    mix(flat(4), torch.arange(4), keys_of(4), 4, "cutmix", 0.8)
+    mix(flat(4), torch.arange(4), keys=keys_of(4), num_classes=4, kind="cutmix", alpha=0.8)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -176,7 +184,7 @@ def test_global_random_state_stays() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_equals_cpu(kind: str) -> None:
     labels, keys = torch.arange(16), keys_of(16)
-    images, targets = mix(flat(16), labels, keys, 16, kind, 0.8)
-    there = mix(flat(16).cuda(), labels.cuda(), keys.cuda(), 16, kind, 0.8)
+    images, targets = mix(flat(16), labels, keys=keys, num_classes=16, kind=kind, alpha=0.8)
+    there = mix(flat(16).cuda(), labels.cuda(), keys=keys.cuda(), num_classes=16, kind=kind, alpha=0.8)
     torch.testing.assert_close(there[0].cpu(), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(there[1].cpu(), targets, atol=1e-6, rtol=0)
