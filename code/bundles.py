@@ -1,4 +1,4 @@
-"""What export or evaluate left for the predictor: where it lies, what it says, and what stands in for it."""
+"""Finds and reads the bundle that export or evaluate wrote, and the class frequencies to use where there is none."""
 
 from __future__ import annotations
 
@@ -10,29 +10,85 @@ import json
 import os
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from table import Sample
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-FORMAT = 2
+FORMAT = 3
+
+# The fields of bundle.json: a type, a value, a list of one kind, a map of fields; a tuple lists alternatives.
+# twin of the records in fastflower/bundle/description.py
+FIELDS = {
+    "class_ids": [str],
+    "prior": [float],
+    "columns": ("two", "three", "binary", "sample"),
+    "half": ("all", "gpu", "none"),
+    "temperature": float,
+    "hflip": bool,
+    "pairs": (None, {"arrays": [str], "shape": ("auto", [int])}),
+    "crops": [
+        {
+            "height": int,
+            "width": int,
+            "factor": float,
+            "interpolation": ("bicubic", "bilinear"),
+            "stored_side": int,
+        }
+    ],
+    "programs": [
+        {
+            "file": str,
+            "inputs": [str],
+            "norms": [{"conv": str, "norm": str, "eps": float}],
+            "half_keeps": (None, [str]),
+        }
+    ],
+    "members": [
+        {
+            "name": str,
+            "weights": str,
+            "weight": float,
+            "views": [{"crop": int, "program": int}],
+            "expected": [[float]],
+            "checkpoint": (None, str),
+        }
+    ],
+}
+TYPE_NAMES = {
+    str: "text", int: "a whole number", float: "a number", bool: "true or false", None: "null", dict: "a map",
+    list: "a list",
+}  # fmt: skip
 
 
 class Problem(Exception):
-    """What stops the run, in one line, and its exit code."""
+    """An error that ends the run: the line to show and the exit code."""
 
     def __init__(self, text: str, code: int = 2) -> None:
         super().__init__(text)
         self.code = code
 
 
+class Unusable(Exception):
+    """No member of the bundle can be run; the text is the line to show."""
+
+
+class Classes(NamedTuple):
+    """Class ids in the order of the logits, their training frequencies (C,), and the kind of table to write."""
+
+    ids: list[str]
+    prior: list[float]
+    columns: str
+
+
 def read(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The bundle's description and the SHA-256 of its files."""
+    """Read bundle.json, checked field by field, and the SHA-256 of each file of the bundle."""
     if not os.path.isfile(os.path.join(folder, "bundle.json")):
         members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
         runs = {re.sub(r".*?__|_epoch.*", "", os.path.basename(path)) for path in members}
         raise Problem(
-            f"no bundle in {folder} ({len(runs)} members beside it); run python -m fastflower.evaluate or export",
+            f"no bundle in {folder} ({len(runs)} members beside it); "
+            "run python -m fastflower.export or python -m fastflower.evaluate",
             4,
         )
     try:
@@ -41,21 +97,75 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
         with open(os.path.join(folder, "bundle.json"), "rb") as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != hashes.get("bundle.json"):
-            raise ValueError("bundle.json is not the one that was exported")
+            raise ValueError("bundle.json is not the exported one: its SHA-256 differs")
         bundle = json.loads(data)
         if not isinstance(bundle, dict):
-            raise ValueError("bundle.json holds no description")
-    except (OSError, ValueError) as error:
+            raise ValueError("bundle.json is not a map of fields")
+        if bundle.get("format") == FORMAT:
+            check_fields(bundle, FIELDS, "")
+            check_references(bundle)
+    except (OSError, ValueError, RecursionError) as error:
         raise Problem(f"{folder} is damaged ({error}); copy it again", 3) from None
     if bundle.get("format") != FORMAT:
         raise Problem(
-            f"{folder} has format {bundle.get('format')}, this predictor reads {FORMAT}; take its own code/"
+            f"{folder} has format {bundle.get('format')}, this predictor reads {FORMAT}; "
+            "use the code/ folder that came with the bundle"
         )
     return bundle, hashes
 
 
-def substitute(folder: str, sample: Sample | None) -> dict[str, Any] | None:
-    """Classes and prior for a table without networks: the bundle's, those of the training data, the sample's."""
+def check_fields(value: Any, kind: Any, field: str) -> None:
+    """Raise ValueError with the path of the first field that is missing or wrong."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    nested = next((choice for choice in kinds if type(choice) is type(value) in (dict, list)), None)
+    if isinstance(nested, dict):
+        for name, item in nested.items():
+            path = f"{field}.{name}" if field else name
+            if name not in value:
+                raise ValueError(f"bundle.json: {path} is missing")
+            check_fields(value[name], item, path)
+    elif isinstance(nested, list):
+        for position, item in enumerate(value):
+            check_fields(item, nested[0], f"{field}[{position}]")
+    elif not any(_fits(value, choice) for choice in kinds):
+        names = [type(choice) if isinstance(choice, (dict, list)) else choice for choice in kinds]
+        allowed = " or ".join(TYPE_NAMES.get(name, name) for name in names)
+        raise ValueError(f"bundle.json: {field} is {json.dumps(value)[:60]}, must be {allowed}")
+
+
+def _fits(value: Any, choice: Any) -> bool:
+    if isinstance(choice, type):
+        return type(value) is choice or (choice is float and type(value) is int)
+    return value is choice or (isinstance(choice, str) and value == choice)
+
+
+def check_references(bundle: dict[str, Any]) -> None:
+    """Raise ValueError for fields that do not fit each other."""
+    classes = len(bundle["class_ids"])
+    if not classes or len(bundle["prior"]) != classes:
+        raise ValueError(f"bundle.json: prior has {len(bundle['prior'])} values for {classes} class_ids")
+    if bundle["columns"] == "binary" and classes != 2:
+        raise ValueError(f"bundle.json: columns is binary for {classes} class_ids, must be for 2")
+    for number, member in enumerate(bundle["members"]):
+        field = f"bundle.json: members[{number}]"
+        if len(member["expected"]) != len(member["views"]):
+            raise ValueError(
+                f"{field} has {len(member['expected'])} expected for {len(member['views'])} views"
+            )
+        if any(len(logits) != classes for logits in member["expected"]):
+            raise ValueError(f"{field}.expected must have {classes} logits for each view")
+        for view in member["views"]:
+            for name, entries in (("crop", bundle["crops"]), ("program", bundle["programs"])):
+                if not 0 <= view[name] < len(entries):
+                    raise ValueError(f"{field} uses {name} {view[name]} of {len(entries)}")
+
+
+def classes_of(bundle: dict[str, Any]) -> Classes:
+    return Classes(bundle["class_ids"], bundle["prior"], bundle["columns"])
+
+
+def fallback_classes(folder: str, sample: Sample | None) -> Classes | None:
+    """Classes for a table without networks: the bundle's, else the training data's, else the sample's."""
     counts: dict[str, float] = {}
     for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
         damaged = contextlib.suppress(OSError, ValueError, KeyError, csv.Error)
@@ -66,20 +176,21 @@ def substitute(folder: str, sample: Sample | None) -> dict[str, Any] | None:
     counts = counts or Counter(sample.ids if sample else ())
     if not counts:
         return None
-    prior = [count / max(1, sum(counts.values())) for count in counts.values()]
-    return {"class_ids": list(counts), "prior": prior, "columns": "sample"}
+    total = max(1, sum(counts.values()))
+    return Classes(list(counts), [count / total for count in counts.values()], "sample")
 
 
-def default() -> str:
-    """The exported bundle; where there is none, the programs that evaluate last left beside members."""
+def default_folder() -> str:
+    """The exported bundle; where there is none, the programs that evaluate wrote last beside members."""
     exported = nearest("results/model/bundle")
-    left = glob.glob(os.path.join(glob.escape(nearest("results/model")), "*", "programs", "bundle.json"))
-    if os.path.exists(exported) or not left:
+    pattern = os.path.join(glob.escape(nearest("results/model")), "*", "programs", "bundle.json")
+    evaluated = glob.glob(pattern)
+    if os.path.exists(exported) or not evaluated:
         return exported
-    return os.path.dirname(max(left, key=os.path.getmtime))
+    return os.path.dirname(max(evaluated, key=os.path.getmtime))
 
 
 def nearest(*names: str) -> str:
-    """The first path that is there, below the folder that holds code/ or else below the current one."""
-    places = [os.path.join(place, *name.split("/")) for name in names for place in (ROOT, os.curdir)]
-    return next((path for path in places if os.path.exists(path)), places[0])
+    """The first existing path below the folder that holds code/, else below the current folder."""
+    paths = [os.path.join(folder, *name.split("/")) for name in names for folder in (ROOT, os.curdir)]
+    return next((path for path in paths if os.path.exists(path)), paths[0])

@@ -1,7 +1,8 @@
-"""Photographs as the networks see them: found, read, brought to the stored size, cut to a view.
+"""Lists photographs, reads them, reduces them to the stored size and cuts the views of the networks.
 
-The pixels are those of the trainer's conversion and evaluation, made with Pillow alone.
+With Pillow alone it gives the same pixels as the trainer's conversion and evaluation.
 """
+# twin of fastflower/data/readers/image_files.py: limits, orientation, RGB conversion, stored size
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from PIL import Image
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 MOST_PIXELS = 64_000_000  # a header that claims more is refused before anything is decoded
-MOST_BYTES = 1 << 29  # of a file; so many pixels take half of it at most, not compressed at all
+MOST_BYTES = 1 << 29  # of a file; MOST_PIXELS take half of it at most, even uncompressed
 MOST_SCANS = 500  # a progressive JPEG of 40 kB can hold thousands and cost a minute
-LONGEST = 4  # stored pictures are cut to this many stored sides
+LONGEST = 4  # stored pictures are cut to at most this many times the stored side
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,52 +32,54 @@ TURNS = {
 }
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: the picture counts, not its notes
+warnings.filterwarnings(
+    "ignore", module="PIL"
+)  # of broken EXIF and the like, which the picture does not need
 
 
 def find(folder: bytes) -> tuple[list[bytes], list[bytes]]:
-    """Every regular file below a folder with an image suffix, relative with '/', sorted by bytes; and the others.
+    """List the photographs below a folder and the ignored entries: relative paths with '/', sorted by bytes.
 
-    Bytes, not text: names come out of the disk and go into the table unchanged under any locale. What macOS
-    adds to archives (`__MACOSX/`, `._name` beside `name`) is no photograph. Folders that are links, which may lead
-    in circles, or cannot be read are others.
+    Photographs are regular files with an image suffix. Names are bytes, so that they reach the table unchanged under
+    any locale. Files that macOS adds to archives (`__MACOSX/`, `._name` beside `name`) are no photographs. Folders
+    that are links, which may lead in circles, or cannot be read are ignored.
     """
-    found: list[bytes] = []
-    others: list[bytes] = []
+    photographs: list[bytes] = []
+    ignored: list[bytes] = []
 
-    def unread(error: OSError) -> None:
-        others.append(error.filename)
+    def ignore_unreadable(error: OSError) -> None:
+        ignored.append(error.filename)
 
-    for parent, folders, files in os.walk(folder, onerror=unread):
+    for parent, folders, files in os.walk(folder, onerror=ignore_unreadable):
         folders[:] = [name for name in folders if name != b"__MACOSX"]
-        others += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+        ignored += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
         present = set(files)
         for name in files:
             path = os.path.join(parent, name)
             shadow = name.startswith(b"._") and name[2:] in present
-            photograph = name.lower().rstrip().endswith(SUFFIXES) and not shadow and _regular(path)
-            (found if photograph else others).append(path)
-    own, rest = (
-        [os.path.relpath(path, folder).replace(os.sep.encode(), b"/") for path in paths]
-        for paths in (found, others)
+            is_photograph = name.lower().rstrip().endswith(SUFFIXES) and not shadow and _is_regular(path)
+            (photographs if is_photograph else ignored).append(path)
+    photographs, ignored = (
+        sorted(os.path.relpath(path, folder).replace(os.sep.encode(), b"/") for path in paths)
+        for paths in (photographs, ignored)
     )
-    return sorted(own), sorted(rest)
+    return photographs, ignored
 
 
 def prepare(path: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
-    """Decode a file once and cut every view: uint8 (h, w, 3) each. Raises whatever makes it unreadable."""
-    return views(read(path), crops)
+    """Decode a file once and cut every view: uint8 (h, w, 3) each. Any exception means it is unreadable."""
+    return cut_views(read(path), crops)
 
 
-def views(image: Image.Image, crops: list[dict[str, Any]]) -> list[np.ndarray]:
-    """Every view of a picture, which is brought to each stored size once."""
+def cut_views(image: Image.Image, crops: list[dict[str, Any]]) -> list[np.ndarray]:
+    """Cut every view of a picture, which is reduced to each stored size once."""
     sized = {side: stored(image, side) for side in {crop["stored_side"] for crop in crops}}
-    return [view(sized[crop["stored_side"]], crop) for crop in crops]
+    return [cut_view(sized[crop["stored_side"]], crop) for crop in crops]
 
 
 def read(path: bytes) -> Image.Image:
-    """The first frame as RGB: upright by EXIF, alpha over white, 16 bits scaled to 8."""
-    if not _regular(path):
+    """Read the first frame as RGB: turned upright by EXIF, alpha over white, 16 bits scaled to 8."""
+    if not _is_regular(path):
         raise ValueError("not a regular file")
     if os.path.getsize(path) > MOST_BYTES:
         raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
@@ -95,7 +98,7 @@ def read(path: bytes) -> Image.Image:
 
 
 def stored(image: Image.Image, side: int | None) -> Image.Image:
-    """What a beton holds: the short side brought down to `side`, smaller pictures left alone, very long ones cut."""
+    """Reduce the short side to `side`, as convert stores pictures; smaller ones stay, very long ones are cut."""
     if side is None:
         return image
     width, height = image.size
@@ -109,8 +112,8 @@ def stored(image: Image.Image, side: int | None) -> Image.Image:
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
-def view(image: Image.Image, crop: dict[str, Any]) -> np.ndarray:
-    """The largest centred box of the view's shape, less the margin of `factor`, resampled: uint8 (h, w, 3)."""
+def cut_view(image: Image.Image, crop: dict[str, Any]) -> np.ndarray:
+    """Resample the largest centred box of the view's shape, divided by `factor`: uint8 (h, w, 3)."""
     (width, height), (w, h) = image.size, (crop["width"], crop["height"])
     scale = min(width / w, height / h) / crop["factor"]
     left, top = (width - w * scale) / 2, (height - h * scale) / 2
@@ -118,7 +121,7 @@ def view(image: Image.Image, crop: dict[str, Any]) -> np.ndarray:
     return np.array(image.resize((w, h), FILTERS[crop["interpolation"]], box=box))
 
 
-def _regular(path: bytes) -> bool:
+def _is_regular(path: bytes) -> bool:
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -128,7 +131,7 @@ def _regular(path: bytes) -> bool:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # a broken block raises many kinds; the picture is taken as it lies
+    except Exception:  # a broken EXIF block raises many kinds; the picture is not turned
         return 1
 
 

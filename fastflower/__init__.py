@@ -1,3 +1,3 @@
-"""fastflower: image-classification contests from photographs to hand-in on Composer and FFCV's betons."""
+"""fastflower: image-classification contests, from photographs to the hand-in, with Composer and FFCV betons."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""The whole job on drawn flowers: `python -m fastflower.demo [--shuffle-labels] [key=value ...]`.
+"""Demo of the whole pipeline on generated flowers: `python -m fastflower.demo [--shuffle-labels] [key=value ...]`.
 
-Draws a contest with a hidden truth, runs the real commands on it, and scores their submission by that truth.
+Generates a contest with hidden test labels, runs every command on it, and scores the submission with those labels.
 """
 
 from __future__ import annotations
@@ -11,121 +11,136 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastflower.core import errors, files, runs, scores
 from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.core.records import to_plain
 from fastflower.data.samples import flowers
 from fastflower.recipe import Recipe, load
 
 RECIPE = Path("recipes/demo.yaml")
-OWN = ("data.root", "data.csv", "data.home", "data.test", "exp.name")  # the demo removes what lies there
+# keys of the folders that the demo removes when it starts
+FIXED_KEYS = ("data.root", "data.csv", "data.home", "data.test", "exp.name")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Content of summary.json: top-1 on the held-out images, clean and corrupted, and the seconds of each stage."""
+
+    clean_top1: float
+    corrupted_top1: float
+    held_out: int
+    submission: str
+    report: str
+    seconds: dict[str, float]
 
 
 def main(argv: list[str]) -> None:
-    """Draw, convert, train, evaluate, export, predict, report; print what a stranger would have scored."""
+    """Generate, convert, train, evaluate, export, predict, report; print the scores on the hidden labels."""
     shuffle = "--shuffle-labels" in argv
-    words = [word for word in argv if word != "--shuffle-labels"]
-    recipe = check(words)
+    overrides = [argument for argument in argv if argument != "--shuffle-labels"]
+    recipe = check(overrides)
     seconds: dict[str, float] = {}
-    begin_afresh(recipe)
+    remove_outputs(recipe)
     started = time.monotonic()
-    made = flowers.write(Path(recipe.data.home), recipe.seed, shuffle_labels=shuffle)
+    contest = flowers.write(Path(recipe.data.home), recipe.seed, shuffle_labels=shuffle)
     seconds["draw"] = round(time.monotonic() - started, 1)
-    print(f"[draw] contest of drawn flowers in {made.home}: {seconds['draw']:.0f} s", flush=True)
+    print(f"[draw] generated flowers in {contest.home}: {seconds['draw']:.0f} s", flush=True)
     folder = runs.RESULTS / recipe.exp.name
     disturbed = folder / "submission_disturbed.csv"
-    for stage, command in commands(recipe, made, disturbed=disturbed, words=words):
-        seconds[stage] = run(stage, command)
-    summary: dict[str, Any] = {
-        "clean_top1": score(made.truth, runs.SUBMISSION),
-        "corrupted_top1": score(made.truth, disturbed),
-        "held_out": len(answers(made.truth)),
-        "submission": str(runs.SUBMISSION),
-        "report": str(folder / "report.html"),
-        "seconds": seconds,
-    }
-    files.write_json(folder / "summary.json", summary)
-    tell(summary)
+    for stage, command in commands(recipe, contest, disturbed=disturbed, overrides=overrides):
+        seconds[stage] = run_stage(stage, command)
+    summary = Summary(
+        clean_top1=accuracy(contest.truth, runs.SUBMISSION),
+        corrupted_top1=accuracy(contest.truth, disturbed),
+        held_out=len(read_labels(contest.truth)),
+        submission=str(runs.SUBMISSION),
+        report=str(folder / "report.html"),
+        seconds=seconds,
+    )
+    files.write_json(folder / "summary.json", to_plain(summary))
+    print_summary(summary)
 
 
-def check(words: list[str]) -> Recipe:
-    """The demo's recipe with the user's words, or one line why not."""
+def check(overrides: list[str]) -> Recipe:
+    """The demo's recipe with the user's overrides; InputError for invalid ones and outside of the repository."""
     if not (RECIPE.is_file() and Path("code/predict.py").is_file()):
-        raise InputError(f"no {RECIPE} here ({Path.cwd()}); run from the root of the repository")
-    strange = [word for word in words if "=" not in word]
-    if strange:
-        raise InputError(f"got {strange[0]}; the demo takes --shuffle-labels and key=value words")
-    taken = [word for word in words if word.partition("=")[0] in OWN]
-    if taken:
-        raise InputError(f"got {taken[0]}; the demo keeps to its own folders and removes them when it starts")
-    return load(RECIPE, words)
+        raise InputError(f"no {RECIPE} in {Path.cwd()}; run from the root of the repository")
+    unknown = [override for override in overrides if "=" not in override]
+    if unknown:
+        raise InputError(f"got {unknown[0]}; the demo takes --shuffle-labels and key=value")
+    fixed = [override for override in overrides if override.partition("=")[0] in FIXED_KEYS]
+    if fixed:
+        raise InputError(
+            f"got {fixed[0]}; this key is fixed in the demo, which removes its folders when it starts"
+        )
+    return load(RECIPE, overrides)
 
 
-def begin_afresh(recipe: Recipe) -> None:
-    """Remove what an earlier demo left, and nothing else."""
+def remove_outputs(recipe: Recipe) -> None:
+    """Remove the folders of an earlier demo."""
     for folder in (Path(recipe.data.home), runs.MODELS / recipe.exp.name, runs.RESULTS / recipe.exp.name):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def commands(
-    recipe: Recipe, made: flowers.DrawnSet, *, disturbed: Path, words: list[str]
+    recipe: Recipe, contest: flowers.DrawnContest, *, disturbed: Path, overrides: list[str]
 ) -> list[tuple[str, list[str]]]:
-    """The commands that a contestant would type, by stage."""
+    """(stage, command) for each command of the pipeline."""
     python = (
         os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     )
-    own = [str(RECIPE), *words]
+    arguments = [str(RECIPE), *overrides]
     composer = str(Path(python).with_name("composer"))
     ranks = str(recipe.train.world_size)
     return [
-        ("convert", [python, "-m", "fastflower.convert", *own]),
-        ("train", [composer, "-n", ranks, "fastflower/train.py", *own]),
-        ("evaluate", [python, "-m", "fastflower.evaluate", *own]),
-        ("export", [python, "-m", "fastflower.export", *own]),
-        ("predict", [python, "code/predict.py", str(made.test), str(runs.SUBMISSION)]),
-        ("predict disturbed", [python, "code/predict.py", str(made.disturbed), str(disturbed)]),
+        ("convert", [python, "-m", "fastflower.convert", *arguments]),
+        ("train", [composer, "-n", ranks, "fastflower/train.py", *arguments]),
+        ("evaluate", [python, "-m", "fastflower.evaluate", *arguments]),
+        ("export", [python, "-m", "fastflower.export", *arguments]),
+        ("predict", [python, "code/predict.py", str(contest.test), str(runs.SUBMISSION)]),
+        ("predict disturbed", [python, "code/predict.py", str(contest.disturbed), str(disturbed)]),
         ("report", [python, "-m", "fastflower.report", recipe.exp.name]),
     ]
 
 
-def run(stage: str, command: list[str]) -> float:
-    """Run one command in full view and return its seconds; a failure ends the demo with the command's name."""
+def run_stage(stage: str, command: list[str]) -> float:
+    """Run a command with its output on the console and return its seconds; EnvironmentFault when it fails."""
     print(f"\n[{stage}] {' '.join(command)}", flush=True)
     started = time.monotonic()
     code = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False).returncode
-    took = round(time.monotonic() - started, 1)
+    seconds = round(time.monotonic() - started, 1)
     if code:
         raise EnvironmentFault(
-            f"{stage} ended with exit code {code} after {took:.0f} s; its last lines say why"
+            f"{stage} failed with exit code {code} after {seconds:.0f} s; see its output above"
         )
-    print(f"[{stage}] {took:.0f} s", flush=True)
-    return took
+    print(f"[{stage}] {seconds:.0f} s", flush=True)
+    return seconds
 
 
-def answers(path: Path) -> dict[str, str]:
-    """category_id by file name."""
+def read_labels(path: Path) -> dict[str, str]:
+    """File name -> category_id."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         return {row["filename"]: row["category_id"] for row in csv.DictReader(file)}
 
 
-def score(truth: Path, submission: Path) -> float:
-    """Share of the held-out photographs that a submission names rightly; a missing row is wrong."""
-    right, said = answers(truth), answers(submission)
-    return sum(said.get(name) == category for name, category in right.items()) / len(right)
+def accuracy(truth: Path, submission: Path) -> float:
+    """Top-1 of a submission on the held-out images; a missing row counts as wrong."""
+    labels, predictions = read_labels(truth), read_labels(submission)
+    return sum(predictions.get(name) == category for name, category in labels.items()) / len(labels)
 
 
-def tell(summary: dict[str, Any]) -> None:
-    """The last lines of the demo."""
-    count = summary["held_out"]
-    print(f"\nOf {count} held-out photographs, whose truth no command has seen:")
-    for name, words in (("clean_top1", "clean"), ("corrupted_top1", "disturbed")):
-        low, high = scores.wilson(round(summary[name] * count), count)
-        print(f"  {words:<10} top-1 {summary[name]:.4f}   (95 % interval {low:.3f} to {high:.3f})")
-    print(f"  submission  {summary['submission']}")
-    print(f"  report      {summary['report']}", flush=True)
+def print_summary(summary: Summary) -> None:
+    n = summary.held_out
+    print(f"\nScores on {n} held-out images, whose labels no command has read:")
+    for name, top1 in (("clean", summary.clean_top1), ("disturbed", summary.corrupted_top1)):
+        low, high = scores.wilson(round(top1 * n), n)
+        print(f"  {name:<10} top-1 {top1:.4f}   (95 % interval {low:.3f} to {high:.3f})")
+    print(f"  submission  {summary.submission}")
+    print(f"  report      {summary.report}", flush=True)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run_command(main)

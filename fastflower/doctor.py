@@ -1,6 +1,6 @@
-"""What this machine has and lacks for training: `python -m fastflower.doctor`, on any Python, installed or not.
+"""Check this machine for training: `python -m fastflower.doctor`, on any Python, before or after installation.
 
-Exit code 0: it can train. 4: it cannot yet, and the lines marked `lacks` say what to do.
+Exit code 0: the machine can train. 4: it cannot yet; the lines marked `lacks` name the fix.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ GB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Line:
-    """One finding. `ok` None: good to know, but training does not hang on it."""
+class Finding:
+    """Result of one check; `ok` is None for information that training does not depend on."""
 
     name: str
     ok: bool | None
@@ -37,159 +37,185 @@ class Line:
 
 
 def main(argv: list[str]) -> int:
-    """Print one screen; 0 when this machine can train."""
-    lines = examine()
-    print("\n".join(map(str, lines)))
-    lacking = [line.name for line in lines if line.ok is False]
-    print("this machine cannot train yet: " + ", ".join(lacking) if lacking else "this machine can train")
-    return 4 if lacking else 0
+    """Print the findings; returns 0 when this machine can train, else 4."""
+    findings = examine()
+    print("\n".join(map(str, findings)))
+    missing = [finding.name for finding in findings if finding.ok is False]
+    print("this machine cannot train yet: " + ", ".join(missing) if missing else "this machine can train")
+    return 4 if missing else 0
 
 
-def examine() -> list[Line]:
-    """Every finding, in the order in which one would mend them."""
-    built = kernel()
-    return [python(), *build_tools(built=built.ok is True), packages(), opencv_runtime(), built,
+def examine() -> list[Finding]:
+    """All findings, in the order in which to fix them."""
+    decoder = kernel()
+    return [python(), *build_tools(built=decoder.ok is True), packages(), opencv_runtime(), decoder,
             *gpus(), cores(), memory(), disk(), weights(), photographs()]  # fmt: skip
 
 
-def python() -> Line:
+def python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] == (3, 11):
-        return Line("Python", True, version)
-    return Line(
-        "Python", False, version, f"mosaicml, ffcv and torch resolve on 3.11 only; {SETUP} uses python3.11"
+        return Finding("Python", True, version)
+    return Finding(
+        "Python",
+        False,
+        text=version,
+        advice=f"mosaicml, ffcv and torch resolve on 3.11 only; {SETUP} uses python3.11",
     )
 
 
-def build_tools(*, built: bool) -> list[Line]:
-    """What ffcv and the decode kernel are built with; no longer needed once they are."""
-    wanted = None if built else False
+def build_tools(*, built: bool) -> list[Finding]:
+    """Tools that build ffcv and the decode kernel; optional once these are built."""
+    ok_if_missing = None if built else False
     tools = (
         ("compiler", "g++", ["g++", "--version"], "compilers"),
         ("pkg-config", "pkg-config", ["pkg-config", "--version"], "pkg-config"),
         ("libjpeg", "libturbojpeg0-dev libjpeg-dev", ["pkg-config", "--modversion", "libturbojpeg"], "libjpeg-turbo"),
         ("OpenCV", "libopencv-dev", ["pkg-config", "--modversion", "opencv4"], "libopencv"),
     )  # fmt: skip
-    lines = []
+    findings = []
     for name, debian, command, conda in tools:
-        said = output(command)
+        version_text = stdout_of(command)
         advice = f"apt-get install {debian}, or conda's {conda}; {SETUP} does it"
-        lines.append(
-            Line(name, True, said.splitlines()[0]) if said else Line(name, wanted, "not found", advice)
-        )
-    return lines
+        if version_text:
+            findings.append(Finding(name, True, version_text.splitlines()[0]))
+        else:
+            findings.append(Finding(name, ok_if_missing, text="not found", advice=advice))
+    return findings
 
 
-def packages() -> Line:
-    """The installed versions against the lock."""
+def packages() -> Finding:
+    """Installed versions against requirements.lock."""
     lock = ROOT / "requirements.lock"
     if not lock.is_file():
-        return Line("packages", False, f"no {lock}", "take the repository whole")
+        return Finding("packages", False, text=f"no {lock}", advice="use a complete copy of the repository")
     pinned = re.findall(r"^([\w.-]+)==([^\s\\]+)", lock.read_text(), flags=re.M)
-    found = {name: (version(name), want) for name, want in pinned}
-    wrong = {
-        name: f"{name} {have or 'missing'} (lock: {want})"
-        for name, (have, want) in found.items()
-        if have != want
+    differences = {
+        name: f"{name} {installed or 'missing'} (lock: {locked})"
+        for name, locked in pinned
+        if (installed := version(name)) != locked
     }
-    if not wrong:
-        return Line("packages", True, f"{len(pinned)} as in requirements.lock")
+    if not differences:
+        return Finding("packages", True, f"{len(pinned)} as in requirements.lock")
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     tools = re.findall(r'"([\w-]+)[\[>=]', extras.partition("[tool.")[0])
-    ok = None if set(wrong) <= set(tools) else False  # tests, lint and extras need those, training does not
-    return Line(
-        "packages", ok, f"{len(wrong)} of {len(pinned)} differ: {', '.join(list(wrong.values())[:2])}", SETUP
+    ok = None if set(differences) <= set(tools) else False  # training does not need tools and extras
+    return Finding(
+        "packages",
+        ok,
+        text=f"{len(differences)} of {len(pinned)} differ: {', '.join(list(differences.values())[:2])}",
+        advice=SETUP,
     )
 
 
-def opencv_runtime() -> Line:
-    """What OpenCV's wheel, which ffcv imports, loads from the system."""
+def opencv_runtime() -> Finding:
+    """System libraries that OpenCV's wheel loads, which ffcv imports."""
     for name, debian in (("libGL.so.1", "libgl1"), ("libgthread-2.0.so.0", "libglib2.0-0")):
-        if loading(name):
-            return Line("OpenCV runtime", False, f"no {name}", f"apt-get install {debian}; {SETUP} does it")
-    return Line("OpenCV runtime", True, "found")
+        if load_error(name):
+            return Finding(
+                "OpenCV runtime",
+                False,
+                text=f"no {name}",
+                advice=f"apt-get install {debian}; {SETUP} does it",
+            )
+    return Finding("OpenCV runtime", True, "found")
 
 
-def kernel() -> Line:
-    built = sorted((ROOT / "fastflower/data").glob("_decode*.so"))
+def kernel() -> Finding:
+    built = sorted((ROOT / "fastflower/data/decode").glob("_decode*.so"))
     source = ROOT / "fastflower/data/decode/decode.c"
     if not built:
-        return Line("decode kernel", False, "not built", SETUP)
+        return Finding("decode kernel", False, text="not built", advice=SETUP)
     if built[0].stat().st_mtime < source.stat().st_mtime:
-        return Line("decode kernel", False, "older than decode.c", SETUP)
-    if complaint := loading(str(built[0])):
-        return Line("decode kernel", False, complaint, f"remove it and run {SETUP}")
-    return Line("decode kernel", True, built[0].name)
+        return Finding("decode kernel", False, text="older than decode.c", advice=SETUP)
+    if error := load_error(str(built[0])):
+        return Finding("decode kernel", False, text=error, advice=f"remove it and run {SETUP}")
+    return Finding("decode kernel", True, built[0].name)
 
 
-def gpus() -> list[Line]:
-    """Each GPU with its memory and driver, and whether torch can use them."""
+def gpus() -> list[Finding]:
+    """Each GPU with its memory and driver, and a finding when torch cannot use all of them."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    said = output(query)
-    if not said:
+    table = stdout_of(query)
+    if not table:
         advice = "the CPU trains small networks; large ones need NVIDIA GPUs and their driver"
-        return [Line("GPU", None, "none", advice)]
-    lines = [Line("GPU", True, " ".join(row.split())) for row in said.splitlines()]
-    usable = output([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"])
-    if usable and int(usable) < len(lines):
-        advice = (
-            f"torch wants CUDA {output([sys.executable, '-c', 'import torch; print(torch.version.cuda)'])}"
+        return [Finding("GPU", None, text="none", advice=advice)]
+    findings = [Finding("GPU", True, " ".join(row.split())) for row in table.splitlines()]
+    usable = stdout_of([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"])
+    if usable and int(usable) < len(findings):
+        cuda = stdout_of([sys.executable, "-c", "import torch; print(torch.version.cuda)"])
+        findings.append(
+            Finding(
+                "GPUs in torch",
+                False,
+                text=f"{usable} of {len(findings)}",
+                advice=f"torch needs CUDA {cuda}; update the driver",
+            )
         )
-        lines.append(
-            Line("GPUs in torch", False, f"{usable} of {len(lines)}", f"{advice}; update the driver")
-        )
-    return lines
+    return findings
 
 
-def cores() -> Line:
+def cores() -> Finding:
     count = len(os.sched_getaffinity(0))
-    return Line(
-        "cores", True if count >= 2 else None, str(count), "" if count >= 2 else "two decode and train better"
+    return Finding(
+        "cores",
+        True if count >= 2 else None,
+        text=str(count),
+        advice="" if count >= 2 else "decoding and training are faster on two or more",
     )
 
 
-def memory() -> Line:
+def memory() -> Finding:
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.M))
     free, total = (int(fields[name]) * 1024 / GB for name in ("MemAvailable", "MemTotal"))
-    return Line(
-        "memory", free >= 2, f"{free:.1f} of {total:.1f} GB free", "" if free >= 2 else "training wants 2 GB"
+    return Finding(
+        "memory",
+        free >= 2,
+        text=f"{free:.1f} of {total:.1f} GB free",
+        advice="" if free >= 2 else "training needs 2 GB",
     )
 
 
-def disk() -> Line:
+def disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / GB
-    return Line(
-        "disk", free >= 2, f"{free:.0f} GB free here", "" if free >= 2 else "betons and checkpoints want 2 GB"
+    return Finding(
+        "disk",
+        free >= 2,
+        text=f"{free:.0f} GB free in {Path.cwd()}",
+        advice="" if free >= 2 else "betons and checkpoints need 2 GB",
     )
 
 
-def weights() -> Line:
-    """Pretrained weights of the backbones that the recipes name."""
+def weights() -> Finding:
+    """Pretrained weights of the backbones in the recipes."""
     folder = Path("results/model/pretrained_model")
     texts = [_with_bases(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
-    wanted = [name for text in texts if "pretrained: false" not in text
-              for name in re.findall(r"^ *backbone: *(\S+)", text, flags=re.M)[:1]]  # fmt: skip
-    absent = [name for name in wanted if not any(folder.glob(f"{name}*"))]
+    backbones = [name for text in texts if "pretrained: false" not in text
+                 for name in re.findall(r"^ *backbone: *(\S+)", text, flags=re.M)[:1]]  # fmt: skip
+    absent = [name for name in backbones if not any(folder.glob(f"{name}*"))]
     if not absent:
-        return Line("weights", True, f"{len(wanted)} in {folder}")
-    return Line(
-        "weights", None, f"{absent[0]} is not in {folder}", "put it there, or say model.pretrained=false"
+        return Finding("weights", True, f"{len(backbones)} in {folder}")
+    return Finding(
+        "weights",
+        None,
+        text=f"{absent[0]} is not in {folder}",
+        advice="download it to this folder, or set model.pretrained=false",
     )
 
 
 def _with_bases(recipe: Path) -> str:
-    """A recipe's text before those of its bases; without a YAML library, which may not be installed."""
+    """Text of a recipe followed by its bases; read without a YAML library, which may not be installed."""
     text = recipe.read_text()
     base = re.search(r"^base: *(\S+)", text, flags=re.M)
     return text + _with_bases(recipe.parent / base[1]) if base else text
 
 
-def photographs() -> Line:
-    root, table = Path("data/train"), Path("data/train_labels.csv")
-    if not (root.is_dir() and table.is_file()):
-        advice = "or say data.root= and data.csv=; make demo needs neither"
-        return Line("photographs", None, f"no {root} with {table}", advice)
-    return Line("photographs", True, f"{sum(1 for _ in root.iterdir())} files in {root}")
+def photographs() -> Finding:
+    root, labels = Path("data/train"), Path("data/train_labels.csv")
+    if not (root.is_dir() and labels.is_file()):
+        advice = "add them, or set data.root= and data.csv=; make demo needs neither"
+        return Finding("photographs", None, text=f"no {root} with {labels}", advice=advice)
+    return Finding("photographs", True, f"{sum(1 for _ in root.iterdir())} files in {root}")
 
 
 def version(name: str) -> str | None:
@@ -199,8 +225,8 @@ def version(name: str) -> str | None:
         return None
 
 
-def loading(library: str) -> str:
-    """Why a shared library does not load, or nothing."""
+def load_error(library: str) -> str:
+    """Error message of loading a shared library, or "" when it loads."""
     try:
         ctypes.CDLL(library)
     except OSError as error:
@@ -208,14 +234,14 @@ def loading(library: str) -> str:
     return ""
 
 
-def output(command: list[str]) -> str:
-    """What a command prints, or nothing when it is missing or fails."""
+def stdout_of(command: list[str]) -> str:
+    """Standard output of a command, or "" when it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run_command(main)

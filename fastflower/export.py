@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastflower.bundle import gates, held_out, writer
-from fastflower.bundle.members import choose, out_of_fold, shares_of
+from fastflower.bundle.members import choose, member_weights, read_out_of_fold
 from fastflower.core import errors, runs
 from fastflower.core.errors import InputError
 from fastflower.data.readers import sources
@@ -14,38 +14,38 @@ from fastflower.recipe import checks, parse_command
 
 
 def main(argv: list[str]) -> None:
-    """Choose members, write the bundle aside, check it, put it in place."""
+    """Choose members, write the bundle to a temporary folder, check it, publish it."""
     parser = argparse.ArgumentParser(prog="python -m fastflower.export", description="Make the hand-in.")
-    parser.add_argument("recipe", nargs="*", help="recipe.yaml and key=value words")
+    parser.add_argument("recipe", nargs="*", help="recipe.yaml and key=value changes")
     parser.add_argument(
-        "--members", nargs="+", type=Path, default=[], help="checkpoints (the recipe's find_pattern)"
+        "--members", nargs="+", type=Path, default=[], help="checkpoints (those that find_pattern matches)"
     )
-    parser.add_argument("--zip", type=Path, help="archive of code/ and the bundle to write as well")
-    parser.add_argument("--top", default="", help="folder of the archive that holds both (none)")
+    parser.add_argument("--zip", type=Path, help="also write an archive of code/ and the bundle")
+    parser.add_argument("--top", default="", help="folder inside the archive for both (none)")
     options = parser.parse_intermixed_args(argv)
     recipe = parse_command(options.recipe)
     checks.check_flips(recipe)
     chosen = choose(recipe, options.members)
-    held_out.originals(recipe)  # before minutes of work
+    held_out.open_originals(recipe)  # fails early, before minutes of work
     members = writer.load_members(chosen.paths, recipe.bundle.dtype)
-    shares = shares_of(chosen, [m.meta["backbone"] for m in members], recipe.ensembling.weighting)
+    weights = member_weights(chosen, [m.meta.backbone for m in members], recipe.ensembling.weighting)
     print(f"{len(members)} members, T = {chosen.temperature:.4f} ({chosen.source})")
-    for path, share in zip(chosen.paths, shares, strict=True):
-        print(f"  {share:.3f}  {path}")
-    with writer.aside() as folder:
+    for path, weight in zip(chosen.paths, weights, strict=True):
+        print(f"  {weight:.3f}  {path}")
+    with writer.temporary_bundle() as folder:
         arrays = sources.pair_arrays(recipe)
-        made = writer.write(
-            folder, members, shares=shares, recipe=recipe, temperature=chosen.temperature, arrays=arrays
+        bundle = writer.write_bundle(
+            folder, members, weights=weights, recipe=recipe, temperature=chosen.temperature, arrays=arrays
         )
-        known = out_of_fold(recipe, chosen.paths)
-        found, lines = gates.check(folder, made, members=members, recipe=recipe, out_of_fold=known)
-        gates.table(found)
-        for line in lines:
-            print(f"  {line}")
-        failed = [gate for gate in found if gate.passed is False]
+        out_of_fold = read_out_of_fold(recipe, chosen.paths)
+        results, notes = gates.check(folder, bundle, members=members, recipe=recipe, out_of_fold=out_of_fold)
+        gates.print_table(results)
+        for note in notes:
+            print(f"  {note}")
+        failed = [gate for gate in results if gate.passed is False]
         if failed:
             raise InputError("; ".join(f"{gate.name}: {gate.got}, allowed {gate.allowed}" for gate in failed))
-        writer.put_in_place(folder)
+        writer.publish(folder)
     print(f"bundle in {runs.BUNDLE}; run python code/predict.py {'<.npz>' if arrays else '<folder>'} <csv>")
     if options.zip:
         writer.zip_hand_in(options.zip, options.top)
@@ -53,4 +53,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, own_help=True)
+    errors.run_command(main, parses_help=True)

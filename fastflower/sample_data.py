@@ -1,8 +1,8 @@
-"""Data to try a recipe on: `python -m fastflower.sample_data digits|eyes|pairs [home=data/<kind>] [key=value ...]`.
+"""Generated data sets: `python -m fastflower.sample_data digits|eyes|pairs [home=data/<kind>] [key=value ...]`.
 
-digits are scikit-learn's, as Kaggle's tables; pairs are made of them; eyes are drawn. `held_out` is a key of each,
-`rows` and `seed` of eyes and pairs. The same words give the same pixels, and nothing is downloaded.
-`... images <table of pixels> <folder>` writes a table's rows as files that the predictor reads.
+digits are scikit-learn's in Kaggle's file formats, pairs are pairs of them, eyes are drawn. All have the key
+`held_out`, eyes and pairs also `rows` and `seed`. Equal arguments give equal pixels, and nothing is downloaded.
+`... images <table of pixels> <folder>` writes the rows of a CSV as image files that the predictor reads.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ KINDS: dict[str, Callable[..., None]] = {
 
 
 def main(argv: list[str]) -> None:
-    """Make one kind of data and say where it lies."""
+    """Write one kind of data and print its folder."""
     if argv[:1] == ["images"] and len(argv) == 3:
-        made = digits.unpack(Path(argv[1]), Path(argv[2]))
-        print(f"{argv[2]}: {made.rows} images of {made.height}x{made.width}")
+        stack = digits.unpack(Path(argv[1]), Path(argv[2]))
+        print(f"{argv[2]}: {stack.rows} images of {stack.height}x{stack.width}")
         return
     kind, options = parse(argv)
     home = Path(options.pop("home", f"data/{kind}"))
@@ -37,14 +37,14 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[str, dict[str, str]]:
-    """The kind and its keys; InputError says what there is."""
-    kinds = [word for word in argv if "=" not in word]
+    """The kind and its options; InputError lists the allowed ones."""
+    kinds = [argument for argument in argv if "=" not in argument]
     if len(kinds) != 1 or kinds[0] not in KINDS:
         raise InputError(
             f"got {' '.join(argv) or 'nothing'}; sample_data takes one of {', '.join(KINDS)}, "
             "or images <table of pixels> <folder>"
         )
-    options = dict(word.split("=", 1) for word in argv if "=" in word)
+    options = dict(argument.split("=", 1) for argument in argv if "=" in argument)
     allowed = list(inspect.signature(KINDS[kinds[0]]).parameters)
     for name, value in options.items():
         if name not in allowed:
@@ -55,4 +55,4 @@ def parse(argv: list[str]) -> tuple[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run_command(main)

@@ -1,7 +1,7 @@
 """composer -n 2 fastflower/train.py [recipe.yaml] [key=value ...]: train one fold, several, or all.
 
-Also `python -m fastflower.train`. The same command goes on where a killed or preempted run stopped; a finished
-run says so. Writes results/model/<exp>/ (checkpoints, log) and results/results/<exp>/ (meta/, events.jsonl,
+Also `python -m fastflower.train`. The same command resumes a killed or preempted run; a finished run is left as it
+is. Writes results/model/<exp>/ (checkpoints, log) and results/results/<exp>/ (meta/, events.jsonl,
 tensorboard/). Exit codes: 0 done, 1 diverged, 2 bad input, 3 damaged files, 4 the machine lacks something,
 75 stopped by a signal with its state saved.
 """
@@ -14,26 +14,25 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 if (
     sys.path and Path(sys.path[0]).resolve() == HERE
-):  # run by path: its folder would shadow other libraries' names
+):  # run by path: this folder would shadow other libraries' names
     sys.path[0] = str(HERE.parent)
 
 import torch  # noqa: E402
 
-from fastflower.callbacks.checkpoints import adopt, parse_interval  # noqa: E402
+from fastflower.callbacks.checkpoints import parse_interval, supersede  # noqa: E402
 from fastflower.callbacks.stop import Stop  # noqa: E402
 from fastflower.callbacks.trackers import check_trackers  # noqa: E402
 from fastflower.core import checkpoint, errors  # noqa: E402
 from fastflower.core.console import Console  # noqa: E402
 from fastflower.core.runs import Run  # noqa: E402
-from fastflower.recipe import Recipe, checks, derived, parse_command  # noqa: E402  # noqa: E402
-from fastflower.recipe.identity import identity  # noqa: E402
-from fastflower.training import build, fold_data, ranks, record, resume  # noqa: E402  # noqa: E402
-from fastflower.training.resume import restore  # noqa: E402
+from fastflower.recipe import Recipe, checks, derived, parse_command  # noqa: E402
+from fastflower.recipe.identity import identity as run_identity  # noqa: E402
+from fastflower.training import build, fold_data, ranks, record, resume  # noqa: E402
 
 
-@ranks.rank_zero_speaks()
+@ranks.rank_zero_reports()
 def main(argv: list[str]) -> int:
-    """Train the recipe's folds one after the other, on as many ranks as were launched."""
+    """Train the recipe's folds one after another on all launched ranks."""
     recipe = parse_command(argv)
     advice = checks.check(recipe)
     parse_interval(recipe.train.save_every)
@@ -42,9 +41,9 @@ def main(argv: list[str]) -> int:
     stop = Stop()
     try:
         for fold in derived.fold_numbers(recipe):
-            with ranks.claim(recipe, fold) as run, ranks.console(run) as console:
+            with ranks.lock_run(recipe, fold) as run, ranks.console(run) as console:
                 train_fold(recipe, run, machine=machine, stop=stop, console=console, advice=advice)
-        machine.close()  # not after an error: it may wait for a rank that is stuck
+        machine.close()  # not after an error: it could wait for a rank that hangs
     finally:
         stop.restore()
     return 0
@@ -53,29 +52,28 @@ def main(argv: list[str]) -> int:
 def train_fold(
     recipe: Recipe, run: Run, *, machine: ranks.Machine, stop: Stop, console: Console, advice: list[str]
 ) -> None:
-    """One run: open the data, go on from the last checkpoint if there is one, fit, summarise."""
+    """One run: open the data, restore the last checkpoint if there is one, fit, summarise."""
     fold = fold_data.open_data(recipe, run.fold)
-    more = fold.unlabelled.manifest if fold.unlabelled else None
-    same = identity(
-        recipe, derived.derive(recipe, machine.world), manifest=fold.train.manifest, unlabelled=more
-    )
-    ranks.check_alike(same)
-    last = ranks.on_rank_zero(lambda: resume.find_last(run, same, console.say))
-    if last is not None and last.done:
-        console.say(last.done)
+    identity = run_identity(recipe, derived.derive(recipe, machine.world), fold.data_identity())
+    ranks.check_inputs_agree(identity)
+    point = ranks.on_rank_zero(lambda: resume.find_resume_point(run, identity, console.write))
+    if point is not None and point.done:
+        console.write(point.done)
         return
     fold_data.verify(fold)
-    training = build.training(recipe, run, fold=fold, machine=machine, stop=stop, console=console, same=same)
+    training = build.training(
+        recipe, run, fold=fold, machine=machine, stop=stop, console=console, identity=identity
+    )
     try:
-        if last is not None:
-            restore(
-                checkpoint.load(last.path),
+        if point is not None:
+            resume.restore(
+                checkpoint.load(point.path),
                 training.trainer.state,
                 network=training.network,
-                parts=training.parts,
+                components=training.components,
             )
-        if last is not None and last.finished:  # cut between its last step and its summary
-            ranks.on_rank_zero(lambda: adopt(run, "last", last.path))
+        if point is not None and point.finished:  # killed between its last step and its summary
+            ranks.on_rank_zero(lambda: supersede(run, "last", point.path))
         else:
             announce(recipe, training, machine=machine, advice=advice)
             with stop.deferred():
@@ -88,49 +86,50 @@ def train_fold(
 
 
 def announce(recipe: Recipe, training: build.Training, *, machine: ranks.Machine, advice: list[str]) -> None:
-    """Header on the console, meta/, the picture of samples, the start row."""
+    """Write the start of a run: console header, meta/, the picture of samples, the start row of events.jsonl."""
     if machine.rank:
         return
-    facts, say, start = training.facts, training.console.say, training.trainer.state.timestamp
+    facts, say, start = training.facts, training.console.write, training.trainer.state.timestamp
     epoch, step = start.epoch.value, start.batch_in_epoch.value
     title, *lines = record.header(recipe, facts)
     say(title, "bold")
     for line in [
         *lines,
         "",
-        *(f"  {line}" for line in facts.groups_table),
+        *(f"  {line}" for line in facts.group_table),
         "",
-        *(f"  {line}" for line in facts.notes),
+        *(f"  {line}" for line in facts.numbers.notes),
     ]:
         say(line)
-    for line in record.notes(recipe, facts, advice):
+    for line in [*record.warnings_before_start(recipe, facts), *advice]:
         say(f"  note: {line}", "yellow")
     record.write_meta(recipe, facts, advice=advice, determinism=machine.determinism())
     if start.batch.value:
-        say(f"  going on after epoch {epoch}, step {step} of the next", "bold")
+        say(f"  resuming after epoch {epoch}, step {step} of the next", "bold")
     else:
-        build.picture(recipe, training)
+        build.save_sample_picture(recipe, training)
     say()
-    row = {"event": "start", "from_epoch": epoch, "from_step": step, **facts.derived.as_dict()}
+    row = {"event": "start", "from_epoch": epoch, "from_step": step, **training.scoring.derived.as_dict()}
     training.recorder.write(row)
 
 
 def finish(training: build.Training, machine: ranks.Machine, advice: list[str]) -> None:
-    """The summary, the end row and the record of how the run ended."""
+    """Write the end of a run: the end row of events.jsonl, its record in meta/, the summary on the console."""
     if machine.rank:
         return
-    row = record.end(
+    end = record.end_of_run(
         training.run,
         training.scoring,
         seconds=training.recorder.meter.total,
-        saving_seconds=training.saving.seconds,
+        saving_seconds=training.saver.seconds,
+        determinism=machine.determinism(),
+        identity=training.saver.identity,
     )
-    row["determinism"] = machine.determinism()
-    training.recorder.write(row)
-    record.write_end(training.facts, advice, row=row, same=training.saving.identity)
-    for line in record.summary(row):
-        training.console.say(line, "bold" if line.startswith("done") else "")
+    training.recorder.write(record.end_row(end))
+    record.write_end(training.facts, advice, end)
+    for line in record.summary(end):
+        training.console.write(line, "bold" if line.startswith("done") else "")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run_command(main)

@@ -36,7 +36,7 @@ FLOORS = {
     **dict.fromkeys(COMMANDS, 7),  # commands speak through files
 }
 COMPOSER = ("model/classifier.py", "algorithms/", "callbacks/", "training/", "train.py")
-FFCV = ("data/",)
+FFCV = ("bench/stock_ffcv.py",)
 PREDICTOR = {"torch", "numpy", "PIL"}
 BUILT = {".git", ".venv", "build", "data", "results", "shared"}
 

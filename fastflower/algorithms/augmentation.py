@@ -1,4 +1,4 @@
-"""Device augmentation of whole batches, before they are cut into microbatches."""
+"""Augmentation of whole batches on the device, before Composer cuts them into microbatches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastflower.recipe.schema import Aug
 
 
 class DeviceAugment(Algorithm):
-    """AFTER_DATALOADER: bring the batch to the device and augment its images, each by its own key.
+    """AFTER_DATALOADER: move the batch to the device and augment each image with its own key.
 
-    "image" becomes float32 (B, 3, H, W) in 0..255, channels last. `fill` (3,) is what erasing paints. With `pairs`
-    the two halves of each image are augmented as the images they are.
+    "image" becomes float32 (B, 3, H, W) in 0..255, channels last. `fill` (3,), in 0..255, is the colour of erased
+    boxes. With `pairs`, the two halves of each image are augmented independently.
     """
 
     def __init__(self, aug: Aug, erase_p: float, *, fill: tuple[float, ...], pairs: bool = False) -> None:

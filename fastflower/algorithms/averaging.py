@@ -1,7 +1,7 @@
-"""Averages of the weights, kept as modules beside the network, so that nothing is ever swapped.
+"""EMA and SWA of the weights, kept in a second module (the shadow), so that weights are never swapped.
 
-The stock EMA swaps weights around evaluation and checkpoints, keys its state by the names that the distributed
-wrapper gives, and truncates integer buffers; here floats are averaged, the rest is copied, names are the network's.
+Composer's EMA swaps weights around evaluation and checkpoints, keys its state by the names inside the DDP wrapper
+and truncates integer buffers. Here floats are averaged, other tensors are copied, and names are the network's.
 """
 
 from __future__ import annotations
@@ -16,55 +16,51 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
+from fastflower.model.network import batch_norms
 
-def ramped(decay: float, updates: int, *, warmup: bool) -> float:
-    """The decay of the next update after `updates` of them: min(decay, (1 + t) / (10 + t))."""
+
+def ema_decay(decay: float, updates: int, *, warmup: bool) -> float:
+    """Decay of update t = `updates`, counted from 0; with `warmup`, min(decay, (1 + t) / (10 + t))."""
     return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 
 
-def shadow_of(network: nn.Module) -> nn.Module:
-    """A copy that is never trained."""
+def shadow_copy(network: nn.Module) -> nn.Module:
+    """A copy of the network in eval mode, without gradients."""
     shadow = copy.deepcopy(network).eval().requires_grad_(False)
     for parameter in shadow.parameters():
         parameter.grad = None
     return shadow
 
 
-def split(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and buffers in the order of their names: floating ones, others."""
+def float_and_other_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating-point parameters and buffers in their order of definition, and the other ones."""
     tensors = [*module.parameters(), *module.buffers()]
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
 
 @torch.no_grad()
-def pull(shadow: nn.Module, network: nn.Module, weight: float) -> None:
-    """shadow += weight * (network - shadow) in a few launches; counters and index tables are copied."""
-    ours, our_counts = split(shadow)
-    theirs, their_counts = split(network)
-    torch._foreach_lerp_(ours, theirs, weight)
-    for mine, other in zip(our_counts, their_counts, strict=True):
-        mine.copy_(other)
-
-
-def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The layers that hold running statistics."""
-    return [
-        m
-        for m in module.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+def interpolate(shadow: nn.Module, network: nn.Module, weight: float) -> None:
+    """shadow += weight * (network - shadow) in a few kernel launches; counters and index tables are copied."""
+    shadow_floats, shadow_others = float_and_other_tensors(shadow)
+    network_floats, network_others = float_and_other_tensors(network)
+    torch._foreach_lerp_(shadow_floats, network_floats, weight)
+    for target, source in zip(shadow_others, network_others, strict=True):
+        target.copy_(source)
 
 
 @torch.no_grad()
-def recalibrate(module: nn.Module, images: Iterable[Tensor]) -> None:
-    """Replace BatchNorm's running statistics by their plain mean over the batches; nothing to do without BatchNorm."""
-    norms = batch_norms(module)
+def reestimate_batch_norms(module: nn.Module, images: Iterable[Tensor]) -> None:
+    """Replace BatchNorm's running statistics by their mean over the batches; does nothing without BatchNorm.
+
+    Unlike torch's update_bn, which trains the whole module meanwhile, dropout and stochastic depth stay off.
+    """
+    norms = list(batch_norms(module).values())
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # cumulative
+        norm.momentum = None  # a cumulative mean
         norm.train()
     for batch in images:
         module(batch)
@@ -74,13 +70,13 @@ def recalibrate(module: nn.Module, images: Iterable[Tensor]) -> None:
 
 
 class Ema(Algorithm):
-    """BATCH_END: move the shadow towards the network, unless `skipped()` says that no step was made."""
+    """BATCH_END: move the shadow towards the network, unless `skipped()`: the optimizer made no step."""
 
     def __init__(
         self, network: nn.Module, decay: float, *, warmup: bool, skipped: Callable[[], bool]
     ) -> None:
         self.network = network
-        self.shadow = shadow_of(network)
+        self.shadow = shadow_copy(network)
         self.decay = decay
         self.warmup = warmup
         self.skipped = skipped
@@ -90,7 +86,7 @@ class Ema(Algorithm):
         return event == Event.BATCH_END and not self.skipped()
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
-        pull(self.shadow, self.network, 1 - ramped(self.decay, self.updates, warmup=self.warmup))
+        interpolate(self.shadow, self.network, 1 - ema_decay(self.decay, self.updates, warmup=self.warmup))
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,10 +98,11 @@ class Ema(Algorithm):
 
 
 class Swa(Algorithm):
-    """EPOCH_END of the last epochs: add the raw weights to their plain mean and re-estimate BatchNorm.
+    """EPOCH_END from `first_epoch` on: add the raw weights to their mean and re-estimate BatchNorm.
 
-    The shadow joins `shadows` under "swa" at its first average, and is scored from then on. Once `asked(state)`, it
-    is left as it was: the run is about to end, and meets the end of this epoch again when it goes on.
+    `batches(state)` yields the images for BatchNorm. The first average enters the shadow in `shadows` under "swa",
+    where it is scored from then on. While `stopping(state)`, the shadow does not change: the run is about to end,
+    and a resumed run meets the end of this epoch again.
     """
 
     def __init__(
@@ -115,11 +112,11 @@ class Swa(Algorithm):
         *,
         shadows: dict[str, Callable[[Tensor], Tensor]],
         batches: Callable[[State], Iterable[Tensor]],
-        asked: Callable[[State], bool] = lambda state: False,
+        stopping: Callable[[State], bool] = lambda state: False,
     ) -> None:
         self.network = network
-        self.shadow = shadow_of(network)
-        self.asked = asked
+        self.shadow = shadow_copy(network)
+        self.stopping = stopping
         self.first_epoch = first_epoch
         self.shadows = shadows
         self.batches = batches
@@ -127,16 +124,16 @@ class Swa(Algorithm):
         self.last_epoch = 0
 
     def match(self, event: Event, state: State) -> bool:
-        epoch = state.timestamp.epoch.value  # a run resumed before its evaluation meets the same end again
+        epoch = state.timestamp.epoch.value  # a run resumed before its evaluation meets this epoch end again
         return event == Event.EPOCH_END and epoch >= self.first_epoch and epoch > self.last_epoch
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         mean = copy.deepcopy(self.shadow)
-        pull(mean, self.network, 1 / (self.averaged + 1))
+        interpolate(mean, self.network, 1 / (self.averaged + 1))
         if batch_norms(mean):
-            until_asked = itertools.takewhile(lambda _: not self.asked(state), self.batches(state))
-            recalibrate(mean, until_asked)
-        if self.asked(state):
+            until_stop = itertools.takewhile(lambda _: not self.stopping(state), self.batches(state))
+            reestimate_batch_norms(mean, until_stop)
+        if self.stopping(state):
             return
         self.shadow.load_state_dict(mean.state_dict())
         self.averaged += 1

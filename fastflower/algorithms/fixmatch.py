@@ -1,7 +1,7 @@
 """FixMatch (Sohn et al., arXiv:2001.07685), with ReMixMatch's distribution alignment, and pseudo-labels (Lee 2013).
 
-Labelled images and the views of unlabelled ones go through the network in one forward pass, so that BatchNorm's
-statistics are those of all of them, as in the authors' code. MixUp and CutMix have touched the labelled ones only.
+Labelled images and the views of unlabelled ones go through the network in one forward pass, so that BatchNorm
+sees all of them, as in the authors' code. MixUp and CutMix apply to the labelled ones only.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch.nn import functional as F
 
 from fastflower.data.transforms.augment import augment
 from fastflower.data.unlabelled import strong_augmentation
-from fastflower.model.classifier import pixels
+from fastflower.model.classifier import float_images
 from fastflower.model.losses import consistency
 from fastflower.recipe import Recipe
 
-SUMS = ("seen", "loss", "known", "right")  # images; their loss; labels made whose truth is known; right ones
-MEMORY = 0.99  # a step, of the predictions' mean: about the 128 batches of the paper
+SUMS = ("images", "loss", "known", "correct")  # known: pseudo-labels whose true class is known
+MEAN_DECAY = 0.99  # per step, of the mean prediction: about the 128 batches of the paper
 
 
-def weight(epoch: int, step: int, *, steps: int, lambda_u: float, ramp_epochs: int) -> float:
-    """lambda_u at a step of an epoch counted from 0: rising linearly from 0 over ramp_epochs, then constant."""
+def unlabelled_weight(epoch: int, step: int, *, steps: int, lambda_u: float, ramp_epochs: int) -> float:
+    """lambda_u at a step of an epoch (both from 0): rises linearly from 0 over `ramp_epochs`, then constant."""
     return lambda_u * min(1.0, (epoch + step / max(steps, 1)) / ramp_epochs) if ramp_epochs else lambda_u
 
 
 class FixMatch(Algorithm):
-    """BEFORE_FORWARD: put the views behind the labelled images. AFTER_FORWARD: take their logits off again.
-    AFTER_LOSS: add lambda_u times their loss. EPOCH_START, BATCH_END: count.
+    """BEFORE_FORWARD: append the unlabelled views to the labelled images. AFTER_FORWARD: split their logits off.
+    AFTER_LOSS: add lambda_u times their loss. EPOCH_START, BATCH_END: reset and add up the epoch's counts.
 
-    All of it works on a microbatch: "weak" and "strong" uint8 (b, mu, H, W, 3), "strong_key", "truth" int64
-    (b, mu). `teacher`, in eval mode, labels the weak views apart from the network's pass; None: the network
-    itself, as the paper has it. `fill` (3,) is what erasing paints.
+    Works on a microbatch with "weak" and "strong" uint8 (b, mu, H, W, 3), "strong_key" and "truth" int64 (b, mu).
+    `teacher`, in eval mode, labels the weak views in a forward pass of its own; None: the network labels them, as
+    in the paper. `fill` (3,), in 0..255, is the colour of erased boxes.
 
-    With semi.align the probabilities p of the weak views become p * shares / mean, normalised (Berthelot et al.,
-    arXiv:1911.09785, section 3.1): `shares` of the labels' classes over the running mean of what was predicted, so
-    that a class which looks likely everywhere does not take the others' images. State: the epoch's counts, the mean.
+    With semi.align the probabilities p of the weak views become p * class_prior / mean_prediction, normalised
+    (Berthelot et al., arXiv:1911.09785, section 3.1), so that a class which is predicted too often gets fewer
+    pseudo-labels. State: the epoch's counts and the mean prediction.
     """
 
     def __init__(
@@ -59,34 +59,34 @@ class FixMatch(Algorithm):
         self.lambda_u = 0.0
         self.counts = torch.zeros(len(class_counts), dtype=torch.float64)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        self.shares = torch.tensor(class_counts, dtype=torch.float64) / sum(class_counts)
-        self.mean = self.shares.clone()
-        self._step: list[Tensor] = []  # of the microbatches: (C + C + 4,)
-        self._made: Tensor = torch.empty(0)
-        self._learned: Tensor = torch.empty(0)
+        self.class_prior = torch.tensor(class_counts, dtype=torch.float64) / sum(class_counts)
+        self.mean_prediction = self.class_prior.clone()
+        self._microbatches: list[Tensor] = []  # this step's counts, predictions and SUMS, (C + C + 4,)
+        self._label_logits: Tensor = torch.empty(0)
+        self._learned_logits: Tensor = torch.empty(0)
 
     def match(self, event: Event, state: State) -> bool:
-        return event in self._work()
+        return event in self._handlers()
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
-        self._work()[event](state)
+        self._handlers()[event](state)
 
-    def _work(self) -> dict[Event, Any]:
+    def _handlers(self) -> dict[Event, Any]:
         return {
-            Event.EPOCH_START: self._forget,
-            Event.BEFORE_FORWARD: self._join,
-            Event.AFTER_FORWARD: self._part,
-            Event.AFTER_LOSS: self._learn,
+            Event.EPOCH_START: self._reset,
+            Event.BEFORE_FORWARD: self._append_views,
+            Event.AFTER_FORWARD: self._split_logits,
+            Event.AFTER_LOSS: self._add_loss,
             Event.BATCH_END: self._count,
         }
 
-    def _join(self, state: State) -> None:
+    def _append_views(self, state: State) -> None:
         batch = state.batch
-        weak = pixels({"image": batch["weak"].flatten(0, 1)})
+        weak = float_images({"image": batch["weak"].flatten(0, 1)})
         views = []
         if self.teacher is not None:
             with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
-                self._made = self.teacher(weak)
+                self._label_logits = self.teacher(weak)
         if self.teacher is None or self.semi.method == "pseudo":
             views.append(weak)
         if self.semi.method == "fixmatch":
@@ -95,65 +95,77 @@ class FixMatch(Algorithm):
                 views.append(augment(images, keys, aug=self.aug, erase_p=self.erase_p, fill=self.fill))
         state.batch = {**batch, "image": torch.cat([batch["image"], *views])}
 
-    def _part(self, state: State) -> None:
+    def _split_logits(self, state: State) -> None:
         assert isinstance(state.outputs, Tensor)
         rows = len(state.batch["label"])
         views = state.outputs[rows:].split(rows * self.semi.mu)
         state.outputs = state.outputs[:rows]
-        self._learned = views[-1]
+        self._learned_logits = views[-1]
         if self.teacher is None:
-            self._made = views[0]
+            self._label_logits = views[0]
 
-    def _learn(self, state: State) -> None:
-        made, predicted = self._made.detach().float(), self._made.detach().double().softmax(1).sum(0)
+    def _add_loss(self, state: State) -> None:
+        logits = self._label_logits.detach().float()
+        predicted = self._label_logits.detach().double().softmax(1).sum(0)
         if self.semi.align:
-            made = made + (self.shares.clamp_min(1e-6) / self.mean.clamp_min(1e-6)).log().to(made)
-        loss, labels, mask = consistency(made, self._learned, self.semi.threshold)
-        now, steps = state.timestamp, int(state.dataloader_len or 1)
-        semi, epoch, step = self.semi, now.epoch.value, now.batch_in_epoch.value
-        self.lambda_u = weight(epoch, step, steps=steps, lambda_u=semi.lambda_u, ramp_epochs=semi.ramp_epochs)
+            ratio = self.class_prior.clamp_min(1e-6) / self.mean_prediction.clamp_min(1e-6)
+            logits = logits + ratio.log().to(logits)
+        loss, labels, mask = consistency(logits, self._learned_logits, self.semi.threshold)
+        self.lambda_u = unlabelled_weight(
+            state.timestamp.epoch.value,
+            state.timestamp.batch_in_epoch.value,
+            steps=int(state.dataloader_len or 1),
+            lambda_u=self.semi.lambda_u,
+            ramp_epochs=self.semi.ramp_epochs,
+        )
         assert isinstance(state.loss, Tensor)
         state.loss = state.loss + self.lambda_u * loss
         truth = state.batch["truth"].flatten()
         known = mask & (truth >= 0)
         counts = (F.one_hot(labels, len(self.counts)) * mask[:, None]).sum(0)
         images = torch.ones_like(labels).sum()
-        numbers = [images, images * loss.detach(), known.sum(), (known & (labels == truth)).sum()]
-        self._step.append(torch.cat([counts, predicted, torch.stack([n.double() for n in numbers])]))
+        sums = [images, images * loss.detach(), known.sum(), (known & (labels == truth)).sum()]
+        self._microbatches.append(torch.cat([counts, predicted, torch.stack([n.double() for n in sums])]))
 
     def _count(self, state: State) -> None:
-        step = torch.stack(self._step).sum(0)
-        self._step = []
-        if dist.get_world_size() > 1:  # each step, so that a checkpoint holds all ranks' counts
+        step = torch.stack(self._microbatches).sum(0)
+        self._microbatches = []
+        if dist.get_world_size() > 1:  # at each step, so that a checkpoint holds the counts of all ranks
             dist.all_reduce(step)
-        counts, predicted, sums = step.cpu().split([len(self.counts), len(self.mean), len(self.sums)])
+        classes = len(self.counts)
+        counts, predicted, sums = step.cpu().split([classes, classes, len(SUMS)])
         self.counts += counts
         self.sums += sums
-        if predicted.isfinite().all():  # a step that the gradient guard skips leaves no trace here either
-            self.mean = MEMORY * self.mean + (1 - MEMORY) * predicted / sums[0]
+        if predicted.isfinite().all():  # not after a step that the gradient guard skips
+            self.mean_prediction = MEAN_DECAY * self.mean_prediction + (1 - MEAN_DECAY) * predicted / sums[0]
 
-    def _forget(self, state: State) -> None:
+    def _reset(self, state: State) -> None:
         self.counts.zero_()
         self.sums.zero_()
 
     def row(self) -> dict[str, Any]:
-        """The epoch so far: the share of unlabelled images that got a label, how many of each class, the loss on
-        all of them, the last lambda_u; and of the labels whose truth is known the share that is right, else None.
+        """The epoch so far: fraction of unlabelled images with a pseudo-label, their count per class, the loss on all
+        unlabelled images, the last lambda_u, and the accuracy of pseudo-labels with a known true class (else None).
         """
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
-        seen = max(sums["seen"], 1.0)
+        images = max(sums["images"], 1.0)
         return {
-            "mask_rate": float(self.counts.sum()) / seen,
+            "mask_rate": float(self.counts.sum()) / images,
             "pseudo_counts": [int(n) for n in self.counts.tolist()],
-            "pseudo_accuracy": sums["right"] / sums["known"] if sums["known"] else None,
-            "unlabelled_loss": sums["loss"] / seen,
+            "pseudo_accuracy": sums["correct"] / sums["known"] if sums["known"] else None,
+            "unlabelled_loss": sums["loss"] / images,
             "lambda_u": self.lambda_u,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        counts, sums, mean = self.counts.clone(), self.sums.clone(), self.mean.clone()
-        return {"counts": counts, "sums": sums, "mean": mean, "lambda_u": self.lambda_u}
+        return {
+            "counts": self.counts.clone(),
+            "sums": self.sums.clone(),
+            "mean": self.mean_prediction.clone(),
+            "lambda_u": self.lambda_u,
+        }
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
-        self.counts, self.sums, self.mean = (state[name].clone() for name in ("counts", "sums", "mean"))
+        self.counts, self.sums = state["counts"].clone(), state["sums"].clone()
+        self.mean_prediction = state["mean"].clone()
         self.lambda_u = state["lambda_u"]

@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward pass and the step: norm, clipping, and the guard against NaN."""
+"""Gradients between the backward pass and the optimizer step: norm, clipping, and the guard against NaN."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 
-from fastflower.algorithms.averaging import batch_norms
 from fastflower.core.errors import Diverged, InputError
+from fastflower.model.network import batch_norms
 
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
-    """Scale all gradients so that their global 2-norm is at most `limit`; returns the norm before (one device sync)."""
+    """Scale the gradients to a global 2-norm of at most `limit`; returns the norm before (one device sync)."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
@@ -33,30 +33,31 @@ def _drop_frozen(optimizer: torch.optim.Optimizer) -> None:
                 parameter.grad = None
 
 
-def untouched(network: nn.Module) -> list[str]:
+def without_gradient(network: nn.Module) -> list[str]:
     """The names of trainable parameters that have no gradient."""
     return [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
 
 class GradientGuard(Algorithm):
-    """BATCH_START: remember BatchNorm's statistics. AFTER_TRAIN_BATCH: clip, or skip a non-finite step.
+    """BATCH_START: save BatchNorm's statistics. AFTER_TRAIN_BATCH: clip, or skip a non-finite step.
 
-    Parameters that got no gradient in the first step are told to `say`, and refused on more than one rank: the
-    wrapper that averages gradients waits for all of them, and the others of their bucket would not be averaged.
+    A skipped step leaves weights, optimizer, averages and running statistics unchanged. Gradients are checked after
+    the reduction over ranks, so that all ranks decide alike. Raises Diverged after `limit` non-finite steps in a
+    row; overflows of the fp16 scaler are skipped but not counted while its scale can still fall.
 
-    Gradients are those after the ranks' reduction, so that all ranks decide alike. A skipped step leaves
-    weights, optimizer, averages and running statistics as they were. Frozen parts (lr 0) lose their gradients
-    first: they neither shrink the others' share of the norm nor fill moments before they train. With fp16 the
-    scaler's own overflows are skipped but not counted while its scale can still fall.
-    Raises Diverged after `limit` counted steps in a row.
+    Frozen parts (lr 0) lose their gradients first, so that they neither count in the norm nor fill the optimizer's
+    moments before they train.
+
+    Parameters without a gradient in the first step are reported to `warn`; on more than one rank they raise
+    InputError, because DDP waits for all gradients and would not average the others of their bucket.
     """
 
     def __init__(
-        self, network: nn.Module, clip_grad: float | None, *, limit: int, say: Callable[[str], None] = print
+        self, network: nn.Module, clip_grad: float | None, *, limit: int, warn: Callable[[str], None] = print
     ) -> None:
         self.network = network
-        self.say = say
-        self.first = True
+        self.warn = warn
+        self.first_step = True
         self.clip_grad = clip_grad
         self.limit = limit
         self.skipped = False
@@ -64,7 +65,7 @@ class GradientGuard(Algorithm):
         self.total = 0
         self.in_a_row = 0
         self.statistics: list[Tensor] = []
-        for norm in batch_norms(network):
+        for norm in batch_norms(network).values():
             self.statistics += [b for b in (norm.running_mean, norm.running_var) if b is not None]
         self._before = [torch.empty_like(buffer) for buffer in self.statistics]
 
@@ -74,10 +75,10 @@ class GradientGuard(Algorithm):
     @torch.no_grad()
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         if event == Event.BATCH_START:
-            self._remember()
+            self._save_statistics()
             return
-        if self.first:
-            self._look()
+        if self.first_step:
+            self._check_first_step()
         _drop_frozen(state.optimizers[0])
         self.norm = clip(self.network.parameters(), self.clip_grad)
         self.skipped = not math.isfinite(self.norm)
@@ -90,39 +91,39 @@ class GradientGuard(Algorithm):
             buffer.copy_(before)
         scale = state.scaler.get_scale() if state.scaler is not None and state.scaler.is_enabled() else 1.0
         if str(state.precision.value) != "amp_fp16" or scale <= 1:
-            self._count(state)
+            self._count_skipped(state)
 
-    def _look(self) -> None:
-        self.first, idle = False, untouched(self.network)
+    def _check_first_step(self) -> None:
+        self.first_step, idle = False, without_gradient(self.network)
         if not idle:
             return
-        what = f"{len(idle)} parameters get no gradient, first {idle[0]}"
+        problem = f"{len(idle)} parameters get no gradient, first {idle[0]}"
         if dist.get_world_size() == 1:
-            self.say(f"WARNING {what}: the loss does not depend on them, and they will not be trained")
+            self.warn(f"WARNING {problem}: the loss does not depend on them, and they will not be trained")
         elif dist.get_global_rank():
-            raise SystemExit(InputError.exit_code)  # rank 0 says why
+            raise SystemExit(InputError.exit_code)  # rank 0 prints the reason
         else:
             raise InputError(
-                f"{what}, and ranks cannot average the rest; train on one rank, or mend the network"
+                f"{problem}, and ranks cannot average the rest; train on one rank, or use all parameters in the loss"
             )
 
-    def _remember(self) -> None:
+    def _save_statistics(self) -> None:
         if self._before and self._before[0].device != self.statistics[0].device:
             self._before = [torch.empty_like(buffer) for buffer in self.statistics]
         for before, buffer in zip(self._before, self.statistics, strict=True):
             before.copy_(buffer)
 
-    def _count(self, state: State) -> None:
+    def _count_skipped(self, state: State) -> None:
         self.total += 1
         self.in_a_row += 1
         if self.in_a_row >= self.limit and dist.get_global_rank():
-            raise SystemExit(Diverged.exit_code)  # rank 0 says why
+            raise SystemExit(Diverged.exit_code)  # rank 0 prints the reason
         if self.in_a_row >= self.limit:
             lr = max(group["lr"] for group in state.optimizers[0].param_groups)
             raise Diverged(
                 f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step "
                 f"{state.timestamp.batch.value + 1} (epoch {state.timestamp.epoch.value + 1}, lr {lr:.3g}); lower "
-                f"opt.lr_ref or opt.lr (a quarter, say) or aug.strength, and start again under another exp.name"
+                f"opt.lr_ref or opt.lr (to a quarter, for example) or aug.strength, and start a new exp.name"
             )
 
     def state_dict(self) -> dict[str, Any]:

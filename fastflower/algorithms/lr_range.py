@@ -1,4 +1,4 @@
-"""A learning rate that rises with every step, and the losses it met."""
+"""The learning-rate range test: a rate that rises with every step, and the loss at each."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from fastflower.optim.lr_range import rates, ruined
+from fastflower.optim.lr_range import has_diverged, rates
 from fastflower.recipe import Recipe
 
 
-class Sweep(Algorithm):
-    """BATCH_START: the step's rate times each group's factor. BATCH_END: keep the ranks' mean loss, stop if ruined.
+class LrRangeTest(Algorithm):
+    """BATCH_START: set the step's rate times each group's factor. BATCH_END: record the loss, stop if it diverges.
 
-    `tried` and `losses` hold what was measured, one number a step.
+    `tried` and `losses` (the mean over ranks) hold one number per step.
     """
 
     def __init__(self, recipe: Recipe, lr: float) -> None:
         self.rates = rates(recipe.lrfind.low, recipe.lrfind.high, recipe.lrfind.steps)
-        self.lr = lr  # to which the groups' initial lr belong
+        self.lr = lr  # base lr from which the groups' initial_lr were computed
         self.losses: list[float] = []
 
     @property
@@ -38,5 +38,5 @@ class Sweep(Algorithm):
         if dist.get_world_size() > 1:
             dist.all_reduce(loss)
         self.losses.append(float(loss) / dist.get_world_size())
-        if ruined(self.losses):
+        if has_diverged(self.losses):
             state.stop_training()

@@ -1,4 +1,4 @@
-"""MixUp or CutMix, never both, on whole batches: soft targets are written before microbatches are cut."""
+"""MixUp or CutMix, never both, on whole batches: soft targets are written before Composer cuts microbatches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastflower.data.transforms.mixing import choose, mix
 from fastflower.recipe import Recipe, derived
 
 
-def probability(recipe: Recipe, epoch: int) -> float:
-    """The share of batches that are mixed in an epoch counted from 0."""
+def mix_probability(recipe: Recipe, epoch: int) -> float:
+    """The fraction of batches that are mixed in an epoch, counted from 0."""
     final = derived.mix_final_epoch(recipe)
     return recipe.reg.mix_prob_final if final is not None and epoch + 1 >= final else recipe.reg.mix_prob
 
 
-class Mix(Algorithm):
-    """BATCH_START: mix the batch as (seed, epoch, step) says, the same on every rank, and write "target".
+class MixUpCutMix(Algorithm):
+    """BATCH_START: mix the batch and write "target", a function of (seed, epoch, step), the same on every rank.
 
-    "target" is float32 (B, C) for every batch, mixed or not; with a teacher, probabilities (rows of the training
-    beton, C), it is (B, 2C): the labels' part, then the teacher's.
+    "target" is float32 (B, C) for every batch, mixed or not. With `teacher`, probabilities (rows of the training
+    beton, C), it is (B, 2C): the labels' targets, then the teacher's.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, teacher: Tensor | None = None) -> None:
@@ -36,7 +36,7 @@ class Mix(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         batch, reg = state.batch, self.recipe.reg
         epoch, step = state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value
-        prob = probability(self.recipe, epoch)
+        prob = mix_probability(self.recipe, epoch)
         kind = choose(
             self.recipe.seed,
             epoch,
@@ -47,10 +47,10 @@ class Mix(Algorithm):
             cutmix=reg.cutmix,
         )
         alpha = {"mixup": reg.mixup, "cutmix": reg.cutmix}.get(kind, 0.0)
-        taught = None
+        teacher_rows = None
         if self.teacher is not None:
             self.teacher = self.teacher.to(batch["label"].device)
-            taught = self.teacher[batch["row"]]
+            teacher_rows = self.teacher[batch["row"]]
         images, targets = mix(
             batch["image"],
             batch["label"],
@@ -58,6 +58,6 @@ class Mix(Algorithm):
             num_classes=self.num_classes,
             kind=kind,
             alpha=alpha,
-            teacher=taught,
+            teacher=teacher_rows,
         )
         state.batch = {**batch, "image": images, "target": targets}

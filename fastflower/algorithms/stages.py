@@ -1,4 +1,4 @@
-"""What changes with the epoch and the step: the epoch's length, the microbatch, the seeds of dropout."""
+"""Settings that change with epoch and step: steps per epoch, microbatch, seed of dropout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastflower.core import seeding
 from fastflower.recipe.derived import Derived
 
 
-class Stages(Algorithm):
-    """FIT_START, EPOCH_START: the stage's steps and microbatch. BATCH_START: seed by (seed, global step, rank).
+class StageSchedule(Algorithm):
+    """FIT_START, EPOCH_START: set the stage's steps and microbatch. BATCH_START: seed by (seed, global step, rank).
 
-    Seeding every step makes dropout and stochastic depth independent of what ran before, so no generator state
-    needs saving and a resumed step draws what the uninterrupted one drew.
+    Seeding every step makes dropout and stochastic depth independent of earlier steps: a resumed run draws the same
+    numbers as an uninterrupted one, and no generator state needs saving.
     """
 
     def __init__(self, seed: int, derived: Derived, steps: Callable[[int], int]) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m fastflower.bench <name>` measures fastflower beside named peers."""
+"""Benchmarks: `python -m fastflower.bench <name>` compares fastflower with named peers."""

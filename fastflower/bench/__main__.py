@@ -1,4 +1,4 @@
-"""Measurements on this machine: `python -m fastflower.bench loader|decoder|convert|predict|fuzz [--help]`."""
+"""Benchmarks on this machine: `python -m fastflower.bench loader|decoder|convert|predict|fuzz [--help]`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def main(argv: list[str]) -> int | None:
         raise errors.InputError(
             f"bench: got {got}, choose from {', '.join(BENCHES)}; add --help for its options"
         )
-    # the one alone, since start-up is measured
+    # imports only the requested benchmark, since start-up time is measured
     bench = importlib.import_module(f"fastflower.bench.{argv[0]}")
-    done: int | None = bench.main(argv[1:])
-    return done
+    code: int | None = bench.main(argv[1:])
+    return code
 
 
 if __name__ == "__main__":
-    errors.run(main, own_help=sys.argv[1:2] != ["--help"])
+    errors.run_command(main, parses_help=sys.argv[1:2] != ["--help"])

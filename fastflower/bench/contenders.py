@@ -1,8 +1,8 @@
-"""Who takes part in `bench loader`: each turns the same photographs into uint8 training batches in its own way.
+"""Contenders of `bench loader`: each turns the same photographs into uint8 training batches.
 
-A contender is a function of (Pictures, size, threads) that returns an endless supply of epochs: a callable that
-goes over all pictures once and yields after every batch. Libraries are imported inside, so that what is not
-installed does not take part and nobody pays for another's imports.
+A contender is a function of (Pictures, size, threads) that returns an epoch function: every call iterates over all
+photographs once and yields after each batch. Libraries are imported inside the functions, so a library that is not
+installed is skipped and no contender pays for the imports of another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastflower.bench.pictures import RATIO, SCALE, Epoch, Pictures, pooled, sto
 from fastflower.data.decode.kernel import Crop, library
 
 
-def ours(pictures: Pictures, size: int, threads: int, kind: str) -> Epoch:
+def fastflower(pictures: Pictures, size: int, threads: int, *, kind: str) -> Epoch:
     from fastflower.data.loaders import TrainLoader
 
     beton = pictures.beton(kind, 0 if kind == "original" else stored_side(size))
@@ -32,20 +32,20 @@ def ours(pictures: Pictures, size: int, threads: int, kind: str) -> Epoch:
     return lambda: iter(loader)
 
 
-def limit(pictures: Pictures, size: int, threads: int, entropy_only: int) -> Epoch:
-    """libjpeg-turbo alone through our kernel, writing no batch."""
+def decoding_alone(pictures: Pictures, size: int, threads: int, *, entropy_only: int) -> Epoch:
+    """Decoding alone by libjpeg-turbo in fastflower's kernel, without writing batches."""
     beton, kernel = pictures.beton("original", 0), library()
-    rows = [(int(row["offset"]), int(row["size"])) for row in beton.table]
+    rows = [(int(row["offset"]), int(row["size"])) for row in beton.descriptors]
 
-    def some(part: list[tuple[int, int]]) -> None:
-        for offset, length in part:
+    def decode(batch: list[tuple[int, int]]) -> None:
+        for offset, length in batch:
             kernel.ff_limit(beton.data.ctypes.data + offset, length, entropy_only)
 
-    return pooled(rows, pictures.batch, threads=threads, some=some)
+    return pooled(rows, pictures.batch, threads=threads, process=decode)
 
 
-def ffcv(pictures: Pictures, size: int, threads: int, mode: str) -> Epoch:
-    from fastflower.data.decode.ffcv_loader import stock_loader
+def ffcv(pictures: Pictures, size: int, threads: int, *, mode: str) -> Epoch:
+    from fastflower.bench.stock_ffcv import stock_loader
 
     loader = stock_loader(
         pictures.ffcv(mode), (size, size), crop=Crop(SCALE, RATIO, 0.5), batch=pictures.batch, threads=threads
@@ -54,9 +54,8 @@ def ffcv(pictures: Pictures, size: int, threads: int, mode: str) -> Epoch:
     return lambda: iter(loader)
 
 
-STOCK_LOADERS: list[
-    Iterable[Any]
-] = []  # kept to the end: where one is freed, numba prints a KeyError of its own
+# kept alive until the process ends: numba prints a KeyError when one is freed
+STOCK_LOADERS: list[Iterable[Any]] = []
 STOCK = "ffcv jpeg 512 q90"
 CONTENDERS: dict[str, Callable[[Pictures, int, int], Epoch]] = {
     STOCK: functools.partial(ffcv, mode="jpg"),
@@ -69,23 +68,23 @@ CONTENDERS: dict[str, Callable[[Pictures, int, int], Epoch]] = {
     "SPDL": peers.spdl,
     "TensorFlow": functools.partial(peers.tensorflow, quick=False),
     "TensorFlow, quick settings": functools.partial(peers.tensorflow, quick=True),
-    "libjpeg-turbo full decode alone": functools.partial(limit, entropy_only=0),
-    "libjpeg-turbo entropy decoding alone": functools.partial(limit, entropy_only=1),
-    "fastflower original bytes": functools.partial(ours, kind="original"),
-    "fastflower pre-scaled jpeg": functools.partial(ours, kind="jpeg"),
-    "fastflower pre-scaled raw": functools.partial(ours, kind="raw"),
+    "libjpeg-turbo full decode alone": functools.partial(decoding_alone, entropy_only=0),
+    "libjpeg-turbo entropy decoding alone": functools.partial(decoding_alone, entropy_only=1),
+    "fastflower original bytes": functools.partial(fastflower, kind="original"),
+    "fastflower pre-scaled jpeg": functools.partial(fastflower, kind="jpeg"),
+    "fastflower pre-scaled raw": functools.partial(fastflower, kind="raw"),
 }
 NEEDS = {"simplejpeg": "simplejpeg", "DALI": "nvidia.dali", "SPDL": "spdl.io", "TensorFlow": "tensorflow"}
 
 
 def missing(name: str) -> str | None:
-    """The library that a contender needs and this environment lacks."""
+    """Name of the library that a contender needs and this environment lacks, else None."""
     if "SPDL" in name and not any(_loads(f"libavdevice.so.{version}") for version in range(58, 63)):
         return "FFmpeg"
     module = next((module for word, module in NEEDS.items() if word in name), "numpy")
     try:
         return None if importlib.util.find_spec(module) else module
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return module
 
 
@@ -96,6 +95,6 @@ def _loads(library: str) -> bool:
         return False
 
 
-def taking_part() -> list[str]:
+def available() -> list[str]:
     """The contenders whose libraries are installed."""
     return [name for name in CONTENDERS if not missing(name)]

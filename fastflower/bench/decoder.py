@@ -1,8 +1,8 @@
-"""`bench decoder`: what the fast training decoder costs, in pixels and in accuracy.
+"""`bench decoder`: cost of the fast training decoder in pixels and in accuracy.
 
-A small network is trained twice from the same weights on the same crops in the same order: once through
-decode_train, once through Pillow's full decode and antialiased bilinear resize. Both are evaluated on the same
-pixels. Reported are the PSNR between the two and the paired difference of top-1 over the seeds with its
+A small network is trained twice from the same weights on the same crops in the same order: once with
+decode_train, once with Pillow's full decode and antialiased bilinear resize. Both are evaluated on the same
+pixels. Reports the PSNR between the two and the paired difference of top-1 over the seeds with its
 95 % interval (Student's t).
 """
 
@@ -35,11 +35,11 @@ Views = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # rows, keys, size 
 def main(argv: list[str]) -> int | None:
     parser = argparse.ArgumentParser("python -m fastflower.bench decoder", description=__doc__)
     parser.add_argument(
-        "--data", type=Path, help="folder with train/ and train_labels.csv; left out: digits only"
+        "--data", type=Path, help="folder with train/ and train_labels.csv (default: digits only)"
     )
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="path of the results as JSON")
     args = parser.parse_args(argv)
     if args.seeds < 2:
         raise InputError(f"--seeds {args.seeds}: an interval needs at least 2")
@@ -77,7 +77,7 @@ def digits() -> list[tuple[bytes, int]]:
 
 
 def photographs(folder: Path) -> list[tuple[bytes, int]]:
-    """The files and class numbers of train_labels.csv."""
+    """(bytes, class index) for each row of train_labels.csv."""
     if not (folder / "train_labels.csv").is_file():
         raise InputError(f"--data {folder}: no train_labels.csv; give a folder with it and train/")
     with (folder / "train_labels.csv").open(encoding="utf-8", newline="") as file:
@@ -89,26 +89,34 @@ def photographs(folder: Path) -> list[tuple[bytes, int]]:
 def compare(
     images: list[tuple[bytes, int]], work: Path, *, size: int, epochs: int, seeds: int
 ) -> dict[str, Any]:
-    """Train on four fifths of the images by both decoders for every seed, and evaluate on the rest."""
+    """Train on four fifths of the images with each decoder and seed, and evaluate on the rest."""
     with BetonWriter(work / "all.beton", len(images)) as writer:
         for i, (data, label) in enumerate(images):
             width, height = Image.open(io.BytesIO(data)).size
-            writer.jpeg(data, height, width=width, label=label, index=i)
-        writer.commit({})
+            writer.append_jpeg(data, height=height, width=width, label=label, index=i)
+        writer.commit()
     beton = open_beton(work / "all.beton")
-    held = np.arange(beton.rows) % 5 == 0
-    order, rest = np.flatnonzero(~held), np.flatnonzero(held)
-    viewed = np.empty((rest.size, size, size, 3), np.uint8)
-    decode_eval(beton, rest, out=viewed, factor=1.14, interpolation="bilinear", threads=1)
-    ways = {"fast": fast_views(beton), "exact": exact_views(beton)}
-    keys = seeding.row_keys(0, 0, positions=np.arange(order.size), rows=order)
-    first, second = (views(order, keys, size).astype(np.float32) for views in ways.values())
+    is_test = np.arange(beton.rows) % 5 == 0
+    train_rows, test_rows = np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    test_views = np.empty((test_rows.size, size, size, 3), np.uint8)
+    decode_eval(beton, test_rows, out=test_views, factor=1.14, interpolation="bilinear", threads=1)
+    decoders = {"fast": fast_views(beton), "exact": exact_views(beton)}
+    keys = seeding.row_keys(0, 0, positions=np.arange(train_rows.size), rows=train_rows)
+    first, second = (views(train_rows, keys, size).astype(np.float32) for views in decoders.values())
     psnr = 10 * np.log10(255**2 / np.maximum(((first - second) ** 2).mean((1, 2, 3)), 1e-3))
     scores = np.array(
         [
             [
-                train(beton, order, held=(rest, viewed), views=views, size=size, epochs=epochs, seed=seed)
-                for views in ways.values()
+                train(
+                    beton,
+                    train_rows,
+                    test=(test_rows, test_views),
+                    views=views,
+                    size=size,
+                    epochs=epochs,
+                    seed=seed,
+                )
+                for views in decoders.values()
             ]
             for seed in range(seeds)
         ]
@@ -116,7 +124,7 @@ def compare(
     paired = scores[:, 0] - scores[:, 1]
     half = stats.t.ppf(0.975, seeds - 1) * paired.std(ddof=1) / seeds**0.5
     return {
-        "train": int(order.size), "n": int(rest.size), "size": size, "epochs": epochs, "seeds": seeds,
+        "train": int(train_rows.size), "n": int(test_rows.size), "size": size, "epochs": epochs, "seeds": seeds,
         "fast": float(scores[:, 0].mean()), "exact": float(scores[:, 1].mean()),
         "difference": float(paired.mean()), "low": float(paired.mean() - half), "high": float(paired.mean() + half),
         "psnr": float(np.median(psnr)), "psnr_min": float(psnr.min()),
@@ -124,7 +132,7 @@ def compare(
 
 
 def fast_views(beton: Beton) -> Views:
-    """decode_train's crops."""
+    """Crops by decode_train."""
 
     def views(rows: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
         out = np.empty((rows.size, size, size, 3), np.uint8)
@@ -135,13 +143,13 @@ def fast_views(beton: Beton) -> Views:
 
 
 def exact_views(beton: Beton) -> Views:
-    """The same crops by Pillow, from its full decode."""
-    whole = [Image.open(io.BytesIO(beton.row(i).tobytes())).convert("RGB") for i in range(beton.rows)]
+    """The same crops by Pillow, from the fully decoded images."""
+    images = [Image.open(io.BytesIO(beton.row(i).tobytes())).convert("RGB") for i in range(beton.rows)]
 
     def views(rows: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
         out = np.empty((rows.size, size, size, 3), np.uint8)
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
-            image = whole[row]
+            image = images[row]
             top, left, h, w, flip = crop_box(
                 int(key), image.height, width=image.width, size=(size, size), crop=CROP
             )
@@ -153,10 +161,10 @@ def exact_views(beton: Beton) -> Views:
 
 
 def train(
-    beton: Beton, order: np.ndarray, *, held: tuple[np.ndarray, np.ndarray], views: Views, size: int, epochs: int,
+    beton: Beton, rows: np.ndarray, *, test: tuple[np.ndarray, np.ndarray], views: Views, size: int, epochs: int,
     seed: int,
 ) -> float:  # fmt: skip
-    """Top-1 on the held-out views of a small network after AdamW with a one-cycle schedule."""
+    """Top-1 on the test views of a small network trained by AdamW with a one-cycle schedule."""
     seeding.seed_all(seed)
     labels, widths = torch.from_numpy(beton.labels), (3, 16, 32, 64, 64)
     layers: list[nn.Module] = []
@@ -165,16 +173,16 @@ def train(
     network = nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], int(labels.max()) + 1)
     )
-    steps = epochs * (order.size // BATCH)
+    steps = epochs * (rows.size // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-2, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for epoch in range(epochs):
-        shuffled = seeding.generator(seed, epoch).permutation(order)
+        shuffled = seeding.generator(seed, epoch).permutation(rows)
         keys = seeding.row_keys(seed, epoch, positions=np.arange(shuffled.size), rows=shuffled)
-        for at in range(0, shuffled.size // BATCH * BATCH, BATCH):
-            part = slice(at, at + BATCH)
+        for start in range(0, shuffled.size // BATCH * BATCH, BATCH):
+            batch = slice(start, start + BATCH)
             loss = nn.functional.cross_entropy(
-                network(_input(views(shuffled[part], keys[part], size))), labels[shuffled[part]]
+                network(_input(views(shuffled[batch], keys[batch], size))), labels[shuffled[batch]]
             )
             optimizer.zero_grad()
             loss.backward()
@@ -182,8 +190,8 @@ def train(
             schedule.step()
     network.eval()
     with torch.inference_mode():
-        guess = network(_input(held[1])).argmax(1)
-    return float((guess == labels[held[0]]).float().mean())
+        guess = network(_input(test[1])).argmax(1)
+    return float((guess == labels[test[0]]).float().mean())
 
 
 def _input(pixels: np.ndarray) -> torch.Tensor:

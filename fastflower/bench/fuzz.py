@@ -1,8 +1,8 @@
-"""`bench fuzz`: damaged photographs by the thousand through code/predict.py, and a row for each of them.
+"""`bench fuzz`: runs code/predict.py on thousands of damaged photographs and checks that each has a row.
 
-Photographs are scaled small, saved in every format, and damaged in seeded ways. A portion is one run of the
-predictor; it must end with exit code 0, its process must not have died, and every file must have a valid row.
-Memory is told beside what importing torch alone takes in the same environment.
+Photographs are downscaled, saved in every format, and damaged at random with fixed seeds. A portion is one run of the
+predictor: it must exit with code 0, its worker must survive, and every file must have a valid row. Peak memory is
+printed, also that of importing torch alone in the same environment.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pathlib import Path
 from PIL import Image
 
 from fastflower.bench.pictures import photographs
-from fastflower.bench.predict import CLASSES, prepared
+from fastflower.bench.predict import CLASSES, write_random_bundle
 from fastflower.bundle import sandbox
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 
-BACKBONE, SIDE = "test_vit", 32  # what is tested is reading, so the network is the smallest there is
+BACKBONE, SIDE = "test_vit", 32  # the test is about reading, so the smallest network suffices
 SOURCES = 12  # photographs
-SECONDS = 60.0  # beyond the predictor's own limits, an image
-# A process inherits the peak of the one that starts it, so a small one stands between; it says the peak last.
+SECONDS = 60.0  # timeout, plus one second per image
+# A process inherits the peak memory of its parent, so a small process starts the command and prints its peak last.
 MEASURED = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -44,29 +44,29 @@ def main(argv: list[str]) -> int | None:
     parser = argparse.ArgumentParser("python -m fastflower.bench fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/train"), help="folder of JPEG photographs")
     parser.add_argument(
-        "--portions", type=int, nargs=2, default=[0, 10], help="from the first up to the last"
+        "--portions", type=int, nargs=2, default=[0, 10], help="first portion, and the one after the last"
     )
-    parser.add_argument("--images", type=int, default=10_000, help="of each portion")
+    parser.add_argument("--images", type=int, default=10_000, help="number of files in each portion")
     args = parser.parse_args(argv)
     if not args.data.is_dir() or not (files := photographs(args.data, SOURCES)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
     seeds = encoded(files)
     with tempfile.TemporaryDirectory(prefix="fastflower-fuzz-") as work:
-        prepared(Path(work), BACKBONE, scales=[SIDE])
+        write_random_bundle(Path(work), BACKBONE, scales=[SIDE])
         root = sandbox.copy_hand_in(Path(work) / "hand-in", Path(work) / "bundle", [])
-        alone, _ = measured([sys.executable, "-c", "import torch"], SECONDS)
-        print(f"importing torch alone: {peak(alone):.0f} MB")
+        result, _ = run_measured([sys.executable, "-c", "import torch"], SECONDS)
+        print(f"importing torch alone: {peak_mb(result):.0f} MB")
         for number in range(*args.portions):
-            portion(root, seeds, number=number, count=args.images)
+            run_portion(root, seeds, number=number, count=args.images)
     return None
 
 
 def encoded(files: Sequence[Path]) -> list[bytes]:
-    """Small photographs in every format that the predictor reads."""
-    made = []
+    """Small images in every format that the predictor reads."""
+    images = []
     for number, file in enumerate(files):
         image = Image.open(file).convert("RGB").resize((96, 72), Image.Resampling.BICUBIC)
-        for kind, words in (
+        for image_format, options in (
             ("JPEG", {"quality": 60 + number}),
             ("JPEG", {"progressive": True, "subsampling": 2}),
             ("JPEG", {"exif": exif(number)}),
@@ -76,24 +76,24 @@ def encoded(files: Sequence[Path]) -> list[bytes]:
             ("BMP", {}),
         ):
             buffer = io.BytesIO()
-            image.save(buffer, kind, **words)
-            made.append(buffer.getvalue())
-    return made
+            image.save(buffer, image_format, **options)
+            images.append(buffer.getvalue())
+    return images
 
 
 def exif(number: int) -> Image.Exif:
-    """A note of how the camera was held."""
-    note = Image.Exif()
-    note[0x0112] = 1 + number % 8
-    return note
+    """EXIF data with one of the eight orientations."""
+    data = Image.Exif()
+    data[0x0112] = 1 + number % 8
+    return data
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """One seeded fault: bits flipped, cut, doubled, overwritten, moved, zeroed, marked, or in the header."""
+    """Data with one random fault: bits flipped, bytes cut, repeated, overwritten, moved, zeroed, a JPEG marker, ..."""
     kind, size = rng.randrange(9), len(data)
     a, b = sorted(rng.randrange(size) for _ in range(2))
     if kind == 0:
-        return changed(data, {rng.randrange(size): 1 << rng.randrange(8) for _ in range(rng.randrange(1, 9))})
+        return xored(data, {rng.randrange(size): 1 << rng.randrange(8) for _ in range(rng.randrange(1, 9))})
     if kind == 1:
         return data[:a]
     if kind == 2:
@@ -109,57 +109,57 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         return data[:a] + marker + data[a + 2 :]
     if kind == 7:
         head = min(size, 200)
-        return changed(data, {rng.randrange(head): rng.randrange(1, 256) for _ in range(3)})
+        return xored(data, {rng.randrange(head): rng.randrange(1, 256) for _ in range(3)})
     return data + rng.randbytes(rng.randrange(1, 2000))
 
 
-def changed(data: bytes, by: dict[int, int]) -> bytes:
-    """Bytes with some xored."""
+def xored(data: bytes, masks: dict[int, int]) -> bytes:
+    """Bytes with the byte at each position xored with its mask."""
     noisy = bytearray(data)
-    for place, value in by.items():
-        noisy[place] ^= value
+    for position, mask in masks.items():
+        noisy[position] ^= mask
     return bytes(noisy)
 
 
-def measured(words: list[str], timeout: float) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run a command: what it said, its peak of memory in MB as the last line, and the seconds it took."""
+def run_measured(command: list[str], timeout: float) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run a command; returns its result, with the peak memory in MB as last line of stdout, and its seconds."""
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, timeout=timeout
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, timeout=timeout
     )
-    return done, time.monotonic() - start
+    return result, time.monotonic() - start
 
 
-def peak(done: subprocess.CompletedProcess[str]) -> float:
-    """Megabytes that a measured command took at most."""
-    return float(done.stdout.split()[-1])
+def peak_mb(result: subprocess.CompletedProcess[str]) -> float:
+    """Peak memory in MB of a command run by run_measured."""
+    return float(result.stdout.split()[-1])
 
 
-def portion(root: Path, seeds: list[bytes], *, number: int, count: int) -> None:
-    """Damage, predict and check one portion; prints a line, raises InputError with what was wrong."""
+def run_portion(root: Path, seeds: list[bytes], *, number: int, count: int) -> None:
+    """Damage, predict and check one portion; prints a line, InputError names the checks that failed."""
     folder = root / "test_dataset"
     shutil.rmtree(folder)
     folder.mkdir()
     rng = random.Random(number)
     for index in range(count):
         (folder / f"{index:06d}.jpg").write_bytes(mutated(seeds[rng.randrange(len(seeds))], rng))
-    words = [sys.executable, str(root / "code/predict.py"), "--device", "cpu"]
-    done, spent = measured(words, SECONDS + count)
-    about = json.loads((root / runs.SUBMISSION).with_suffix(".json").read_text(encoding="utf-8"))
+    command = [sys.executable, str(root / "code/predict.py"), "--device", "cpu"]
+    result, seconds = run_measured(command, SECONDS + count)
+    summary = json.loads((root / runs.SUBMISSION).with_suffix(".json").read_text(encoding="utf-8"))
     with open(root / runs.SUBMISSION, encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
     faults = {
-        f"exit code {done.returncode}": done.returncode != 0,
-        "the working process died": "died" in done.stderr,
+        f"exit code {result.returncode}": result.returncode != 0,
+        "the working process died": "died" in result.stderr,
         "a name without a row": [row[0] for row in rows] != [f"{index:06d}.jpg" for index in range(count)],
         "a row out of range": not all(0 <= int(r[1]) < CLASSES and 0 < float(r[2]) <= 1 for r in rows),
-        "a row neither predicted nor explained": about["predicted"] + len(about["unreadable"]) != count,
+        "a row neither predicted nor explained": summary["predicted"] + len(summary["unreadable"]) != count,
     }
     print(
-        f"portion {number}: {count} files, {about['predicted']} read, {len(about['unreadable'])} refused, "
-        f"{spent:.0f} s, at most {peak(done):.0f} MB",
+        f"portion {number}: {count} files, {summary['predicted']} read, {len(summary['unreadable'])} refused, "
+        f"{seconds:.0f} s, at most {peak_mb(result):.0f} MB",
         flush=True,
     )
     if any(faults.values()):
-        wrong = [name for name, found in faults.items() if found]
-        raise InputError(f"portion {number}: {'; '.join(wrong)}; last words: {done.stderr[-300:]}")
+        failed = [name for name, occurred in faults.items() if occurred]
+        raise InputError(f"portion {number}: {'; '.join(failed)}; end of stderr: {result.stderr[-300:]}")

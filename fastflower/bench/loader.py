@@ -1,8 +1,8 @@
-"""`bench loader`: how fast photographs become training batches, ours against the others, interleaved in one run.
+"""`bench loader`: speed of loading training batches against other libraries, interleaved in one run.
 
-Ratios are taken within a round, so a machine that is busy for a while does not favour anyone; those of the
-processor time spent hold on a shared machine too. Start-up (from process start to the first batch) and peak
-memory are measured in a fresh process for every contender.
+Ratios are computed within a round, so a busy period of the machine does not favour a contender; ratios of processor
+time are valid on a shared machine too. Start-up (from process start to the first batch) and peak memory are measured
+in a fresh process for each contender.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastflower.bench.contenders import CONTENDERS, STOCK, taking_part
+from fastflower.bench.contenders import CONTENDERS, STOCK, available
 from fastflower.bench.pictures import Epoch, Pictures, photographs
 from fastflower.bench.startup import process_start, starts
 from fastflower.core.errors import InputError
@@ -31,17 +31,16 @@ from fastflower.core.files import write_json
 def main(argv: list[str]) -> int | None:
     parser = argparse.ArgumentParser("python -m fastflower.bench loader", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/train"), help="folder of JPEG photographs")
-    parser.add_argument("--images", type=int, default=0, help="use the first so many; 0: all")
+    parser.add_argument("--images", type=int, default=0, help="number of photographs; 0: all")
     parser.add_argument("--size", type=int, nargs="+", default=[224, 320])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--only", nargs="+", help="contenders whose name contains one of these words, and stock FFCV"
+        "--only", nargs="+", help="only contenders whose name contains one of these words, and stock FFCV"
     )
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument(
-        "--probe", nargs=2, help=argparse.SUPPRESS
-    )  # one contender's start, in a process of its own
+    parser.add_argument("--json", type=Path, help="path of the results as JSON")
+    # measures one contender's start in a fresh process
+    parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
@@ -51,18 +50,19 @@ def main(argv: list[str]) -> int | None:
             json.dumps(probe(name, Pictures(files, Path(work)), size=args.size[0], threads=args.threads[0])),
             flush=True,
         )
-        os._exit(0)  # not every peer's threads survive the interpreter's end
-    names = [n for n in taking_part() if n == STOCK or not args.only or any(word in n for word in args.only)]
+        os._exit(0)  # threads of some libraries crash at interpreter exit
+    names = [n for n in available() if n == STOCK or not args.only or any(word in n for word in args.only)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
         pictures = Pictures(files, Path(work))
         print(f"{len(files)} photographs, {args.rounds} rounds; ratios to {STOCK}: median [quartiles]")
         for size in args.size:
             for threads in args.threads:
-                rows += (found := measure(pictures, names, size=size, threads=threads, rounds=args.rounds))
-                for row in found:
+                measured = measure(pictures, names, size=size, threads=threads, rounds=args.rounds)
+                for row in measured:
                     row |= _fresh(row["contender"], args, pictures=pictures, size=size, threads=threads)
-                show(found)
+                show(measured)
+                rows += measured
         beton = pictures.beton("original", 0).path
         start = {
             "contender": "fastflower, start of both loaders",
@@ -83,10 +83,10 @@ def main(argv: list[str]) -> int | None:
 def measure(
     pictures: Pictures, names: list[str], *, size: int, threads: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row for each contender: median images/s, and the ratio to stock FFCV with its quartiles."""
+    """One row per contender: median images/s, and the ratio to stock FFCV with its quartiles."""
     epochs = {name: CONTENDERS[name](pictures, size, threads) for name in names}
     for epoch in epochs.values():
-        seconds(epoch)  # compilers, caches, workers
+        seconds(epoch)  # warms up compilers, caches and workers
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         order = deque(names)
@@ -115,7 +115,7 @@ def measure(
 
 
 def seconds(epoch: Epoch) -> tuple[float, float]:
-    """Wall and processor time of one epoch, batches dropped as they come."""
+    """Wall and processor seconds of one epoch; batches are discarded."""
     start, spent = time.perf_counter(), _processor()
     for _ in epoch():
         pass
@@ -134,7 +134,7 @@ def probe(name: str, pictures: Pictures, *, size: int, threads: int) -> dict[str
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows of one size and number of threads as a table."""
+    """Print the rows of one size and thread count as a table."""
     print(f"\nsize {rows[0]['size']}, threads {rows[0]['threads']}")
     columns = (
         f"{'img/s/core':>10}{'ratio':>9} {'[q1, q3]':>16}{'cpu ratio':>11}{'first batch':>13}{'peak':>10}"
@@ -155,18 +155,18 @@ def _fresh(
 ) -> dict[str, float]:
     command = [sys.executable, "-m", "fastflower.bench", "loader", "--data", str(args.data)]
     command += ["--images", str(args.images), "--size", str(size), "--threads", str(threads)]
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, "--probe", name, str(pictures.work)], capture_output=True, text=True, timeout=600
     )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"{name} failed in a fresh process ({done.returncode}): {said}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"{name} failed in a fresh process ({result.returncode}): {reason}")
+    start: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return start
 
 
 def _processor() -> float:
-    """Processor seconds of this process and of its living children, which loaders keep as workers."""
+    """Processor seconds of this process and its live children, which are the workers of loaders."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -175,6 +175,6 @@ def _processor() -> float:
 
 
 def _peak(process: str) -> float:
-    """The most memory, in MB, that a process has held."""
+    """Peak memory of a process in MB."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

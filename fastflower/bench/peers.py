@@ -1,4 +1,4 @@
-"""Other people's loaders, set up as their documentation does: RandomResizedCrop and flip to uint8 batches."""
+"""Loaders of other libraries, configured as in their documentation: RandomResizedCrop and flip to uint8 batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from fastflower.bench.pictures import RATIO, SCALE, Epoch, Pictures, pooled
 
 
-def view_of(height: int, width: int) -> tuple[int, int, int, int]:
-    """A random crop: top, left, height, width."""
+def random_crop(height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop."""
     area = random.uniform(*SCALE)
     ratio = random.uniform(max(RATIO[0], area), min(RATIO[1], 1 / area))
     h = max(1, min(height, round((height * width * area / ratio) ** 0.5)))
@@ -24,7 +24,7 @@ def view_of(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 class _Folder:
-    """torchvision's usual training dataset."""
+    """A map-style dataset with torchvision's usual training transforms."""
 
     def __init__(self, files: tuple[Path, ...], size: int) -> None:
         from torchvision import transforms
@@ -50,8 +50,8 @@ def torchvision(pictures: Pictures, size: int, threads: int) -> Epoch:
     return lambda: iter(loader)
 
 
-def opencv(pictures: Pictures, size: int, threads: int, decoder: str) -> Epoch:
-    """A pool of threads: decode, crop, resize linearly, flip."""
+def opencv(pictures: Pictures, size: int, threads: int, *, decoder: str) -> Epoch:
+    """OpenCV in a thread pool: decode, crop, bilinear resize, flip."""
     import cv2
 
     cv2.setNumThreads(0)
@@ -63,22 +63,22 @@ def opencv(pictures: Pictures, size: int, threads: int, decoder: str) -> Epoch:
             pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
             return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
-    def some(part: list[bytes]) -> np.ndarray:
-        batch = np.empty((len(part), size, size, 3), np.uint8)
-        for i, data in enumerate(part):
+    def load(files: list[bytes]) -> np.ndarray:
+        batch = np.empty((len(files), size, size, 3), np.uint8)
+        for i, data in enumerate(files):
             pixels = decode(data)
-            top, left, h, w = view_of(*pixels.shape[:2])
+            top, left, h, w = random_crop(*pixels.shape[:2])
             view = cv2.resize(
                 pixels[top : top + h, left : left + w], (size, size), interpolation=cv2.INTER_LINEAR
             )
             batch[i] = view[:, ::-1] if random.random() < 0.5 else view
         return batch
 
-    return pooled(pictures.data, pictures.batch, threads=threads, some=some)
+    return pooled(pictures.data, pictures.batch, threads=threads, process=load)
 
 
-def dali(pictures: Pictures, size: int, threads: int, quick: bool) -> Epoch:
-    """NVIDIA DALI on the CPU; quick: fast inverse DCT, plain upsampling, no antialiasing. Its last batch wraps."""
+def dali(pictures: Pictures, size: int, threads: int, *, quick: bool) -> Epoch:
+    """NVIDIA DALI on the CPU; quick: fast inverse DCT, plain upsampling, no antialiasing. The last batch wraps."""
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=pictures.batch, num_threads=threads, device_id=None, seed=0)
@@ -91,29 +91,29 @@ def dali(pictures: Pictures, size: int, threads: int, quick: bool) -> Epoch:
         pixels = fn.resize(pixels, size=(size, size), antialias=not quick)
         return fn.flip(pixels, horizontal=fn.random.coin_flip())
 
-    made = pipeline()
-    made.build()
+    built = pipeline()
+    built.build()
 
     def epoch() -> Iterator[np.ndarray]:
         for _ in range(-(-len(pictures.files) // pictures.batch)):
-            (batch,) = made.run()
+            (batch,) = built.run()
             yield batch.as_array()
 
     return epoch
 
 
 def spdl(pictures: Pictures, size: int, threads: int) -> Epoch:
-    """SPDL: FFmpeg's decoder and filters on a pool of threads."""
+    """SPDL: FFmpeg's decoder and filters in a thread pool."""
     from spdl import io
     from spdl.pipeline import PipelineBuilder
 
     def decode(file: Path) -> Any:
         with Image.open(file) as image:
             width, height = image.size
-        top, left, h, w = view_of(height, width)
+        top, left, h, w = random_crop(height, width)
         flip = "hflip," if random.random() < 0.5 else ""
-        words = f"crop={w}:{h}:{left}:{top}:exact=1,{flip}scale={size}:{size},format=pix_fmts=rgb24"
-        return io.decode_packets(io.demux_image(str(file)), filter_desc=words)
+        filters = f"crop={w}:{h}:{left}:{top}:exact=1,{flip}scale={size}:{size},format=pix_fmts=rgb24"
+        return io.decode_packets(io.demux_image(str(file)), filter_desc=filters)
 
     def batch(frames: list[Any]) -> np.ndarray:
         return io.to_numpy(io.convert_frames(frames))
@@ -127,12 +127,12 @@ def spdl(pictures: Pictures, size: int, threads: int) -> Epoch:
     return epoch
 
 
-def tensorflow(pictures: Pictures, size: int, threads: int, quick: bool) -> Epoch:
+def tensorflow(pictures: Pictures, size: int, threads: int, *, quick: bool) -> Epoch:
     """tf.data: decode and crop, bilinear resize without antialiasing; quick: fast inverse DCT, plain upsampling."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
-    how = {"dct_method": "INTEGER_FAST", "fancy_upscaling": False} if quick else {}
+    options = {"dct_method": "INTEGER_FAST", "fancy_upscaling": False} if quick else {}
 
     def decode(file: Any) -> Any:
         data = tf.io.read_file(file)
@@ -141,12 +141,12 @@ def tensorflow(pictures: Pictures, size: int, threads: int, quick: bool) -> Epoc
             use_image_if_no_bounding_boxes=True,
         )  # fmt: skip
         window = tf.concat([begin[:2], extent[:2]], 0)
-        pixels = tf.image.decode_and_crop_jpeg(data, window, channels=3, **how)
+        pixels = tf.image.decode_and_crop_jpeg(data, window, channels=3, **options)
         pixels = tf.image.resize(tf.image.random_flip_left_right(pixels), (size, size))
         return tf.cast(pixels + 0.5, tf.uint8)
 
     files = tf.data.Dataset.from_tensor_slices([str(file) for file in pictures.files])
     batches = files.map(decode, num_parallel_calls=threads).batch(pictures.batch).prefetch(2)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = threads
-    return lambda: iter(batches.with_options(options).as_numpy_iterator())
+    pipeline_options = tf.data.Options()
+    pipeline_options.threading.private_threadpool_size = threads
+    return lambda: iter(batches.with_options(pipeline_options).as_numpy_iterator())

@@ -1,7 +1,7 @@
-"""Start-up: seconds from process start to the first training and the first evaluation batch, in fresh processes.
+"""Start-up: seconds from process start to the first training and evaluation batch, in fresh processes.
 
-Warm: what the process reads has been read before. Cold: Python compiles every module again, and the files that
-the process maps were dropped from memory before, as far as no other process holds them.
+Warm: all files are in the page cache. Cold: Python compiles every module again, and the mapped files were dropped from
+the page cache unless another process maps them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 
 
 def starts(beton: Path, size: int, turns: int = 3) -> dict[str, float]:
-    """Medians of `turns` warm starts, and of as many cold ones; torch_s is what importing torch took of the warm."""
+    """Medians of `turns` warm and cold starts; torch_s: seconds of the warm start that importing torch took."""
     _start(beton, size)
-    warm = sorted((_start(beton, size) for _ in range(turns)), key=lambda found: found["both_s"])[turns // 2]
+    warm = sorted((_start(beton, size) for _ in range(turns)), key=lambda start: start["both_s"])[turns // 2]
     cold = []
     for _ in range(turns):
-        with tempfile.TemporaryDirectory(prefix="fastflower-cold-") as nothing_compiled:
+        with tempfile.TemporaryDirectory(prefix="fastflower-cold-") as empty_cache:
             for file in [*warm["mapped"], str(beton)]:
                 _drop(Path(file))
-            cold.append(_start(beton, size, PYTHONPYCACHEPREFIX=nothing_compiled)["both_s"])
+            cold.append(_start(beton, size, PYTHONPYCACHEPREFIX=empty_cache)["both_s"])
     return {"warm_s": warm["both_s"], "torch_s": warm["torch_s"], "cold_s": sorted(cold)[turns // 2]}
 
 
 def process_start() -> float:
-    """Unix time at which this process began, from /proc."""
+    """Unix time at which this process started, from /proc."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
@@ -37,11 +37,11 @@ def process_start() -> float:
 
 def _start(beton: Path, size: int, **environment: str) -> dict:
     command = [sys.executable, "-m", "fastflower.bench.startup", str(beton), str(size)]
-    done = subprocess.run(
+    result = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=True
     )
-    found: dict = json.loads(done.stdout)
-    return found
+    start: dict = json.loads(result.stdout)
+    return start
 
 
 def _drop(file: Path) -> None:

@@ -1,21 +1,18 @@
-"""The images that gates try a bundle on: files as they were given, of what the members validated on.
-
-Beside them lies what convert would store of each.
-"""
+"""The images on which gates test a bundle: original files of validation images, and betons of the same images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastflower.bundle.description import BundleDescription, PairArrays
 from fastflower.bundle.writer import Member
 from fastflower.data.betons import fold_set
-from fastflower.data.betons.beton_file import RAW, Beton, BetonWriter, Picture, open_beton
+from fastflower.data.betons.beton_file import RAW, Beton, BetonWriter, EncodedImage, open_beton
 from fastflower.data.readers import image_files, sources
 from fastflower.data.readers.arrays import open_npz
 from fastflower.data.readers.sources import Source
@@ -25,8 +22,8 @@ MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Photographs:
-    """Files of validation images, as they were given: class_idx, row of folds.csv and fold of each, int64 (n,).
+class HeldOut:
+    """Validation images as their users gave them, with the class_idx, row of folds.csv and fold of each, int64 (n,).
 
     The file of a pair is a .npz of one row.
     """
@@ -39,43 +36,51 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.files)
 
-    def first(self, count: int) -> Photographs:
-        return Photographs(self.files[:count], self.class_idx[:count], self.index[:count], self.fold[:count])
+    def first(self, count: int) -> HeldOut:
+        return HeldOut(
+            files=self.files[:count],
+            class_idx=self.class_idx[:count],
+            index=self.index[:count],
+            fold=self.fold[:count],
+        )
 
 
-def originals(recipe: Recipe) -> Source:
-    """Where the images come from that members validated on; InputError when that is not here."""
+def open_originals(recipe: Recipe) -> Source:
+    """Open the source of the validation images; InputError when it is missing."""
     return sources.open_labelled(recipe).source
 
 
-def held_out(place: Path, recipe: Recipe, members: list[Member]) -> Photographs:
-    """Photographs spread evenly over the validation parts of the members' folds, folds and classes mixed.
+def collect(folder: Path, recipe: Recipe, members: list[Member]) -> HeldOut:
+    """Copy photographs to a new folder, spread evenly over the validation splits of the members' folds and shuffled.
 
-    Their files are copied to a new folder; images that come as numbers become PNGs of the same pixels, or a .npz of
-    the same numbers where they are pairs.
+    Images that come as numbers are saved as PNG with the same pixels, pairs as .npz with the same numbers.
     """
-    folds = sorted({int(member.meta["fold"]) for member in members})
-    source = originals(recipe)
-    place.mkdir()
-    found = []
+    folds = sorted({member.meta.fold for member in members})
+    source = open_originals(recipe)
+    folder.mkdir()
+    rows = []
     for fold in folds:
         opened = fold_set.open_fold(recipe, fold)
-        share = min(opened.val.rows, max(1, MOST_ROWS // len(folds)))
-        for row in np.linspace(0, opened.val.rows - 1, share).astype(int).tolist():
+        count = min(opened.val.rows, max(1, MOST_ROWS // len(folds)))
+        for row in np.linspace(0, opened.val.rows - 1, count).astype(int).tolist():
             index = int(opened.val.index[row])
-            found.append((opened.folds.filenames[index], int(opened.val.labels[row]), index, fold))
-    found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-    names, *numbers = zip(*found, strict=True)
-    files = single_pairs(place, recipe, names) if source.count == 2 else singles(place, source, names)
-    return Photographs(files, *(np.array(column) for column in numbers))
+            rows.append((opened.folds.filenames[index], int(opened.val.labels[row]), index, fold))
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    names, labels, indices, row_folds = zip(*rows, strict=True)
+    files = (
+        save_pairs(folder, recipe, names)
+        if source.images_per_row == 2
+        else save_photographs(folder, source, names)
+    )
+    return HeldOut(files=files, class_idx=np.array(labels), index=np.array(indices), fold=np.array(row_folds))
 
 
-def singles(place: Path, source: Source, names: Sequence[str]) -> list[Path]:
-    """A file of each of some photographs."""
+def save_photographs(folder: Path, source: Source, names: Sequence[str]) -> list[Path]:
+    """Write one file for each photograph; returns the paths."""
     files = []
     for number, name in enumerate(names):
         image = source.read(name, 0)
-        files.append(place / f"{number}{Path(name).suffix if isinstance(image, bytes) else '.png'}")
+        files.append(folder / f"{number}{Path(name).suffix if isinstance(image, bytes) else '.png'}")
         if isinstance(image, bytes):
             files[-1].write_bytes(image)
         else:
@@ -83,38 +88,38 @@ def singles(place: Path, source: Source, names: Sequence[str]) -> list[Path]:
     return files
 
 
-def single_pairs(place: Path, recipe: Recipe, names: Sequence[str]) -> list[Path]:
-    """A .npz of each of some pairs: the numbers as they are where these validate, under the names of data.root."""
+def save_pairs(folder: Path, recipe: Recipe, names: Sequence[str]) -> list[Path]:
+    """Write one .npz for each pair: the numbers of the validation file under the array names of data.root."""
     path, arrays = recipe.data.val or recipe.data.root, sources.pair_arrays(recipe)
     rows = [int(name.rpartition("/")[2]) for name in names]
     with np.load(path, allow_pickle=False) as numbers:
-        own = [numbers[name][rows] for name in sources.pair_arrays(recipe, path)]
-    files = [place / f"{number}.npz" for number in range(len(rows))]
+        selected = [numbers[name][rows] for name in sources.pair_arrays(recipe, path)]
+    files = [folder / f"{number}.npz" for number in range(len(rows))]
     for number, file in enumerate(files):
-        np.savez(file, **{name: values[[number]] for name, values in zip(arrays, own, strict=True)})
+        np.savez(file, **{name: values[[number]] for name, values in zip(arrays, selected, strict=True)})
     return files
 
 
-def written(place: Path, bundle: dict[str, Any], photographs: Photographs) -> dict[int, Beton]:
-    """The images as convert stores them without loss, for each stored side that a member knows."""
+def write_betons(folder: Path, bundle: BundleDescription, photographs: HeldOut) -> dict[int, Beton]:
+    """Write the images losslessly as convert stores them, one beton for each stored side of the bundle's crops."""
     betons = {}
-    for side in sorted({crop["stored_side"] for crop in bundle["crops"]}):
-        path = place / f"photographs_{side}.beton"
-        with BetonWriter(path, len(photographs), 2 if bundle["pairs"] else 1) as writer:
+    for side in sorted({crop.stored_side for crop in bundle.crops}):
+        path = folder / f"photographs_{side}.beton"
+        with BetonWriter(path, len(photographs), images_per_row=2 if bundle.pairs else 1) as writer:
             for row, file in enumerate(photographs.files):
                 stored = [
-                    np.array(image_files.stored(image, side)) for image in images_of(file, bundle["pairs"])
+                    np.array(image_files.stored(image, side)) for image in read_images(file, bundle.pairs)
                 ]
-                own = [Picture(RAW, image.data.cast("B"), *image.shape[:2]) for image in stored]
-                writer.append(int(photographs.class_idx[row]), row, *own)
-            writer.commit({})
+                pictures = [EncodedImage(RAW, image.data.cast("B"), *image.shape[:2]) for image in stored]
+                writer.append(int(photographs.class_idx[row]), row, *pictures)
+            writer.commit()
         betons[side] = open_beton(path)
     return betons
 
 
-def images_of(file: Path, pairs: dict[str, Any] | None) -> list[Image.Image]:
-    """What convert reads in a file: a photograph, or the two images of a pair."""
+def read_images(file: Path, pairs: PairArrays | None) -> list[Image.Image]:
+    """Read a photograph, or the two images of a pair, as convert does."""
     if not pairs:
         return [image_files.decode(image_files.read_bytes(file))]
-    stack = open_npz(file, [*pairs["arrays"], ""], shape=pairs["shape"], labelled=False)
+    stack = open_npz(file, [*pairs.arrays, ""], shape=pairs.shape, labelled=False)
     return [Image.fromarray(images[0]).convert("RGB") for images in stack.images]

@@ -1,155 +1,162 @@
-"""Which members are handed in, with what say and at which temperature.
+"""Selects the members of the bundle, their weights and the softmax temperature.
 
-All that the recipe finds, a list, or greedily: the runs whose mean says out of fold most for what they cost, then
-as many folds of each as the limits hold.
+Members are those given, all that match the recipe's pattern, or chosen greedily: first the runs whose mean scores best
+out of fold for their cost, then as many folds of each as the limits allow.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastflower.core import checkpoint, runs, scores
 from fastflower.core.errors import InputError
+from fastflower.core.records import read_record
 from fastflower.data.folds import read_folds
 from fastflower.evaluation import calibration, ensembles, logits, summary
-from fastflower.evaluation.logits import Logits
+from fastflower.evaluation.logits import MemberLogits
+from fastflower.evaluation.records import Temperatures
+from fastflower.model.member import MemberMeta, load_member
 from fastflower.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Members' files, the say of each (M,) where one was fitted, T for their mean, and where T comes from."""
+class ChosenMembers:
+    """Paths of members, their weights (M,) where these were fitted, T for their mean, and the source of T in words."""
 
     paths: list[Path]
-    shares: np.ndarray | None
+    weights: np.ndarray | None
     temperature: float
     source: str
 
 
-def choose(recipe: Recipe, given: list[Path]) -> Choice:
-    """The members to hand in: those given, else what the recipe's pattern finds, all or greedily.
+def choose(recipe: Recipe, requested: list[Path]) -> ChosenMembers:
+    """Choose the members to hand in: those requested, else all that match the recipe's pattern, or greedily.
 
     Raises InputError when there is none, or when greedy choice has no out-of-fold logits or no room.
     """
-    if given:
-        paths = sorted(dict.fromkeys(given))
+    if requested:
+        paths = sorted(dict.fromkeys(requested))
     else:
         paths = runs.find_members(recipe.exp.name, recipe.ensembling.find_pattern)
         if not paths:
             folder, pattern = runs.MODELS / recipe.exp.name, recipe.ensembling.find_pattern
             raise InputError(f"no member in {folder} matches {pattern}; train first or give --members")
         if recipe.bundle.members == "greedy":
-            return greedy(recipe, paths)
+            return choose_greedily(recipe, paths)
     if recipe.ensembling.weighting in ("flat", "family"):
-        return Choice(paths, None, *temperature_of(recipe, paths))
-    shares = by_run(recipe, [(meta["backbone"], meta["seed"]) for meta in map(about, paths)])
-    kept = [path for path, share in zip(paths, shares, strict=True) if share]
-    return Choice(kept, shares[shares > 0], *temperature_of(recipe, kept))
+        temperature, source = temperature_of(recipe, paths)
+        return ChosenMembers(paths=paths, weights=None, temperature=temperature, source=source)
+    weights = weights_from_runs(recipe, [(meta.backbone, meta.seed) for meta in map(read_meta, paths)])
+    kept = [path for path, weight in zip(paths, weights, strict=True) if weight]
+    temperature, source = temperature_of(recipe, kept)
+    return ChosenMembers(paths=kept, weights=weights[weights > 0], temperature=temperature, source=source)
 
 
-def about(path: Path) -> dict[str, Any]:
-    """A member's description."""
-    return checkpoint.load(path).meta
+def read_meta(path: Path) -> MemberMeta:
+    """The meta of a member's checkpoint."""
+    return load_member(path).meta
 
 
-def by_run(recipe: Recipe, members: list[tuple[str, int]]) -> np.ndarray:
-    """The say of members (M,), given as (backbone, seed), by the weights with which evaluate fused their runs."""
+def weights_from_runs(recipe: Recipe, members: list[tuple[str, int]]) -> np.ndarray:
+    """Member weights (M,), from the run weights that `evaluate` saved; `members` are (backbone, seed).
+
+    A run's weight is split evenly over its members.
+    """
     path = runs.RESULTS / recipe.exp.name / "temperature.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found, names = known.get("weights", {}), [f"{backbone} seed {seed}" for backbone, seed in members]
-    fault = next((f"has no weight for {name}" for name in names if name not in found), "")
-    if not fault and not _fitted_so(recipe, known):
-        fault = f"has the weights of {_way(known)}"
+    fitted = read_record(path, Temperatures) if path.is_file() else None
+    run_weights = fitted.weights if fitted else {}
+    names = [f"{backbone} seed {seed}" for backbone, seed in members]
+    fault = next((f"has no weight for {name}" for name in names if name not in run_weights), "")
+    if fitted and not fault and not _same_weighting(recipe, fitted):
+        fault = f"has the weights of {_weighting_in_words(fitted)}"
     if fault:
         raise InputError(
             f"ensembling.weighting = {recipe.ensembling.weighting}: {path} {fault}; "
             "run python -m fastflower.evaluate with this recipe"
         )
-    shares = np.array([found[name] / names.count(name) for name in names], dtype=np.float64)
-    if not shares.sum():
+    weights = np.array([run_weights[name] / names.count(name) for name in names], dtype=np.float64)
+    if not weights.sum():
         raise InputError(
             f"{path}: the weights of {', '.join(dict.fromkeys(names))} are 0; choose other members"
         )
-    return shares / shares.sum()
+    return weights / weights.sum()
 
 
-def _fitted_so(recipe: Recipe, known: dict[str, Any]) -> bool:
-    """Whether what evaluate left was fused in the way that the recipe asks for."""
-    asked = recipe.ensembling
-    return known.get("weighting") == asked.weighting and (
-        asked.weighting != "hand" or known.get("hand") == asked.weights
+def _same_weighting(recipe: Recipe, fitted: Temperatures) -> bool:
+    """True when evaluate fitted the ensemble by the recipe's weighting."""
+    ensembling = recipe.ensembling
+    return fitted.weighting == ensembling.weighting and (
+        ensembling.weighting != "hand" or fitted.hand_weights == ensembling.weights
     )
 
 
-def _way(known: dict[str, Any]) -> str:
-    """How evaluate weighted the runs, in words."""
-    way = str(known.get("weighting", "an older evaluate"))
-    return f"{way} {known['hand']}" if way == "hand" else way
+def _weighting_in_words(fitted: Temperatures) -> str:
+    """The weighting by which evaluate fused the runs, in words."""
+    return f"hand {fitted.hand_weights}" if fitted.weighting == "hand" else fitted.weighting
 
 
-def greedy(recipe: Recipe, paths: list[Path]) -> Choice:
-    """Runs by greedy selection with replacement, each at the price of one member, then folds while there is room.
+def choose_greedily(recipe: Recipe, paths: list[Path]) -> ChosenMembers:
+    """Choose runs by greedy selection with replacement, each at the cost of one member, then folds while there is room.
 
-    The out-of-fold score of a run is that of one member at a time, so it is the same for any number of its folds;
-    more of them are better and cost more. A run's say is shared evenly by its chosen folds.
+    A run's out-of-fold score uses one member per image, so it does not depend on the number of its folds; more folds
+    are better and cost more. A run's weight is split evenly over its chosen folds.
     """
-    members = out_of_fold(recipe, paths)
+    members = read_out_of_fold(recipe, paths)
     if len(members) < len(paths):
         raise InputError(
             f"bundle.members=greedy: {len(paths) - len(members)} of {len(paths)} members have no out-of-fold logits; "
             "run python -m fastflower.evaluate first"
         )
-    runs_of = list(summary.by_run(list(members.values())).values())
+    members_by_run = list(summary.members_by_run(list(members.values())).values())
     column = read_folds(Path(recipe.data.home) / "folds.csv").fold
-    sets = logits.common([logits.assemble(own, column) for own in runs_of])
-    budget = ensembles.Budget.of([own[0] for own in runs_of], recipe.bundle)
+    sets = logits.align([logits.assemble(run, column) for run in members_by_run])
+    budget = ensembles.Budget.of([run[0] for run in members_by_run], recipe.bundle)
     budget.check("bundle.members = greedy", "member")
-    stack, labels = np.stack([own.logits for own in sets]), sets[0].class_idx
+    stack, labels = np.stack([run.logits for run in sets]), sets[0].class_idx
     weights = ensembles.greedy_weights(stack, labels, budget=budget)
-    chosen = folds_within(runs_of, weights, budget)
-    shares = {
-        str(member.about["checkpoint"]): weight / len(own)
-        for own, weight in zip(chosen, weights, strict=True)
-        for member in own
+    chosen = folds_within(members_by_run, weights, budget)
+    weight_of = {
+        member.info.checkpoint: weight / len(run)
+        for run, weight in zip(chosen, weights, strict=True)
+        for member in run
     }
-    mixed = replace(
+    fused = replace(
         sets[0],
-        logits=logits.average([own.logits for own in sets], weights),
-        corrupt=logits.average([own.corrupt for own in sets], weights),
+        logits=logits.average([run.logits for run in sets], weights),
+        corrupt=logits.average([run.corrupt for run in sets], weights),
     )
     t, source = 1.0, "ts.enabled=false"
     if recipe.ts.enabled:
         fitted = calibration.fit_set(
-            mixed, recipe.ts.fit_on, alpha=recipe.select.alpha, bins=recipe.eval.ece_bins
+            fused, recipe.ts.fit_on, alpha=recipe.select.alpha, bins=recipe.eval.ece_bins
         )
-        t, source = fitted["t"], f"fitted on {len(labels)} out-of-fold images of the chosen runs"
-    kept = [path for path in paths if path.name in shares]
-    return Choice(kept, np.array([shares[path.name] for path in kept]), t, source)
+        t, source = fitted.t, f"fitted on {len(labels)} out-of-fold images of the chosen runs"
+    kept = [path for path in paths if path.name in weight_of]
+    kept_weights = np.array([weight_of[path.name] for path in kept])
+    return ChosenMembers(paths=kept, weights=kept_weights, temperature=t, source=source)
 
 
 def folds_within(
-    by_run: list[list[Logits]], weights: np.ndarray, budget: ensembles.Budget
-) -> list[list[Logits]]:
-    """For each run the folds to take, best out-of-fold NLL first: one of each chosen run, then turn by turn.
+    by_run: list[list[MemberLogits]], weights: np.ndarray, budget: ensembles.Budget
+) -> list[list[MemberLogits]]:
+    """The folds to take of each run, best out-of-fold NLL first: one of each chosen run, then one at a time.
 
-    The next turn is that of the run whose members carry most; a run that no longer fits is passed over.
+    The next fold is one of the run with the largest weight per member; runs that no longer fit are skipped.
     """
     waiting = [
-        sorted(own, key=lambda m: scores.nll(m.logits, m.class_idx)) if weight else []
-        for own, weight in zip(by_run, weights, strict=True)
+        sorted(members, key=lambda m: scores.nll(m.logits, m.class_idx)) if weight else []
+        for members, weight in zip(by_run, weights, strict=True)
     ]
-    taken: list[list[Logits]] = [[own.pop(0)] if own else [] for own in waiting]
+    taken: list[list[MemberLogits]] = [[members.pop(0)] if members else [] for members in waiting]
     while True:
-        counts = np.array([len(own) for own in taken])
+        counts = np.array([len(members) for members in taken])
         fitting = [
             run
-            for run, own in enumerate(waiting)
-            if own
+            for run, members in enumerate(waiting)
+            if members
             and counts @ budget.mb + budget.mb[run] <= budget.max_mb
             and counts @ budget.ms + budget.ms[run] <= budget.max_ms
         ]
@@ -159,45 +166,43 @@ def folds_within(
         taken[run].append(waiting[run].pop(0))
 
 
-def out_of_fold(recipe: Recipe, paths: list[Path]) -> dict[str, Logits]:
-    """What evaluate saved of these members, by file name; those it did not see, as they now are, are missing."""
+def read_out_of_fold(recipe: Recipe, paths: list[Path]) -> dict[str, MemberLogits]:
+    """The logits that evaluate saved of these members, by file name, without members that have changed since."""
     folder = runs.RESULTS / recipe.exp.name
     if not (folder / "scores.json").is_file():
         return {}
     seals = {path.name: checkpoint.seal(path) for path in paths}
-    known = {str(member.about["checkpoint"]): member for member in summary.evaluated(folder)}
+    known = {member.info.checkpoint: member for member in summary.load_member_logits(folder)}
     return {
-        name: member
-        for name, member in known.items()
-        if name in seals and member.about.get("seal", seals[name]) == seals[name]
+        name: member for name, member in known.items() if name in seals and member.info.seal == seals[name]
     }
 
 
-def shares_of(chosen: Choice, backbones: list[str], weighting: str) -> np.ndarray:
-    """The say of each member (M,), summing to 1: the fitted one, or the same, or the same for each backbone."""
-    if chosen.shares is not None:
-        return chosen.shares
+def member_weights(chosen: ChosenMembers, backbones: list[str], weighting: str) -> np.ndarray:
+    """Weights of the members (M,), summing to 1: fitted, equal, or equal for each backbone."""
+    if chosen.weights is not None:
+        return chosen.weights
     if weighting == "family":
         return logits.family_weights(backbones)
     return np.full(len(backbones), 1 / len(backbones))
 
 
 def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
-    """T for these members and where it comes from: evaluate's fit, or 1 and why."""
+    """The temperature for these members and its source: evaluate's fit, or 1 and the reason."""
     path = runs.RESULTS / recipe.exp.name / "temperature.json"
     if not recipe.ts.enabled:
         return 1.0, "ts.enabled=false"
     if not path.is_file():
         return 1.0, f"no {path}; python -m fastflower.evaluate fits it"
-    fitted = json.loads(path.read_text(encoding="utf-8"))
-    known = fitted["members"]
-    if len(paths) == 1 and (known.get(paths[0].name) or {}).get("t"):
-        return float(known[paths[0].name]["t"]), f"{path}, this member's"
-    if not (fitted["fused"] or {}).get("t"):
+    fitted = read_record(path, Temperatures)
+    single = fitted.members.get(paths[0].name) if len(paths) == 1 else None
+    if single:
+        return single.t, f"{path}, this member's"
+    if not fitted.fused:
         return 1.0, f"{path} holds none"
     source = f"{path}, fused"
-    if {path.name for path in paths} != set(known):
-        source += f" from other members ({len(known)})"
-    elif not _fitted_so(recipe, fitted):
-        source += f" with the weights of {_way(fitted)}"
-    return float(fitted["fused"]["t"]), source
+    if {path.name for path in paths} != set(fitted.members):
+        source += f" from other members ({len(fitted.members)})"
+    elif not _same_weighting(recipe, fitted):
+        source += f" with the weights of {_weighting_in_words(fitted)}"
+    return fitted.fused.t, source

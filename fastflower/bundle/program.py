@@ -1,7 +1,7 @@
 """A network as a program: traced for one view size with its weights as arguments, so that members share it.
 
-The predictor needs no class definitions, and each weight is stored once for all views. Programs are compared with
-the network they come from before anyone may use them.
+The predictor needs no class definitions, and each weight is stored once for all views. Every program is compared
+with its network before it is written.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import io
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,92 +21,103 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fastflower.bundle.description import FusedNorm
 from fastflower.core.errors import InputError
 
-TOLERANCE = 1e-4  # of logits in fp32: the predictor's against the trainer's
+TOLERANCE = 1e-4  # largest difference of fp32 logits between predictor and trainer
 BATCHES = (1, 2, 5)
-CONVOLUTIONS = (nn.Conv2d, timm.layers.Conv2dSame)  # kinds that use their weight as it is
+CONVOLUTIONS = (nn.Conv2d, timm.layers.Conv2dSame)  # kinds that use their weight unchanged
+
+
+@dataclass(frozen=True)
+class TracedProgram:
+    """The bytes of a TorchScript file and how to call it; see `description.Program`."""
+
+    data: bytes
+    inputs: list[str]
+    norms: list[FusedNorm]
+    half_keeps: list[str] | None
 
 
 def trace(
     path: Path, network: nn.Module, *, height: int, width: int, tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    """A member's network for one view size as a program of (images, *weights).
+) -> TracedProgram:
+    """Trace a member's network for one view size as a program of (images, *weights).
 
-    Returns its bytes, the names of its weights in order, the BatchNorms that the predictor multiplies into the
-    convolution before them, and which weights half precision leaves alone. Weights that only this size has, such
-    as resampled position embeddings, are added to `tensors`.
-    Raises InputError when the program does not say what the network says.
+    Weights that only this size has, such as resampled position embeddings, are added to `tensors`. Raises InputError
+    when the program's logits differ from the network's.
     """
-    what = f"{path.name} at {height}x{width}"
-    plain = fixed_size(network, height, width)
+    title = f"{path.name} at {height}x{width}"
+    fixed = fixed_size(network, height, width)
     example = torch.rand(2, height, width, 3).permute(0, 3, 1, 2) * 255
-    made, norms = without_norms(plain, example)
-    weights = {name: t.detach() for name, t in (*made.named_parameters(), *made.named_buffers())}
-    computed = {f"{norm['conv']}.{leaf}" for norm in norms for leaf in ("weight", "bias")}
+    fused, norms = fuse_norms(fixed, example)
+    weights = {name: t.detach() for name, t in (*fused.named_parameters(), *fused.named_buffers())}
+    computed = {f"{norm.conv}.{leaf}" for norm in norms for leaf in ("weight", "bias")}
     inputs = []
     for name, value in weights.items():
-        same = name in tensors and torch.equal(tensors[name].to(value.dtype), value)
-        own = name if same or name in computed or name not in tensors else f"{name}@{height}x{width}"
-        if not same and name not in computed:
-            tensors[own] = value.clone()
-        inputs.append(own)
+        stored = name in tensors and torch.equal(tensors[name].to(value.dtype), value)
+        key = name if stored or name in computed or name not in tensors else f"{name}@{height}x{width}"
+        if not stored and name not in computed:
+            tensors[key] = value.clone()
+        inputs.append(key)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter(
-            "ignore"
-        )  # the tracer warns of every Python branch; the result is compared below
+        # the tracer warns of every Python branch; the result is compared below
+        warnings.simplefilter("ignore")
         program = torch.jit.trace(
-            with_weights(made, list(weights)), (example, *weights.values()), check_trace=False
+            with_weights(fused, list(weights)), (example, *weights.values()), check_trace=False
         )
-    check_program(program, what, network=network, height=height, width=width, weights=list(weights.values()))
+    check_program(program, title, network=network, height=height, width=width, weights=list(weights.values()))
     buffer = io.BytesIO()
     torch.jit.save(program, buffer)
-    data = without_paths(buffer.getvalue())
-    keeps = half_keeps(program, inputs, weights=list(weights.values()), images=example[:1])
-    return {"data": data, "inputs": inputs, "norms": norms, "half_keeps": keeps}
+    return TracedProgram(
+        data=without_paths(buffer.getvalue()),
+        inputs=inputs,
+        norms=norms,
+        half_keeps=half_keeps(program, inputs, weights=list(weights.values()), images=example[:1]),
+    )
 
 
 @torch.no_grad()
-def without_norms(network: nn.Module, images: Tensor) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """A copy whose BatchNorms are multiplied into the convolutions before them, and which those are.
+def fuse_norms(network: nn.Module, images: Tensor) -> tuple[nn.Module, list[FusedNorm]]:
+    """A copy whose BatchNorms are multiplied into the convolutions before them, and the list of these.
 
-    On a CPU a BatchNorm costs as much as reading its whole input again. A network that reuses a convolution's
-    output elsewhere says something else afterwards, and stays as it is.
+    On a CPU a BatchNorm costs as much as reading its whole input again. Where the fused network computes something
+    else, because it reuses a convolution's output elsewhere, the network itself is returned and an empty list.
     """
-    norms: list[dict[str, Any]] = [
-        {"conv": conv, "norm": norm, "eps": network.get_submodule(norm).eps}
-        for conv, norm in _pairs(network, images)
-    ]
-    made = copy.deepcopy(network)
-    for pair in norms:
-        conv: Any = made.get_submodule(pair["conv"])
-        norm: Any = made.get_submodule(pair["norm"])
+    norms = []
+    for conv_name, norm_name in _convolutions_before_norms(network, images):
+        layer: Any = network.get_submodule(norm_name)
+        norms.append(FusedNorm(conv_name, norm_name, layer.eps))
+    fused = copy.deepcopy(network)
+    for entry in norms:
+        conv: Any = fused.get_submodule(entry.conv)
+        norm: Any = fused.get_submodule(entry.norm)
         weight, bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
         conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-        owner, _, leaf = pair["norm"].rpartition(".")
-        setattr(made.get_submodule(owner), leaf, getattr(norm, "act", nn.Identity()))
-    if norms and not float((made(images) - network(images)).abs().max()) <= TOLERANCE / 2:
+        owner, _, leaf = entry.norm.rpartition(".")
+        setattr(fused.get_submodule(owner), leaf, getattr(norm, "act", nn.Identity()))
+    if norms and not float((fused(images) - network(images)).abs().max()) <= TOLERANCE / 2:
         return network, []
-    return made, norms
+    return fused, norms
 
 
-def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Names of (convolution, BatchNorm) where the second was given the very output of the first."""
-    made: dict[int, tuple[str, Tensor]] = {}
-    found, handles = [], []
+def _convolutions_before_norms(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
+    """Names of (convolution, BatchNorm) where the output of the first is the input of the second."""
+    outputs: dict[int, tuple[str, Tensor]] = {}  # holding the tensor keeps its id unique
+    names, handles = [], []
 
     def after(name: str) -> Any:
-        def hook(module: nn.Module, given: Any, output: Tensor) -> None:
-            made[id(output)] = name, output
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            outputs[id(output)] = name, output
 
         return hook
 
     def before(name: str) -> Any:
-        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if id(given[0]) in made:
-                found.append((made[id(given[0])][0], name))
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if id(arguments[0]) in outputs:
+                names.append((outputs[id(arguments[0])][0], name))
 
         return hook
 
@@ -117,13 +129,13 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     network(images)
     for handle in handles:
         handle.remove()
-    return list(dict.fromkeys(found))  # once, however often the network runs them
+    return list(dict.fromkeys(names))  # once, however often the network runs them
 
 
 def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
-    """A copy prepared for one size: what depends on size alone (position embeddings, window masks) is computed now.
+    """A copy for one view size, with position embeddings and window masks computed now.
 
-    Left inside the program, those steps would hold the dtype and device of this machine.
+    Inside the program these steps would fix the dtype and device of this machine.
     """
     network = copy.deepcopy(network)
     modules: list[Any] = list(network.modules())  # timm's, whose attributes nn.Module does not declare
@@ -149,24 +161,24 @@ def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
 class QuickResponseNorm(GlobalResponseNorm):
     """ConvNeXt V2's response norm in fewer passes over its input.
 
-    On a CPU torch's norm over two axes takes four times as long as the mean of squares. Those of a 32nd stay within
-    half precision up to inputs of 8000.
+    On a CPU torch's norm over two axes takes four times as long as the mean of squares. Dividing by 32 first keeps
+    the squares within half precision for inputs up to 8000.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (x.shape[axis] for axis in self.spatial_dim)
         scale = 32 * (height * width) ** 0.5  # not math.sqrt, which would write this size into the program
         norm = (x / 32).square().mean(self.spatial_dim, keepdim=True).sqrt() * scale
-        share = norm / (norm.mean(self.channel_dim, keepdim=True) + self.eps)
-        return torch.addcmul(self.bias.view(self.wb_shape), x, 1 + self.weight.view(self.wb_shape) * share)
+        relative = norm / (norm.mean(self.channel_dim, keepdim=True) + self.eps)
+        return torch.addcmul(self.bias.view(self.wb_shape), x, 1 + self.weight.view(self.wb_shape) * relative)
 
 
 def _remembered(module: Any) -> Any:
-    """A window block's mask function that also leaves its result where the block looks for a fixed mask."""
+    """A window block's mask function that also stores its result where the block looks for a fixed mask."""
     compute = module.get_attn_mask
 
-    def run(*args: Any, **words: Any) -> Tensor | None:
-        mask: Tensor | None = compute(*args, **words)
+    def run(*args: Any, **keywords: Any) -> Tensor | None:
+        mask: Tensor | None = compute(*args, **keywords)
         module.attn_mask = mask
         return mask
 
@@ -174,27 +186,27 @@ def _remembered(module: Any) -> Any:
 
 
 def with_weights(network: nn.Module, names: list[str]) -> Any:
-    """The network as a function (images, *weights): torch's functional_call refuses to be traced."""
-    places = []
+    """The network as a function (images, *weights); torch's functional_call cannot be traced."""
+    slots = []
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module = network.get_submodule(owner)
-        places.append((module._parameters if leaf in module._parameters else module._buffers, leaf))
+        slots.append((module._parameters if leaf in module._parameters else module._buffers, leaf))
 
     def run(images: Tensor, *weights: Tensor) -> Tensor:
-        for (table, leaf), value in zip(places, weights, strict=True):
-            table[leaf] = value  # type: ignore[assignment]
+        for (tensors, leaf), value in zip(slots, weights, strict=True):
+            tensors[leaf] = value  # type: ignore[assignment]
         return network(images)
 
     return run
 
 
 def check_program(
-    program: Any, what: str, *, network: nn.Module, height: int, width: int, weights: list[Tensor]
+    program: Any, title: str, *, network: nn.Module, height: int, width: int, weights: list[Tensor]
 ) -> None:
-    """Refuse a program whose logits leave the network's at any batch size, or that is bound to this device."""
+    """Raise InputError for a program whose logits differ from the network's, or that runs on the CPU only."""
     if 'value="cpu"' in str(program.inlined_graph):
-        raise InputError(f"{what}: its program is bound to the CPU; choose another backbone or tta.scales")
+        raise InputError(f"{title}: its program is bound to the CPU; choose another backbone or tta.scales")
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         images = (torch.rand(batch, height, width, 3, generator=generator) * 255).permute(0, 3, 1, 2)
@@ -202,14 +214,14 @@ def check_program(
             gap = float((program(images, *weights) - network(images)).abs().max())
         if not gap <= TOLERANCE:
             raise InputError(
-                f"{what}: traced logits are {gap:.2g} off at batch {batch}, {TOLERANCE:g} is allowed"
+                f"{title}: traced logits are {gap:.2g} off at batch {batch}, {TOLERANCE:g} is allowed"
             )
 
 
 def half_keeps(program: Any, names: list[str], *, weights: list[Tensor], images: Tensor) -> list[str] | None:
-    """The weights that stay in fp32 when the rest of a program is run in half precision; None: it must not be.
+    """The weights that stay in fp32 when a program runs in half precision; None where it must not.
 
-    Cosine heads compute in fp32 and need their own so; a dtype that the tracer wrote down spoils the whole program.
+    Cosine heads compute in fp32 and need fp32 weights; a dtype that the tracer recorded rules out half precision.
     """
     heads = [name for name in names if name.startswith("head.")]
     with torch.inference_mode(), torch.jit.optimized_execution(False):
@@ -229,7 +241,7 @@ def half_keeps(program: Any, names: list[str], *, weights: list[Tensor], images:
 
 
 def without_paths(data: bytes) -> bytes:
-    """The same program without debug records, which name this machine's folders, and without the id made from them."""
+    """The program without debug records, which name this machine's folders, and the id derived from them."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(result, "w") as target:
         for name in source.namelist():
@@ -239,10 +251,11 @@ def without_paths(data: bytes) -> bytes:
 
 
 def logits_of_test_picture(network: nn.Module, height: int, width: int) -> list[float]:
-    """What the network says (C) of the picture with which the predictor tests itself on a new machine.
+    """Logits (C,) of the test picture, by which the predictor checks a new machine.
 
-    Four decimals: the test asks for fewer, and the same members should give the same file.
+    Rounded to four decimals, more than the check needs, so that equal members give equal bundles.
     """
+    # twin of test_picture in code/networks.py
     y, x, c = np.ogrid[:height, :width, :3]
     waves = 127.5 + 90 * np.sin(x * 6.0 / width + 2.0 * c) * np.cos(y * (4.0 + c) / height)
     image = torch.from_numpy((waves + 35 * (x > y)).astype(np.uint8)[None])

@@ -1,4 +1,4 @@
-"""Where the hand-in is tried: a copy in another folder and a Python that has nothing but torch, NumPy and Pillow."""
+"""Runs a copy of the hand-in in an isolated environment with only torch, NumPy and Pillow, without network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from fastflower.bundle.writer import CODE
 from fastflower.core import runs
 
-NEEDS = ("torch", "numpy", "pillow")
+REQUIRED = ("torch", "numpy", "pillow")
 BLOCKED = (
     "composer",
     "ffcv",
@@ -29,7 +29,7 @@ BLOCKED = (
     "cv2",
     "omegaconf",
 )
-BARE = """
+ISOLATED = """
 import runpy, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -45,60 +45,67 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def environment(folder: Path) -> Path:
-    """A fresh virtual environment with torch, NumPy, Pillow and what these require, and its interpreter.
+def try_environment(folder: Path) -> tuple[Path | None, str]:
+    """The interpreter of a fresh environment, or None where none can be made; and the isolation in words."""
+    try:
+        return make_environment(folder), "fresh venv"
+    except (OSError, subprocess.CalledProcessError) as error:
+        return None, f"other imports blocked (no venv: {' '.join(str(error).split())[:60]})"
 
-    Packages are links to the ones installed here: nothing is downloaded, and it takes a tenth of a second.
-    Raises OSError or CalledProcessError where none can be made.
+
+def make_environment(folder: Path) -> Path:
+    """Create a virtual environment with torch, NumPy, Pillow and their requirements; returns its interpreter.
+
+    Packages are links to the installed ones: nothing is downloaded, and it takes a tenth of a second. Raises OSError
+    or CalledProcessError where it cannot be made.
     """
     venv.EnvBuilder(symlinks=True).create(folder)
     site = next(folder.glob("lib/python*/site-packages"))
-    for name in sorted(required(NEEDS)):
-        for top, source in parts(name):
+    for name in sorted(with_requirements(REQUIRED)):
+        for top, source in installed_files(name):
             if not (site / top).exists():  # NVIDIA's packages share a folder
                 (site / top).symlink_to(source)
     return folder / "bin/python"
 
 
-def required(names: tuple[str, ...]) -> set[str]:
-    """These distributions and what they need, as far as it is installed."""
-    found: set[str] = set()
+def with_requirements(names: tuple[str, ...]) -> set[str]:
+    """Distributions and all their requirements, as far as they are installed."""
+    installed: set[str] = set()
     waiting = list(names)
     while waiting:
         name = waiting.pop()
         try:
-            needs = importlib.metadata.requires(name) or []
+            requirements = [Requirement(text) for text in importlib.metadata.requires(name) or []]
         except importlib.metadata.PackageNotFoundError:
             continue
-        found.add(name)
-        asked = [Requirement(text) for text in needs]
+        installed.add(name)
         waiting += [
             r.name
-            for r in asked
-            if r.name not in found and (not r.marker or r.marker.evaluate({"extra": ""}))
+            for r in requirements
+            if r.name not in installed and (not r.marker or r.marker.evaluate({"extra": ""}))
         ]
-    return found
+    return installed
 
 
-def parts(name: str) -> Iterator[tuple[str, Path]]:
-    """Files and folders that a distribution puts into site-packages."""
-    own = importlib.metadata.distribution(name)
-    tops = {path.parts[0] for path in own.files or ()} - {"..", "__pycache__"}
-    return ((top, Path(str(own.locate_file(top)))) for top in sorted(tops))
+def installed_files(name: str) -> Iterator[tuple[str, Path]]:
+    """Names and paths of the files and folders of a distribution directly in site-packages."""
+    distribution = importlib.metadata.distribution(name)
+    tops = {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}
+    return ((top, Path(str(distribution.locate_file(top)))) for top in sorted(tops))
 
 
 def copy_hand_in(root: Path, bundle: Path, files: list[Path]) -> Path:
-    """code/, the bundle and what is to be predicted as they lie at the evaluator's.
+    """Lay out code/, the bundle and the images to predict in `root`, as the evaluator has them; returns `root`.
 
-    That is test_dataset/ of photographs whose names give the order, or test_dataset.npz of pairs, put together from
-    a .npz of each.
+    Photographs become test_dataset/ with names in the order of `files`; the .npz files of single pairs are joined
+    into test_dataset.npz.
     """
     shutil.copytree(CODE, root / "code", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(bundle, root / runs.BUNDLE)
     if files and files[0].suffix == ".npz":
-        parts = [dict(np.load(file)) for file in files]
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        np.savez(root / "test_dataset.npz", **whole)
+        pairs = [dict(np.load(file)) for file in files]
+        joined = {name: np.concatenate([pair[name] for pair in pairs]) for name in pairs[0]}
+        np.savez(root / "test_dataset.npz", **joined)
         return root
     (root / "test_dataset").mkdir()
     for number, file in enumerate(files):
@@ -106,19 +113,19 @@ def copy_hand_in(root: Path, bundle: Path, files: list[Path]) -> Path:
     return root
 
 
-def run(root: Path, options: list[str], python: Path | None) -> str | None:
-    """Run the copy's predictor without a network; its last words when it fails.
+def run_predictor(root: Path, options: list[str], python: Path | None) -> str | None:
+    """Run the copy's predictor without network; returns None, or its exit code and last line when it fails.
 
-    `python` is that of a fresh environment, or None for this one with all but its needs blocked.
+    `python` is the interpreter of a fresh environment, or None for this one with the packages of BLOCKED hidden.
     """
-    words = [
+    command = [
         str(python or sys.executable),
         "-I",
         "-c",
-        BARE.replace("{blocked!r}", repr(set() if python else set(BLOCKED))),
+        ISOLATED.replace("{blocked!r}", repr(set() if python else set(BLOCKED))),
         str(root / "code/predict.py"),
     ]
-    done = subprocess.run([*words, *options], cwd=root, capture_output=True, text=True, errors="replace")
+    done = subprocess.run([*command, *options], cwd=root, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return None
     return f"exit {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"

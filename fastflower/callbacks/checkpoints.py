@@ -1,8 +1,8 @@
-"""Checkpoints: best_clean, best_combo, ema_best (and swa) for handing in, `last` for going on.
+"""Checkpoint files: best_clean, best_combo, ema_best and swa as members, `last` to resume from.
 
-Every file is written aside, checked and renamed, and the one it supersedes is removed after that. Of `last` the
-generation before is kept. All are plain tensors, numbers and text, copied to the host at the step they belong to
-and written by a thread while training goes on.
+Every file is written to a temporary path, checked and renamed; only then is its predecessor removed. Of `last` the
+previous generation is kept. All hold plain tensors, numbers and text, copied to the host at the step they belong to
+and written by a thread while training continues.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,23 +25,35 @@ from torch import nn
 
 from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.stop import Stop
-from fastflower.callbacks.writer import Writer
+from fastflower.callbacks.writer import BackgroundWriter
 from fastflower.core import checkpoint, files
 from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
-from fastflower.core.files import aside_of, fsync_folder
-from fastflower.core.runs import Run
+from fastflower.core.files import fsync_folder, temporary_path
+from fastflower.core.records import to_plain
+from fastflower.core.runs import TRAINED_KINDS, Run
+from fastflower.model.member import MemberMeta, save_member
 
-# of the state in `last`; another number is refused, so raise it when a part's state changes its keys
+# layout of the training state in `last`; raise it when a component's state changes its keys: resume refuses others
 LAYOUT = 1
-FIXED = {kind: f"{kind}.pth" for kind in ("best_clean", "best_combo", "ema_best", "swa", "last")}
+FIXED_NAMES = {kind: f"{kind}.pth" for kind in TRAINED_KINDS}
 
 
 class Stateful(Protocol):
-    """What an algorithm or callback must offer to survive a restart."""
+    """An algorithm or callback with state that a resume must restore."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeMeta:
+    """The part of a `last`'s description that resume reads."""
+
+    identity: dict[str, Any]  # of the run, see recipe.identity
+    layout: int  # see LAYOUT
+    finished: str  # the reason why training is over, "" while it is not
+    best: dict[str, float | None]  # epoch and score of the best epoch so far
 
 
 def parse_interval(text: str) -> tuple[int, str]:
@@ -55,90 +68,88 @@ def parse_interval(text: str) -> tuple[int, str]:
 
 
 def previous_last(run: Run) -> Path:
-    """The generation of `last` before the current one; its name matches no member pattern."""
+    """The path of the previous generation of `last`; its name matches no member pattern."""
     return run.model_dir / f"last__{run.stem}.previous.pth"
 
 
-def sweep(run: Run) -> None:
-    """Remove what this run left half-written when it was killed, and what any run did that is gone.
+def remove_leftovers(run: Run) -> None:
+    """Delete this run's temporary files, and those of any process that is gone.
 
-    The caller holds the run's lock, so a checkpoint that bears its name is nobody's.
+    Safe because the caller holds the run's lock: no live process can own a temporary file with this run's name.
     """
-    for aside in run.model_dir.glob(f".*__{run.stem}[._]*.tmp"):
-        aside.unlink(missing_ok=True)
-    files.sweep(run.results_dir, below=True)
+    for temporary in run.model_dir.glob(f".*__{run.stem}[._]*.tmp"):
+        temporary.unlink(missing_ok=True)
+    files.remove_abandoned(run.results_dir, below=True)
 
 
-def place(run: Run, kind: str, epoch: int, score: float, write: Callable[[Path], None]) -> Path:
-    """Write a checkpoint under its templated name, link the fixed name to it, and remove what it supersedes."""
-    path = run.file(kind, epoch, max(score, 0.0))
+def publish(run: Run, kind: str, *, epoch: int, score: float, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint under its templated name, link the fixed name to it, and remove its predecessors."""
+    path = run.checkpoint_path(kind, epoch, max(score, 0.0))
     try:
         if kind == "last":
             _keep_previous(run)
         write(path)
-        adopt(run, kind, path)
+        supersede(run, kind, path)
     except OSError as error:
-        raise _refusal(path, error) from None
+        raise _write_fault(path, error) from None
     return path
 
 
-def adopt(run: Run, kind: str, path: Path) -> None:
-    """Link the fixed name of a kind to a checkpoint, and remove those that it supersedes."""
-    _link(path, run.model_dir / FIXED[kind])
-    for other in run.files(kind):
-        if other != path:
-            other.unlink(missing_ok=True)
+def supersede(run: Run, kind: str, path: Path) -> None:
+    """Link the fixed name of a kind to a checkpoint, and remove the kind's other checkpoints."""
+    _link(path, run.model_dir / FIXED_NAMES[kind])
+    for predecessor in run.checkpoints(kind):
+        if predecessor != path:
+            predecessor.unlink(missing_ok=True)
 
 
-def write_kept(write: Callable[[Path], None], path: Path) -> None:
-    """Write a `last` under the name of its epoch, which nothing removes and no member pattern finds, and link it.
+def write_permanent(write: Callable[[Path], None], path: Path) -> None:
+    """Write a `last` as `epoch__*.pth`, which nothing removes and no member pattern matches, and link `path` to it.
 
-    In this order: a run that is killed in between goes on from the `last` before and comes here again.
+    In this order: a run killed in between resumes from the previous `last` and writes both again.
     """
-    kept = path.with_name(path.name.replace("last__", "epoch__", 1))
-    write(kept)
-    _link(kept, path)
+    permanent = path.with_name(path.name.replace("last__", "epoch__", 1))
+    write(permanent)
+    _link(permanent, path)
 
 
 def _keep_previous(run: Run) -> None:
-    current = run.files("last")
+    current = run.checkpoints("last")
     if current:
         _link(current[-1], previous_last(run))
 
 
 def _link(path: Path, name: Path) -> None:
-    """Let `name` be the same file as `path`, replacing what it was; a copy where the disk has no hard links.
+    """Atomically make `name` a hard link to `path`; a copy where the disk has no hard links.
 
-    Aside it bears the name of `path`, which says whose it is: fixed names are shared by the runs of an experiment.
+    The temporary link is named after `path`, which identifies the run: all runs of an experiment share fixed names.
     """
-    aside = aside_of(path)
-    aside.unlink(missing_ok=True)
+    temporary = temporary_path(path)
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(path, aside)
+        os.link(path, temporary)
     except OSError:
-        aside.write_bytes(path.read_bytes())
-    os.replace(aside, name)
-    aside.unlink(missing_ok=True)  # rename does nothing between two names of one file, as after a resume
+        temporary.write_bytes(path.read_bytes())
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # rename does nothing between two names of one file, as after a resume
     fsync_folder(name.parent)
 
 
-def _refusal(path: Path, error: OSError) -> EnvironmentFault:
-    what = (
-        "the disk is full"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else f"cannot write ({error.strerror})"
-    )
+def _write_fault(path: Path, error: OSError) -> EnvironmentFault:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cause = "the disk is full" if full else f"cannot write ({error.strerror})"
     return EnvironmentFault(
-        f"{path}: {what}; the last good checkpoint is kept, make room and run the same command"
+        f"{path}: {cause}; the last good checkpoint is kept, make room and run the same command"
     )
 
 
-class Saving(Callback):
+class CheckpointSaver(Callback):
     """EVAL_AFTER_ALL: the best checkpoints. BATCH_CHECKPOINT, EPOCH_CHECKPOINT: `last`, every train.save_every.
 
-    BATCH_END, EPOCH_END, EVAL_BATCH_END: when a signal asked, save `last` and leave with exit code 75. FIT_END: wait.
-    `parts` are whatever else has state, by name; `meta(epoch=...)` describes a member.
-    Only rank 0 writes, behind the training; `seconds` is how long training stood still for it.
+    BATCH_END, EPOCH_END, EVAL_BATCH_END: after a signal, save `last` and exit with code 75. FIT_END: wait for writes.
+    `components` are the stateful algorithms and callbacks by name; `meta(epoch, kind, weights, scores)` describes a
+    member. The `last` of every `keep`-th epoch is kept for good (0: none). Only rank 0 writes, in the background;
+    `seconds` is the time that training waited for it.
     """
 
     def __init__(
@@ -147,8 +158,8 @@ class Saving(Callback):
         networks: dict[str, nn.Module],
         *,
         scoring: Scoring,
-        parts: dict[str, Stateful],
-        meta: Callable[..., dict[str, Any]],
+        components: dict[str, Stateful],
+        meta: Callable[..., MemberMeta],
         identity: dict[str, Any],
         every: tuple[int, str],
         stop: Stop,
@@ -157,42 +168,44 @@ class Saving(Callback):
         self.run = run
         self.networks = networks
         self.scoring = scoring
-        self.parts = parts
+        self.components = components
         self.meta = meta
         self.identity = identity
         self.every = every
         self.stop = stop
         self.keep = keep
-        self.writer = Writer()
+        self.writer = BackgroundWriter()
         self.seconds = 0.0
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        board = self.scoring.latest
-        assert board is not None and board.verdict is not None
+        epoch_scores = self.scoring.latest
+        assert epoch_scores is not None and epoch_scores.verdict is not None
         if dist.get_global_rank():
             return
         start = time.perf_counter()
-        self.writer.settle()
-        new = board.verdict.new
+        self.writer.wait()
+        new = epoch_scores.verdict.new
         copies = {
             weights: checkpoint.snapshot(self.networks[weights].state_dict()) for weights in {*new.values()}
         }
         for kind, weights in new.items():
-            meta = {**self.meta(epoch=board.epoch), "kind": kind, "weights": weights, "scores": board.flat()}
-            write = functools.partial(checkpoint.save, tensors=copies[weights], meta=meta)
-            self._behind(kind, board.epoch, score=self.scoring.selection.bests[kind].score, write=write)
+            epoch, flat = epoch_scores.epoch, epoch_scores.flat()
+            meta = self.meta(epoch=epoch, kind=kind, weights=weights, scores=flat)
+            write = functools.partial(save_member, tensors=copies[weights], meta=meta)
+            self._write_later(kind, epoch, score=self.scoring.selection.bests[kind].score, write=write)
         self.seconds += time.perf_counter() - start
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self.stop.agreed(state):
-            self._leave(state, state.timestamp)
+        if self.stop.requested_on_any_rank(state):
+            self._save_and_exit(state, state.timestamp)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        if self.stop.agreed(state):  # as if the epoch's last step had just been made: its end comes again
-            self._leave(state, state.previous_timestamp)
+        if self.stop.requested_on_any_rank(state):
+            # with the timestamp of the epoch's last step, so that a resume repeats the end of the epoch
+            self._save_and_exit(state, state.previous_timestamp)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        self.epoch_end(state, logger)  # evaluation starts anew
+        self.epoch_end(state, logger)  # a resume repeats the whole evaluation
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         number, unit = self.every
@@ -209,7 +222,7 @@ class Saving(Callback):
             self.save_last(state, state.timestamp, finished=reason if finished else "", keep=keep)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        self.writer.settle()
+        self.writer.wait()
 
     def close(self, state: State, logger: Logger) -> None:
         self.writer.close()
@@ -217,52 +230,56 @@ class Saving(Callback):
     def save_last(
         self, state: State, timestamp: Timestamp | None, *, finished: str = "", keep: bool = False
     ) -> None:
-        """Write the whole training state as it is at `timestamp`; `finished` is the reason, when it is.
+        """Write the whole training state at `timestamp` as `last`; with `keep` also for good as `epoch__*.pth`.
 
-        With `keep` it also stays under the name of its epoch.
+        `finished` is the reason why training is over, empty while it is not.
         """
         assert timestamp is not None
         if dist.get_global_rank():
             return
         start = time.perf_counter()
-        self.writer.settle("last")
+        self.writer.wait("last")
         epoch = timestamp.epoch.value
         best = self.scoring.selection.best
-        meta = {**self.meta(epoch=epoch), "kind": "last", "weights": "raw", "scores": self.scoring.flat}
-        meta |= {
-            "identity": self.identity,
-            "layout": LAYOUT,
-            "finished": finished,
-            "best": {"epoch": best.epoch, "score": best.score},
-        }
-        more = {
+        member = self.meta(epoch=epoch, kind="last", weights="raw", scores=self.scoring.flat)
+        resume = ResumeMeta(
+            identity=self.identity,
+            layout=LAYOUT,
+            finished=finished,
+            best={"epoch": best.epoch, "score": best.score},
+        )
+        meta = {**to_plain(member), **to_plain(resume)}
+        training_state = {
             "time": plain_time(timestamp),
             "optimizer": state.optimizers[0].state_dict(),
             "scaler": state.scaler.state_dict() if state.scaler is not None else {},
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "parts": {name: component.state_dict() for name, component in self.components.items()},
         }
-        tensors, more = checkpoint.snapshot((self.networks["raw"].state_dict(), more))
-        write = functools.partial(checkpoint.save, tensors=tensors, meta=meta, **more)
+        tensors, training_state = checkpoint.snapshot((self.networks["raw"].state_dict(), training_state))
+        write = functools.partial(checkpoint.save, tensors=tensors, meta=meta, **training_state)
         if keep:
-            write = functools.partial(write_kept, write)
-        self._behind("last", epoch, score=self.scoring.score, write=write)
+            write = functools.partial(write_permanent, write)
+        self._write_later("last", epoch, score=self.scoring.score, write=write)
         self.seconds += time.perf_counter() - start
 
-    def _behind(self, kind: str, epoch: int, *, score: float, write: Callable[[Path], None]) -> None:
-        self.writer.add(kind, functools.partial(place, self.run, kind, epoch, score, write))
+    def _write_later(self, kind: str, epoch: int, *, score: float, write: Callable[[Path], None]) -> None:
+        work = functools.partial(publish, self.run, kind, epoch=epoch, score=score, write=write)
+        self.writer.add(kind, work)
 
-    def _leave(self, state: State, timestamp: Timestamp | None) -> None:
+    def _save_and_exit(self, state: State, timestamp: Timestamp | None) -> None:
         self.save_last(state, timestamp)
-        self.writer.settle()
+        self.writer.wait()
         if dist.get_global_rank() == 0:
             print(
-                "fastflower: stopped by a signal; the state is saved, the same command goes on",
+                "fastflower: stopped by a signal; the state is saved, run the same command to resume",
                 file=sys.stderr,
             )
         raise SystemExit(PREEMPTED)
 
 
 def plain_time(timestamp: Timestamp) -> dict[str, float]:
-    """Composer's timestamp as numbers; durations in seconds."""
-    values = timestamp.state_dict()
-    return {k: v.total_seconds() if isinstance(v, datetime.timedelta) else v for k, v in values.items()}
+    """Composer's timestamp as plain numbers; durations in seconds."""
+    return {
+        name: value.total_seconds() if isinstance(value, datetime.timedelta) else value
+        for name, value in timestamp.state_dict().items()
+    }

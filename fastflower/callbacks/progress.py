@@ -1,7 +1,7 @@
-"""What a person sees while it trains: a header, one moving line, one row an epoch, a summary.
+"""Console output during training: one moving line for the steps and one row an epoch.
 
-The texts are pure functions of numbers; the callback decides when they are written. A terminal gets a line that
-updates in place, a pipe gets an occasional one, and the log file gets all that stays.
+The texts are pure functions of numbers; the callback decides when they are printed. A terminal gets a line that
+updates in place, a pipe gets an occasional line, and the log file gets all permanent lines.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from fastflower.core.console import Console, clock
 from fastflower.recipe.derived import Derived
 
 HEADER_EVERY = 20  # rows
-PLAIN_SECONDS = 5.0  # at least between two plain lines
-MOVING_SECONDS = 0.2
-NORM_HIGH, NORM_LOW = 1e4, 1e-7
+PLAIN_SECONDS = 5.0  # minimum between two lines in a pipe
+MOVING_SECONDS = 0.2  # between two updates in a terminal
+NORM_HIGH, NORM_LOW = 1e4, 1e-7  # mean gradient norms that deserve a warning
 
-COLUMNS = (  # of a row of scores: raw weights, then their average
+COLUMNS = (  # (name, width) in an epoch's row; "ema" after a score is that of the averaged weights
     ("epoch", 6), ("size", 4), ("lr", 7), ("train", 6), ("val", 6), ("clean", 6), ("ema", 6), ("corr", 6), ("ema", 6),
     ("S", 6), ("best", 12), ("pat", 3), ("img/s", 5), ("left", 7),
 )  # fmt: skip
 
 
 def side(size: list[int]) -> str:
-    """320, or 32x64 for an oblong size."""
+    """The text of an image size: 320, or 32x64 when height and width differ."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def headline() -> str:
-    """The names of the columns of `epoch_line`."""
+    """The column names above `epoch_line`."""
     return "  ".join(name.rjust(width) for name, width in COLUMNS)
 
 
 def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
-    """One aligned row of an epoch's numbers; a star marks the epoch that became the best."""
+    """One aligned row of an epoch's numbers, `left` in seconds; a star marks a new best epoch."""
 
-    def share(name: str) -> str:
+    def score(name: str) -> str:
         value = row.get(name)
         return "-" if value is None else f"{value:.4f}"
 
@@ -56,11 +56,11 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
         f"{row['lr_max']:.1e}",
         f"{row['train_loss']:.4f}",
         f"{row['val_loss']:.4f}",
-        share("clean_raw"),
-        share(f"clean_{average}"),
-        share("corrupt_raw"),
-        share(f"corrupt_{average}"),
-        share(f"s_{row['chosen']}"),
+        score("clean_raw"),
+        score(f"clean_{average}"),
+        score("corrupt_raw"),
+        score(f"corrupt_{average}"),
+        score(f"s_{row['chosen']}"),
         f"{best['score']:.4f} @{best['epoch']}{star}" if best["epoch"] else "-",
         "-" if patience is None else str(patience),
         f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}",
@@ -73,16 +73,16 @@ def step_line(
     epoch: int, epochs: int, *, step: int, steps: int, loss: float, val: float | None, lr: float, speed: float,
     epoch_left: float, left: float,
 ) -> str:  # fmt: skip
-    """Where the epoch stands, in at most 110 characters."""
-    known = f"  val {val:.4f}" if val is not None else ""
+    """The progress of an epoch, in at most 110 characters; times in seconds."""
+    val_text = f"  val {val:.4f}" if val is not None else ""
     return (
-        f"epoch {epoch}/{epochs}  {100 * step / max(steps, 1):3.0f}%  step {step}/{steps}  loss {loss:.4f}{known}  "
+        f"epoch {epoch}/{epochs}  {100 * step / max(steps, 1):3.0f}%  step {step}/{steps}  loss {loss:.4f}{val_text}  "
         f"lr {lr:.1e}  {speed:.0f} img/s  {clock(epoch_left)} left, {clock(left)} in all"
     )
 
 
 def time_left(derived: Derived, done: int, seconds: float) -> float:
-    """Seconds until the horizon after `done` epochs, the last of which took `seconds`: time goes with the area."""
+    """Seconds to the horizon after `done` epochs, the last of which took `seconds`; assumes time ~ image area."""
     last = derived.stage(max(done - 1, 0))
     area = last.height * last.width
     stages = [derived.stage(epoch) for epoch in range(done, derived.epochs)]
@@ -90,7 +90,7 @@ def time_left(derived: Derived, done: int, seconds: float) -> float:
 
 
 class Progress(Callback):
-    """BATCH_END: the moving line. EVAL_START: what is being scored. EVAL_AFTER_ALL: the epoch's row and notes."""
+    """BATCH_END: the moving line. EVAL_START: the set being scored. EVAL_AFTER_ALL: the epoch's row and notes."""
 
     def __init__(self, console: Console, derived: Derived, *, recorder: Recorder, scoring: Scoring) -> None:
         self.console = console
@@ -98,8 +98,8 @@ class Progress(Callback):
         self.recorder = recorder
         self.scoring = scoring
         self.rows = 0
-        self._last = 0.0
-        self._tenth = 0
+        self._last = 0.0  # time of the last line
+        self._tenth = 0  # tenths of the epoch at the last line
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._last = time.perf_counter()
@@ -111,39 +111,39 @@ class Progress(Callback):
         now = time.perf_counter()
         step, steps = state.timestamp.batch_in_epoch.value, int(state.dataloader_len or 1)
         tenth = 10 * step // steps
-        due = now - self._last >= (MOVING_SECONDS if self.console.moving else PLAIN_SECONDS)
-        if not due or not (self.console.moving or tenth > self._tenth):
+        due = now - self._last >= (MOVING_SECONDS if self.console.interactive else PLAIN_SECONDS)
+        if not due or not (self.console.interactive or tenth > self._tenth):
             return
         self._last, self._tenth = now, tenth
         text = self._step_text(state, step, steps)
-        if self.console.moving:
-            self.console.move(text)
+        if self.console.interactive:
+            self.console.update(text)
         else:
-            self.console.say(text)
+            self.console.write(text)
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        self.console.move(
+        self.console.update(
             f"epoch {state.timestamp.epoch.value}/{self.derived.epochs}  scoring {state.dataloader_label} images"
         )
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         row = self.recorder.row
         if self.rows % HEADER_EVERY == 0:
-            self.console.say(headline(), "bold")
+            self.console.write(headline(), "bold")
         self.rows += 1
         left = (
             0.0 if self.scoring.selection.stopped else time_left(self.derived, row["epoch"], row["seconds"])
         )
-        self.console.say(
+        self.console.write(
             epoch_line(row, self.derived.epochs, left),
             "green" if row["best"]["epoch"] == row["epoch"] else "",
         )
         for note in self._notes(row):
-            self.console.say(f"        {note}", "yellow")
+            self.console.write(f"        {note}", "yellow")
 
     def _notes(self, row: dict[str, Any]) -> list[str]:
-        board = self.scoring.latest
-        notes = list(board.verdict.notes) if board and board.verdict else []
+        latest = self.scoring.latest
+        notes = list(latest.verdict.notes) if latest and latest.verdict else []
         if row["nonfinite"]:
             notes.append(f"{row['nonfinite']} steps were not finite and were skipped")
         if row["grad_norm"] > NORM_HIGH or row["grad_norm"] < NORM_LOW:

@@ -1,4 +1,4 @@
-"""events.jsonl and TensorBoard: one row at the start, one for each epoch, one at the end; rank 0 writes."""
+"""Recorder of events.jsonl and TensorBoard: a row at the start, for each epoch and at the end; rank 0 writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUMS = ("loss", "norm", "steps", "images", "wait", "seconds", "skipped")
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an epoch's row under the names they have in TensorBoard and other services."""
+    """The numbers of an epoch's row, named as in TensorBoard and other services."""
     numbers = {
         name: float(value)
         for name, value in row.items()
@@ -29,19 +29,19 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     }
     for kind, values in row["per_kind"].items():
         numbers |= {f"corrupt_{name}/{kind}": value for name, value in values.items()}
-    # a name with a comma would cost MLflow the whole epoch
+    # MLflow rejects the whole epoch when a name has a comma
     return numbers | {f"lr/{name.replace(',', '')}": value for name, value in row["lr_groups"].items()}
 
 
 class Guard(Protocol):
-    """What looked at the gradients of the last step: whether it was skipped, and their norm before clipping."""
+    """The gradient guard's view of the last step."""
 
-    skipped: bool
-    norm: float
+    skipped: bool  # because a gradient was not finite
+    norm: float  # before clipping
 
 
 class Meter:
-    """Sums over the steps of an epoch; they survive a restart, so that means are those of the whole epoch."""
+    """Sums over the steps of an epoch; saved in `last`, so that means after a resume cover the whole epoch."""
 
     def __init__(self) -> None:
         self.sums = dict.fromkeys(SUMS, 0.0)
@@ -52,7 +52,7 @@ class Meter:
         self.sums = dict.fromkeys(SUMS, 0.0)
 
     def mean(self, name: str) -> float:
-        """Mean over the steps whose numbers were finite."""
+        """Mean over the steps that were not skipped; NaN when there are none."""
         steps = self.sums["steps"] - self.sums["skipped"]
         return self.sums[name] / steps if steps else math.nan
 
@@ -66,7 +66,7 @@ class Meter:
 class Recorder(Callback):
     """BEFORE_DATALOADER, AFTER_DATALOADER, BATCH_END: measure. EVAL_AFTER_ALL: write the epoch's row, kept in `row`.
 
-    EPOCH_START: forget the epoch before. `more` are functions that give further entries of a row.
+    EPOCH_START: reset the sums. `extra_entries` are functions that return further entries of the row.
     """
 
     def __init__(
@@ -77,28 +77,28 @@ class Recorder(Callback):
         guard: Guard,
         scoring: Scoring,
         tensorboard: bool,
-        more: Sequence[Callable[[], dict[str, Any]]] = (),
+        extra_entries: Sequence[Callable[[], dict[str, Any]]] = (),
     ) -> None:
         self.run = run
         self.derived = derived
         self.guard = guard
         self.scoring = scoring
-        self.more = more
+        self.extra_entries = extra_entries
         self.tensorboard = tensorboard and dist.get_global_rank() == 0
         self.meter = Meter()
         self.row: dict[str, Any] = {}
-        self._waiting = self._eval_start = time.perf_counter()
-        self._waited = 0.0
+        self._wait_start = self._eval_start = time.perf_counter()
+        self._wait_seconds = 0.0
         self._writer: Any = None
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         self.meter.reset()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        self._waiting = time.perf_counter()
+        self._wait_start = time.perf_counter()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        self._waited = time.perf_counter() - self._waiting
+        self._wait_seconds = time.perf_counter() - self._wait_start
 
     def batch_end(self, state: State, logger: Logger) -> None:
         sums, now = self.meter.sums, time.perf_counter()
@@ -109,8 +109,8 @@ class Recorder(Callback):
             sums["norm"] += self.guard.norm
         before = state.previous_timestamp
         sums["images"] += state.timestamp.sample.value - (before.sample.value if before else 0)
-        sums["wait"] += self._waited
-        sums["seconds"] += now - self._waiting
+        sums["wait"] += self._wait_seconds
+        sums["seconds"] += now - self._wait_start
         self.meter.lr = {str(group["name"]): group["lr"] for group in state.optimizers[0].param_groups}
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
@@ -121,22 +121,22 @@ class Recorder(Callback):
         self.meter.total += self.row["seconds"]
         self.write(self.row)
         numbers = scalars(self.row)
-        logger.log_metrics({"epoch": self.row["epoch"], **numbers})  # to the services the recipe names
+        logger.log_metrics({"epoch": self.row["epoch"], **numbers})  # to the services that the recipe names
         if self.tensorboard:
             self._plot(numbers, self.row["epoch"])
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row with this run's identity to events.jsonl."""
+        """Append a row to events.jsonl, with the run's backbone, fold and seed and the time."""
         if dist.get_global_rank() == 0:
             run = self.run
-            identity = {"event": row["event"], "backbone": run.backbone, "fold": run.fold, "seed": run.seed}
-            runs.append_event(run.events, {**identity, **row, "time": round(time.time(), 1)})
+            key = {"event": row["event"], "backbone": run.backbone, "fold": run.fold, "seed": run.seed}
+            runs.append_event(run.events_path, {**key, **row, "time": round(time.time(), 1)})
 
     def _epoch_row(self, state: State) -> dict[str, Any]:
-        board, meter, epoch = self.scoring.latest, self.meter, state.timestamp.epoch.value
-        assert board is not None and board.verdict is not None
+        scores, meter, epoch = self.scoring.latest, self.meter, state.timestamp.epoch.value
+        assert scores is not None and scores.verdict is not None
         stage, best = self.derived.stage(epoch - 1), self.scoring.selection.best
-        chosen = board.verdict.chosen or "raw"
+        chosen = scores.verdict.chosen or "raw"
         seconds = meter.sums["seconds"]
         evaluation = time.perf_counter() - self._eval_start
         return {
@@ -149,14 +149,14 @@ class Recorder(Callback):
             "lr_groups": meter.lr,
             "train_loss": meter.mean("loss"),
             "val_loss": self.scoring.val_loss,
-            **board.flat(),
-            "per_kind": board.per_kind,
+            **scores.flat(),
+            "per_kind": scores.per_kind,
             "chosen": chosen,
             "best": {"epoch": best.epoch, "score": best.score, "weights": best.weights},
-            "new_best": sorted(board.verdict.new),
-            "patience_left": board.verdict.patience_left,
-            "macro_alarm": board.verdict.alarm,
-            **{name: value for part in self.more for name, value in part().items()},
+            "new_best": sorted(scores.verdict.new),
+            "patience_left": scores.verdict.patience_left,
+            "macro_alarm": scores.verdict.alarm,
+            **{name: value for entries in self.extra_entries for name, value in entries().items()},
             "grad_norm": meter.mean("norm"),
             "nonfinite": int(meter.sums["skipped"]),
             "images_per_s": meter.sums["images"] / seconds if seconds else math.nan,
@@ -167,11 +167,10 @@ class Recorder(Callback):
         }
 
     def _plot(self, numbers: dict[str, float], epoch: int) -> None:
-        """One event file a run; a resumed run writes its epochs again and TensorBoard shows the last."""
+        """Write to the run's TensorBoard file; a resumed run writes epochs again and TensorBoard shows the latest."""
         if self._writer is None:
-            from torch.utils.tensorboard import (
-                SummaryWriter,  # slow to import; only the rank that writes needs it
-            )
+            # slow to import; only the rank that writes needs it
+            from torch.utils.tensorboard import SummaryWriter
 
             folder = self.run.results_dir / "tensorboard" / f"{self.run.stem}"
             self._writer = SummaryWriter(str(folder), purge_step=epoch)

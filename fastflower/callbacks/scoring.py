@@ -1,4 +1,4 @@
-"""Scores of all weights on clean and corrupted images, each image exactly once on any number of ranks."""
+"""Scores of every set of weights on clean and corrupted images; each image counts once on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastflower.recipe import Recipe
 from fastflower.recipe.derived import Derived
 
 CLEAN, CORRUPTED = "clean", "corrupted"
-SHOWN = ("top5", "macro_recall", "macro_f1", *scores.BINARY, "ece")  # of scores.scores, in an epoch's row
+LOGGED = ("top5", "macro_recall", "macro_f1", *scores.BINARY, "ece")  # of scores.scores, in events.jsonl
 
 
 @dataclass
-class Scoreboard:
-    """All scores of one epoch by weights; `per_kind` is corrupted top-1 by kind, then by weights."""
+class EpochScores:
+    """The scores of one epoch by weights (raw, ema, swa); `per_kind` is corrupted top-1 by kind, then weights."""
 
     epoch: int
     clean: dict[str, dict[str, float]]
@@ -35,35 +35,35 @@ class Scoreboard:
     verdict: Verdict | None = None
 
     def flat(self) -> dict[str, float]:
-        """clean_raw, corrupt_ema, s_raw and so on, for file names, events and checkpoints."""
+        """Scores by metric and weights (clean_raw, corrupt_ema, s_raw, ...), as events and checkpoints have them."""
         flat: dict[str, float] = {}
         for name, row in self.clean.items():
             flat[f"clean_{name}"] = row["top1"]
-            flat |= {f"{key}_{name}": row[key] for key in SHOWN if key in row}
+            flat |= {f"{key}_{name}": row[key] for key in LOGGED if key in row}
         flat |= {f"corrupt_{name}": value for name, value in self.corrupted.items()}
         return flat | {f"s_{name}": value for name, value in (self.verdict.s if self.verdict else {}).items()}
 
 
-def in_row_order(parts: list[tuple[np.ndarray, ...]], rows: int, what: str) -> tuple[np.ndarray, ...]:
-    """Join (row, ...) arrays of all ranks and sort them by row.
+def in_row_order(gathered: list[tuple[np.ndarray, ...]], rows: int, label: str) -> tuple[np.ndarray, ...]:
+    """Concatenate the (row, ...) arrays of all ranks and sort them by row.
 
-    Raises RuntimeError unless every row of the beton occurs exactly once.
+    Raises RuntimeError, naming the loader's `label`, unless every row of the beton occurs exactly once.
     """
-    joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    joined = [np.concatenate(column) for column in zip(*gathered, strict=True)]
     order = np.argsort(joined[0], kind="stable")
     if not np.array_equal(joined[0][order], np.arange(rows)):
         raise RuntimeError(
-            f"{what}: {len(order)} rows were scored, {len(np.unique(joined[0]))} of {rows} different ones"
+            f"{label}: {len(order)} rows were scored, {len(np.unique(joined[0]))} of {rows} different ones"
         )
     return tuple(column[order] for column in joined)
 
 
 def by_kind(hits: np.ndarray, combos: list[list[str]]) -> dict[str, float]:
-    """Mean top-1 by kind of corruption; hits is bool (combos * images,), combo after combo."""
+    """Mean top-1 by kind of corruption; `hits` is bool (combos * images,), combo after combo."""
     means = hits.reshape(len(combos), -1).mean(axis=1)
     kinds = dict.fromkeys(kind for kind, _ in combos)
     return {
-        kind: float(np.mean([m for m, (k, _) in zip(means, combos, strict=True) if k == kind]))
+        kind: float(np.mean([mean for mean, combo in zip(means, combos, strict=True) if combo[0] == kind]))
         for kind in kinds
     }
 
@@ -71,8 +71,8 @@ def by_kind(hits: np.ndarray, combos: list[list[str]]) -> dict[str, float]:
 class Scoring(Callback):
     """EVAL_BEFORE_ALL: equal buffers on all ranks. EVAL_AFTER_FORWARD: collect. EVAL_END: gather and score.
 
-    EVAL_AFTER_ALL: S, the best so far, early stopping. `latest` is the last epoch's Scoreboard. Raises Diverged
-    when no weights give finite scores: what has become NaN trains no further.
+    EVAL_AFTER_ALL: S, the best so far, early stopping. `latest` has the scores of the last epoch. Raises Diverged
+    when no weights give finite scores: training cannot recover from NaN.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Scoring(Callback):
         self.rows = rows
         self.combos = combos
         self.selection = Selection(recipe.select, recipe.es, len(derived.stages))
-        self.latest: Scoreboard | None = None
-        self.flat: dict[str, float] = {}  # of the last epoch that was judged
+        self.latest: EpochScores | None = None
+        self.flat: dict[str, float] = {}  # of the last scored epoch
         self.score = 0.0
         self.val_loss = math.nan
         self.epoch = 0
@@ -122,17 +122,18 @@ class Scoring(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         label = str(state.dataloader_label)
         names = list(self._collected[0])
-        mine = tuple(np.concatenate([part[name] for part in self._collected]) for name in names)
+        local = tuple(np.concatenate([batch[name] for batch in self._collected]) for name in names)
         self._collected = []
-        parts = dist.all_gather_object(mine)
-        _, labels, *logits = in_row_order(parts, self.rows[label], label)
+        gathered = dist.all_gather_object(local)
+        _, labels, *logits = in_row_order(gathered, self.rows[label], label)
         weights = names[2:]
         if label == CLEAN:
             bins = self.recipe.eval.ece_bins
             clean = {
-                name: scores.scores(own, labels, bins) for name, own in zip(weights, logits, strict=True)
+                name: scores.scores(values, labels, bins)
+                for name, values in zip(weights, logits, strict=True)
             }
-            self.latest = Scoreboard(state.timestamp.epoch.value, clean)
+            self.latest = EpochScores(state.timestamp.epoch.value, clean)
             return
         assert self.latest is not None, "the clean images are scored first"
         for name, values in zip(weights, logits, strict=True):
@@ -143,23 +144,26 @@ class Scoring(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         assert self.latest is not None
-        board, epoch = self.latest, state.timestamp.epoch.value
+        latest, epoch = self.latest, state.timestamp.epoch.value
         stage = self.derived.stages.index(self.derived.stage(epoch - 1))
         candidates = {
             name: Candidate(
-                row["top1"], board.corrupted.get(name), row["macro_recall"], bool(np.isfinite(row["nll"]))
+                clean=row["top1"],
+                corrupted=latest.corrupted.get(name),
+                macro_recall=row["macro_recall"],
+                finite=bool(np.isfinite(row["nll"])),
             )
-            for name, row in board.clean.items()
+            for name, row in latest.clean.items()
         }
         if not any(candidate.finite for candidate in candidates.values()):
-            _give_up(epoch)
-        board.verdict = self.selection.update(epoch, stage, candidates)
-        self.epoch, self.flat = epoch, board.flat()
-        self.score = board.verdict.s.get(board.verdict.chosen, 0.0)
-        self.val_loss = board.clean[board.verdict.chosen or "raw"]["nll"]
+            _raise_diverged(epoch)
+        verdict = latest.verdict = self.selection.update(epoch, stage, candidates)
+        self.epoch, self.flat = epoch, latest.flat()
+        self.score = verdict.s.get(verdict.chosen, 0.0)
+        self.val_loss = latest.clean[verdict.chosen or "raw"]["nll"]
         if self.selection.best.epoch == epoch:
             self.best_flat = self.flat
-        if board.verdict.stop:
+        if verdict.stop:
             state.stop_training()
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,18 +178,18 @@ class Scoring(Callback):
 STATE = ("epoch", "flat", "best_flat", "score", "val_loss")
 
 
-def _give_up(epoch: int) -> NoReturn:
+def _raise_diverged(epoch: int) -> NoReturn:
     if dist.get_global_rank():
-        raise SystemExit(Diverged.exit_code)  # rank 0 says why
+        raise SystemExit(Diverged.exit_code)  # rank 0 prints the reason
     raise Diverged(
-        f"no weights give finite scores after epoch {epoch}; lower opt.lr_ref or opt.lr (a quarter, say), and start "
-        "again under another exp.name"
+        f"no weights give finite scores after epoch {epoch}; lower opt.lr_ref or opt.lr, for instance to a "
+        "quarter, and start again under another exp.name"
     )
 
 
 @torch.no_grad()
 def share_buffers(network: nn.Module) -> None:
-    """Give every rank rank 0's buffers: running statistics are each rank's own between evaluations."""
+    """Copy rank 0's buffers to all ranks: between evaluations each rank has its own running statistics."""
     if dist.get_world_size() > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
@@ -193,15 +197,18 @@ def share_buffers(network: nn.Module) -> None:
 
 @torch.no_grad()
 def checksum(network: nn.Module) -> int:
-    """The sum of the parameters' bits: equal on all ranks, or their weights have drifted apart."""
-    bits = [p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for p in network.parameters()]
+    """The sum of the parameters' bits, taken as int32: differs between ranks whose weights have drifted apart."""
+    bits = [
+        parameter.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+        for parameter in network.parameters()
+    ]
     return int(torch.stack(bits).sum())
 
 
 def check_replicas(networks: Iterable[nn.Module]) -> None:
     """Raise CorruptionError unless every rank holds the same weights."""
-    seen = dist.all_gather_object([checksum(network) for network in networks])
-    if any(other != seen[0] for other in seen):
+    checksums = dist.all_gather_object([checksum(network) for network in networks])
+    if any(rank != checksums[0] for rank in checksums):
         raise CorruptionError(
             "the ranks' weights have drifted apart; start the same command again, and check the memory"
         )

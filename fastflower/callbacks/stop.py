@@ -1,4 +1,4 @@
-"""Stop on SIGTERM and SIGINT: the training saves its state before the process leaves."""
+"""Stop on SIGTERM and SIGINT: training saves its state before the process exits."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from fastflower.core.errors import PREEMPTED
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a checkpoint at the next step; before the first there is nothing to save, so they
-    end the process with PREEMPTED. A second SIGINT ends it at once.
+    """Handlers for SIGTERM and SIGINT. While training they request a checkpoint at the next step; before it there is
+    nothing to save, so they exit with PREEMPTED. A second SIGINT exits at once.
 
-    A second SIGTERM does not: a signal to the whole group reaches a rank twice, the second time from Composer's
-    launcher, which leaves it 30 s. Composer's own handlers, installed when it is imported, would save nothing.
+    A second SIGTERM does not: a signal to the process group reaches a rank twice, the second time from Composer's
+    launcher, which then waits 30 s. The handlers that Composer installs at import would save nothing.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.training = False
         self._interrupts = 0
-        self._before = {
+        self._previous = {
             number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
     def restore(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._before.items():
+        """Restore the previous handlers."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Between these there is something to save, and whoever trains asks `agreed`.
+        """Context manager around training: signals only set `requested`, which training polls every step.
 
-        An error on its way out stays deferred: the launcher's SIGTERM, which follows a lost rank, must not replace
-        its words.
+        After an error signals stay deferred: the launcher sends SIGTERM when a rank is lost, and that must not
+        replace the error's message.
         """
         self.training = True
         yield
@@ -51,14 +51,14 @@ class Stop:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             os._exit(128 + number)
-        self.asked = True
+        self.requested = True
         if not self.training:
             raise SystemExit(PREEMPTED)
 
-    def agreed(self, state: State) -> bool:
-        """Whether any rank was asked; every rank must call this at the same place."""
+    def requested_on_any_rank(self, state: State) -> bool:
+        """True once any rank got a signal; a collective, so every rank must call it at the same step."""
         if dist.get_world_size() == 1:
-            return self.asked
-        flag = state.device.tensor_to_device(torch.tensor([int(self.asked)], dtype=torch.uint8))
+            return self.requested
+        flag = state.device.tensor_to_device(torch.tensor([int(self.requested)], dtype=torch.uint8))
         dist.all_reduce(flag, reduce_operation="MAX")
         return bool(flag.item())

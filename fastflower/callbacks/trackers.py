@@ -1,4 +1,4 @@
-"""Composer's loggers to services outside, which a recipe may name and a user must have installed."""
+"""Composer's loggers to Weights & Biases and MLflow, optional packages that a recipe may ask for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastflower.recipe import Recipe
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """EnvironmentFault when the recipe logs to a service whose package is not installed."""
+    """Raise EnvironmentFault when the recipe logs to a service whose package is not installed."""
     for package, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
         if wanted and importlib.util.find_spec(package) is None:
             raise EnvironmentFault(
@@ -23,10 +23,10 @@ def check_trackers(recipe: Recipe) -> None:
 
 def trackers(recipe: Recipe, run: Run) -> list[LoggerDestination]:
     """Loggers to the services that the recipe names; the experiment is their project."""
-    found: list[LoggerDestination] = []
+    loggers: list[LoggerDestination] = []
     if recipe.log.wandb:
         folder = {"dir": str(run.results_dir)}
-        found.append(WandBLogger(project=run.exp, name=run.stem, group=run.backbone, init_kwargs=folder))
+        loggers.append(WandBLogger(project=run.exp, name=run.stem, group=run.backbone, init_kwargs=folder))
     if recipe.log.mlflow:
-        found.append(MLFlowLogger(experiment_name=run.exp, run_name=run.stem, log_system_metrics=False))
-    return found
+        loggers.append(MLFlowLogger(experiment_name=run.exp, run_name=run.stem, log_system_metrics=False))
+    return loggers

@@ -1,4 +1,4 @@
-"""Files that are written behind the training, in the order in which they were given."""
+"""Background writing of files while training continues."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class Writer:
-    """One thread that does jobs in the order given; once one has failed, the rest are dropped.
+class BackgroundWriter:
+    """One thread that runs jobs in the order given; once a job has failed, the rest are dropped.
 
-    torch.save, flushing and checksums let go of Python's lock, so training goes on. Copies that wait to be written
-    cost memory of the host: settle a kind before adding to it again, and no more than one of each waits.
+    torch.save, fsync and checksums release the GIL, so training continues. Each queued copy costs host memory: wait
+    for a kind before adding to it again, so that at most one of each kind is queued.
     """
 
     def __init__(self) -> None:
@@ -19,21 +19,21 @@ class Writer:
         self._failed = False
 
     def add(self, kind: str, work: Callable[[], object]) -> None:
-        """Do `work` after everything that was added before."""
-        self._jobs.append((kind, self._thread.submit(self._do, work)))
+        """Queue `work` behind all earlier jobs."""
+        self._jobs.append((kind, self._thread.submit(self._run, work)))
 
-    def settle(self, kind: str | None = None) -> None:
-        """Wait for the jobs of a kind (None: all) and those before them; raises what the first that failed raised."""
+    def wait(self, kind: str | None = None) -> None:
+        """Wait for the jobs of a kind (None: all) and those before them; re-raises the first error."""
         ends = [end for end, (name, _) in enumerate(self._jobs, 1) if kind in (None, name)]
         for _, job in self._jobs[: max(ends, default=0)]:
             job.result()
         del self._jobs[: max(ends, default=0)]
 
     def close(self) -> None:
-        """Finish what was added, whatever becomes of it, and end the thread."""
+        """Run the queued jobs, ignore their errors, and end the thread."""
         self._thread.shutdown()
 
-    def _do(self, work: Callable[[], object]) -> None:
+    def _run(self, work: Callable[[], object]) -> None:
         if self._failed:
             return
         try:

@@ -4,8 +4,8 @@
   opt.lr=[1e-3,5e-4,2e-4] train.batch_per_gpu=[8,16,32]           a grid: table, heat map, best region
   opt.lr=log:1e-4..1e-2 opt.weight_decay=0..1e-3 --trials 50      a search by Optuna
 
-A list for a key that takes one value is a list of values to train. Finished runs are kept, interrupted ones go on,
-a failed one does not stop the others. Writes results/results/<exp>/campaign_<keys>.csv (.png for a grid, .journal
+A list for a key that takes one value is a list of values to train. Finished runs are kept, interrupted runs resume,
+a failed run does not stop the others. Writes results/results/<exp>/campaign_<keys>.csv (.png for a grid, .journal
 for a search). Exit codes: 0 all done, 1 some failed, 130 interrupted; others as for every command.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,136 +24,144 @@ from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.search import Search
 from fastflower.core import errors, files, runs
 from fastflower.core.errors import InputError
+from fastflower.core.records import read_record
 from fastflower.core.tables import write_csv
 from fastflower.recipe import load
+from fastflower.recipe.run_record import RunNumbers, numbers_path
 
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    words = plan.read_words(options.words)
-    place = place_of(options.recipes, words)
-    search = (
-        Search(options.recipes, words, trials=options.trials, journal=place.with_suffix(".journal"))
-        if options.trials
-        else None
-    )
-    tasks = search.tasks() if search else plan.tasks(options.recipes, words)
-    ranks = options.n or default_ranks(load(options.recipes[0], words.plain).train.world_size)
+    overrides = plan.parse_overrides(options.overrides)
+    table = table_path(options.recipes, overrides)
+    search = None
+    if options.trials:
+        journal = table.with_suffix(".journal")
+        search = Search(options.recipes, overrides, trials=options.trials, journal=journal)
+    tasks = search.tasks() if search else plan.tasks(options.recipes, overrides)
+    ranks = options.n or default_ranks(load(options.recipes[0], overrides.fixed).train.world_size)
     if options.dry_run:
         for task in tasks:
-            print(" ".join(launch.command(task, ranks)))
+            print(" ".join(launch.training_command(task, ranks)))
         return 0
     finished = Finished(ranks)
-    if worth_sharing(ranks) if options.ray is None else options.ray:
-        ended = cluster.on_ray(tasks, ranks, finished=finished, logs=place.parent / "campaign_logs")
+    parallel = can_run_parallel(ranks) if options.ray is None else options.ray
+    if parallel:
+        stream = cluster.run_on_ray(tasks, ranks, finished=finished, logs=table.parent / "campaign_logs")
     else:
-        ended = launch.one_by_one(tasks, ranks, finished)
-    found, whole = collect(ended, search, place)
-    tell(found, search, place)
-    if not whole:
-        print("interrupted; the same command goes on")
+        stream = launch.run_sequentially(tasks, ranks, finished)
+    collected, completed = collect(stream, search, table)
+    print_summary(collected, search, table)
+    if not completed:
+        print("interrupted; run the same command again to continue")
         return 130
-    return int(any(result.state == "failed" for result in found))
+    return int(any(result.state == "failed" for result in collected))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Recipes, words and options; InputError for what does not go together."""
+    """Recipes, overrides and options; InputError for invalid values and combinations."""
     parser = argparse.ArgumentParser(
         prog="python -m fastflower.campaign",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", help="recipe files and key=value words")
-    parser.add_argument("-n", type=int, help="ranks of each training (the recipe's train.world_size)")
-    parser.add_argument("--trials", type=int, help="search: how many proposals in all, earlier ones included")
+    parser.add_argument("arguments", nargs="*", help="recipe files and key=value overrides")
+    parser.add_argument(
+        "-n", type=int, help="ranks of each training (default: the recipe's train.world_size)"
+    )
+    parser.add_argument(
+        "--trials", type=int, help="search: total number of proposals, including earlier ones"
+    )
     parser.add_argument(
         "--ray",
         action=argparse.BooleanOptionalAction,
-        help="side by side on Ray (when there are GPUs for two trainings)",
+        help="run trainings in parallel on Ray (default: when the GPUs fit two trainings)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the trainings' commands")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the trainings and exit")
     options = parser.parse_intermixed_args(argv)
-    options.recipes = [word for word in options.words if "=" not in word]
-    options.words = [word for word in options.words if "=" in word]
+    options.recipes = [argument for argument in options.arguments if "=" not in argument]
+    options.overrides = [argument for argument in options.arguments if "=" in argument]
     for name, value in (("-n", options.n), ("--trials", options.trials)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be 1 or more")
     if not options.recipes:
         raise InputError("got no recipe file; a campaign trains recipes, such as recipes/digits.yaml")
     if options.dry_run and options.trials:
-        raise InputError("--dry-run lists trainings that are known beforehand; a search proposes its own")
+        raise InputError(
+            "--dry-run cannot list a search, which proposes its trainings as it runs; give --dry-run or --trials"
+        )
     return options
 
 
-def place_of(recipes: list[str], words: plan.Words) -> Path:
-    """Where the campaign's table lies: its name says what varies."""
-    keys = [axis.key for axis in words.axes] + [own.key for own in words.ranges]
-    varied = [plan.short(key, keys) for key in keys] + ["recipe"] * (len(recipes) > 1)
-    name = load(recipes[0], words.plain).exp.name
+def table_path(recipes: list[str], overrides: plan.Overrides) -> Path:
+    """Path of the campaign's table, named after the keys that vary."""
+    keys = [axis.key for axis in overrides.axes] + [interval.key for interval in overrides.ranges]
+    varied = [plan.short_key(key, keys) for key in keys] + ["recipe"] * (len(recipes) > 1)
+    name = load(recipes[0], overrides.fixed).exp.name
     return runs.RESULTS / name / ("_".join(["campaign", *varied]) + ".csv")
 
 
-def default_ranks(wanted: int) -> int:
-    """As many as the recipe is written for, or as there are GPUs where there are fewer."""
-    return min(wanted, torch.cuda.device_count() or wanted)
+def default_ranks(world_size: int) -> int:
+    """The recipe's world size, limited to the number of GPUs; not limited without GPUs."""
+    return min(world_size, torch.cuda.device_count() or world_size)
 
 
-def worth_sharing(ranks: int) -> bool:
-    """Whether this machine's GPUs hold two trainings and Ray is there to place them."""
+def can_run_parallel(ranks: int) -> bool:
+    """True when this machine has GPUs for two trainings and Ray is installed."""
     return torch.cuda.device_count() >= 2 * ranks and importlib.util.find_spec("ray") is not None
 
 
-def collect(ended: Iterator[Result], search: Search | None, place: Path) -> tuple[list[Result], bool]:
-    """The results as they come, each written into the table at once; False when a person interrupted."""
-    found: list[Result] = []
+def collect(stream: Iterator[Result], search: Search | None, table: Path) -> tuple[list[Result], bool]:
+    """Results in the order they arrive, and False after Ctrl-C; the table is rewritten after each."""
+    collected: list[Result] = []
     try:
-        for result in ended:
-            found.append(result)
+        for result in stream:
+            collected.append(result)
             if search:
-                search.tell(result)
-            rows = [results.row(one) for one in found]
+                search.record(result)
+            rows = [results.row(item) for item in collected]
             texts = [
                 {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
             ]
-            write_csv(place, texts)
+            write_csv(table, texts)
             print(results.line(result), flush=True)
     except KeyboardInterrupt:
-        return found, False
-    return found, True
+        return collected, False
+    return collected, True
 
 
-def tell(found: list[Result], search: Search | None, place: Path) -> None:
-    """The table, the grid and its heat map, the best trial, and last what failed."""
-    if not found:
+def print_summary(collected: list[Result], search: Search | None, table: Path) -> None:
+    """Print the table, the grid with its heat map, the best trial, and the failures last."""
+    if not collected:
         return
-    combined = results.combinations(found)
-    print("\n" + results.table(combined))
-    grid = None if search else results.grid(combined, validation_images(found))
+    combined = results.combinations(collected)
+    print("\n" + results.summary_table(combined))
+    grid = None if search else results.grid(combined, validation_images(collected))
     if grid:
-        chart = heatmap.heat_map(grid, f"{place.parent.name}: mean score")
-        files.write_atomic(place.with_suffix(".png"), chart.png())
-        print("\n".join(["", *grid.sentences(), f"wrote {place.with_suffix('.png')}"]))
+        chart = heatmap.heat_map(grid, f"{table.parent.name}: mean score")
+        files.write_atomic(table.with_suffix(".png"), chart.png())
+        print("\n".join(["", *grid.summary(), f"wrote {table.with_suffix('.png')}"]))
     for line in search.summary() if search else []:
         print(line)
-    print(f"wrote {place}")
-    failed = [result for result in found if result.state == "failed"]
+    print(f"wrote {table}")
+    failed = [result for result in collected if result.state == "failed"]
     for result in failed:
         print(f"failed: {result.task.name}: {result.reason}", file=sys.stderr)
     if failed:
         print(
-            f"{len(failed)} of {len(found)} trainings failed; the same command tries them again",
+            f"{len(failed)} of {len(collected)} trainings failed; run the same command again to retry them",
             file=sys.stderr,
         )
 
 
-def validation_images(found: list[Result]) -> int:
-    """Of one training, from what it wrote down at its start; 0 when none has."""
-    for result in found:
-        path = result.task.run.meta_dir / f"derived_{result.task.run.stem}.json"
+def validation_images(collected: list[Result]) -> int:
+    """Number of validation images of one training, from its derived numbers; 0 when none has written them."""
+    for result in collected:
+        path = numbers_path(result.task.run)
         if path.is_file():
-            return int(json.loads(path.read_text(encoding="utf-8"))["validation"])
+            return read_record(path, RunNumbers).validation
     return 0
 
 
 if __name__ == "__main__":
-    errors.run(main, own_help=True)
+    errors.run_command(main, parses_help=True)

@@ -1,4 +1,4 @@
-"""Trainings side by side on Ray: on this machine's GPUs or cores, or on the nodes of a cluster that runs already."""
+"""Parallel trainings on Ray: on the GPUs or cores of this machine, or on the nodes of a running cluster."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.plan import Task
 from fastflower.core.errors import EnvironmentFault
 
-RETRIES = 2  # of a training whose node was lost; it goes on from its last checkpoint
+RETRIES = 2  # of a training whose node was lost; it resumes from its last checkpoint
 
 
-def on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: Path) -> Iterator[Result]:
-    """As many trainings at once as there is room for, each with `ranks` GPUs (cores where no node has a GPU).
+def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: Path) -> Iterator[Result]:
+    """Run as many trainings at once as fit, each with `ranks` GPUs (cores where no node has a GPU).
 
-    Results come as trainings end. Output goes to a file each in `logs`. All nodes see this folder under this path.
-    A running cluster is found as Ray finds it (RAY_ADDRESS); else one lives in this process as long as it does.
+    Yields results as trainings end; each training writes its output to a file in `logs`. Every node must see the
+    working directory under the same path. Uses the cluster of RAY_ADDRESS, else starts a local one until the end.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks without GPUs leave them alone
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # tasks without GPUs keep CUDA_VISIBLE_DEVICES
     try:
         import ray
     except ImportError:
@@ -32,17 +34,20 @@ def on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: Path)
         ) from None
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        wanted, slots, threads = share([node["Resources"] for node in ray.nodes() if node["Alive"]], ranks)
-        print(f"on Ray: {slots} trainings at once, {ranks} {_kind(wanted)} each; logs in {logs}", flush=True)
-        train = ray.remote(_train).options(max_retries=RETRIES, **wanted)
+        request, slots, threads = resources(
+            [node["Resources"] for node in ray.nodes() if node["Alive"]], ranks
+        )
+        print(f"on Ray: {slots} trainings at once, {ranks} {_unit(request)} each; logs in {logs}", flush=True)
+        train = ray.remote(_train).options(max_retries=RETRIES, **request)
         waiting: dict[Any, Task] = {}
         for task in tasks:
             if finished(task):
                 yield Result(task, "kept")
                 continue
             log = logs / f"{task.run.exp}__{task.run.stem}.log"
-            words = launch.command(task, ranks)
-            waiting[train.remote(words, launch.environment(threads), str(log), os.getcwd())] = task
+            command = launch.training_command(task, ranks)
+            environment = launch.child_environment(threads)
+            waiting[train.remote(command, environment, str(log), os.getcwd())] = task
             print(f"  queued {task.name}", flush=True)
             if len(waiting) >= slots:
                 yield _first(ray, waiting)
@@ -52,8 +57,8 @@ def on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: Path)
         ray.shutdown()
 
 
-def share(nodes: list[dict[str, float]], ranks: int) -> tuple[dict[str, float], int, int]:
-    """What one training asks Ray for, how many fit at once, and the threads of each of its ranks.
+def resources(nodes: list[dict[str, float]], ranks: int) -> tuple[dict[str, float], int, int]:
+    """Resource request of one training, number of trainings that fit at once, and threads of each rank.
 
     `nodes` are the resources of each node. A training stays on one node.
     Raises EnvironmentFault when no node has room for one.
@@ -63,7 +68,7 @@ def share(nodes: list[dict[str, float]], ranks: int) -> tuple[dict[str, float], 
     if not sum(slots):
         largest = max((int(node.get(kind, 0)) for node in nodes), default=0)
         raise EnvironmentFault(
-            f"a training of {ranks} ranks wants {ranks} {kind}s on one node, the largest has {largest}; "
+            f"a training of {ranks} ranks needs {ranks} {kind}s on one node, the largest has {largest}; "
             f"use -n {max(largest, 1)}"
         )
     if kind == "CPU":
@@ -74,25 +79,26 @@ def share(nodes: list[dict[str, float]], ranks: int) -> tuple[dict[str, float], 
     return {"num_cpus": 0, "num_gpus": ranks}, sum(slots), max(1, threads)
 
 
-def _kind(wanted: dict[str, float]) -> str:
-    return "GPUs" if wanted["num_gpus"] else "cores"
+def _unit(request: dict[str, float]) -> str:
+    return "GPUs" if request["num_gpus"] else "cores"
 
 
-def _train(words: list[str], environment: dict[str, str], log: str, folder: str) -> tuple[int, str]:
-    """Runs on a node: the training as a process, with the GPUs that Ray has set aside for it."""
+def _train(command: list[str], environment: dict[str, str], log: str, folder: str) -> tuple[int, str]:
+    """Run the training as a process on a node, with the GPUs that Ray assigned to it."""
     os.chdir(folder)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    own = environment | ({"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {})
+    if visible is not None:
+        environment = environment | {"CUDA_VISIBLE_DEVICES": visible}
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    return launch.run(words, own, Path(log))
+    return launch.run_process(command, environment, Path(log))
 
 
 def _first(ray: Any, waiting: dict[Any, Task]) -> Result:
-    """The next training that ends."""
+    """Result of the next training that ends."""
     (ready,), _ = ray.wait(list(waiting), num_returns=1)
     task = waiting.pop(ready)
     try:
         code, reason = ray.get(ready)
     except ray.exceptions.RayError as error:
-        return Result(task, "failed", f"its node was lost: {' '.join(str(error).split())[:200]}")
+        return Result(task, "failed", f"node lost: {' '.join(str(error).split())[:200]}")
     return Result(task, "failed" if code else "done", reason)

@@ -1,4 +1,4 @@
-"""The heat map of a grid of trainings."""
+"""Heat map of a grid of trainings."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import matplotlib
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from fastflower.campaign.plan import written
+from fastflower.campaign.plan import format_value
 from fastflower.campaign.results import Grid
 from fastflower.core.charts import SERIES, STYLE, Chart, canvas
 
-INSET = 0.44  # of a frame's sides from the middle of its cell
+INSET = 0.44  # half the side of a frame, as a fraction of its cell
 
 
 def heat_map(grid: Grid, title: str) -> Chart:
-    """Mean scores as colours and numbers; the best region is framed, the best cell boldly, and a line says so."""
+    """Mean scores as colours and numbers; the best region is framed, the best cell with a bold frame."""
     rows, columns = grid.mean.shape
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(height=max(2.6, 1.5 + 0.42 * rows))
         low, high = float(np.nanmin(grid.mean)), float(np.nanmax(grid.mean))
-        middle = float(np.nanmedian(grid.mean))
-        # colours are for the upper half: one diverged cell must not make all others look alike
-        floor = max(low, middle - 2 * (high - middle + 1e-3))
+        median = float(np.nanmedian(grid.mean))
+        # the colour range covers the upper half, so that one diverged cell does not make all others look equal
+        floor = max(low, median - 2 * (high - median + 1e-3))
         image = axes.imshow(grid.mean, cmap="viridis", vmin=floor, vmax=high, origin="lower", aspect="auto")
-        size = min(9.0, 60 / columns)  # points: a number fits its cell
+        size = min(9.0, 60 / columns)  # points, so that a number fits its cell
         for (row, column), value in np.ndenumerate(grid.mean):
             text = "failed" if np.isnan(value) else f"{value:.4f}"
             bright = np.isnan(value) or np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) > 0.5
@@ -36,8 +36,8 @@ def heat_map(grid: Grid, title: str) -> Chart:
                     corner, 2 * INSET, 2 * INSET, fill=False, edgecolor=SERIES[1], linewidth=width
                 )
                 axes.add_patch(frame)
-        axes.set_xticks(range(columns), [written(value) for value in grid.xs], fontsize=size)
-        axes.set_yticks(range(rows), [written(value) for value in grid.ys])
+        axes.set_xticks(range(columns), [format_value(value) for value in grid.xs], fontsize=size)
+        axes.set_yticks(range(rows), [format_value(value) for value in grid.ys])
         axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
         axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
         axes.grid(False)
@@ -48,5 +48,5 @@ def heat_map(grid: Grid, title: str) -> Chart:
         axes.set_title(title)
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label="score", extend="min" if floor > low else "neither")
-        figure.supxlabel(grid.framed, fontsize=8)
-    return Chart("campaign", title, "; ".join(grid.sentences()), figure)
+        figure.supxlabel(grid.caption, fontsize=8)
+    return Chart("campaign", title=title, description="; ".join(grid.summary()), figure=figure)

@@ -1,10 +1,8 @@
-"""One training as a process of its own, and many of them one after the other."""
+"""Training processes: start one, and run many one after another."""
 
 from __future__ import annotations
 
 import collections
-import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -13,119 +11,121 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fastflower.campaign.plan import Task
-from fastflower.core.errors import PREEMPTED, EnvironmentFault
+from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
+from fastflower.core.records import read_record
+from fastflower.core.workers import die_with_parent
 from fastflower.data.betons import fold_set
 from fastflower.recipe.derived import derive
 from fastflower.recipe.identity import differences, identity
+from fastflower.recipe.run_record import RunEnd
 
-# what launchers tell their ranks; a training started below one must not think that it is a rank of it
+# environment that a launcher sets for its ranks; a training started by a rank must not inherit it
 RENDEZVOUS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "BASE_RANK", "GROUP_RANK", "ROLE_RANK"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT"),
 )
-SAVING = 60.0  # seconds that an interrupted training has for its checkpoint
-LIBC = ctypes.CDLL(None)
+SAVE_TIMEOUT = 60.0  # seconds that an interrupted training has to write its checkpoint
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a task ended: done, kept (finished by an earlier campaign), or failed with its reason."""
+    """Outcome of a task; `state` is done, kept (finished by an earlier campaign) or failed."""
 
     task: Task
     state: str
     reason: str = ""
 
     @property
-    def end(self) -> dict[str, Any]:
-        """What the training wrote at its end; empty when it failed."""
-        return read_end(self.task) if self.state != "failed" else {}
+    def end(self) -> RunEnd | None:
+        """The record that the training wrote at its end; None when it failed."""
+        return read_end(self.task) if self.state != "failed" else None
 
 
-def read_end(task: Task) -> dict[str, Any]:
+def read_end(task: Task) -> RunEnd | None:
+    """The record of the end of a task's run; None when it is missing, damaged or of another version."""
     try:
-        found: dict[str, Any] = json.loads(task.run.end.read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
-        return {}
+        return read_record(task.run.end_path, RunEnd)
+    except InputError:
+        return None
 
 
 class Finished:
-    """Whether a task's run is finished, with this recipe, this data and this global batch; reads each fold once."""
+    """Tests whether a task's run is finished with the same recipe, data and global batch; reads each fold once."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.manifests: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+        self.data_identities: dict[tuple[str, int, str], dict[str, str | int]] = {}
 
     def __call__(self, task: Task) -> bool:
         data = task.recipe.data
-        place = data.home, task.run.fold, data.unlabelled if task.recipe.semi.enabled else ""
-        if place not in self.manifests:
-            fold = fold_set.open_fold(task.recipe, task.run.fold)
-            self.manifests[place] = [beton.manifest for beton in (fold.train, fold.unlabelled) if beton]
-        then = read_end(task).get("identity")
-        if then is None or not task.run.files("last"):
+        key = data.home, task.run.fold, data.unlabelled if task.recipe.semi.enabled else ""
+        if key not in self.data_identities:
+            self.data_identities[key] = fold_set.open_fold(task.recipe, task.run.fold).data_identity()
+        recorded = read_end(task)
+        if recorded is None or not task.run.checkpoints("last"):
             return False
-        train, *unlabelled = self.manifests[place]
         derived = derive(task.recipe, self.ranks)
-        now = identity(task.recipe, derived, manifest=train, unlabelled=unlabelled[0] if unlabelled else None)
-        return not differences(then, now)
+        current = identity(task.recipe, derived, self.data_identities[key])
+        return not differences(recorded.identity, current)
 
 
-def one_by_one(tasks: Iterable[Task], ranks: int, finished: Finished) -> Iterator[Result]:
-    """Each training in full view after the one before; ready before it is asked for the next."""
+def run_sequentially(tasks: Iterable[Task], ranks: int, finished: Finished) -> Iterator[Result]:
+    """Run trainings one after another with output on the console; yields each result before the next starts."""
     for number, task in enumerate(tasks, 1):
         if finished(task):
             yield Result(task, "kept")
             continue
         print(f"\n[{number}] {task.name}", flush=True)
-        code, reason = run(command(task, ranks), environment(), None)
+        code, reason = run_process(training_command(task, ranks), child_environment(), None)
         if code == PREEMPTED:
             raise KeyboardInterrupt
         yield Result(task, "failed" if code else "done", reason)
 
 
-def command(task: Task, ranks: int) -> list[str]:
-    """One rank needs no launcher, which would cost seconds."""
+def training_command(task: Task, ranks: int) -> list[str]:
+    """The train command; a single rank starts without the launcher, which costs seconds."""
     if ranks == 1:
-        return [sys.executable, "-m", "fastflower.train", *task.words]
+        return [sys.executable, "-m", "fastflower.train", *task.arguments]
     composer = Path(sys.executable).with_name("composer")
-    return [str(composer), "-n", str(ranks), str(TRAIN), *task.words]
+    return [str(composer), "-n", str(ranks), str(TRAIN), *task.arguments]
 
 
-def environment(threads: int = 0) -> dict[str, str]:
-    """This process's environment without what a launcher put there; `threads` for each rank, 0: as they like."""
-    kept = {
+def child_environment(threads: int = 0) -> dict[str, str]:
+    """This process's environment without a launcher's variables; `threads` of each rank, 0: not set."""
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in RENDEZVOUS and not name.startswith("TORCHELASTIC_")
     }
-    return kept | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return inherited | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
-def run(words: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
-    """Run a command to its end; its output goes to `log`, or to the console. Returns its exit code and why it failed.
+def run_process(command: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+    """Run a command to its end, with output to `log` or the console; returns the exit code and the failure reason.
 
-    When this process dies, the command is told to save and leave; so it is on Ctrl-C, and then waited for.
+    The command gets SIGTERM, on which a training saves and exits, when this process dies and on Ctrl-C; after Ctrl-C
+    it is waited for.
     """
-    last: collections.deque[str] = collections.deque(maxlen=50)
-    target = open(log, "ab") if log else None  # noqa: SIM115  # outlives this block in the thread
+    last_lines: collections.deque[str] = collections.deque(maxlen=50)
+    target = open(log, "ab") if log else None  # noqa: SIM115  # the reader thread uses it after this block
     started = time.monotonic()
     try:
         process = subprocess.Popen(
-            words,
+            command,
             env=environment,
             stdout=target,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches it once, through us: a second signal would stop its saving
-            preexec_fn=_die_with_parent,
+            start_new_session=True,  # gets Ctrl-C once, from this process: a second signal would stop its saving
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
         )
-        reader = threading.Thread(target=_forward, args=(process.stderr, target, last), daemon=True)
+        reader = threading.Thread(target=_forward, args=(process.stderr, target, last_lines), daemon=True)
         reader.start()
         try:
             code = process.wait()
@@ -134,23 +134,19 @@ def run(words: list[str], environment: dict[str, str], log: Path | None) -> tupl
             raise
         reader.join(5.0)  # a grandchild may still hold the pipe
     except OSError as error:
-        raise EnvironmentFault(f"cannot start {words[0]}: {error.strerror}; run make setup") from None
+        raise EnvironmentFault(f"cannot start {command[0]}: {error.strerror}; run make setup") from None
     finally:
         if target:
             target.close()
-    return code, "" if code == 0 else _why(code, list(last), time.monotonic() - started)
+    return code, "" if code == 0 else _failure_reason(code, list(last_lines), time.monotonic() - started)
 
 
-def _die_with_parent() -> None:
-    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _forward(source: IO[bytes] | None, target: IO[bytes] | None, last: collections.deque[str]) -> None:
-    """Pass stderr on as it comes and remember its last lines."""
+def _forward(source: IO[bytes] | None, target: IO[bytes] | None, last_lines: collections.deque[str]) -> None:
+    """Forward stderr line by line and keep the last lines."""
     assert source is not None
     with source:
         for line in source:
-            last.append(line.decode("utf-8", "replace").strip())
+            last_lines.append(line.decode("utf-8", "replace").strip())
             if target is None:
                 sys.stderr.write(line.decode("utf-8", "replace"))
                 sys.stderr.flush()
@@ -159,19 +155,19 @@ def _forward(source: IO[bytes] | None, target: IO[bytes] | None, last: collectio
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a training to save and leave, wait for that within bounds, then end it."""
+    """Send SIGTERM, wait until the training has saved, and kill it after SAVE_TIMEOUT."""
     process.terminate()
     try:
-        process.wait(SAVING)
+        process.wait(SAVE_TIMEOUT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _why(code: int, lines: list[str], seconds: float) -> str:
-    """The training's own sentence, else its last line, else its exit code."""
-    own = [line.removeprefix("fastflower: ") for line in lines if line.startswith("fastflower: ")]
-    said = [line for line in lines if line]
-    words = own[0] if own else said[-1] if said else "it said nothing"
-    ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"{words} ({ended} after {seconds:.0f} s)"
+def _failure_reason(code: int, lines: list[str], seconds: float) -> str:
+    """The training's error message, else the last line of stderr, with the exit code or signal."""
+    messages = [line.removeprefix("fastflower: ") for line in lines if line.startswith("fastflower: ")]
+    output = [line for line in lines if line]
+    reason = messages[0] if messages else output[-1] if output else "no error output"
+    status = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{reason} ({status} after {seconds:.0f} s)"

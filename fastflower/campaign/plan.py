@@ -1,8 +1,7 @@
-"""From one command to many trainings: which keys vary over which values, and what each run is called."""
+"""Plan of a campaign: the trainings that one command names, from lists of values, folds and seeds."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import re
@@ -16,13 +15,13 @@ from fastflower.core.errors import InputError
 from fastflower.core.runs import Run
 from fastflower.recipe import Recipe, checks, derived, load
 
-SHARED = ("seed", "model.backbone")  # a run's files say these, so that all their values share one experiment
+RUN_KEYS = ("seed", "model.backbone")  # part of the file names of a run, which therefore share an experiment
 RANGE = re.compile(r"(?P<log>log:)?(?P<low>[-+.\deE]+?)\.\.(?P<high>[-+.\deE]+)")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A key and the values that it takes, one after the other."""
+    """A recipe key and the list of values to train."""
 
     key: str
     values: tuple[Any, ...]
@@ -30,20 +29,20 @@ class Axis:
 
 @dataclass(frozen=True)
 class Range:
-    """A key that a search draws between two numbers, inclusive; `whole` for a key of whole numbers."""
+    """A key that a search samples between two numbers, inclusive, on a log scale if `log`."""
 
     key: str
     low: float
     high: float
     log: bool
-    whole: bool
+    integer: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One training: the command's words for it, its recipe and its run; `settings` are the axes' values."""
+    """One training: arguments of the train command, recipe and run; `settings` maps each varied key to its value."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     recipe: Recipe
     run: Run
     settings: dict[str, Any]
@@ -54,123 +53,132 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Words:
-    """A campaign's `key=value` words, taken apart."""
+class Overrides:
+    """The key=value arguments of a campaign: fixed values, lists of values, and ranges of a search."""
 
-    plain: list[str]
+    fixed: list[str]
     axes: list[Axis]
     ranges: list[Range]
 
 
-def read_words(words: list[str]) -> Words:
-    """Split `key=value` words: plain ones, lists for keys that take one value, and ranges for a search.
+def parse_overrides(arguments: list[str]) -> Overrides:
+    """Sort key=value arguments into fixed values, lists of values, and ranges of a search.
 
-    A list for a key that itself takes lists (data.fold, data.img_size) is that key's value, as in every command.
+    A list for a key that itself takes lists (data.fold, data.img_size) is one value, as in every command.
     """
-    plain: list[str] = []
+    fixed: list[str] = []
     axes: list[Axis] = []
     ranges: list[Range] = []
-    for word in words:
-        name, _, value = word.partition("=")
+    for argument in arguments:
+        name, _, value = argument.partition("=")
         hint = _hint(name)
         if value.startswith("[") and hint is not None and not _takes_list(hint):
-            axes.append(Axis(name, _values(word)))
+            axes.append(Axis(name, _values(argument)))
         elif (match := RANGE.fullmatch(value)) and hint is not None:
             ranges.append(_range(name, match, hint))
         else:
-            plain.append(word)
-    keys = [axis.key for axis in axes] + [own.key for own in ranges]
-    twice = [key for key in keys if keys.count(key) > 1 or any(word.startswith(f"{key}=") for word in plain)]
-    if twice:
-        raise InputError(f"{twice[0]} is given twice; give it once, as a value, a list or a range")
+            fixed.append(argument)
+    keys = [axis.key for axis in axes] + [interval.key for interval in ranges]
+    repeated = [
+        key for key in keys if keys.count(key) > 1 or any(item.startswith(f"{key}=") for item in fixed)
+    ]
+    if repeated:
+        raise InputError(f"{repeated[0]} is given twice; give it once, as a value, a list or a range")
     if "exp.name" in keys:
-        raise InputError("exp.name is one name; the campaign makes the names of its experiments from it")
-    return Words(plain, axes, ranges)
-
-
-def tasks(files: list[str], words: Words) -> list[Task]:
-    """Every fold of every combination of values for every recipe file, the folds fastest.
-
-    All are checked before any starts: InputError for what `recipe.load` and `derived.check` refuse, and for two
-    that would be the same run.
-    """
-    if words.ranges:
         raise InputError(
-            f"{words.ranges[0].key} has a range, which needs a search; add --trials N, or give a list of values"
+            "exp.name must be one name; the campaign derives the names of its experiments from it"
         )
-    found = [
+    return Overrides(fixed, axes, ranges)
+
+
+def tasks(files: list[str], overrides: Overrides) -> list[Task]:
+    """One task for every recipe file, combination of values and fold; folds vary fastest.
+
+    All are checked before any starts. Raises InputError for an invalid recipe and for two tasks of the same run.
+    """
+    if overrides.ranges:
+        raise InputError(
+            f"{overrides.ranges[0].key} has a range, which needs a search; add --trials N, or give a list of values"
+        )
+    planned = [
         task
         for file in files
-        for settings in combinations(words.axes)
-        for task in trainings(file, words.plain, settings=settings)
+        for settings in combinations(overrides.axes)
+        for task in fold_tasks(file, overrides.fixed, settings=settings)
     ]
-    runs: dict[Run, Task] = {}
-    for task in found:
-        other = runs.setdefault(task.run, task)
-        if other is not task:
+    runs: set[Run] = set()
+    for task in planned:
+        if task.run in runs:
             raise InputError(
-                f"two trainings would be the same run, {task.name}; give the recipes different names of experiments"
+                f"two trainings would write the same run, {task.name}; give the recipes different values of exp.name"
             )
-    return found
+        runs.add(task.run)
+    return planned
 
 
 def combinations(axes: list[Axis]) -> list[dict[str, Any]]:
-    """Every way to give each axis one of its values, the last axis fastest."""
+    """Every combination of one value per axis; the last axis varies fastest."""
     return [
         {axis.key: value for axis, value in zip(axes, values, strict=True)}
         for values in itertools.product(*(axis.values for axis in axes))
     ]
 
 
-def trainings(file: str, plain: list[str], *, settings: dict[str, Any], exp: str = "") -> list[Task]:
-    """The folds of one combination of values; `exp` names its experiment, else the values do."""
-    words = [*plain, *(f"{key}={written(value)}" for key, value in settings.items())]
-    loaded = load(file, words)
+def fold_tasks(file: str, fixed: list[str], *, settings: dict[str, Any], exp: str = "") -> list[Task]:
+    """One task per fold for one combination of values; without `exp` the values name the experiment."""
+    arguments = [*fixed, *(f"{key}={format_value(value)}" for key, value in settings.items())]
+    loaded = load(file, arguments)
     checks.check(loaded)
-    loaded.exp.name = exp or loaded.exp.name + suffix(settings)
-    words = [word for word in words if not word.startswith(("exp.name=", "data.fold="))]
-    found = []
+    experiment = dataclasses.replace(loaded.exp, name=exp or loaded.exp.name + name_suffix(settings))
+    arguments = [item for item in arguments if not item.startswith(("exp.name=", "data.fold="))]
+    planned = []
     for fold in derived.fold_numbers(loaded):
-        own = copy.deepcopy(loaded)  # loading again would give the same, and cost a fifth of a second
-        own.data.fold = fold
-        run = Run(own.exp.name, own.model.backbone, fold, own.seed)
-        found.append(Task((file, *words, f"data.fold={fold}", f"exp.name={run.exp}"), own, run, settings))
-    return found
+        # loading again would give the same recipe and cost a fifth of a second
+        recipe = dataclasses.replace(loaded, exp=experiment, data=dataclasses.replace(loaded.data, fold=fold))
+        run = Run(exp=recipe.exp.name, backbone=recipe.model.backbone, fold=fold, seed=recipe.seed)
+        planned.append(
+            Task(
+                arguments=(file, *arguments, f"data.fold={fold}", f"exp.name={run.exp}"),
+                recipe=recipe,
+                run=run,
+                settings=settings,
+            )
+        )
+    return planned
 
 
-def suffix(settings: dict[str, Any]) -> str:
-    """What the values that no file name says add to the experiment's: -lr_0.001-batch_per_gpu_16."""
-    own = {key: value for key, value in settings.items() if key not in SHARED}
-    tails = [short(key, list(own)) for key in own]
-    parts = [f"-{tail}_{written(value)}" for tail, value in zip(tails, own.values(), strict=True)]
-    return "".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
+def name_suffix(settings: dict[str, Any]) -> str:
+    """Suffix of the experiment's name, such as -lr_0.001-batch_per_gpu_16, from the keys outside RUN_KEYS."""
+    named = {key: value for key, value in settings.items() if key not in RUN_KEYS}
+    entries = [f"-{short_key(key, list(named))}_{format_value(value)}" for key, value in named.items()]
+    return "".join(re.sub(r"[^\w.-]+", "_", entry) for entry in entries)
 
 
-def short(key: str, keys: list[str]) -> str:
-    """The last part of a dotted key, or all of it when another key ends alike."""
+def short_key(key: str, keys: list[str]) -> str:
+    """The last component of a dotted key, or the full key when another key ends the same way."""
     tail = key.rpartition(".")[2]
     return key if sum(other.rpartition(".")[2] == tail for other in keys) > 1 else tail
 
 
-def written(value: Any) -> str:
-    """A value as a word of the command."""
+def format_value(value: Any) -> str:
+    """A value as text for the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return repr(value) if isinstance(value, float) else str(value)
 
 
 def _hint(dotted: str) -> Any:
-    """The annotated type of a recipe's key, or None when there is no such key."""
+    """Annotated type of a recipe key, or None when there is no such key."""
     node: Any = Recipe
-    for part in dotted.split("."):
+    for name in dotted.split("."):
         if not dataclasses.is_dataclass(node):
             return None
-        node = get_type_hints(node).get(part)
+        node = get_type_hints(node).get(name)
     return None if node is None or dataclasses.is_dataclass(node) else node
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
+    """The alternatives of a union, or the single type."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -178,35 +186,35 @@ def _takes_list(hint: Any) -> bool:
     return any(kind is Any or get_origin(kind) in (list, dict) for kind in _kinds(hint))
 
 
-def _values(word: str) -> tuple[Any, ...]:
-    key, _, _ = word.partition("=")
+def _values(argument: str) -> tuple[Any, ...]:
+    key, _, _ = argument.partition("=")
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
-    except Exception as error:  # YAML inside a value
-        raise InputError(f"{word}: {' '.join(str(error).split())}") from None
-    for part in key.split("."):
-        values = values[part]  # type: ignore[index,call-overload]
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+    except Exception as error:  # invalid YAML in the value
+        raise InputError(f"{argument}: {' '.join(str(error).split())}") from None
+    for name in key.split("."):
+        values = values[name]  # type: ignore[index,call-overload]
     if not isinstance(values, list) or not values:
-        raise InputError(f"{word}: a list of one value or more, such as {key}=[a,b]")
-    texts = [written(value) for value in values]
-    double = [text for text in texts if texts.count(text) > 1]
-    if double:
-        raise InputError(f"{word}: {double[0]} is in the list twice; take one out")
+        raise InputError(f"{argument}: must be a list of one value or more, such as {key}=[a,b]")
+    texts = [format_value(value) for value in values]
+    repeated = [text for text in texts if texts.count(text) > 1]
+    if repeated:
+        raise InputError(f"{argument}: {repeated[0]} is in the list twice; remove one")
     return tuple(values)
 
 
 def _range(key: str, match: re.Match[str], hint: Any) -> Range:
-    whole, log = int in _kinds(hint) and float not in _kinds(hint), bool(match["log"])
+    integer, log = int in _kinds(hint) and float not in _kinds(hint), bool(match["log"])
     if not {int, float} & set(_kinds(hint)):
-        raise InputError(f"{key}={match[0]}: a range is for numbers; give a list of values for {key}")
+        raise InputError(f"{key}={match[0]}: only numbers have ranges; give a list of values for {key}")
     try:
         low, high = float(match["low"]), float(match["high"])
     except ValueError:
         low, high = 1.0, 0.0
-    good = low < high and (low > 0 or not log) and (not whole or (low == int(low) and high == int(high)))
-    if not good:
+    whole_numbers = low == int(low) and high == int(high)
+    if not (low < high and (low > 0 or not log) and (whole_numbers or not integer)):
         raise InputError(
             f"{key}={match[0]}: a range is low..high with low below high, log:low..high with both above 0"
-            + (", both whole numbers" if whole else "")
+            + (", both whole numbers" if integer else "")
         )
-    return Range(key, low, high, log, whole)
+    return Range(key, low=low, high=high, log=log, integer=integer)

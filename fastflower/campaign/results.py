@@ -1,4 +1,4 @@
-"""What came out of many trainings: a row for each, a line for each combination of values, the best region of a grid."""
+"""Results of a campaign: a row for each training, a line for each combination of values, the best region of a grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastflower.campaign.launch import Result
-from fastflower.campaign.plan import SHARED, short, written
+from fastflower.campaign.plan import RUN_KEYS, format_value, short_key
 from fastflower.core.console import aligned
 
 Row = dict[str, Any]
@@ -22,36 +22,35 @@ SCORES = (
 
 
 def row(result: Result) -> Row:
-    """One training: its run, its own values, and what it wrote at its end; None where it did not get there."""
+    """CSV row of one training: run, varied values, state and scores; None for the scores of a failed training."""
     task, end = result.task, result.end
-    best, scores = end.get("best", {}), end.get("scores", {})
-    weights = best.get("weights")
+    scores = {name: end.scores.get(f"{key}_{end.best.weights}") if end else None for name, key in SCORES}
     return {
         "experiment": task.run.exp,
         "backbone": task.run.backbone,
         "seed": task.run.seed,
         "fold": task.run.fold,
-        **{key: written(value) for key, value in task.settings.items() if key not in SHARED},
+        **{key: format_value(value) for key, value in task.settings.items() if key not in RUN_KEYS},
         "state": result.state,
-        "score": best.get("score"),
-        **{name: scores.get(f"{key}_{weights}") for name, key in SCORES},
-        "best_epoch": best.get("epoch"),
-        "epochs": end.get("epochs"),
-        "minutes": round(end["seconds"] / 60, 2) if end else None,
+        "score": end.best.score if end else None,
+        **scores,
+        "best_epoch": end.best.epoch if end else None,
+        "epochs": end.epochs if end else None,
+        "minutes": round(end.seconds / 60, 2) if end else None,
         "reason": result.reason,
     }
 
 
 def line(result: Result) -> str:
-    """One training's outcome in a line."""
-    best = result.end.get("best")
-    outcome = f"{best['score']:.4f} in epoch {best['epoch']}" if best else result.reason
+    """One line on the outcome of a training."""
+    end = result.end
+    outcome = f"{end.best.score:.4f} in epoch {end.best.epoch}" if end else result.reason
     return f"{result.state}: {result.task.name}: {outcome}"
 
 
 @dataclass(frozen=True)
 class Combination:
-    """The trainings that differ only in fold and seed: their score's mean, deviation (None for one), least and most."""
+    """Scores of the trainings that differ only in fold and seed; `deviation` is None for a single training."""
 
     experiment: str
     backbone: str
@@ -71,47 +70,48 @@ class Combination:
 
 
 def combinations(results: list[Result]) -> list[Combination]:
-    """In the order of the trainings; those of which every training failed have NaN scores."""
+    """Results grouped by experiment and backbone, in order; NaN scores where every training failed."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.task.run.exp, result.task.run.backbone), []).append(result)
-    found = []
-    for (experiment, backbone), own in groups.items():
-        ends = [result.end for result in own if result.end]
-        scores = np.array([end["best"]["score"] for end in ends] or [math.nan])
-        found.append(
+    combined = []
+    for (experiment, backbone), group in groups.items():
+        ends = [end for result in group if (end := result.end)]
+        scores = np.array([end.best.score for end in ends] or [math.nan])
+        settings = group[0].task.settings
+        combined.append(
             Combination(
-                experiment,
-                backbone,
-                {key: value for key, value in own[0].task.settings.items() if key not in SHARED},
-                len(ends),
-                len(own) - len(ends),
-                float(scores.mean()),
-                float(scores.std(ddof=1)) if len(ends) > 1 else None,
-                float(scores.min()),
-                float(scores.max()),
-                sum(end["seconds"] for end in ends) / 60,
+                experiment=experiment,
+                backbone=backbone,
+                settings={key: value for key, value in settings.items() if key not in RUN_KEYS},
+                n=len(ends),
+                failed=len(group) - len(ends),
+                mean=float(scores.mean()),
+                deviation=float(scores.std(ddof=1)) if len(ends) > 1 else None,
+                low=float(scores.min()),
+                high=float(scores.max()),
+                minutes=sum(end.seconds for end in ends) / 60,
             )
         )
-    return found
+    return combined
 
 
-def table(found: list[Combination]) -> str:
+def summary_table(combined: list[Combination]) -> str:
     """The combinations as aligned text."""
-    keys = list(dict.fromkeys(key for one in found for key in one.settings))
-    rows = [["", *(short(key, keys) for key in keys), "n", "mean score", "sd", "least", "most", "minutes"]]
-    for one in found:
-        values = [written(one.settings[key]) if key in one.settings else "" for key in keys]
-        sd = "-" if one.deviation is None else f"{one.deviation:.4f}"
-        n = f"{one.n}" + (f" ({one.failed} failed)" if one.failed else "")
-        scores = [f"{one.mean:.4f}", sd, f"{one.low:.4f}", f"{one.high:.4f}"] if one.n else ["-"] * 4
-        rows.append([f"{one.experiment} {one.backbone}", *values, n, *scores, f"{one.minutes:.1f}"])
+    keys = list(dict.fromkeys(key for item in combined for key in item.settings))
+    rows = [["", *(short_key(key, keys) for key in keys), "n", "mean score", "sd", "min", "max", "minutes"]]
+    for item in combined:
+        values = [format_value(item.settings[key]) if key in item.settings else "" for key in keys]
+        sd = "-" if item.deviation is None else f"{item.deviation:.4f}"
+        n = f"{item.n}" + (f" ({item.failed} failed)" if item.failed else "")
+        scores = [f"{item.mean:.4f}", sd, f"{item.low:.4f}", f"{item.high:.4f}"] if item.n else ["-"] * 4
+        rows.append([f"{item.experiment} {item.backbone}", *values, n, *scores, f"{item.minutes:.1f}"])
     return aligned(rows)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Mean scores (Y, X) over two keys, NaN where no training ended, and the cells of the best region, bool (Y, X)."""
+    """Mean scores (Y, X) over two keys, NaN where every training failed; `region` bool (Y, X) marks the best cells."""
 
     x: str
     y: str
@@ -120,66 +120,80 @@ class Grid:
     mean: np.ndarray
     best: tuple[int, int]
     region: np.ndarray
-    error: float
-    source: str  # of the error
-    n: int  # most trainings in a cell
+    error: float  # standard error of the best cell
+    error_source: str
+    n: int  # trainings in the fullest cell
 
     @property
-    def framed(self) -> str:
-        """What the region's frames mean, for below the picture."""
+    def caption(self) -> str:
+        """Text below the heat map: trainings per cell and meaning of the frames."""
         trainings = "training" if self.n == 1 else "trainings"
         return (
-            f"{self.n} {trainings} a cell; framed: within one standard error ({self.error:.4f}) of the best"
+            f"{self.n} {trainings} per cell; framed: within one standard error ({self.error:.4f}) of the best"
         )
 
-    def sentences(self) -> list[str]:
-        """The best cell, the region by rows, and the best of each row."""
+    def summary(self) -> list[str]:
+        """Lines on the best cell, the best region by row, and the best value of each row."""
         row, column = self.best
-        cell = f"{self.x}={written(self.xs[column])} {self.y}={written(self.ys[row])}"
+        cell = f"{self.x}={format_value(self.xs[column])} {self.y}={format_value(self.ys[row])}"
         lines = [
-            f"best {cell}: {self.mean[row, column]:.4f} (n = {self.n} a cell)",
-            f"best region, within one standard error ({self.error:.4f}, {self.source}) of it:",
+            f"best {cell}: {self.mean[row, column]:.4f} (n = {self.n} per cell)",
+            f"best region, within one standard error ({self.error:.4f}, {self.error_source}) of it:",
         ]
         for y, inside in zip(self.ys, self.region, strict=True):
             if inside.any():
-                values = ", ".join(written(x) for x, own in zip(self.xs, inside, strict=True) if own)
-                lines.append(f"  {self.y}={written(y)}: {self.x} in {values}")
-        tops = []
+                values = ", ".join(
+                    format_value(x) for x, marked in zip(self.xs, inside, strict=True) if marked
+                )
+                lines.append(f"  {self.y}={format_value(y)}: {self.x} in {values}")
+        best_by_row = []
         for y, means in zip(self.ys, self.mean, strict=True):
             if np.isfinite(means).any():
-                tops.append(f"{written(y)}: {written(self.xs[int(np.nanargmax(means))])}")
-        lines.append(f"best {self.x} by {self.y}: {', '.join(tops)}")
+                best_by_row.append(f"{format_value(y)}: {format_value(self.xs[int(np.nanargmax(means))])}")
+        lines.append(f"best {self.x} by {self.y}: {', '.join(best_by_row)}")
         return lines
 
 
-def grid(found: list[Combination], validation: int) -> Grid | None:
-    """The combinations as a grid, when exactly two keys vary over several values each, of one backbone and recipe.
+def grid(combined: list[Combination], validation: int) -> Grid | None:
+    """The combinations as a grid, if exactly two keys vary for one backbone and recipe; else None.
 
-    The best region is the one-standard-error rule's (Breiman et al. 1984, CART): cells whose mean is at most one
+    The best region follows the one-standard-error rule (Breiman et al. 1984, CART): cells whose mean is at most one
     standard error below the best cell's. The error is that of the best cell's mean over its trainings, or, for a
-    single training, the binomial one of a share of `validation` images (Agresti and Coull 1998, at z = 1).
+    single training, the binomial error of a proportion of `validation` images (Agresti and Coull 1998, at z = 1).
     """
-    keys = list(dict.fromkeys(key for one in found for key in one.settings))
-    values = {key: _sorted([one.settings[key] for one in found if key in one.settings]) for key in keys}
+    keys = list(dict.fromkeys(key for item in combined for key in item.settings))
+    values = {key: _sorted([item.settings[key] for item in combined if key in item.settings]) for key in keys}
     varied = [key for key in keys if len(values[key]) > 1]
-    if len(varied) != 2 or not any(one.n for one in found):
+    if len(varied) != 2 or not any(item.n for item in combined):
         return None
     x, y = varied
-    cells = {(values[y].index(one.settings[y]), values[x].index(one.settings[x])): one for one in found}
-    if len(cells) < len(found):
+    cells = {
+        (values[y].index(item.settings[y]), values[x].index(item.settings[x])): item for item in combined
+    }
+    if len(cells) < len(combined):
         return None
-    mean, counts = np.full((len(values[y]), len(values[x])), np.nan), max(one.n for one in found)
-    for place, one in cells.items():
-        mean[place] = one.mean
+    mean = np.full((len(values[y]), len(values[x])), np.nan)
+    for cell, item in cells.items():
+        mean[cell] = item.mean
     row, column = np.unravel_index(int(np.nanargmax(mean)), mean.shape)
     best = cells[int(row), int(column)]
-    error, source = best.error, f"of {best.n} trainings"
+    error, error_source = best.error, f"of {best.n} trainings"
     if error is None:
-        n = validation + 1  # half an image right and half wrong added: a perfect score is not certain either
+        n = validation + 1  # adds half a success and half a failure: a perfect score has an error too
         p = (min(max(best.mean, 0.0), 1.0) * validation + 0.5) / n
-        error, source = math.sqrt(p * (1 - p) / n), f"binomial, {validation} images"
-    region = np.nan_to_num(mean, nan=-np.inf) >= best.mean - error - 1e-12
-    return Grid(x, y, values[x], values[y], mean, (int(row), int(column)), region, error, source, counts)
+        error, error_source = math.sqrt(p * (1 - p) / n), f"binomial, {validation} images"
+    return Grid(
+        x=x,
+        y=y,
+        xs=values[x],
+        ys=values[y],
+        mean=mean,
+        best=(int(row), int(column)),
+        region=np.nan_to_num(mean, nan=-np.inf) >= best.mean - error - 1e-12,
+        error=error,
+        error_source=error_source,
+        n=max(item.n for item in combined),
+    )
 
 
 def _sorted(values: list[Any]) -> list[Any]:

@@ -1,1 +1,1 @@
-"""The ground that every other package stands on: files, names, numbers and processes, nothing about images."""
+"""The foundation of all packages: files, records, checkpoints, seeding, processes and charts; nothing about images."""

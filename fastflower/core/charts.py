@@ -1,4 +1,4 @@
-"""Charts: the style, canvas and SVG output that every figure shares."""
+"""The style, canvas and SVG output of all charts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titley": 1.02,  # given, matplotlib need not measure every label to find it
+    "axes.titley": 1.02,  # a fixed value spares matplotlib measuring every label
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -51,22 +51,22 @@ STYLE: dict[Any, Any] = {
 
 @dataclass
 class Chart:
-    """A figure, its name in files, and the words that stand for it where it cannot be seen."""
+    """A figure with its name in files and the text alternative for readers who cannot see it."""
 
     name: str
     title: str
-    words: str
+    description: str
     figure: Figure
 
     def svg(self) -> str:
-        """One <svg> element without fixed size; ids carry the chart's name, so many fit on one page."""
+        """One <svg> element without fixed size; ids contain the chart's name, so that a page can hold many charts."""
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": self.name}):
             buffer = io.StringIO()
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's
+        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # inherit the page's font
         text = re.sub(r'\b(?:d|x|y|points|transform)="[^"]*"', lambda m: _DIGITS.sub(r"\1", m[0]), text)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = re.sub(r'(href="#|url\(#)', rf"\g<1>{self.name}-", text)
@@ -74,11 +74,13 @@ class Chart:
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
         for colour, variable in VARIABLES.items():
             text = text.replace(colour, variable)
-        label = (self.words or self.title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+        label = (
+            (self.description or self.title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+        )
         return re.sub(r"<svg", f'<svg role="img" aria-label="{label}"', text, count=1).strip()
 
     def png(self) -> bytes:
-        """The same on white, at twice the size of the screen's."""
+        """The chart as a PNG on white, with twice the pixels of the screen version."""
         with matplotlib.rc_context(STYLE):
             buffer = io.BytesIO()
             self.figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
@@ -86,12 +88,16 @@ class Chart:
 
 
 def canvas(
-    height: float = 2.7, layout: Literal["constrained"] | None = "constrained", below: float = 0
+    height: float = 2.7, layout: Literal["constrained"] | None = "constrained", free_below: float = 0
 ) -> tuple[Figure, Axes]:
-    """An empty chart 360 points wide; layout None: fixed margins, in a tenth of the time, and `below` inches free."""
+    """An empty chart, 360 points wide and `height` inches high.
+
+    layout=None uses fixed margins, which takes a tenth of the time, and leaves `free_below` inches under the axes.
+    """
     with matplotlib.rc_context(STYLE):
-        whole = height + below
-        figure = Figure(figsize=(5, whole), layout=layout)
+        total = height + free_below
+        figure = Figure(figsize=(5, total), layout=layout)
         if layout is None:
-            figure.subplots_adjust(left=0.13, right=0.98, top=1 - 0.27 / whole, bottom=(0.46 + below) / whole)
+            bottom = (0.46 + free_below) / total
+            figure.subplots_adjust(left=0.13, right=0.98, top=1 - 0.27 / total, bottom=bottom)
         return figure, figure.add_subplot()

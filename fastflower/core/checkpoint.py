@@ -1,8 +1,8 @@
 """Checkpoints: plain tensors, numbers and text in torch's zip format, checked before use, never executed.
 
-torch.save writes a CRC-32 for every part and torch.load does not read it; flipped bits load silently, in the
-zip's own headers too. So a CRC-32 of the whole file ends it, as the zip's comment, which torch.load passes over;
-it is checked first, and only plain types are unpickled (`weights_only=True`).
+torch.save writes a CRC-32 for every zip entry, but torch.load does not check it, so flipped bits load silently, also
+in the zip's headers. A CRC-32 of the whole file is therefore appended as the zip's comment, which torch.load skips.
+It is checked first, and only plain types are unpickled (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -24,43 +24,41 @@ from fastflower.core import files
 from fastflower.core.errors import CorruptionError, InputError
 
 FORMAT = 1
-SEAL = struct.Struct("<4sI")  # mark, CRC-32 of all before it
+SEAL = struct.Struct("<4sI")  # mark, CRC-32 of all bytes before the comment
 MARK = b"ffCK"
-END_OF_ZIP = (
-    22  # bytes of the record that ends a zip without a comment; its last two are the comment's length
-)
+END_OF_ZIP = 22  # bytes of a zip's last record without comment; its last two bytes are the comment's length
 
 
 @dataclass
 class Checkpoint:
-    """What a file held: the network's tensors by canonical name, its description, and any further state."""
+    """The content of a file: the network's tensors by canonical name, its description, and training state."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
-    more: dict[str, Any] = field(default_factory=dict)
+    training_state: dict[str, Any] = field(default_factory=dict)
 
 
-def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], **more: Any) -> None:
-    """Write a checkpoint aside, check what the disk holds, and put it in place in one rename.
+def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], **training_state: Any) -> None:
+    """Write a checkpoint atomically: to a temporary file, which is read back and checked, then renamed.
 
-    `more` is a tree of dicts, lists, tensors, numbers and text (optimizer state, counters). Nothing may change
-    meanwhile: see `snapshot`.
+    `training_state` is a tree of dicts, lists, tensors, numbers and text (optimizer state, counters). The tensors must
+    not change during the call: see `snapshot`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = files.aside_of(path)
+    temporary = files.temporary_path(path)
     content = {
         "fastflower": FORMAT,
         "meta": json.dumps(meta, ensure_ascii=False),
-        "tensors": _alone(tensors),
-        "more": _alone(more),
+        "tensors": _compact(tensors),
+        "more": _compact(training_state),
     }
     try:
-        torch.save(content, aside)
-        _seal(aside)
-        _check_seal(aside)
-        files.replace_atomic(aside, path)
+        torch.save(content, temporary)
+        _seal(temporary)
+        _check_seal(temporary)
+        files.replace_atomic(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -77,7 +75,7 @@ def load(path: Path) -> Checkpoint:
         reason = str(error).split("\n")[0]
         raise InputError(f"{path}: not a plain checkpoint, and nothing in it was run ({reason})") from None
     if not isinstance(content, dict) or "fastflower" not in content:
-        raise InputError(f"{path}: not a checkpoint of fastflower; give one that its training wrote")
+        raise InputError(f"{path}: not a checkpoint of fastflower; give one that train wrote")
     if content["fastflower"] != FORMAT:
         raise InputError(
             f"{path}: written in format {content['fastflower']}, this version reads format {FORMAT}"
@@ -90,7 +88,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def seal(path: Path) -> int | None:
-    """The checksum that ends a file, by which another one of the same name is known; None where there is none."""
+    """The checksum at the end of a checkpoint, which tells it from another file of the same name; None without one."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - SEAL.size))
         tail = file.read()
@@ -99,36 +97,36 @@ def seal(path: Path) -> int | None:
 
 
 def snapshot(tree: Any) -> Any:
-    """A tree of dicts, lists and tensors with every tensor copied to the CPU; the rest as it is."""
-    return _each(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
+    """A copy of a tree of dicts, lists and tensors, in which every tensor is copied to the CPU."""
+    return _map_tensors(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
-def _alone(tree: Any) -> Any:
-    """The tree with tensors on the CPU, copied where they are views, which would save their whole base."""
+def _compact(tree: Any) -> Any:
+    """The tree with tensors on the CPU; views are copied, because torch.save would write all of their base tensor."""
 
-    def own(tensor: Tensor) -> Tensor:
+    def compact(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
-    return _each(tree, own)
+    return _map_tensors(tree, compact)
 
 
-def _each(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
-        return {key: _each(value, change) for key, value in tree.items()}
+        return {key: _map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_each(value, change) for value in tree)
+        return type(tree)(_map_tensors(value, change) for value in tree)
     return tree
 
 
 def _seal(path: Path) -> None:
-    """Append the checksum and announce it as the zip's comment."""
+    """Append the checksum and register it as the zip's comment."""
     with open(path, "r+b") as file:
         file.seek(-END_OF_ZIP, 2)
         if file.read(4) != b"PK\5\6":
-            raise RuntimeError(f"{path}: torch.save ended it in an unknown way")
+            raise RuntimeError(f"{path}: torch.save did not end it with a plain zip record")
         file.seek(-2, 2)
         file.write(struct.pack("<H", SEAL.size))
         file.flush()
@@ -137,7 +135,7 @@ def _seal(path: Path) -> None:
 
 
 def _check_seal(path: Path) -> bool:
-    """Whether the file ends in a checksum; raises CorruptionError when it is wrong, or the file is no zip at all."""
+    """True for a valid checksum, False without one; CorruptionError for a wrong one or a file that is not a zip."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - SEAL.size))
@@ -151,12 +149,12 @@ def _check_seal(path: Path) -> bool:
 
 
 def _crc(path: Path, size: int) -> int:
-    """CRC-32 of a file's first `size` bytes, in pieces of 16 MiB."""
+    """CRC-32 of the first `size` bytes of a file, read in chunks of 16 MiB."""
     crc = 0
     with open(path, "rb") as file:
         while size > 0:
-            piece = file.read(min(size, 1 << 24))
-            if not piece:
+            chunk = file.read(min(size, 1 << 24))
+            if not chunk:
                 break
-            crc, size = crc32(piece, crc), size - len(piece)
+            crc, size = crc32(chunk, crc), size - len(chunk)
     return crc

@@ -1,4 +1,4 @@
-"""Terminal output: the console with its log file, aligned text columns and durations."""
+"""Terminal output: a console with a log file, aligned text columns, and durations."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from typing import TextIO
 
 
 def clock(seconds: float) -> str:
-    """0:07, 12:30, 1:02:03."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    """A duration as 0:07, 12:30 or 1:02:03."""
+    rounded = max(0, round(seconds))
+    hours, minutes = divmod(rounded // 60, 60)
+    return f"{hours}:{minutes:02}:{rounded % 60:02}" if hours else f"{minutes}:{rounded % 60:02}"
 
 
 class Console:
-    """A terminal or pipe, and a log file beside it; neither can stop the training when it goes away."""
+    """Writes to a terminal or pipe and to a log file; a failure of either does not stop the training."""
 
     def __init__(self, log: Path | None, *, silent: bool = False) -> None:
         self.stream: TextIO | None = None if silent else sys.stdout
-        self.moving = self.stream is not None and self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.colour = self.moving and "NO_COLOR" not in os.environ
+        self.interactive = (
+            self.stream is not None and self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        )
+        self.colour = self.interactive and "NO_COLOR" not in os.environ
         self._dirty = False
         self._log: TextIO | None = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
-    def say(self, text: str = "", style: str = "") -> None:
-        """Lines that stay; `style` is bold, green or yellow on a terminal."""
+    def write(self, text: str = "", style: str = "") -> None:
+        """Write lines to terminal and log; `style` is bold, green, yellow or dim, on a terminal."""
         codes = {"bold": "1", "green": "32", "yellow": "33", "dim": "2"}
-        shown = f"\x1b[{codes[style]}m{text}\x1b[0m" if self.colour and style and text else text
-        self._put(("\r\x1b[K" if self._dirty else "") + shown + "\n")
+        styled = f"\x1b[{codes[style]}m{text}\x1b[0m" if self.colour and style and text else text
+        self._put(("\r\x1b[K" if self._dirty else "") + styled + "\n")
         self._dirty = False
-        self._keep(text)
+        self._write_log(text)
 
-    def move(self, text: str) -> None:
-        """The moving line of a terminal, cut to its width; nothing elsewhere."""
-        if self.moving:
+    def update(self, text: str) -> None:
+        """Replace the progress line of a terminal, cut to its width; does nothing elsewhere."""
+        if self.interactive:
             width = os.get_terminal_size(self.stream.fileno()).columns if self.stream else 80
             self._put(f"\r\x1b[K{text[: max(width - 1, 20)]}")
             self._dirty = True
@@ -56,19 +58,19 @@ class Console:
             if self.stream is not None:
                 self.stream.write(text)
                 self.stream.flush()
-        except (OSError, ValueError):  # the reader has gone; training goes on
+        except (OSError, ValueError):  # the reader of the pipe has exited
             self.stream = None
 
-    def _keep(self, text: str) -> None:
+    def _write_log(self, text: str) -> None:
         try:
             if self._log is not None:
                 self._log.write(text + "\n")
-        except OSError:  # a full disk stops checkpoints, which say so; not the log
+        except OSError:  # a full disk is reported where checkpoints are written
             self._log = None
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Rows of text as columns: the first to the left, numbers to the right."""
+    """Rows of text as aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -1,4 +1,4 @@
-"""The one way in which bad input is refused: one line that says what was got, what is allowed, what to do."""
+"""Errors that a user can correct, reported in one line: the input, the allowed values, the remedy."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ import os
 import sys
 from collections.abc import Callable
 
-PREEMPTED = 75  # EX_TEMPFAIL, of a training that a signal stopped: the same command goes on
+PREEMPTED = 75  # EX_TEMPFAIL: a signal stopped the training; the same command resumes it
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; its text is the one line they read."""
+    """Invalid input; the text is the one line that the user reads."""
 
     exit_code = 2
 
 
 class CorruptionError(InputError):
-    """A file that was written whole is no longer what it was."""
+    """A file was changed or damaged after it was written."""
 
     exit_code = 3
 
 
 class EnvironmentFault(InputError):
-    """The machine lacks something: disk, memory, a library, a device."""
+    """The machine lacks disk space, memory, a library, a device or a permission."""
 
     exit_code = 4
 
 
 class Diverged(InputError):
-    """The run computes nothing but NaN; every rank finds out in the same step."""
+    """Training yields only non-finite values; every rank raises it in the same step."""
 
     exit_code = 1
 
 
-def run(main: Callable[[list[str]], int | None], *, own_help: bool = False) -> None:
+def run_command(main: Callable[[list[str]], int | None], *, parses_help: bool = False) -> None:
     """Run a command's `main(argv)` as a process: one line on stderr and an exit code instead of a traceback.
 
-    `--help` prints what stands at the top of the command's file, unless its options have help of their own. Under a
-    launcher every rank meets the same bad input; only the first says so. What a console cannot show is escaped; a
-    closed one hears nothing.
+    `--help` prints the docstring of the command's module, unless the command parses it itself (`parses_help`). Under
+    a launcher, every rank gets the same error and only the first prints it. Unprintable characters are escaped; a
+    closed stdout is ignored.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not own_help and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+    if not parses_help and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         if first:
             print(inspect.getdoc(sys.modules[main.__module__]))
         sys.exit(0)

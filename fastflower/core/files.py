@@ -1,9 +1,10 @@
-"""Atomic replacement of files and folders, JSON, digests, and the removal of abandoned temporary files."""
+"""Atomic replacement of files and folders, locks, JSON, digests, and the removal of abandoned temporary files."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,17 +17,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastflower.core.errors import EnvironmentFault
+
 ABANDONED_AFTER = 24 * 3600.0  # seconds
+RENAME_EXCHANGE, AT_FDCWD = 2, -100  # of renameat2(2)
 
 
-EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
-
-
-def replace_atomic(aside: Path, path: Path) -> None:
-    """Put a finished file in place: fsync it, rename it, fsync the folder."""
-    with open(aside, "rb") as file:
+def replace_atomic(temporary: Path, path: Path) -> None:
+    """Move a finished temporary file to its path: fsync the file, rename it, fsync the folder."""
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
     fsync_folder(path.parent)
 
 
@@ -39,49 +40,53 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def aside_of(path: Path, pid: int | None = None) -> Path:
-    """The name under which a file is written before it is put in place; no reader's pattern matches it."""
-    return path.with_name(f".{path.name}.{os.getpid() if pid is None else pid}-{neighbourhood()}.tmp")
+def temporary_path(path: Path, pid: int | None = None) -> Path:
+    """The path at which a process writes a file before moving it to `path`; no reader's pattern matches it."""
+    return path.with_name(f".{path.name}.{os.getpid() if pid is None else pid}-{process_namespace()}.tmp")
 
 
-def abandoned(aside: Path) -> bool:
-    """Whether it is such a name, and the process that wrote under it is gone.
+def is_abandoned(temporary: Path) -> bool:
+    """True for a temporary path whose writing process is gone.
 
-    Those of another machine or container on a shared disk cannot be asked after; a day without a change says it.
+    A PID from another machine or container cannot be checked; such a file counts as abandoned after 24 h without a
+    write.
     """
-    pid, _, where = aside.name.split(".")[-2].partition("-")
+    pid, _, namespace = temporary.name.split(".")[-2].partition("-")
     if not pid.isdigit():
         return False
-    if where == neighbourhood():
+    if namespace == process_namespace():
         return not Path(f"/proc/{pid}").exists()
     try:
-        return time.time() - aside.lstat().st_mtime > ABANDONED_AFTER
-    except OSError:  # swept by another
+        return time.time() - temporary.lstat().st_mtime > ABANDONED_AFTER
+    except OSError:  # another process has removed it
         return False
 
 
 @cache
-def neighbourhood() -> str:
-    """Eight characters for those processes that can see each other: of this machine since it started, and container.
+def process_namespace() -> str:
+    """An 8-character id of this boot and PID namespace; processes with the same id can check each other's PIDs.
 
-    Not the machine's name: those made from one image may share it.
+    Host names would not do: machines cloned from one image may share theirs.
     """
     try:
-        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         container = os.readlink("/proc/self/ns/pid")
     except OSError:
-        started, container = platform.node(), ""
-    return digest(started, container)[:8]
+        boot, container = platform.node(), ""
+    return digest(boot, container)[:8]
 
 
-def sweep(folder: Path, name: str = "*", *, below: bool = False) -> None:
-    """Remove what killed processes left of files and folders of a name, there and in the folders `below`."""
-    for left in filter(abandoned, list(folder.glob(f"{'**/' * below}.{name}.*.tmp"))):
-        remove(left)
+def remove_abandoned(folder: Path, name: str = "*", *, below: bool = False) -> None:
+    """Delete the temporary files and folders that killed processes left behind.
+
+    `name` is a glob of the names they were written for; `below` also searches subfolders.
+    """
+    for temporary in filter(is_abandoned, list(folder.glob(f"{'**/' * below}.{name}.*.tmp"))):
+        remove(temporary)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder and all in it; nothing when there is none."""
+    """Remove a file, a link, or a folder with its content; nothing when there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -90,69 +95,95 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name under which to write a file that readers see as it was or whole, never a part; in place at the end."""
+    """Context manager: a temporary path to write, moved to `path` on success and deleted on error.
+
+    Readers see the old file or the complete new one, never a part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = aside_of(path)
+    temporary = temporary_path(path)
     try:
-        yield aside
-        replace_atomic(aside, path)
+        yield temporary
+        replace_atomic(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def growing(folder: Path, place: Path) -> Iterator[Path]:
-    """A new, empty folder that `put_in_place` may take; gone afterwards, with what it replaced.
+def temporary_folder(folder: Path, target: Path) -> Iterator[Path]:
+    """Context manager: an empty folder that `swap_in` can put at `target`; leftovers are deleted on exit.
 
-    What a process killed in `put_in_place` moved away is put back first.
+    First restores a target that a process killed within `swap_in` had moved away.
     """
-    _settle(place)
+    _restore(target)
     remove(folder)
     folder.mkdir()
     try:
         yield folder
     finally:
-        _settle(place)
+        _restore(target)
         remove(folder)
 
 
-def put_in_place(folder: Path, place: Path) -> None:
-    """Make a finished folder the one in place, and what was there the folder, in one step where the disk can."""
-    if not place.exists():
-        os.rename(folder, place)
-    elif not _exchange(folder, place):
-        os.rename(place, _old(place))
-        os.rename(folder, place)
-    fsync_folder(place.parent)
+def swap_in(folder: Path, target: Path) -> None:
+    """Swap a finished folder with the existing target, atomically where the file system supports it."""
+    if not target.exists():
+        os.rename(folder, target)
+    elif not _exchange(folder, target):
+        os.rename(target, _moved_away(target))
+        os.rename(folder, target)
+    fsync_folder(target.parent)
 
 
-def _settle(place: Path) -> None:
-    """Put back what `put_in_place` moved away when it was cut between its two renames; else remove it."""
-    old = _old(place)
-    if old.exists() and not place.exists():
-        os.rename(old, place)
+def _restore(target: Path) -> None:
+    """Move the old folder back when `swap_in` was killed between its two renames; else delete it."""
+    old = _moved_away(target)
+    if old.exists() and not target.exists():
+        os.rename(old, target)
     remove(old)
 
 
-def _old(place: Path) -> Path:
-    return place.with_name(f".{place.name}.old")
+def _moved_away(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where the file system cannot."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders atomically; False where the file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
+    arguments = (AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+    if libc.renameat2(*arguments) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
-    raise OSError(code, os.strerror(code), str(other))
+    raise OSError(code, os.strerror(code), str(second))
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Context manager: hold an exclusive lock on a file, which is created and kept; the kernel frees it on exit.
+
+    Raises EnvironmentFault(message) while another process holds the lock, with {pid} in the message replaced by that
+    process's PID; OSError when the file cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 64, 0).decode("ascii", "replace").strip() or "?"
+            raise EnvironmentFault(message.replace("{pid}", holder)) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a small file so that readers see the old content or the new, never a part."""
-    with replacing(path) as aside:
-        aside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -160,17 +191,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def digest(*parts: bytes | str) -> str:
-    """Sixteen hex characters of the SHA-256 of the parts, each length-prefixed."""
+def digest(*values: bytes | str) -> str:
+    """Sixteen hex characters of the SHA-256 of the values, each length-prefixed."""
     total = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+    for value in values:
+        data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
         total.update(len(data).to_bytes(8, "little"))
         total.update(data)
     return total.hexdigest()[:16]
 
 
 def finite(value: Any) -> Any:
+    """A tree of dicts, lists and numbers as JSON takes it: NaN and infinity are None, NumPy scalars are Python's."""
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     if isinstance(value, dict):

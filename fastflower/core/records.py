@@ -1,7 +1,7 @@
-"""Records: dataclasses kept as JSON files, each with one writer and one reader, a version and a checksum.
+"""Records: dataclasses stored as JSON files, each with one writer and one reader, a version and a checksum.
 
-A record is a dataclass with two class variables: FORMAT, the version of its layout, and REMEDY, the command that
-writes it anew. The checksum covers every field, so a flipped bit or an edit by hand is reported and never used.
+A record is a dataclass with two class variables: FORMAT, the version of its layout, and REMEDY, the instruction that
+error messages end with. The checksum covers every field, so a flipped bit or a manual edit is reported.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def write_record(path: Path, record: Record) -> None:
 def read_record(path: Path, kind: type[R]) -> R:
     """Read a record.
 
-    Raises InputError when the file is missing or of another version, CorruptionError when it is damaged; both name
-    the command that writes it anew.
+    Raises InputError when the file is missing or of another version, CorruptionError when it is damaged; both end with
+    the record's REMEDY.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -101,31 +101,32 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is list or kind is list:
         _require(value, list, where=where, name="a list")
-        item = arguments[0] if arguments else Any
-        return [_convert(item, one, f"{where}[{i}]") for i, one in enumerate(value)]
+        kind_of_item = arguments[0] if arguments else Any
+        return [_convert(kind_of_item, item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is tuple:
         return _tuple(arguments, value, where)
     if origin is dict or kind is dict:
         _require(value, dict, where=where, name="a map")
-        key, item = arguments or (str, Any)
+        kind_of_key, kind_of_item = arguments or (str, Any)
         return {
-            _key(key, name, where): _convert(item, one, _below(where, name)) for name, one in value.items()
+            _key(kind_of_key, name, where): _convert(kind_of_item, item, _below(where, name))
+            for name, item in value.items()
         }
     return _scalar(kind, value, where)
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     _require(value, dict, where=where, name="a map")
-    hints, made = _hints(kind), {}
+    hints, values = _hints(kind), {}
     for field in dataclasses.fields(kind):
         if field.name in value:
-            made[field.name] = _convert(hints[field.name], value[field.name], _below(where, field.name))
+            values[field.name] = _convert(hints[field.name], value[field.name], _below(where, field.name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise FieldError(f"{_below(where, field.name)} is missing")
     unknown = sorted(set(value) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise FieldError(f"{_below(where, unknown[0])} is unknown")
-    return kind(**made)
+    return kind(**values)
 
 
 def _union(kind: Any, value: Any, where: str) -> Any:
@@ -141,12 +142,12 @@ def _union(kind: Any, value: Any, where: str) -> Any:
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     _require(value, list, where=where, name="a list")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_convert(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value))
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if len(value) != len(arguments):
         raise FieldError(f"{where} has {len(value)} items, must have {len(arguments)}")
     return tuple(
-        _convert(item, one, f"{where}[{i}]")
-        for i, (item, one) in enumerate(zip(arguments, value, strict=True))
+        _convert(kind, item, f"{where}[{i}]")
+        for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
     )
 
 

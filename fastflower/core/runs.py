@@ -1,4 +1,4 @@
-"""Where a run's files lie, how they are named, and how they are replaced without ever being half there.
+"""The paths of a run's files, the names of checkpoints, and the event log.
 
 All paths are relative to the current directory: commands run from the repository root.
 """
@@ -19,7 +19,9 @@ RESULTS = Path("results/results")
 BUNDLE = MODELS / "bundle"
 PRETRAINED = MODELS / "pretrained_model"
 SUBMISSION = RESULTS / "submission.csv"
-KINDS = ("best_clean", "best_combo", "ema_best", "last")
+TRAINED_KINDS = ("best_clean", "best_combo", "ema_best", "swa", "last")  # of checkpoints
+SOUP_CANDIDATES = ("best_combo", "ema_best", "best_clean", "swa")  # in the order tried
+KINDS = (*TRAINED_KINDS, "soup")
 
 _MEMBER = re.compile(
     r"(?P<kind>\w+?)__(?P<backbone>.+)__fold(?P<fold>\d+)_seed(?P<seed>\d+)"
@@ -29,7 +31,7 @@ _MEMBER = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """One training: an experiment's backbone on one fold with one seed."""
+    """One training: a backbone of an experiment on one fold with one seed."""
 
     exp: str
     backbone: str
@@ -38,7 +40,7 @@ class Run:
 
     @property
     def stem(self) -> str:
-        """What tells this run's files from those of others in the experiment's folders."""
+        """The part of file names that identifies this run in the experiment's folders."""
         return f"{self.backbone}__fold{self.fold}_seed{self.seed}"
 
     @property
@@ -54,28 +56,33 @@ class Run:
         return self.results_dir / "meta"
 
     @property
-    def events(self) -> Path:
+    def events_path(self) -> Path:
         return self.results_dir / "events.jsonl"
 
     @property
-    def end(self) -> Path:
-        """Where the run's end is written down, early or not."""
+    def end_path(self) -> Path:
+        """The file that is written at the end of training, early or not."""
         return self.meta_dir / f"early_stop_{self.stem}.json"
 
-    def file(self, kind: str, epoch: int, score: float) -> Path:
-        """The templated name of a checkpoint; epochs count from 1."""
+    def checkpoint_path(self, kind: str, epoch: int, score: float) -> Path:
+        """The path of a checkpoint; epochs count from 1."""
         name = f"{kind}__{self.stem}_epoch{epoch}_score{score:.4f}.pth"
         return self.model_dir / name
 
-    def files(self, kind: str) -> list[Path]:
+    def checkpoints(self, kind: str) -> list[Path]:
         """The checkpoints of this run and kind, oldest epoch first."""
-        found = [(name.epoch, path) for path in self.model_dir.glob("*.pth") if (name := parse_member(path))]
-        return [path for epoch, path in sorted(found) if path.name.startswith(f"{kind}__{self.stem}_epoch")]
+        prefix = f"{kind}__{self.stem}_epoch"
+        checkpoints = [
+            (name.epoch, path)
+            for path in self.model_dir.glob("*.pth")
+            if (name := parse_member(path)) and path.name.startswith(prefix)
+        ]
+        return [path for _, path in sorted(checkpoints)]
 
 
 @dataclass(frozen=True)
 class MemberName:
-    """What a checkpoint's file name says."""
+    """The fields of a checkpoint's file name."""
 
     kind: str
     backbone: str
@@ -86,17 +93,17 @@ class MemberName:
 
 
 def parse_member(path: Path) -> MemberName | None:
-    """The parts of a templated checkpoint name, or None for any other file."""
+    """The fields of a checkpoint's file name, or None for any other file."""
     match = _MEMBER.fullmatch(path.name)
-    if match is None or match["kind"] not in (*KINDS, "swa", "soup"):
+    if match is None or match["kind"] not in KINDS:
         return None
     return MemberName(
-        match["kind"],
-        match["backbone"],
-        int(match["fold"]),
-        int(match["seed"]),
-        int(match["epoch"]),
-        float(match["score"]),
+        kind=match["kind"],
+        backbone=match["backbone"],
+        fold=int(match["fold"]),
+        seed=int(match["seed"]),
+        epoch=int(match["epoch"]),
+        score=float(match["score"]),
     )
 
 
@@ -110,14 +117,14 @@ def find_members(exp: str, pattern: str) -> list[Path]:
         name = parse_member(path)
         if name is None:
             continue
-        member = (name.backbone, name.fold, name.seed)
-        if member not in newest or name.epoch > newest[member][0]:
-            newest[member] = (name.epoch, path)
+        key = (name.backbone, name.fold, name.seed)
+        if key not in newest or name.epoch > newest[key][0]:
+            newest[key] = (name.epoch, path)
     return [path for _, (_, path) in sorted(newest.items())]
 
 
 def append_event(path: Path, row: dict[str, Any]) -> None:
-    """Append one line to events.jsonl in one write, so that two runs of an experiment may share the file."""
+    """Append one line to events.jsonl in a single write, so that runs of an experiment can share the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
     with open(path, "ab", buffering=0) as file:
@@ -126,9 +133,9 @@ def append_event(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The rows of events.jsonl; where a resumed run wrote an epoch again, its last row counts.
+    """The rows of events.jsonl; of an epoch that a resumed run repeated, only the last row.
 
-    A line cut short by a kill is dropped.
+    Incomplete lines, left by a killed process, are dropped.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Scores of logits: one pure function for training, evaluation and reports; scikit-learn does the arithmetic."""
+"""Scores of logits, as pure functions for training, evaluation and reports; computed by scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score, top_k_accuracy_score
 
 BINARY = ("precision", "recall", "f1")
-Z = 1.959963984540054  # of a 95% interval
+Z95 = 1.959963984540054  # half the width of a 95% interval, in standard deviations
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -25,7 +25,7 @@ def nll(logits: np.ndarray, labels: np.ndarray) -> float:
 def ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error over equal-width confidence bins (Guo et al. 2017, arXiv:1706.04599)."""
     confidence, hit = probs.max(1), probs.argmax(1) == labels
-    index = bins_of(confidence, bins)
+    index = bin_index(confidence, bins)
     gaps = [
         abs(hit[index == b].mean() - confidence[index == b].mean()) * (index == b).mean()
         for b in np.unique(index)
@@ -33,58 +33,58 @@ def ece(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     return float(sum(gaps))
 
 
-def bins_of(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """The place (N,) of each confidence among bins of equal width, each closed above."""
+def bin_index(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """The bin (N,) of each confidence among `bins` bins of equal width, each closed above."""
     return np.clip(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0, bins - 1)
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927)."""
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """The 95% interval of the fraction hits / n (Wilson 1927); `hits` may be fractional."""
     if n == 0:
         return 0.0, 1.0
-    share = hits / n
-    centre, spread = share + Z * Z / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-    scale = 1 + Z * Z / n
+    fraction, z = hits / n, Z95
+    centre = fraction + z * z / (2 * n)
+    spread = z * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def scores(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, float]:
-    """Top-1 with its interval, top-5, macro recall and F1, NLL and ECE of logits (N, C) against labels (N,).
+    """Top-1 with its 95% interval, top-5, macro recall and F1, NLL and ECE of logits (N, C) against labels (N,).
 
-    Two classes have precision, recall and F1 of the second besides. Macro means run over the classes that occur
-    in `labels`. Non-finite logits count as wrong:
-    their top-1 is that of a row that fits no class, and NLL and ECE are NaN.
+    With two classes, also precision, recall and F1 of the second. Macro means are over the classes that occur in
+    `labels`. A row with non-finite logits counts as wrong in top-1, recall and F1; top-5, NLL and ECE are then NaN.
     """
     finite = np.isfinite(logits).all(axis=1)
     classes = logits.shape[1]
     guess = np.where(finite, np.nan_to_num(logits).argmax(1), -1)
     hits, present = int((guess == labels).sum()), np.unique(labels)
     low, high = wilson(hits, len(labels))
-    whole = bool(finite.all())
+    all_finite = bool(finite.all())
     binary = {}
     if classes == 2:
-        found = precision_recall_fscore_support(labels, guess, labels=[1], zero_division=0)
-        binary = {name: float(value[0]) for name, value in zip(BINARY, found, strict=False)}
+        values = precision_recall_fscore_support(labels, guess, labels=[1], zero_division=0)
+        binary = {name: float(value[0]) for name, value in zip(BINARY, values, strict=False)}
     return {
         "n": len(labels),
         "top1": hits / max(len(labels), 1),
         "top1_low": low,
         "top1_high": high,
-        "top5": _top_k(logits, labels, 5) if whole else float("nan"),
+        "top5": _top_k(logits, labels, 5) if all_finite else float("nan"),
         "macro_recall": float(recall_score(labels, guess, labels=present, average="macro", zero_division=0)),
         "macro_f1": float(f1_score(labels, guess, labels=present, average="macro", zero_division=0)),
-        "nll": nll(logits, labels) if whole else float("nan"),
-        "ece": ece(softmax(logits), labels, bins) if whole else float("nan"),
+        "nll": nll(logits, labels) if all_finite else float("nan"),
+        "ece": ece(softmax(logits), labels, bins) if all_finite else float("nan"),
         **binary,
     }
 
 
 def combined(clean: float, corrupted: float | None, alpha: float) -> float:
-    """S = alpha * clean + (1 - alpha) * corrupted; clean alone when there is no corrupted set."""
+    """The score S = alpha * clean + (1 - alpha) * corrupted; `clean` when there is no corrupted set."""
     return clean if corrupted is None else alpha * clean + (1 - alpha) * corrupted
 
 
 def _top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    if logits.shape[1] <= k:  # scikit-learn warns, and of two classes takes scores of another shape
+    if logits.shape[1] <= k:  # scikit-learn warns, and wants another shape for two classes
         return 1.0
     return float(top_k_accuracy_score(labels, logits, k=k, labels=np.arange(logits.shape[1])))

@@ -1,9 +1,8 @@
 """Counter-based random numbers: every draw is a pure function of (seed, epoch, position, row, stream).
 
-No state is kept, so workers, ranks and resumed runs meet the same numbers. The mixing function is
-SplitMix64's finalizer (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014).
-The same arithmetic exists three times, for NumPy, for torch (any device) and in data/decode.c;
-tests hold them equal to the bit.
+There is no state, so workers, ranks and resumed runs draw the same numbers. The hash is SplitMix64 (Steele, Lea,
+Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014). It is implemented for NumPy, for torch on any
+device, and in data/decode/decode.c; tests require equal bits.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ M2 = 0x94D049BB133111EB
 MASK = (1 << 64) - 1
 
 
-def mix(x: np.ndarray | np.uint64 | int) -> np.ndarray:
-    """SplitMix64 of uint64 values, elementwise."""
+def hash64(x: np.ndarray | np.uint64 | int) -> np.ndarray:
+    """The SplitMix64 hash of uint64 values, elementwise."""
     with np.errstate(over="ignore"):
         z = np.asarray(x, dtype=np.uint64) + np.uint64(GOLDEN)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(M1)
@@ -29,35 +28,36 @@ def mix(x: np.ndarray | np.uint64 | int) -> np.ndarray:
 
 
 def row_keys(seed: int, epoch: int, *, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """One uint64 key per draw of an epoch; a row drawn twice sits at two positions and gets two keys."""
-    base = mix(mix(np.uint64(seed & MASK)) ^ np.uint64(epoch))
-    return mix(mix(base ^ np.asarray(positions, dtype=np.uint64)) ^ np.asarray(rows, dtype=np.uint64))
+    """One uint64 key per draw of an epoch; a row drawn at two positions gets two keys."""
+    base = hash64(hash64(np.uint64(seed & MASK)) ^ np.uint64(epoch))
+    return hash64(hash64(base ^ np.asarray(positions, dtype=np.uint64)) ^ np.asarray(rows, dtype=np.uint64))
 
 
 def uniform(keys: np.ndarray, stream: int) -> np.ndarray:
-    """Float64 in [0, 1) per key; streams are independent of each other."""
-    return (mix(keys ^ mix(np.uint64(stream))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    """One float64 in [0, 1) per key; different streams are independent."""
+    return (hash64(keys ^ hash64(np.uint64(stream))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def generator(*words: int) -> np.random.Generator:
-    """A NumPy generator for whole-epoch draws (orders, samplers), seeded by all the words together.
+def generator(*values: int) -> np.random.Generator:
+    """A NumPy generator for draws of a whole epoch (orders, samplers), seeded by the values and their number.
 
-    The count of words goes first: SeedSequence drops zero words at the end.
+    The number is included because SeedSequence ignores zeros at the end.
     """
-    return np.random.default_rng([len(words), *(word & 0xFFFFFFFF for word in words)])
+    return np.random.default_rng([len(values), *(value & 0xFFFFFFFF for value in values)])
 
 
 def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64: torch's own keeps the sign."""
+    """Logical right shift of int64; torch's `>>` keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
+def _signed(value: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def mix_tensor(x: torch.Tensor) -> torch.Tensor:
-    """`mix` for int64 tensors that hold uint64 bits, on any device."""
+def hash64_tensor(x: torch.Tensor) -> torch.Tensor:
+    """`hash64` for int64 tensors that hold uint64 bits, on any device."""
     z = x + _signed(GOLDEN)
     z = (z ^ _shift(z, 30)) * _signed(M1)
     z = (z ^ _shift(z, 27)) * _signed(M2)
@@ -65,14 +65,14 @@ def mix_tensor(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniform_tensor(keys: torch.Tensor, stream: int) -> torch.Tensor:
-    """`uniform` for int64 keys on any device, rounded to float32 below 1: shape (B,)."""
-    salt = _signed(int(mix(np.uint64(stream))))
-    return _shift(mix_tensor(keys ^ salt), 40).to(torch.float32) * 2.0**-24
+    """`uniform` for int64 keys (B,) on any device: float32 (B,), rounded down so that it stays below 1."""
+    salt = _signed(int(hash64(np.uint64(stream))))
+    return _shift(hash64_tensor(keys ^ salt), 40).to(torch.float32) * 2.0**-24
 
 
-def seed_all(*words: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from the words; used at start and before every step."""
-    word = int(np.random.SeedSequence([w & 0xFFFFFFFF for w in words]).generate_state(1)[0])
-    random.seed(word)
-    np.random.seed(word)
-    torch.manual_seed(word)
+def seed_all(*values: int) -> None:
+    """Seed Python, NumPy and torch (all devices) from the values; called at the start and before every step."""
+    seed = int(np.random.SeedSequence([value & 0xFFFFFFFF for value in values]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

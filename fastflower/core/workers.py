@@ -1,4 +1,4 @@
-"""Worker processes that die with their parent, whose own death is said, and for which nobody waits without a bound."""
+"""A pool of worker processes: they exit with the parent, a killed worker is reported, and a stalled one times out."""
 
 from __future__ import annotations
 
@@ -20,49 +20,57 @@ from typing import Any, TypeVar
 from fastflower.core.errors import EnvironmentFault
 
 T = TypeVar("T")
-PATIENCE = 300.0  # seconds without one item done after which the work is given up
-LISTEN = 0.2  # seconds between two looks at how far the workers are
+PATIENCE = 300.0  # seconds without a finished item after which the pool is stopped
+POLL = 0.2  # seconds between two checks of the workers' progress
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
+_libc = ctypes.CDLL(None)  # loaded here: a forked child may not load
 _fork = get_context("fork")
-_done = _fork.Value("q", 0)  # items done by all workers of the run under way
-_work: Callable[..., Any]  # of a worker: handed over by fork, with all that it refers to
+_done = _fork.Value("q", 0)  # items finished by all workers of the current call
+_work: Callable[..., Any]  # set in each worker; fork hands it over with everything it refers to
 
 
-def beat(items: int = 1) -> None:
-    """Say that some more items are done; called by the work itself."""
+def die_with_parent(signum: signal.Signals) -> None:
+    """Have the kernel (Linux only) send this process a signal when its parent ends, even by SIGKILL."""
+    if sys.platform == "linux":
+        _libc.prctl(PR_SET_PDEATHSIG, signum)
+
+
+def count_done(items: int = 1) -> None:
+    """Report finished items to the parent process; called by the work function."""
     with _done.get_lock():
         _done.value += items
 
 
-def run(
+def map_ordered(
     work: Callable[..., T],
     tasks: Iterator[tuple[Any, ...]],
     *,
     count: int,
-    tell: Callable[[int], None],
+    on_progress: Callable[[int], None],
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[T]:
-    """`work(*task)` of every task, in order, by `count` processes with a bounded number of tasks under way.
+    """Yield `work(*task)` for every task in order, computed by `count` processes with few tasks queued at a time.
 
-    `tell` hears how many items have had their beat; `meanwhile` is a piece of work for this process, which would only
-    wait. An exception of `work` is raised here. EnvironmentFault when a worker dies, or when no item is done for
-    PATIENCE seconds.
+    `on_progress(done)` is called with the items counted so far; `meanwhile` runs in this process while the workers are
+    busy. Exceptions of `work` are raised here. Raises EnvironmentFault when a worker is killed, or when no item is
+    finished within PATIENCE seconds.
     """
     _done.value = 0
     if count <= 1:
         meanwhile()
         for task in tasks:
             yield work(*task)
-            tell(_done.value)
+            on_progress(_done.value)
         return
     # fork: this process has one thread and its pages are shared; a spawned worker would import for seconds
     pool = ProcessPoolExecutor(count, _fork, _start, (os.getpid(), work))
     try:
-        waiting = deque(pool.submit(_call, *task) for task in itertools.islice(tasks, 2 * count + 2))
+        pending = deque(pool.submit(_call, *task) for task in itertools.islice(tasks, 2 * count + 2))
         meanwhile()
-        while waiting:
-            yield _result(pool, waiting.popleft(), tell)
-            waiting.extend(pool.submit(_call, *task) for task in itertools.islice(tasks, 1))
+        while pending:
+            yield _result(pool, pending.popleft(), on_progress)
+            pending.extend(pool.submit(_call, *task) for task in itertools.islice(tasks, 1))
     except BrokenProcessPool:
         raise EnvironmentFault(
             "a worker process was killed, most likely for memory; lower data.workers or free memory, then run again"
@@ -71,15 +79,16 @@ def run(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _result(pool: ProcessPoolExecutor, future: Future[T], tell: Callable[[int], None]) -> T:
-    seen, since = _done.value, time.monotonic()
+def _result(pool: ProcessPoolExecutor, future: Future[T], on_progress: Callable[[int], None]) -> T:
+    """Wait for a result, reporting progress; kills the workers when they make none within PATIENCE seconds."""
+    done, since = _done.value, time.monotonic()
     while True:
         try:
-            result = future.result(LISTEN)
+            result = future.result(POLL)
         except FutureTimeout:
-            tell(_done.value)
-            if _done.value != seen:
-                seen, since = _done.value, time.monotonic()
+            on_progress(_done.value)
+            if _done.value != done:
+                done, since = _done.value, time.monotonic()
             if time.monotonic() - since > PATIENCE:
                 for process in list((pool._processes or {}).values()):
                     process.kill()
@@ -88,18 +97,17 @@ def _result(pool: ProcessPoolExecutor, future: Future[T], tell: Callable[[int], 
                     "then run again"
                 ) from None
         else:
-            tell(_done.value)
+            on_progress(_done.value)
             return result
 
 
 def _start(parent: int, work: Callable[..., Any]) -> None:
-    """Workers leave Ctrl-C to the parent and die with it, however it dies."""
+    """Prepare a worker: it leaves Ctrl-C to the parent and exits with it, even when that is killed."""
     global _work
     _work = work
-    gc.freeze()  # a collection would touch, and so copy, what lies in memory shared with the parent
+    gc.freeze()  # a collection would write to, and so copy, the pages shared with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -109,27 +117,29 @@ def _call(*task: Any) -> Any:
 
 
 class Progress:
-    """Rows done, images/s and time left: on a terminal one line that renews itself, else a line every 5 s."""
+    """Prints rows done, images/s and time left: on a terminal one updated line, else a line every 5 s."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total = what, total
+    def __init__(self, noun: str, total: int) -> None:
+        self.noun, self.total = noun, total
         self._live = sys.stdout.isatty()
         self._every = 0.2 if self._live else 5.0
-        self._start = self._said = time.monotonic()
+        self._start = self._printed = time.monotonic()
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
-        if now - self._said < self._every and not (self._live and done == self.total):
+        if now - self._printed < self._every and not (self._live and done == self.total):
             return
-        self._said = now
+        self._printed = now
         speed = done / max(now - self._start, 1e-9)
-        left = (self.total - done) / max(speed, 1e-9)
-        share = 100 * done // self.total
-        line = f"{self.what}: {done}/{self.total} ({share} %), {speed:.0f} images/s, {left:.0f} s left"
+        seconds_left = (self.total - done) / max(speed, 1e-9)
+        percent = 100 * done // self.total
+        line = (
+            f"{self.noun}: {done}/{self.total} ({percent} %), {speed:.0f} images/s, {seconds_left:.0f} s left"
+        )
         end = "" if self._live and done < self.total else "\n"
         print(f"\r{line:<78}" if self._live else line, end=end, flush=True)
 
 
-def cores(threads: int, share: int = 1) -> int:
-    """`threads`, or for 0 this process's share of the cores it may run on."""
-    return threads or max(1, len(os.sched_getaffinity(0)) // share)
+def cores(threads: int, processes: int = 1) -> int:
+    """`threads`, or, if that is 0, the CPU cores that each of `processes` processes on this machine may use."""
+    return threads or max(1, len(os.sched_getaffinity(0)) // processes)

@@ -1,6 +1,6 @@
-"""Folds: which rows validate which training. Made once, saved, and from then on only read.
+"""Folds: the split of the rows into training and validation, made once, saved, and only read from then on.
 
-A row's fold is the one it validates; rows of fold -1 train in every fold. Groups never straddle folds.
+A row's fold is the one it validates; rows of fold -1 train in every fold. A group is never split between folds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
-from fastflower.core.tables import read_csv, shown, write_csv
+from fastflower.core.tables import escaped, read_csv, write_csv
 from fastflower.data.labels import LabelTable
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import fold_count
@@ -26,7 +26,7 @@ SKIPPED = ("filename", "category_id", "reason")
 
 @dataclass(frozen=True)
 class Folds:
-    """folds.csv: text columns as lists, numbers as int64 (N,), one row an image, in the order of the label table."""
+    """folds.csv: one row per image, in the order of the label table; numeric columns are int64 (N,)."""
 
     filenames: list[str]
     category_ids: list[str]
@@ -40,14 +40,14 @@ class Folds:
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The folds there are: [0] for a ratio split."""
-        return sorted({int(k) for k in self.fold} - {ALWAYS_TRAIN})
+        """The fold numbers in order: [0] for a ratio split."""
+        return sorted({int(number) for number in self.fold} - {ALWAYS_TRAIN})
 
     @cached_property
     def hash(self) -> str:
-        """Of names, labels and folds; each beton's manifest carries it."""
+        """Hash of file names, labels and folds; each beton's manifest records it."""
         rows = zip(self.filenames, self.category_ids, self.fold, strict=True)
-        return digest(*(part for name, label, fold in rows for part in (name, label, str(fold))))
+        return digest(*(text for name, label, fold in rows for text in (name, label, str(fold))))
 
     def train_rows(self, fold: int) -> np.ndarray:
         """Rows that train when `fold` validates, ascending."""
@@ -59,70 +59,72 @@ class Folds:
 
 
 def make_folds(table: LabelTable, groups: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """The fold of each row by data.split, seeded by the recipe: int64 (N,).
+    """Assign a fold to each row by data.split, seeded by the recipe: int64 (N,).
 
-    scikit-learn splits one row for each group, labelled with the group's commonest class. A class that some
-    training would not see at all goes, with its groups, to fold -1.
+    scikit-learn splits one row per group, labelled with the group's most frequent class. A class that would be missing
+    from some fold's training goes, with its groups, to fold -1.
     """
     representative = _group_labels(table.class_idx, groups)
-    if table.given is not None:
-        fold = _whole_groups(groups, table.given)
+    if table.given_folds is not None:
+        fold = _unsplit_groups(groups, table.given_folds)
     elif recipe.data.split == "ratio":
-        fold = _whole_groups(groups, _ratio(len(table), recipe))
+        fold = _unsplit_groups(groups, _ratio(len(table), recipe))
     else:
         from sklearn.model_selection import KFold, StratifiedKFold  # a second of import, for new folds only
 
         kind = KFold if recipe.data.split == "kfold" else StratifiedKFold
-        _check_members(table, representative, recipe)
-        of_group = np.zeros(len(representative), np.int64)
+        _check_class_sizes(table, representative, recipe)
+        group_fold = np.zeros(len(representative), np.int64)
         splitter = kind(recipe.data.n_splits, shuffle=True, random_state=recipe.seed)
-        with warnings.catch_warnings():  # `rare_classes` says it in our words
+        with warnings.catch_warnings():  # `rare_classes` reports these classes by name
             warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-            for k, (_, held_out) in enumerate(splitter.split(representative, representative)):
-                of_group[held_out] = k
-        fold = of_group[groups]
+            for number, (_, held_out) in enumerate(splitter.split(representative, representative)):
+                group_fold[held_out] = number
+        fold = group_fold[groups]
     return _keep_in_training(table.class_idx, groups, fold)
 
 
-def candidates(table: LabelTable, recipe: Recipe) -> np.ndarray:
-    """Rows that may validate in some fold, known before any image is read: bool (N,)."""
-    if table.given is not None:
-        return table.given != ALWAYS_TRAIN
+def may_validate(table: LabelTable, recipe: Recipe) -> np.ndarray:
+    """Mask of the rows that may validate some fold, known before any image is read: bool (N,)."""
+    if table.given_folds is not None:
+        return table.given_folds != ALWAYS_TRAIN
     if recipe.data.split == "ratio":
         return _ratio(len(table), recipe) == 0
     return np.ones(len(table), bool)
 
 
 def rare_classes(folds: Folds, table: LabelTable) -> list[str]:
-    """One line for the classes that cannot be in every validation part."""
+    """Warnings about classes that are not validated in every fold, or in none."""
     splits = len(folds.numbers)
     rare = [
-        f"{shown(category_id)} ({int(n)})"
+        f"{escaped(category_id)} ({int(n)})"
         for category_id, n in zip(table.classes.ids, table.counts, strict=True)
         if n < splits
     ]
-    kept = sorted({folds.category_ids[row] for row in np.flatnonzero(folds.fold == ALWAYS_TRAIN)})
+    unscored = sorted({folds.category_ids[row] for row in np.flatnonzero(folds.fold == ALWAYS_TRAIN)})
     lines = []
     if rare:
         lines.append(
-            f"classes with fewer images than the {splits} folds: {_few(rare)}; some folds do not score them"
+            f"classes with fewer images than the {splits} folds: {_listing(rare)}; some folds do not score them"
         )
-    if kept and splits > 1:
-        lines.append(f"classes with images that train in every fold and are never scored: {_few(kept)}")
+    if unscored and splits > 1:
+        lines.append(
+            f"classes with images that train in every fold and are never scored: {_listing(unscored)}"
+        )
     return lines
 
 
 def save_folds(path: Path, folds: Folds) -> None:
-    """Write folds.csv; refuses to replace one."""
+    """Write folds.csv; InputError if it exists, because folds are never replaced."""
     if path.exists():
-        raise InputError(f"{path} exists and is only ever read; move it away to make new folds")
+        raise InputError(f"{path} exists and is never replaced; move it away to make new folds")
     columns = (folds.filenames, folds.category_ids, folds.class_idx, folds.fold, folds.group, folds.sha256)
     rows = (dict(zip(COLUMNS, map(str, row), strict=True)) for row in zip(*columns, strict=True))
     write_csv(path, rows, COLUMNS)
 
 
 def read_folds(path: Path) -> Folds:
-    """folds.csv as it is; InputError when it is missing or damaged."""
+    """Read folds.csv; InputError if it is missing or damaged."""
     rows = read_csv(path, COLUMNS)
     try:
         numbers = {key: np.array([int(row[key]) for row in rows], np.int64) for key in COLUMNS[2:5]}
@@ -131,77 +133,77 @@ def read_folds(path: Path) -> Folds:
             f"{path}: class_idx, fold and group_id are whole numbers; restore the file"
         ) from None
     return Folds(
-        [row["filename"] for row in rows],
-        [row["category_id"] for row in rows],
-        numbers["class_idx"],
-        numbers["fold"],
-        numbers["group_id"],
-        [row["sha256"] for row in rows],
+        filenames=[row["filename"] for row in rows],
+        category_ids=[row["category_id"] for row in rows],
+        class_idx=numbers["class_idx"],
+        fold=numbers["fold"],
+        group=numbers["group_id"],
+        sha256=[row["sha256"] for row in rows],
     )
 
 
 def load_folds(home: Path, table: LabelTable, recipe: Recipe) -> tuple[Folds, LabelTable]:
-    """folds.csv and the rows of the label table that it covers (all but those of skipped.csv).
+    """Read folds.csv, and the label table without the images of skipped.csv, which it does not cover.
 
-    InputError when labels or data.n_splits are no longer those it was made from.
+    Raises InputError if the labels or data.n_splits have changed since folds.csv was made.
     """
     path = home / "folds.csv"
     folds, skipped = read_folds(path), _skipped(home)
     rows = np.array([row for row, name in enumerate(table.filenames) if name not in skipped], np.int64)
     table = table.take(rows)
-    have = dict(zip(table.filenames, table.category_ids, strict=True))
-    want = dict(zip(folds.filenames, folds.category_ids, strict=True))
+    label = dict(zip(table.filenames, table.category_ids, strict=True))
+    saved = dict(zip(folds.filenames, folds.category_ids, strict=True))
     changes = {
-        "new": [name for name in have if name not in want],
-        "gone": [name for name in want if name not in have],
-        "relabelled": [name for name in have if name in want and want[name] != have[name]],
+        "new": [name for name in label if name not in saved],
+        "gone": [name for name in saved if name not in label],
+        "relabelled": [name for name in label if name in saved and saved[name] != label[name]],
     }
     if any(changes.values()):
-        what = "; ".join(
-            f"{len(names)} {kind}, such as {shown(names[0])}" for kind, names in changes.items() if names
+        listing = "; ".join(
+            f"{len(names)} {kind}, such as {escaped(names[0])}" for kind, names in changes.items() if names
         )
         raise InputError(
-            f"{path} does not match the labels: {what}; restore the labels, or move it away for new folds"
+            f"{path} does not match the labels: {listing}; restore the labels, or move it away for new folds"
         )
     if folds.filenames != table.filenames or not np.array_equal(folds.class_idx, table.class_idx):
-        raise InputError(f"{path}: rows or class_idx differ from the labels'; move it away for new folds")
+        raise InputError(f"{path}: its rows or class_idx differ from the labels; move it away for new folds")
     splits = fold_count(recipe)
     if folds.numbers != list(range(splits)):
         raise InputError(
             f"{path} has {len(folds.numbers)} folds, the recipe asks for {splits} (data.split = {recipe.data.split}, "
             f"data.n_splits = {recipe.data.n_splits}); change the recipe, or move it away for new folds"
         )
-    if table.given is not None and (moved := _moved(folds, table.given)):
+    if table.given_folds is not None and (moved := _moved(folds, table.given_folds)):
         raise InputError(
             f"{path}: the given folds have changed for {len(moved)} images, such as "
-            f"{shown(folds.filenames[moved[0]])}; restore them, or move it away for new folds"
+            f"{escaped(folds.filenames[moved[0]])}; restore them, or move it away for new folds"
         )
     return folds, table
 
 
 def check_leaks(folds: Folds, fold: int) -> None:
-    """Refuse a fold in which a file name, a group or a file's bytes are in both parts, or a part is empty."""
+    """Raise InputError if training and validation share a file name, group or content, or if one of them is empty."""
     train, val = folds.train_rows(fold), folds.val_rows(fold)
     if not len(train) or not len(val):
         raise InputError(
-            f"fold {fold} has {len(train)} training and {len(val)} validation images; needs both"
+            f"fold {fold} has {len(train)} training and {len(val)} validation images; it needs some of both"
         )
-    for what, column in (
+    for kind, column in (
         ("file", folds.filenames),
         ("group", folds.group.tolist()),
         ("file content", folds.sha256),
     ):
-        both = {column[row] for row in train} & {column[row] for row in val}
-        if both:
-            row = next(row for row in val if column[row] in both)
+        shared = {column[row] for row in train} & {column[row] for row in val}
+        if shared:
+            row = next(row for row in val if column[row] in shared)
             raise InputError(
-                f"leak in fold {fold}: {len(both)} {what}s are in training and validation, such as that of "
-                f"{shown(folds.filenames[row])}; move folds.csv away and run convert again"
+                f"leak in fold {fold}: {len(shared)} {kind}s are in training and validation, such as that of "
+                f"{escaped(folds.filenames[row])}; move folds.csv away and run convert again"
             )
 
 
 def write_skipped(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    """A list of (filename, category_id, reason)."""
+    """Write skipped images as rows of (filename, category_id, reason)."""
     write_csv(path, (dict(zip(SKIPPED, row, strict=True)) for row in rows), SKIPPED)
 
 
@@ -211,14 +213,15 @@ def _skipped(home: Path) -> set[str]:
 
 
 def _group_labels(class_idx: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The commonest class of each group, the smallest on a tie: int64 (G,)."""
-    pairs, counts = np.unique(np.stack([groups, class_idx], 1), axis=0, return_counts=True)
-    order = np.lexsort((pairs[:, 1], -counts, pairs[:, 0]))
-    first = np.unique(pairs[order, 0], return_index=True)[1]
-    return pairs[order][first, 1]
+    """The most frequent class of each group, the smallest on a tie: int64 (G,)."""
+    combinations, counts = np.unique(np.stack([groups, class_idx], 1), axis=0, return_counts=True)
+    group, label = combinations.T
+    order = np.lexsort((label, -counts, group))
+    first = np.unique(group[order], return_index=True)[1]
+    return label[order][first]
 
 
-def _check_members(table: LabelTable, representative: np.ndarray, recipe: Recipe) -> None:
+def _check_class_sizes(table: LabelTable, representative: np.ndarray, recipe: Recipe) -> None:
     splits = recipe.data.n_splits
     largest = len(representative) if recipe.data.split == "kfold" else int(np.bincount(representative).max())
     if largest < splits:
@@ -230,14 +233,14 @@ def _check_members(table: LabelTable, representative: np.ndarray, recipe: Recipe
 
 def _ratio(n: int, recipe: Recipe) -> np.ndarray:
     """Fold 0 for the last ceil(N / n_splits) of a permutation, -1 for the rest."""
-    parts = recipe.data.n_splits
-    held_out = np.random.default_rng(recipe.seed).permutation(n)[n * (parts - 1) // parts :]
+    splits = recipe.data.n_splits
+    held_out = np.random.default_rng(recipe.seed).permutation(n)[n * (splits - 1) // splits :]
     fold = np.full(n, ALWAYS_TRAIN, np.int64)
     fold[held_out] = 0
     return fold
 
 
-def _whole_groups(groups: np.ndarray, fold: np.ndarray) -> np.ndarray:
+def _unsplit_groups(groups: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """The folds, with -1 for every group that lies in more than one of them."""
     low, high = np.full(groups.max() + 1, np.iinfo(np.int64).max), np.full(groups.max() + 1, ALWAYS_TRAIN)
     np.minimum.at(low, groups, fold)
@@ -246,23 +249,23 @@ def _whole_groups(groups: np.ndarray, fold: np.ndarray) -> np.ndarray:
 
 
 def _moved(folds: Folds, given: np.ndarray) -> list[int]:
-    """Rows whose fold is neither the given one nor -1, to which whole groups may have gone."""
+    """Rows whose fold is neither the given one nor -1, to which split groups were moved."""
     return np.flatnonzero((folds.fold != given) & (folds.fold != ALWAYS_TRAIN)).tolist()
 
 
 def _keep_in_training(class_idx: np.ndarray, groups: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Move to fold -1 the groups of every class whose rows all validate one fold, until there is none."""
+    """Move the groups of every class whose rows all validate one fold to fold -1, until no such class is left."""
     fold = fold.copy()
     while True:
-        classes, of = np.unique(class_idx, return_inverse=True)
+        classes, class_of_row = np.unique(class_idx, return_inverse=True)
         low, high = np.full(len(classes), np.iinfo(np.int64).max), np.full(len(classes), ALWAYS_TRAIN)
-        np.minimum.at(low, of, fold)
-        np.maximum.at(high, of, fold)
-        lost = (low == high) & (low != ALWAYS_TRAIN)
-        if not lost.any():
+        np.minimum.at(low, class_of_row, fold)
+        np.maximum.at(high, class_of_row, fold)
+        untrained = (low == high) & (low != ALWAYS_TRAIN)
+        if not untrained.any():
             return fold
-        fold[np.isin(groups, groups[lost[of]])] = ALWAYS_TRAIN
+        fold[np.isin(groups, groups[untrained[class_of_row]])] = ALWAYS_TRAIN
 
 
-def _few(names: list[str]) -> str:
+def _listing(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

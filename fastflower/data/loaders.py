@@ -1,7 +1,7 @@
-"""Loaders: batches from a beton as pure functions of (seed, epoch, step), made ahead by one thread.
+"""Loaders: batches from a beton as pure functions of (seed, epoch, step), prefetched by one thread.
 
-The thread calls the kernel of decode.c; there is nothing to compile and nothing to warm up. What the user keeps
-of a batch is never overwritten.
+The thread calls the kernel of decode.c; there is nothing to compile and nothing to warm up. A tensor that the caller
+keeps is never overwritten.
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ from fastflower.data.decode.kernel import Crop, decode_eval, decode_train
 
 Batch = dict[str, torch.Tensor]
 Size = tuple[int, int]
-Beside = Callable[[int, int], Iterator[Batch]]
-Memory = Callable[[int, int, int], torch.Tensor]
+Extras = Callable[
+    [int, int], Iterator[Batch]
+]  # (epoch, step) -> further entries of each batch from that step on
+Allocate = Callable[
+    [int, int, int], torch.Tensor
+]  # (images, height, width) -> uint8 (images, height, width, 3)
 
 
 class TrainLoader:
     """Training batches: image uint8 (B, h, w, 3), of pairs (B, h, 2w, 3), label, row and key int64 (B,).
 
-    Epoch e draws `order(e)`, rows (N,) with repeats, cut to a multiple of the global batch; step t takes the
-    t-th global batch of it, rank r every world-th image from r on. So batches are the same for any number of
-    threads and ranks (at the same global batch) and after a resume at any step. `cursor()` says where the next
-    iteration starts: (epoch, step). An exception of the thread is raised by the next() whose batch it hit.
-    `beside(epoch, step)` gives what else each batch from there on holds.
+    Epoch e draws `order(e)`, rows (N,) with repeats, cut to a multiple of the global batch. Step t takes the t-th
+    global batch, and rank r every world-th image of it from r on. So batches are equal for any number of threads and
+    ranks (at the same global batch) and after a resume at any step. `cursor()` returns the (epoch, step) at which the
+    next iteration starts. An exception in the thread is raised by the next() that asks for the failed batch.
+    `extras(epoch, step)` yields further entries for each batch from that step on.
     """
 
     def __init__(
@@ -54,24 +58,24 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         threads: int = 0,
-        ahead: int = 2,
-        beside: Beside | None = None,
+        prefetch: int = 2,
+        extras: Extras | None = None,
     ) -> None:
-        self.beton, self.order, self.seed, self.beside = beton, order, seed, beside
+        self.beton, self.order, self.seed, self.extras = beton, order, seed, extras
         self.batch, self.size, self.crop = batch, size, crop
-        self.rank, self.world, self.threads, self.ahead = rank, world, cores(threads, world), ahead
+        self.rank, self.world, self.threads, self.prefetch = rank, world, cores(threads, world), prefetch
         self.cursor: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._drawn: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._memory = _Memory(ahead + 3)
-        self._running: weakref.WeakSet[_Ahead] = weakref.WeakSet()
+        self._buffers = _BufferPool(prefetch + 3)
+        self._running: weakref.WeakSet[_Prefetcher] = weakref.WeakSet()
 
     @property
     def batch_size(self) -> int:
-        """Images of one rank in one step of the cursor's epoch."""
+        """Number of images of one rank in a step of the cursor's epoch."""
         return self.batch(self.cursor()[0])
 
     def steps(self, epoch: int) -> int:
-        """Global batches of an epoch."""
+        """Number of global batches in an epoch."""
         return len(self._order(epoch)) // (self.batch(epoch) * self.world)
 
     def __len__(self) -> int:
@@ -81,7 +85,7 @@ class TrainLoader:
         return _run(self, self.batches(*self.cursor()))
 
     def close(self) -> None:
-        """Stop and join the threads of iterations that were left early."""
+        """Stop and join the threads of unfinished iterations."""
         _close(self)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -90,12 +94,12 @@ class TrainLoader:
         return self._drawn[1]
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on, made by whoever asks for the next."""
-        order, per_rank = self._order(epoch), self.batch(epoch)
-        size, step = self.size(epoch), per_rank * self.world
-        more = self.beside(epoch, start) if self.beside else itertools.repeat({})
-        for first in range(start * step, len(order) // step * step, step):
-            positions = np.arange(first + self.rank, first + step, self.world)
+        """The batches of an epoch from step `start` on, computed in the calling thread."""
+        order, global_batch = self._order(epoch), self.batch(epoch) * self.world
+        size = self.size(epoch)
+        extras = self.extras(epoch, start) if self.extras else itertools.repeat({})
+        for first in range(start * global_batch, len(order) // global_batch * global_batch, global_batch):
+            positions = np.arange(first + self.rank, first + global_batch, self.world)
             rows = order[positions]
             keys = seeding.row_keys(self.seed, epoch, positions=positions, rows=rows)
             yield {
@@ -106,20 +110,20 @@ class TrainLoader:
                     size=size,
                     crop=self.crop,
                     threads=self.threads,
-                    memory=self._memory.images,
+                    allocate=self._buffers.images,
                 ),
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
                 "key": torch.from_numpy(keys.view(np.int64)),
-                **next(more),
+                **next(extras),
             }
 
 
 class EvalLoader:
     """Evaluation batches: every row once over all ranks, in order; image, label, row, and valid bool (B,).
 
-    All ranks give the same number of full batches; rows with valid=False are padding: black, with row and label of
-    row 0.
+    All ranks yield the same number of full batches. Rows with valid=False are padding: black images, with row 0 and its
+    label.
     """
 
     def __init__(
@@ -133,13 +137,13 @@ class EvalLoader:
         rank: int = 0,
         world: int = 1,
         threads: int = 0,
-        ahead: int = 2,
+        prefetch: int = 2,
     ) -> None:
         self.beton, self.batch_size, self.size = beton, batch, size
         self.factor, self.interpolation = factor, interpolation
-        self.rank, self.world, self.threads, self.ahead = rank, world, cores(threads, world), ahead
-        self._memory = _Memory(ahead + 3)
-        self._running: weakref.WeakSet[_Ahead] = weakref.WeakSet()
+        self.rank, self.world, self.threads, self.prefetch = rank, world, cores(threads, world), prefetch
+        self._buffers = _BufferPool(prefetch + 3)
+        self._running: weakref.WeakSet[_Prefetcher] = weakref.WeakSet()
 
     def __len__(self) -> int:
         return -(-self.beton.rows // (self.batch_size * self.world))
@@ -148,14 +152,14 @@ class EvalLoader:
         return _run(self, self._batches(self.size()))
 
     def close(self) -> None:
-        """Stop and join the threads of iterations that were left early."""
+        """Stop and join the threads of unfinished iterations."""
         _close(self)
 
     def _batches(self, size: Size) -> Iterator[Batch]:
         for step in range(len(self)):
-            places = (step * self.batch_size + np.arange(self.batch_size)) * self.world + self.rank
-            valid = places < self.beton.rows
-            rows = np.where(valid, places, 0)
+            positions = (step * self.batch_size + np.arange(self.batch_size)) * self.world + self.rank
+            valid = positions < self.beton.rows
+            rows = np.where(valid, positions, 0)
             yield {
                 "image": eval_images(
                     self.beton,
@@ -164,7 +168,7 @@ class EvalLoader:
                     factor=self.factor,
                     interpolation=self.interpolation,
                     threads=self.threads,
-                    memory=self._padded,
+                    allocate=self._padded,
                 ),
                 "label": torch.from_numpy(self.beton.labels[rows]),
                 "row": torch.from_numpy(rows),
@@ -172,13 +176,13 @@ class EvalLoader:
             }
 
     def _padded(self, count: int, height: int, width: int) -> torch.Tensor:
-        """Memory of a whole batch, black behind its first `count` images."""
-        images = self._memory.images(self.batch_size, height, width)
+        """Memory of a full batch, black after the first `count` images."""
+        images = self._buffers.images(self.batch_size, height, width)
         images[count:] = 0
         return images
 
 
-def _fresh(count: int, height: int, width: int) -> torch.Tensor:
+def _allocate(count: int, height: int, width: int) -> torch.Tensor:
     return torch.empty((count, height, width, 3), dtype=torch.uint8)
 
 
@@ -190,17 +194,17 @@ def train_images(
     size: Size,
     crop: Crop,
     threads: int = 0,
-    memory: Memory = _fresh,
+    allocate: Allocate = _allocate,
 ) -> torch.Tensor:
-    """Rows (B,) as training cuts them by their keys uint64 (B,): uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
+    """Random training crops of rows (B,) by their keys, uint64 (B,): uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
 
-    The second image of a pair has a key of its own. `memory` gives the room for B images of a size.
+    The key of a pair's second image is derived from that of the first.
     """
     images = []
     for side in _sides(beton):
-        images.append(memory(len(rows), *size))
+        images.append(allocate(len(rows), *size))
         decode_train(side, rows, keys=keys, out=images[-1].numpy(), crop=crop, threads=threads)
-        keys = seeding.mix(keys)
+        keys = seeding.hash64(keys)
     return _side_by_side(images)
 
 
@@ -212,15 +216,15 @@ def eval_images(
     factor: float,
     interpolation: str,
     threads: int = 0,
-    memory: Memory = _fresh,
+    allocate: Allocate = _allocate,
 ) -> torch.Tensor:
-    """Rows (B,) as evaluation shows them: uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
+    """The centred evaluation views of rows (B,): uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
 
-    `memory` gives the room for B images of a size, or more of it, which is left as it is.
+    `allocate` may return memory for more than B images; the rest is returned unchanged.
     """
     images = []
     for side in _sides(beton):
-        images.append(memory(len(rows), *size))
+        images.append(allocate(len(rows), *size))
         decode_eval(
             side,
             rows,
@@ -233,26 +237,26 @@ def eval_images(
 
 
 def _sides(beton: Beton) -> list[Beton]:
-    """A beton by the first image of its rows, and of pairs by the second."""
-    return [beton, beton.second] if beton.images == 2 else [beton]
+    """The beton of each image of a row: two for pairs."""
+    return [beton, beton.second] if beton.images_per_row == 2 else [beton]
 
 
 def _side_by_side(images: list[torch.Tensor]) -> torch.Tensor:
     return images[0] if len(images) == 1 else torch.cat(images, 2)
 
 
-class _Memory:
-    """Memory of batches; a block is used again once nothing refers to its tensor or to a view of it.
+class _BufferPool:
+    """Memory for batches; a block is reused once nothing refers to its tensor or to a view of it.
 
-    Fresh pages cost a tenth of what resizing raw rows does. Where a GPU fetches the batches, torch's own
-    page-locked memory does the same.
+    New pages would cost a tenth of the time that resizing raw rows takes. With a GPU, torch's page-locked memory is
+    used, which torch reuses in the same way.
     """
 
     def __init__(self, blocks: int) -> None:
         self._free: deque[mmap.mmap] = deque(maxlen=blocks)
 
     def images(self, batch: int, height: int, width: int) -> torch.Tensor:
-        """Uint8 (batch, height, width, 3), content undefined."""
+        """Allocate uint8 (batch, height, width, 3); the content is undefined."""
         shape = (batch, height, width, 3)
         if _pinned():
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
@@ -263,7 +267,7 @@ class _Memory:
 
     def _block(self, size: int) -> mmap.mmap:
         with contextlib.suppress(IndexError):
-            while len(block := self._free.pop()) != size:  # of another size: let go
+            while len(block := self._free.pop()) != size:  # blocks of another size are freed
                 pass
             return block
         return mmap.mmap(-1, size)
@@ -274,11 +278,11 @@ def _pinned() -> bool:
     return torch.cuda.is_available()
 
 
-class _Ahead:
-    """A thread that runs an iterator at most `ahead` items in front of its reader."""
+class _Prefetcher:
+    """A thread that runs an iterator at most `prefetch` items ahead of its reader."""
 
-    def __init__(self, items: Iterator[Any], ahead: int) -> None:
-        self._ready: queue.Queue[tuple[str, Any]] = queue.Queue(max(ahead, 1))
+    def __init__(self, items: Iterator[Any], prefetch: int) -> None:
+        self._ready: queue.Queue[tuple[str, Any]] = queue.Queue(max(prefetch, 1))
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(items,), name="fastflower-loader", daemon=True
@@ -286,7 +290,7 @@ class _Ahead:
         self._thread.start()
 
     def next(self) -> tuple[str, Any]:
-        """("item", it), ("error", exception) or ("end", None)."""
+        """The next message: ("item", item), ("error", exception) or ("end", None)."""
         while not self._stop.is_set():
             try:
                 return self._ready.get(timeout=1.0)
@@ -296,6 +300,7 @@ class _Ahead:
         return "end", None
 
     def close(self) -> None:
+        """Stop the thread and wait for it."""
         self._stop.set()
         self._thread.join()
 
@@ -317,21 +322,21 @@ class _Ahead:
 
 
 def _run(loader: TrainLoader | EvalLoader, items: Iterator[Batch]) -> Iterator[Batch]:
-    """Iterate ahead; leaving early, by break, error or garbage collection, stops and joins the thread."""
-    ahead = _Ahead(items, loader.ahead)
-    loader._running.add(ahead)
+    """Iterate with prefetching; leaving early, by break, error or garbage collection, stops and joins the thread."""
+    prefetcher = _Prefetcher(items, loader.prefetch)
+    loader._running.add(prefetcher)
     try:
         while True:
-            kind, value = ahead.next()
+            kind, value = prefetcher.next()
             if kind == "error":
                 raise value
             if kind == "end":
                 return
             yield value
     finally:
-        ahead.close()
+        prefetcher.close()
 
 
 def _close(loader: TrainLoader | EvalLoader) -> None:
-    for ahead in list(loader._running):
-        ahead.close()
+    for prefetcher in list(loader._running):
+        prefetcher.close()

@@ -1,4 +1,4 @@
-"""Semi-supervised data: which labels count, and the two views of unlabelled images beside each labelled batch."""
+"""Semi-supervised data: the rows used with their labels, and two views of unlabelled images for each labelled batch."""
 
 from __future__ import annotations
 
@@ -19,73 +19,77 @@ from fastflower.data.loaders import Batch, Size, TrainLoader
 from fastflower.recipe import Recipe
 from fastflower.recipe.schema import Aug
 
-CHOICE, STREAM = 0x1A, 0x0B  # tags that separate these draws from others of the same seed
-WEAK, STRONG = 1 << 32, 2 << 32  # added to the seed: two views of an image are two crops
+LABELLED_TAG, ORDER_TAG = 0x1A, 0x0B  # separate these draws from others of the same seed
+WEAK_SEED, STRONG_SEED = 1 << 32, 2 << 32  # added to the seed: the two views are two crops
 
 
-def labelled_rows(labels: np.ndarray, per_class: int | None, *, seed: int, fold: int) -> np.ndarray:
-    """The rows whose labels count, int64, ascending: `per_class` of each class, drawn by seed and fold.
+def draw_labelled(labels: np.ndarray, per_class: int | None, *, seed: int, fold: int) -> np.ndarray:
+    """Draw `per_class` rows of each class by seed and fold, or all of a smaller class: int64, ascending.
 
-    labels: class_idx int64 (N,). A smaller class gives all it has; None: every row.
+    labels: class_idx int64 (N,). With per_class = None, every row is drawn.
     """
     if per_class is None:
         return np.arange(len(labels))
-    shuffled = seeding.generator(seed, fold, CHOICE).permutation(len(labels))
+    shuffled = seeding.generator(seed, fold, LABELLED_TAG).permutation(len(labels))
     chosen = [shuffled[labels[shuffled] == c][:per_class] for c in np.unique(labels)]
     return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
 
 
-def used_rows(recipe: Recipe, fold: FoldSet) -> np.ndarray:
-    """The rows of the fold's training part whose labels count, int64, ascending."""
-    number = fold.train.manifest["fold"]
-    return labelled_rows(fold.train.labels, recipe.data.labels_per_class, seed=recipe.seed, fold=number)
+def labelled_rows(recipe: Recipe, fold: FoldSet) -> np.ndarray:
+    """The rows of the fold's training beton that are used with their labels, int64, ascending."""
+    number = fold.train.origin.fold
+    return draw_labelled(fold.train.labels, recipe.data.labels_per_class, seed=recipe.seed, fold=number)
 
 
 def unlabelled_rows(recipe: Recipe, fold: FoldSet) -> tuple[Beton, np.ndarray]:
-    """The beton with the unlabelled images and their rows in it, int64: those of data.unlabelled, or what
-    data.labels_per_class leaves. Never an image that validates the fold. Raises InputError when there are none.
+    """The beton that holds the unlabelled images, and their rows in it, int64.
+
+    They come from data.unlabelled, less the images that validate the fold, or are the training images that
+    data.labels_per_class leaves over. Raises InputError if there are none.
     """
     if fold.unlabelled is None:
         key, beton = f"data.labels_per_class = {recipe.data.labels_per_class}", fold.train
-        rows = np.setdiff1d(np.arange(beton.rows), used_rows(recipe, fold))
+        rows = np.setdiff1d(np.arange(beton.rows), labelled_rows(recipe, fold))
     else:
         key, beton = f"data.unlabelled = {recipe.data.unlabelled}", fold.unlabelled
         held_out = {fold.folds.sha256[index] for index in fold.val.index}
         listed = read_csv(Path(recipe.data.home) / "unlabelled.csv", ("filename", "sha256"))
-        content = [listed[index]["sha256"] for index in beton.index]
-        rows = np.flatnonzero([sha256 not in held_out for sha256 in content])
-    if beton.images == 2:
-        raise InputError("semi.enabled=true learns from single images, these are pairs; set it to false")
+        rows = np.flatnonzero([listed[index]["sha256"] not in held_out for index in beton.index])
+    if beton.images_per_row == 2:
+        raise InputError(
+            "semi.enabled = true: the images are pairs, and it learns from single images only; use semi.enabled=false"
+        )
     if not len(rows):
         raise InputError(f"{key} leaves no image unlabelled; change it or set semi.enabled=false")
     return beton, rows
 
 
-def left_out(recipe: Recipe, fold: FoldSet) -> list[str]:
-    """A line when some of data.unlabelled validate the fold and are not learned from."""
+def exclusion_notice(recipe: Recipe, fold: FoldSet) -> list[str]:
+    """A notice if some images of data.unlabelled are left out because they validate the fold."""
     if fold.unlabelled is None:
         return []
     count = fold.unlabelled.rows - len(unlabelled_rows(recipe, fold)[1])
     return [f"{count} images of data.unlabelled validate this fold and are left out"] if count else []
 
 
-def stream(rows: np.ndarray, start: int, *, count: int, seed: int, fold: int) -> np.ndarray:
-    """Places start..start+count-1 of an endless stream, int64 (count,), in which every len(rows) are all rows once.
+def endless_rows(rows: np.ndarray, start: int, *, count: int, seed: int, fold: int) -> np.ndarray:
+    """Elements start..start+count-1 of an endless sequence of rows, int64 (count,).
 
-    Each turn through the rows has an order of its own.
+    The sequence goes through all rows again and again, each time in another random order.
     """
-    turns = range(start // len(rows), -(-(start + count) // len(rows)))
-    orders = [seeding.generator(seed, fold, turn, STREAM).permutation(rows) for turn in turns]
-    at = start % len(rows)
-    return np.concatenate([np.empty(0, np.int64), *orders])[at : at + count]
+    passes = range(start // len(rows), -(-(start + count) // len(rows)))
+    orders = [seeding.generator(seed, fold, number, ORDER_TAG).permutation(rows) for number in passes]
+    offset = start % len(rows)
+    return np.concatenate([np.empty(0, np.int64), *orders])[offset : offset + count]
 
 
-@dataclass(frozen=True)
-class Unlabelled:
-    """`mu` unlabelled images beside each labelled one, as pure functions of (seed, epoch, step).
+@dataclass(frozen=True, kw_only=True)
+class UnlabelledBatches:
+    """The `extras` of a TrainLoader: `mu` unlabelled images for each labelled one.
 
-    `batch(epoch)` are one rank's labelled images in a step and `steps(epoch)` the steps of an epoch. Labels that
-    a row may have are only passed on for counting how often a label made for it is right.
+    batch: epoch -> labelled images of one rank in a step. steps: epoch -> steps. size: epoch -> (height, width).
+    strong: None for methods that use the weak view alone. True labels, where rows have them, are passed on only to
+    measure the accuracy of pseudo-labels.
     """
 
     beton: Beton
@@ -104,41 +108,43 @@ class Unlabelled:
 
     def order(self, epoch: int) -> np.ndarray:
         """The rows of all ranks in an epoch, int64 (steps * world * batch * mu,)."""
-        start = sum(self._draws(past) for past in range(epoch))
-        return stream(self.rows, start, count=self._draws(epoch), seed=self.seed, fold=self.fold)
+        start = sum(self._draws(earlier) for earlier in range(epoch))
+        return endless_rows(self.rows, start, count=self._draws(epoch), seed=self.seed, fold=self.fold)
 
     def __call__(self, epoch: int, step: int) -> Iterator[Batch]:
-        """From a step on: weak, and strong if there is one, uint8 (B, mu, h, w, 3); strong_key, truth int64 (B, mu).
+        """Batches from a step on: weak and strong uint8 (B, mu, h, w, 3), strong_key and truth int64 (B, mu).
 
-        The first dimension is the labelled batch's, so that microbatches cut both alike.
+        Without a strong view there are weak and truth only. The first dimension equals that of the labelled batch, so
+        microbatches split both in the same way.
         """
-        weak = self._loader(self.weak, WEAK).batches(epoch, step)
+        weak_batches = self._loader(self.weak, WEAK_SEED).batches(epoch, step)
         if self.strong is None:
-            yield from ({"weak": self._beside(w["image"]), "truth": self._beside(w["label"])} for w in weak)
+            for weak in weak_batches:
+                yield {"weak": self._by_labelled(weak["image"]), "truth": self._by_labelled(weak["label"])}
             return
-        strong = self._loader(self.strong, STRONG).batches(epoch, step)
-        for w, s in zip(weak, strong, strict=True):
+        strong_batches = self._loader(self.strong, STRONG_SEED).batches(epoch, step)
+        for weak, strong in zip(weak_batches, strong_batches, strict=True):
             yield {
-                "weak": self._beside(w["image"]),
-                "truth": self._beside(w["label"]),
-                "strong": self._beside(s["image"]),
-                "strong_key": self._beside(s["key"]),
+                "weak": self._by_labelled(weak["image"]),
+                "truth": self._by_labelled(weak["label"]),
+                "strong": self._by_labelled(strong["image"]),
+                "strong_key": self._by_labelled(strong["key"]),
             }
 
     def _draws(self, epoch: int) -> int:
         return self.steps(epoch) * self.world * self.batch(epoch) * self.mu
 
-    def _beside(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _by_labelled(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(0, (-1, self.mu))
 
-    def _loader(self, crop: Crop, view: int) -> TrainLoader:
+    def _loader(self, crop: Crop, view_seed: int) -> TrainLoader:
         def batch(epoch: int) -> int:
             return self.batch(epoch) * self.mu
 
         return TrainLoader(
             self.beton,
             self.order,
-            seed=self.seed + view,
+            seed=self.seed + view_seed,
             batch=batch,
             size=self.size,
             crop=crop,
@@ -149,7 +155,7 @@ class Unlabelled:
 
 
 def strong_augmentation(recipe: Recipe) -> tuple[Aug, float]:
-    """What the device does to a strong view: the labelled images' augmentation with semi's RandAugment and erasing."""
+    """The augmentation of strong views and their erasing probability: the recipe's, with semi's RandAugment."""
     semi = recipe.semi
     aug = replace(recipe.aug, randaugment_n=semi.randaugment_n, randaugment_m=semi.randaugment_m)
     return aug, semi.erase_p

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 from fastflower.core import scores
-from fastflower.evaluation.logits import Logits
+from fastflower.evaluation.logits import Logits, LogitsInfo
+from fastflower.evaluation.records import TemperatureFit
 
 LOWEST, HIGHEST = 0.01, 100.0
 
@@ -19,20 +19,20 @@ def fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = Non
     """The T > 0 that minimises the (weighted) NLL of logits (N, C) / T; on log T, so it cannot leave (0, inf)."""
     z = logits.astype(np.float64)
     z -= z.max(1, keepdims=True)
-    own = z[np.arange(len(labels)), labels]
+    z_label = z[np.arange(len(labels)), labels]
 
     def loss(log_t: float) -> float:
         beta = math.exp(-log_t)
-        return float(np.average(logsumexp(z * beta, axis=1) - own * beta, weights=weights))
+        return float(np.average(logsumexp(z * beta, axis=1) - z_label * beta, weights=weights))
 
     bounds = (math.log(LOWEST), math.log(HIGHEST))
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
 
 
-def fit_set(data: Logits, fit_on: str, *, alpha: float, bins: int) -> dict[str, Any]:
-    """Fit T on a set of logits, `clean` or `combo`, and say what it does to NLL and ECE of the clean images.
+def fit_set(data: Logits[LogitsInfo], fit_on: str, *, alpha: float, bins: int) -> TemperatureFit:
+    """Fit T on the `clean` or the `combo` images of a set, with NLL and ECE of its clean images before and after.
 
-    combo: clean rows weigh alpha in all, corrupted rows (one view) 1 - alpha.
+    combo: the weights of clean images sum to alpha, those of corrupted images (one view) to 1 - alpha.
     """
     labels = data.class_idx
     if fit_on == "combo" and len(data.combos):
@@ -44,12 +44,12 @@ def fit_set(data: Logits, fit_on: str, *, alpha: float, bins: int) -> dict[str, 
         fit_on = "clean"
         t = fit(data.logits, labels)
     before, after = data.logits, data.logits / t
-    return {
-        "t": t,
-        "fit_on": fit_on,
-        "n": len(labels),
-        "nll_before": scores.nll(before, labels),
-        "nll_after": scores.nll(after, labels),
-        "ece_before": scores.ece(scores.softmax(before), labels, bins),
-        "ece_after": scores.ece(scores.softmax(after), labels, bins),
-    }
+    return TemperatureFit(
+        t=t,
+        fit_on=fit_on,
+        n=len(labels),
+        nll_before=scores.nll(before, labels),
+        nll_after=scores.nll(after, labels),
+        ece_before=scores.ece(scores.softmax(before), labels, bins),
+        ece_after=scores.ece(scores.softmax(after), labels, bins),
+    )

@@ -1,4 +1,4 @@
-"""Ways to combine runs, each scored honestly: whatever is fitted is fitted on other folds than it is scored on.
+"""Methods to combine runs, each fitted and scored on different folds.
 
 A run is a (backbone, seed) with its out-of-fold logits; `stack` is (M, N, C), M runs over the same N images.
 A method fits on one stack and returns a function from a stack to log-probabilities up to a constant (N, C).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,22 @@ from sklearn.model_selection import StratifiedKFold
 
 from fastflower.core import scores
 from fastflower.core.errors import InputError
-from fastflower.evaluation.logits import Logits, common, family_weights
+from fastflower.core.records import from_plain
+from fastflower.evaluation.logits import Logits, LogitsInfo, RunLogits, TrainedInfo, align, family_weights
+from fastflower.evaluation.records import EnsembleComparison, MethodScores
 from fastflower.recipe import Recipe
 from fastflower.recipe.schema import Bundle
 
-ROOM = 0.98  # of bundle.max_mb for weights; programs, code and tables take the rest
-BYTES = {"fp32": 2.0, "fp16": 1.0, "int8": 0.5}  # of a stored weight, against half precision
+WEIGHTS_FRACTION = 0.98  # of bundle.max_mb; programs, code and tables take the rest
+BYTES = {"fp32": 2.0, "fp16": 1.0, "int8": 0.5}  # of a stored parameter, against half precision
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Method = Callable[[np.ndarray, np.ndarray], Predict]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the members of each run cost in the hand-in, and the most that all may: megabytes, milliseconds an image."""
+    """Cost of each run or member in the hand-in (M,), and the limits of their sums: MB, and ms an image."""
 
     mb: np.ndarray
     ms: np.ndarray
@@ -41,52 +43,54 @@ class Budget:
     max_ms: float
 
     @classmethod
-    def of(cls, sets: list[Logits], limits: Bundle) -> Budget:
-        """What runs or members cost, as evaluate measured it and as they are stored, beside a recipe's limits."""
-        mb, ms = (np.array([run.about[key] for run in sets]) for key in ("mb", "ms"))
-        return cls(mb * BYTES[limits.dtype], ms, ROOM * limits.max_mb, limits.max_ms)
+    def of(cls, sets: Sequence[Logits[TrainedInfo]], limits: Bundle) -> Budget:
+        """The costs that evaluate measured, with weights as the bundle stores them, and a recipe's limits."""
+        mb = np.array([data.info.mb for data in sets]) * BYTES[limits.dtype]
+        ms = np.array([data.info.ms for data in sets])
+        return cls(mb=mb, ms=ms, max_mb=WEIGHTS_FRACTION * limits.max_mb, max_ms=limits.max_ms)
 
     @property
-    def any(self) -> bool:
-        """Whether any run fits alone."""
+    def any_fits(self) -> bool:
+        """True when at least one run fits alone."""
         return any(self.allows([m]) for m in range(len(self.mb)))
 
-    def check(self, what: str, noun: str) -> None:
-        """InputError when none fits."""
-        if not self.any:
+    def check(self, setting: str, noun: str) -> None:
+        """Raise InputError when none fits; the message begins with the recipe's setting that needs one."""
+        if not self.any_fits:
             raise InputError(
-                f"{what}: the smallest {noun} takes {self.mb.min():.1f} MB and {self.ms.min():.1f} ms, allowed are "
+                f"{setting}: the smallest {noun} takes {self.mb.min():.1f} MB and {self.ms.min():.1f} ms, allowed are "
                 f"{self.max_mb:.1f} MB and {self.max_ms:g} ms; raise bundle.max_mb or bundle.max_ms, or store int8"
             )
 
     def allows(self, chosen: list[int]) -> bool:
-        own = sorted(set(chosen))
-        return bool(self.mb[own].sum() <= self.max_mb and self.ms[own].sum() <= self.max_ms)
+        """True when the chosen runs together are within the limits; one chosen several times counts once."""
+        distinct = sorted(set(chosen))
+        return bool(self.mb[distinct].sum() <= self.max_mb and self.ms[distinct].sum() <= self.max_ms)
 
 
-def weighted(weights: np.ndarray) -> Predict:
+def weighted_logits(weights: np.ndarray) -> Predict:
     """The weighted mean of logits."""
     return lambda stack: np.tensordot(weights, stack.astype(np.float64), axes=1)
 
 
 def mean_logits(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    return weighted(np.full(len(stack), 1 / len(stack)))
+    return weighted_logits(np.full(len(stack), 1 / len(stack)))
 
 
 def mean_probabilities(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    return mixed(np.full(len(stack), 1 / len(stack)))
+    return weighted_probabilities(np.full(len(stack), 1 / len(stack)))
 
 
 def best_single(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    """The run with the highest top-1; of equal ones the first."""
+    """The run with the highest top-1; the first of equal ones."""
     hits = [(logits.argmax(1) == labels).mean() for logits in stack]
-    return weighted(np.eye(len(stack))[int(np.argmax(hits))])
+    return weighted_logits(np.eye(len(stack))[int(np.argmax(hits))])
 
 
 def learned_weights(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Weights w = softmax(v), (M,), that minimise the NLL of the weighted mean of logits at a free temperature.
 
-    Parameters are v and log T; equal weights are the start, L-BFGS with the exact gradient does the rest.
+    L-BFGS over v and log T with the exact gradient, from equal weights.
     """
     z = stack.astype(np.float64)
     runs, n, _ = z.shape
@@ -94,40 +98,39 @@ def learned_weights(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         w, beta = softmax(parameters[:-1]), np.exp(-parameters[-1])
-        mixed = np.tensordot(w, z, axes=1)
-        log_p = log_softmax(mixed * beta, axis=1)
+        mean = np.tensordot(w, z, axes=1)
+        log_p = log_softmax(mean * beta, axis=1)
         residual = np.exp(log_p)
         residual[rows, labels] -= 1
         by_weight = beta * np.einsum("mnc,nc->m", z, residual) / n
-        by_log_t = -beta * float((mixed * residual).sum()) / n
+        by_log_t = -beta * float((mean * residual).sum()) / n
         gradient = np.append(w * (by_weight - w @ by_weight), by_log_t)
         return -float(log_p[rows, labels].mean()), gradient
 
-    found = minimize(
-        loss, np.zeros(runs + 1), jac=True, method="L-BFGS-B", bounds=[(-8, 8)] * runs + [(-4.6, 4.6)]
-    )
-    return softmax(found.x[:-1])
+    bounds = [(-8, 8)] * runs + [(-4.6, 4.6)]
+    solution = minimize(loss, np.zeros(runs + 1), jac=True, method="L-BFGS-B", bounds=bounds)
+    return softmax(solution.x[:-1])
 
 
 def mixture_weights(stack: np.ndarray, labels: np.ndarray, rounds: int = 10_000) -> np.ndarray:
     """Weights (M,) that minimise the NLL of the weighted mean of probabilities.
 
-    The optimum of seed 002's learned fusion, softmax-normalised weights on each model's probabilities, reached by
-    expectation-maximisation: the likelihood is concave in the weights and each round raises it.
+    By expectation-maximisation: the likelihood is concave in the weights and each round raises it. Gradient descent
+    on softmax-normalised weights has the same optimum.
     """
     rows = np.arange(len(labels))
     p = np.stack([softmax(logits.astype(np.float64), axis=1)[rows, labels] for logits in stack])
     p = np.maximum(p, 1e-30)  # (M, N)
     w = np.full(len(p), 1 / len(p))
     for _ in range(rounds):
-        share = w[:, None] * p
-        before, w = w, (share / share.sum(0)).mean(1)
+        joint = w[:, None] * p
+        before, w = w, (joint / joint.sum(0)).mean(1)
         if np.abs(w - before).max() < 1e-9:
             break
     return w
 
 
-def mixed(weights: np.ndarray) -> Predict:
+def weighted_probabilities(weights: np.ndarray) -> Predict:
     """The weighted mean of probabilities."""
 
     def predict(stack: np.ndarray) -> np.ndarray:
@@ -140,9 +143,10 @@ def mixed(weights: np.ndarray) -> Predict:
 def greedy_weights(
     stack: np.ndarray, labels: np.ndarray, *, budget: Budget | None = None, rounds: int = 20
 ) -> np.ndarray:
-    """Greedy selection with replacement by NLL (Caruana et al. 2004, Ensemble Selection from Libraries of Models).
+    """Weights (M,) by greedy selection with replacement (Caruana et al. 2004, Ensemble Selection from Libraries of
+    Models).
 
-    Each round adds the run that helps most and fits the budget; it stops when none helps. Returns weights (M,).
+    Each round adds the run within the budget that lowers the NLL most; it stops when none lowers it.
     """
     z = stack.astype(np.float64)
     chosen: list[int] = []
@@ -159,13 +163,13 @@ def greedy_weights(
 
 
 def features(stack: np.ndarray) -> np.ndarray:
-    """Centred log-probabilities (N, M * C) for a meta-learner."""
+    """The inputs of a meta-learner: log-probabilities (N, M * C)."""
     runs, n, classes = stack.shape
     return log_softmax(stack.astype(np.float64), axis=2).transpose(1, 0, 2).reshape(n, runs * classes)
 
 
-def stacked(model: Any, classes: int) -> Predict:
-    """A fitted meta-learner as a Predict; classes it never saw get a very small probability."""
+def meta_learner(model: Any, classes: int) -> Predict:
+    """The predictions of a fitted meta-learner; classes absent from its training images get probability 1e-12."""
 
     def predict(stack: np.ndarray) -> np.ndarray:
         log_p = np.full((stack.shape[1], classes), np.log(1e-12))
@@ -179,17 +183,17 @@ def logistic(stack: np.ndarray, labels: np.ndarray) -> Predict:
     """Multinomial logistic regression on the runs' log-probabilities."""
     model = LogisticRegression(C=0.01, max_iter=100)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", category=UserWarning
-        )  # not converged in 100 steps is good enough here
+        # 100 steps are enough, converged or not
+        warnings.simplefilter("ignore", category=UserWarning)
         model.fit(features(stack), labels)
-    return stacked(model, stack.shape[2])
+    return meta_learner(model, stack.shape[2])
 
 
 def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    """Gradient-boosted trees on the same features; seed 003's stacking.
+    """Gradient-boosted trees on the same features.
 
-    A tree for each class and round; each sees about 64 of the features, or a hundred classes would take an hour.
+    There is a tree for each class and round; each uses about 64 of the features, as with all of them a hundred
+    classes would take an hour.
     """
     from lightgbm import LGBMClassifier
 
@@ -206,21 +210,21 @@ def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
         verbose=-1,
     )
     model.fit(features(stack), labels)
-    return stacked(model, stack.shape[2])
+    return meta_learner(model, stack.shape[2])
 
 
-def hand_weights(sets: list[Logits], given: Any) -> np.ndarray:
-    """ensembling.weights as weights (M,) that sum to 1; a backbone's weight is shared by its seeds.
+def hand_weights(sets: Sequence[RunLogits], given: Any) -> np.ndarray:
+    """ensembling.weights as weights (M,) that sum to 1; a backbone's weight is split evenly over its seeds.
 
     Raises InputError for anything but weights >= 0 for every run, by backbone or by `<backbone> seed <seed>`.
     """
-    backbones, names = [str(run.about["backbone"]) for run in sets], [run.name for run in sets]
+    backbones, names = [run.info.backbone for run in sets], [run.name for run in sets]
     known = f"one for each of {', '.join(dict.fromkeys([*backbones, *names]))}"
     if not isinstance(given, dict):
         raise InputError(f"ensembling.weights = {given}: must be a map of weights, {known}")
-    strange = [key for key in given if key not in (*backbones, *names)]
-    if strange:
-        raise InputError(f"ensembling.weights: no run is called {strange[0]}; give {known}")
+    unknown = [key for key in given if key not in (*backbones, *names)]
+    if unknown:
+        raise InputError(f"ensembling.weights: no run is called {unknown[0]}; give {known}")
     weights = np.empty(len(sets))
     for m, (backbone, name) in enumerate(zip(backbones, names, strict=True)):
         if name not in given and backbone not in given:
@@ -234,14 +238,14 @@ def hand_weights(sets: list[Logits], given: Any) -> np.ndarray:
     return weights / weights.sum()
 
 
-def run_weights(sets: list[Logits], recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """The weights by which an experiment's runs are fused: (M, N) for honest scores, and (M,) to hand in.
+def run_weights(sets: Sequence[RunLogits], recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """The weights by which an experiment's runs are fused: (M, N) to score, and (M,) to hand in.
 
-    Learned and greedy weights of an image's part are fitted on the other parts; those to hand in on all. InputError
-    when greedy ones have no run that fits bundle's limits.
+    Learned and greedy weights that score a part of the images are fitted on the other parts, those to hand in on
+    all. Raises InputError when weighting is greedy and no run fits bundle's limits.
     """
-    aligned, weighting = common(sets), recipe.ensembling.weighting
-    backbones = [str(run.about["backbone"]) for run in sets]
+    aligned, weighting = align(sets), recipe.ensembling.weighting
+    backbones = [run.info.backbone for run in sets]
     fixed = {
         "flat": lambda: np.full(len(sets), 1 / len(sets)),
         "family": lambda: family_weights(backbones),
@@ -260,29 +264,32 @@ def run_weights(sets: list[Logits], recipe: Recipe) -> tuple[np.ndarray, np.ndar
         return learned_weights(stack, labels)
 
     stack = np.stack([run.logits for run in aligned])
-    labels, parts = aligned[0].class_idx, splits(aligned[0])
+    labels, parts = aligned[0].class_idx, scoring_parts(aligned[0])
     by_image = np.empty(stack.shape[:2])
     for part in np.unique(parts):
-        own = parts == part
-        by_image[:, own] = fit(stack[:, ~own], labels[~own])[:, None]
+        inside = parts == part
+        by_image[:, inside] = fit(stack[:, ~inside], labels[~inside])[:, None]
     return by_image, fit(stack, labels)
 
 
-def methods(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, Method]:
-    """Every method by the name it has in tables; those that need several runs are left out for one."""
+def methods(sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None) -> dict[str, Method]:
+    """Every method by its name in tables; those that need several runs are left out for one."""
     table: dict[str, Method] = {"best single": best_single}
     if len(sets) > 1:
         table["mean of logits"] = mean_logits
         table["mean of probabilities"] = mean_probabilities
-        backbones = [str(s.about["backbone"]) for s in sets]
+        backbones = [run.info.backbone for run in sets]
         if 1 < len(set(backbones)) < len(backbones):
-            table["mean by backbone"] = lambda stack, labels: weighted(family_weights(backbones))
-        if hand is not None:
-            table["hand-set weights"] = lambda stack, labels: weighted(hand_weights(sets, hand))
-        table["learned weights"] = lambda stack, labels: weighted(learned_weights(stack, labels))
-        table["learned mixture"] = lambda stack, labels: mixed(mixture_weights(stack, labels))
-        if budget.any:
-            table["greedy in budget"] = lambda stack, labels: weighted(
+            table["mean by backbone"] = lambda stack, labels: weighted_logits(family_weights(backbones))
+        if given_weights is not None:
+            by_hand = hand_weights(sets, given_weights)
+            table["hand-set weights"] = lambda stack, labels: weighted_logits(by_hand)
+        table["learned weights"] = lambda stack, labels: weighted_logits(learned_weights(stack, labels))
+        table["learned mixture"] = lambda stack, labels: weighted_probabilities(
+            mixture_weights(stack, labels)
+        )
+        if budget.any_fits:
+            table["greedy in budget"] = lambda stack, labels: weighted_logits(
                 greedy_weights(stack, labels, budget=budget)
             )
     table["logistic stacking"] = logistic
@@ -291,7 +298,7 @@ def methods(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, M
     return table
 
 
-def splits(data: Logits) -> np.ndarray:
+def scoring_parts(data: Logits[LogitsInfo]) -> np.ndarray:
     """The part (N,) each image is scored in: its fold, or five stratified parts when there is only one fold."""
     if len(np.unique(data.fold)) > 1:
         return data.fold
@@ -305,24 +312,26 @@ def splits(data: Logits) -> np.ndarray:
     return parts
 
 
-def nested(method: Method, stack: np.ndarray, *, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+def nested_predictions(
+    method: Method, stack: np.ndarray, *, labels: np.ndarray, parts: np.ndarray
+) -> np.ndarray:
     """Predictions (N, C) where each part is predicted by a method fitted on all the others."""
     log_p = np.empty(stack.shape[1:], dtype=np.float64)
     for part in np.unique(parts):
-        own = parts == part
-        log_p[own] = method(stack[:, ~own], labels[~own])(stack[:, own])
+        inside = parts == part
+        log_p[inside] = method(stack[:, ~inside], labels[~inside])(stack[:, inside])
     return log_p
 
 
-def compare(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, Any]:
-    """Every method's nested scores beside the best single run's, its cost, and the weights fitted on all images."""
-    stack = np.stack([s.logits for s in sets])
-    labels, parts = sets[0].class_idx, splits(sets[0])
-    rows, base, names = [], None, [s.name for s in sets]
-    single = [float((s.logits.argmax(1) == labels).mean()) for s in sets]
-    table = methods(sets, budget, hand)
+def compare(sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None) -> EnsembleComparison:
+    """Every method's nested scores, gain over the best single run and cost, and its weights fitted on all images."""
+    stack = np.stack([run.logits for run in sets])
+    labels, parts = sets[0].class_idx, scoring_parts(sets[0])
+    names = [run.name for run in sets]
+    single = [float((run.logits.argmax(1) == labels).mean()) for run in sets]
+    table = methods(sets, budget, given_weights)
     fits: dict[str, Callable[[], np.ndarray]] = {
-        "hand-set weights": lambda: hand_weights(sets, hand),
+        "hand-set weights": lambda: hand_weights(sets, given_weights),
         "learned weights": lambda: learned_weights(stack, labels),
         "learned mixture": lambda: mixture_weights(stack, labels),
         "greedy in budget": lambda: greedy_weights(stack, labels, budget=budget),
@@ -330,21 +339,26 @@ def compare(sets: list[Logits], budget: Budget, hand: Any = None) -> dict[str, A
     weights = {
         name: dict(zip(names, fit().tolist(), strict=True)) for name, fit in fits.items() if name in table
     }
+    rows: list[MethodScores] = []
+    base: np.ndarray | None = None  # hits of the first method, the best single run
     for name, method in table.items():
-        log_p = nested(method, stack, labels=labels, parts=parts)
+        log_p = nested_predictions(method, stack, labels=labels, parts=parts)
         hits = log_p.argmax(1) == labels
         base = hits if base is None else base
         gains = [float(hits[parts == part].mean() - base[parts == part].mean()) for part in np.unique(parts)]
-        row = {"method": name, **scores.scores(log_p, labels), "gain": float(hits.mean() - base.mean())}
-        rows.append({**row, "gains": gains, **cost(name, weights.get(name), single=single, budget=budget)})
-    found = {"n": len(labels), "parts": len(np.unique(parts)), "runs": names, "single": single, "rows": rows}
-    return {**found, "weights": weights}
+        gain = float(hits.mean() - base.mean())
+        cost = hand_in_cost(name, weights.get(name), single=single, budget=budget)
+        row = {**scores.scores(log_p, labels), "method": name, "gain": gain, "gains": gains, **cost}
+        rows.append(from_plain(MethodScores, row))
+    return EnsembleComparison(
+        n=len(labels), parts=len(np.unique(parts)), runs=names, single=single, rows=rows, weights=weights
+    )
 
 
-def cost(
+def hand_in_cost(
     method: str, weights: dict[str, float] | None, *, single: list[float], budget: Budget
-) -> dict[str, Any]:
-    """What a method's hand-in takes, in megabytes and milliseconds an image, and whether that is allowed.
+) -> dict[str, float | None]:
+    """`mb` and `ms` an image of a method's hand-in, and `fits`: both are within the limits.
 
     A meta-learner has no cost: a hand-in of torch alone cannot run it.
     """

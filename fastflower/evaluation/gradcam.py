@@ -1,6 +1,6 @@
 """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) through captum, for maps (NCHW, NHWC) and for tokens.
 
-Shows where in the image the network finds a class, and how much of that lies at the image's border.
+A map shows the evidence for a class by position in the image; the fraction at the image's border is reported too.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,29 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
-from fastflower.core import checkpoint, files, runs
+from fastflower.core import files, runs
 from fastflower.core.errors import InputError
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import open_beton
 from fastflower.data.loaders import eval_images
-from fastflower.data.readers.image_files import jpeg, small
-from fastflower.evaluation import gradcam
+from fastflower.data.readers.image_files import thumbnail, thumbnail_jpeg
 from fastflower.evaluation.inference import load_network
-from fastflower.evaluation.logits import Logits
+from fastflower.evaluation.logits import MemberLogits
+from fastflower.evaluation.records import ErrorAnalysis, ImageScores
 from fastflower.model.compare import CompareNet
+from fastflower.model.member import MemberMeta, load_member
 from fastflower.recipe import Recipe
 
-COARSEST = 4  # a map of 2 x 2, as small images leave it, shows nothing
+COARSEST = 4  # positions a side; a map of 2 x 2, the last of small images, shows nothing
 BORDER = 1 / 8  # of each side
-EVEN = 1 - (1 - 2 * BORDER) ** 2  # the border's share of a map that is the same everywhere
+EVEN = 1 - (1 - 2 * BORDER) ** 2  # fraction of a constant map at the border
+COUNTED = 48  # right and wrong images each whose fraction at the border is measured
+SHOWN = 6  # of them, as pictures
+BATCH = 8
 
 
 class Probe(nn.Module):
-    """Passes on a map (B, C, h, w): the layer whose gradients are read."""
+    """The identity on a map (B, C, h, w): the layer whose gradients captum reads."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -43,10 +48,9 @@ class Probe(nn.Module):
 
 @contextmanager
 def probed(network: nn.Module, sample: Tensor) -> Iterator[list[Probe]]:
-    """Put a Probe where the network last has a spatial map, for the length of the block; two in a network that
-    compares pairs, which has a map of either image.
+    """Context manager: a Probe on the network's last spatial map, two in a network that compares pairs of images.
 
-    Token networks get it before their last block, where every patch still reaches the output.
+    In token networks it sits before the last block, where every patch still reaches the output.
     """
     backbone: Any = getattr(network, "backbone", network)
     blocks: Any = getattr(backbone, "blocks", None)
@@ -55,7 +59,7 @@ def probed(network: nn.Module, sample: Tensor) -> Iterator[list[Probe]]:
         prefix = int(getattr(backbone, "num_prefix_tokens", 1))
         grid = tuple(int(n) for n in backbone.patch_embed.dynamic_feat_size(sample.shape[-2:]))
         probe = Probe()
-        chosen = [probe]
+        yielded = [probe]
 
         def tokens(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]  # (B, prefix + h * w, C)
@@ -65,19 +69,22 @@ def probed(network: nn.Module, sample: Tensor) -> Iterator[list[Probe]]:
 
         handle = blocks[-1].register_forward_pre_hook(tokens)
     else:
-        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
-        module, times = _last_map(network, sample, channels_last=last)
+        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        module, times = _last_map(network, sample, channels_last=channels_last)
         probes = [Probe() for _ in range(times)]
-        turns, each = itertools.cycle(probes), times // (2 if isinstance(backbone, CompareNet) else 1)
-        chosen = probes[each - 1 :: each]
+        next_probe, per_image = (
+            itertools.cycle(probes),
+            times // (2 if isinstance(backbone, CompareNet) else 1),
+        )
+        yielded = probes[per_image - 1 :: per_image]  # the last run of the module for each image
 
         def maps(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            probe = next(turns)
-            return probe(out.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else probe(out)
+            probe = next(next_probe)
+            return probe(out.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if channels_last else probe(out)
 
         handle = module.register_forward_hook(maps)
     try:
-        yield chosen
+        yield yielded
     finally:
         handle.remove()
 
@@ -85,8 +92,7 @@ def probed(network: nn.Module, sample: Tensor) -> Iterator[list[Probe]]:
 def attribute(network: nn.Module, images: Tensor, targets: Tensor) -> np.ndarray:
     """Grad-CAM of float images (B, 3, H, W) for class_idx targets (B,): float32 (B, H, W), each image's sum is 1.
 
-    An image in which nothing speaks for its target has a map of zeros. The maps of a pair lie side by side,
-    as its images do.
+    An image without evidence for its target has a map of zeros. The maps of a pair lie side by side, as its images.
     """
     with torch.enable_grad(), probed(network, images[:1]) as probes:
         inputs = images.detach().requires_grad_()
@@ -101,21 +107,21 @@ def attribute(network: nn.Module, images: Tensor, targets: Tensor) -> np.ndarray
     return (maps / torch.where(total > 0, total, torch.ones_like(total))).cpu().numpy()
 
 
-def border_share(maps: np.ndarray, sides: int = 1) -> np.ndarray:
-    """The share (B,) of each map (B, H, W) that lies in the outer eighth on each side; EVEN when spread evenly.
+def border_fraction(maps: np.ndarray, images: int = 1) -> np.ndarray:
+    """The fraction (B,) of each map (B, H, W) in the outer eighth on each side; NaN for a map of zeros.
 
-    With `sides` = 2 each is the map of a pair, and either half has a border of its own.
+    It is EVEN for a constant map. With `images` = 2 each is the map of a pair, whose halves have borders each.
     """
-    height, width = maps.shape[1], maps.shape[2] // sides
+    height, width = maps.shape[1], maps.shape[2] // images
     top, left = round(height * BORDER), round(width * BORDER)
-    halves = maps.reshape(len(maps), height, sides, width)
+    halves = maps.reshape(len(maps), height, images, width)
     inner = halves[:, top : height - top, :, left : width - left].sum((1, 2, 3))
     total = maps.sum((1, 2))
     return np.where(total > 0, 1 - inner / np.where(total > 0, total, 1), np.nan)
 
 
 def overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """An image uint8 (H, W, 3) dimmed where the map (H, W) is low, so that colours stay what they are."""
+    """An image uint8 (H, W, 3) dimmed where the map (H, W) is low; its hues stay."""
     light = cam / max(float(cam.max()), 1e-12)
     return (image * (0.15 + 0.85 * light[..., None])).round().astype(np.uint8)
 
@@ -130,127 +136,141 @@ def _yields_tokens(network: nn.Module, blocks: nn.Sequential, sample: Tensor) ->
 
 
 def _last_map(network: nn.Module, sample: Tensor, *, channels_last: bool) -> tuple[nn.Module, int]:
-    """The module that last yields a map of COARSEST x COARSEST positions or more, and how often it runs; failing
-    that, the finest.
+    """The last module with a map of COARSEST x COARSEST positions or more, and how often it runs in a forward pass.
+
+    Without such a map it is the last with the finest; InputError without any.
     """
-    found: list[tuple[int, nn.Module]] = []
+    outputs: list[tuple[int, nn.Module]] = []  # shorter side of the map, or 0
 
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         spatial = isinstance(out, Tensor) and out.ndim == 4
-        found.append((min(out.shape[1:3] if channels_last else out.shape[2:]) if spatial else 0, module))
+        outputs.append((min(out.shape[1:3] if channels_last else out.shape[2:]) if spatial else 0, module))
 
     handles = [module.register_forward_hook(note) for module in network.modules()]
     with torch.no_grad():
         network(sample)
     for handle in handles:
         handle.remove()
-    finest = max(side for side, _ in found)
+    finest = max(side for side, _ in outputs)
     if not finest:
         raise InputError("Grad-CAM: the network has no spatial map")
-    last = [module for side, module in found if side >= min(COARSEST, finest)][-1]
-    return last, sum(module is last for _, module in found)
+    last = [module for side, module in outputs if side >= min(COARSEST, finest)][-1]
+    return last, sum(module is last for _, module in outputs)
 
 
-COUNTED = 48  # images of each kind whose border share is measured
-SHOWN = 6  # of them, as pictures
-BATCH = 8
+@dataclass(frozen=True)
+class Example:
+    """A rightly or wrongly predicted image, and whether its maps become pictures."""
+
+    scores: ImageScores
+    right: bool
+    shown: bool
+
+    @property
+    def targets(self) -> list[int]:
+        """The class_idx to explain: the prediction, and in pictures of wrong images the label too."""
+        guess, label = self.scores.guess, self.scores.label
+        return list(dict.fromkeys([guess, label])) if self.shown else [guess]
 
 
-def save(
-    folder: Path, members: list[Logits], *, found: dict[str, Any], settings: Recipe, device: torch.device
-) -> None:
-    """Write one JPEG for each shown image and class, and gradcam.json; one seed of each backbone.
+@dataclass(frozen=True)
+class Map:
+    """The map (H, W) of an example for a target, its fraction at the border, and the pixels uint8 (H, W, 3).
 
-    Wrong images get two pictures: what speaks for the prediction, and what speaks for the label.
+    W is that of both images of a pair.
     """
+
+    example: Example
+    target: int
+    cam: np.ndarray
+    border: float
+    pixels: np.ndarray
+
+
+def write_gradcam(
+    folder: Path,
+    members: list[MemberLogits],
+    *,
+    analysis: ErrorAnalysis,
+    settings: Recipe,
+    device: torch.device,
+) -> None:
+    """Write a JPEG for each shown image and target, and gradcam.json, for the lowest seed of each backbone."""
     for old in folder.glob("*.jpg"):
         old.unlink()
-    examples = [(row, False) for row in found["mistakes"][:COUNTED]] + [
-        (row, True) for row in found["right"][:COUNTED]
+    examples = [
+        Example(image, right, rank < SHOWN)
+        for right, images in ((False, analysis.mistakes), (True, analysis.right))
+        for rank, image in enumerate(images[:COUNTED])
     ]
-    shown = {
-        row["index"]
-        for right in (False, True)
-        for row in [r for r, kind in examples if kind is right][:SHOWN]
-    }
-    images: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
     border: list[dict[str, Any]] = []
-    for backbone in dict.fromkeys(member.run[0] for member in members):
-        seed = min(member.run[1] for member in members if member.run[0] == backbone)
-        shares: dict[bool, list[float]] = {False: [], True: []}
+    for backbone in dict.fromkeys(member.info.backbone for member in members):
+        seed = min(member.info.seed for member in members if member.info.backbone == backbone)
+        fractions: dict[bool, list[float]] = {False: [], True: []}
         for member in (member for member in members if member.run == (backbone, seed)):
-            own = [example for example in examples if example[0]["fold"] == member.about["fold"]]
-            for row, right, target, cam, share, pixels in _maps(
-                member, own, shown=shown, settings=settings, device=device
-            ):
-                if target == row["guess"] and share == share:
-                    shares[right].append(share)
-                if row["index"] in shown:
-                    name = f"{backbone}__row{row['index']}_class{target}.jpg"
-                    files.write_atomic(folder / name, jpeg(small(gradcam.overlay(pixels, cam))))
-                    about = {key: row[key] for key in ("index", "filename", "label", "guess")}
-                    about |= {
-                        "backbone": backbone,
-                        "right": right,
-                        "target": target,
-                        "file": name,
-                        "border": share,
-                    }
-                    images.append(about)
-        border.append({"backbone": backbone, "wrong": _mean(shares[False]), "right": _mean(shares[True])})
-    files.write_json(folder / "gradcam.json", {"even": gradcam.EVEN, "border": border, "images": images})
+            for result in _maps(member, examples, settings=settings, device=device):
+                example, image = result.example, result.example.scores
+                if result.target == image.guess and not np.isnan(result.border):
+                    fractions[example.right].append(result.border)
+                if example.shown:
+                    name = f"{backbone}__row{image.index}_class{result.target}.jpg"
+                    picture = thumbnail(overlay(result.pixels, result.cam))
+                    files.write_atomic(folder / name, thumbnail_jpeg(picture))
+                    pictures.append(
+                        {
+                            "index": image.index,
+                            "filename": image.filename,
+                            "label": image.label,
+                            "guess": image.guess,
+                            "backbone": backbone,
+                            "right": example.right,
+                            "target": result.target,
+                            "file": name,
+                            "border": result.border,
+                        }
+                    )
+        border.append(
+            {"backbone": backbone, "wrong": _mean(fractions[False]), "right": _mean(fractions[True])}
+        )
+    files.write_json(folder / "gradcam.json", {"even": EVEN, "border": border, "images": pictures})
 
 
-def _mean(shares: list[float]) -> dict[str, Any]:
-    return {"n": len(shares), "mean": float(np.mean(shares)) if shares else None}
+def _mean(fractions: list[float]) -> dict[str, Any]:
+    return {"n": len(fractions), "mean": float(np.mean(fractions)) if fractions else None}
 
 
 def _maps(
-    member: Logits,
-    examples: list[tuple[dict[str, Any], bool]],
-    *,
-    shown: set[int],
-    settings: Recipe,
-    device: torch.device,
-) -> Iterable[tuple[dict[str, Any], bool, int, np.ndarray, float, np.ndarray]]:
-    """(image, right, class_idx, map (H, W), its share at the border, pixels uint8 (H, W, 3)) for every map that is
-    wanted of a member; of pairs W is that of both images.
-    """
-    if not examples:
-        return
-    beton = open_beton(fold_set.beton_path(Path(settings.data.home), int(member.about["fold"]), "val"))
-    place = {int(index): row for row, index in enumerate(beton.index)}
-    network, meta = _network(settings, member, device)
-    height, width = meta["size"]
+    member: MemberLogits, examples: list[Example], *, settings: Recipe, device: torch.device
+) -> Iterable[Map]:
+    """The maps of a member for those examples that it was validated on."""
+    fold = member.info.fold
     tasks = [
-        (row, right, target)
-        for row, right in examples
-        for target in _targets(row, both=row["index"] in shown)
+        (example, target) for example in examples if example.scores.fold == fold for target in example.targets
     ]
+    if not tasks:
+        return
+    beton = open_beton(fold_set.beton_path(Path(settings.data.home), fold, "val"))
+    row_of = {int(index): row for row, index in enumerate(beton.index)}
+    network, meta = _network(settings, member, device)
     for start in range(0, len(tasks), BATCH):
-        part = tasks[start : start + BATCH]
-        rows = np.array([place[row["index"]] for row, _, _ in part], np.int64)
+        batch = tasks[start : start + BATCH]
         pixels = eval_images(
             beton,
-            rows,
-            size=(height, width),
-            factor=meta["resize_factor"],
-            interpolation=meta["interpolation"],
+            np.array([row_of[example.scores.index] for example, _ in batch], np.int64),
+            size=meta.size,
+            factor=meta.resize_factor,
+            interpolation=meta.interpolation,
             threads=settings.data.workers,
         )
         images = pixels.to(device).permute(0, 3, 1, 2).float()
-        targets = torch.tensor([target for _, _, target in part], device=device)
-        cams = gradcam.attribute(network, images, targets)
-        shares = gradcam.border_share(cams, beton.images).tolist()
-        for task, *found in zip(part, cams, shares, pixels.numpy(), strict=True):
-            yield *task, *found
+        cams = attribute(network, images, torch.tensor([target for _, target in batch], device=device))
+        fractions = border_fraction(cams, beton.images_per_row).tolist()
+        for i, (example, target) in enumerate(batch):
+            yield Map(example, target, cam=cams[i], border=fractions[i], pixels=pixels[i].numpy())
 
 
-def _targets(row: dict[str, Any], *, both: bool) -> list[int]:
-    return list(dict.fromkeys([row["guess"], row["label"]] if both else [row["guess"]]))
-
-
-def _network(settings: Recipe, member: Logits, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    path = runs.MODELS / settings.exp.name / str(member.about["checkpoint"])
-    saved = checkpoint.load(path)
+def _network(settings: Recipe, member: MemberLogits, device: torch.device) -> tuple[nn.Module, MemberMeta]:
+    path = runs.MODELS / settings.exp.name / member.info.checkpoint
+    saved = load_member(path)
     return load_network(saved, path, device), saved.meta

@@ -1,36 +1,100 @@
-"""Out-of-fold logits: one file for each member, assembled so that every image occurs exactly once.
-
-`Logits` holds what a member says about its own validation part, a whole out-of-fold set, or a fusion of
-several; everything downstream reads only this.
-"""
+"""Out-of-fold logits: one file for each member, assembled into sets in which every image occurs exactly once."""
 
 from __future__ import annotations
 
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from fastflower.core import files
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.data.labels import differing
+from fastflower.core.records import from_plain, to_plain
+from fastflower.data.labels import class_differences
+from fastflower.evaluation.records import REMEDY
 
-BY_IMAGE = ("logits", "single", "class_idx", "index", "fold", "filename")
-ARRAYS = (*BY_IMAGE, "corrupt", "combos")
+PER_IMAGE = ("logits", "single", "class_idx", "index", "fold", "filename")
+ARRAYS = (*PER_IMAGE, "corrupt", "combos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsInfo:
+    """Description of a set of logits; the hashes are those of classes.csv and folds.csv."""
+
+    name: str
+    class_ids: list[str]
+    class_hash: str
+    folds_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedInfo(LogitsInfo):
+    """Description of a member or of a run; mb: of weights in half precision, ms: all views of one image."""
+
+    backbone: str
+    seed: int
+    mb: float
+    ms: float
+
+    @property
+    def run(self) -> tuple[str, int]:
+        """The run it belongs to."""
+        return self.backbone, self.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberInfo(TrainedInfo):
+    """A member and the way it was evaluated: the description inside its .npz of logits.
+
+    seal: checksum of the checkpoint, None without one; stored: clean top-1 that training measured; size: (height,
+    width) at the end of training; views: (height, width, mirrored) of each.
+    """
+
+    FORMAT: ClassVar[int] = 2
+
+    kind: str = "logits"
+    checkpoint: str
+    seal: int | None
+    fold: int
+    epoch: int
+    weights: str
+    head: str
+    stored: float | None
+    size: tuple[int, int]
+    views: list[tuple[int, int, bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo(TrainedInfo):
+    """A run, the members of one (backbone, seed); mb and ms are the sums over its members."""
+
+    folds: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedInfo(LogitsInfo):
+    """The weighted mean of runs, by their names."""
+
+    folds: list[int]
+    runs: list[str]
+
+
+Info = TypeVar("Info", bound=LogitsInfo, covariant=True)
+T = TypeVar("T", bound=LogitsInfo)
 
 
 @dataclass(frozen=True)
-class Logits:
-    """N images, C classes, K corruptions.
+class Logits(Generic[Info]):
+    """The logits of a member on its validation images, of a run over its folds, or of several runs fused.
 
-    logits (N, C) float32: mean over the views; single (N, C): one view at the trained size;
-    corrupt (K, N, C): one view of each corrupted copy; class_idx, index (row of folds.csv), fold (N,) int64;
-    filename (N,) str; combos (K, 2) str: kind and level; about: plain description of the member or set.
+    N images, C classes, K corruptions. logits (N, C) float32: mean over the views; single (N, C): one view at the
+    trained size; corrupt (K, N, C): one view of each corrupted copy; class_idx, index (row of folds.csv), fold (N,)
+    int64; filename (N,) str; combos (K, 2) str: kind and level.
     """
 
     logits: np.ndarray
@@ -41,89 +105,99 @@ class Logits:
     fold: np.ndarray
     filename: np.ndarray
     combos: np.ndarray
-    about: dict[str, Any]
+    info: Info
 
     def __len__(self) -> int:
         return len(self.class_idx)
 
     @property
     def name(self) -> str:
-        """What messages and tables call it."""
-        return str(self.about.get("name", "logits"))
+        """Its name in messages and tables."""
+        return self.info.name
 
     @property
-    def run(self) -> tuple[str, int]:
-        """The (backbone, seed) a member belongs to."""
-        return str(self.about["backbone"]), int(self.about["seed"])
+    def run(self: Logits[TrainedInfo]) -> tuple[str, int]:
+        """The (backbone, seed) of a member or a run."""
+        return self.info.run
 
-    def take(self, rows: np.ndarray) -> Logits:
-        """The same set, only these rows (N',), in this order."""
-        parts = {name: getattr(self, name)[rows] for name in BY_IMAGE}
-        return replace(self, corrupt=self.corrupt[:, rows], **parts)
-
-
-def member_file(folder: Path, about: Mapping[str, Any]) -> Path:
-    """Where the logits of the member that `about` describes lie."""
-    return folder / f"{about['backbone']}__fold{about['fold']}_seed{about['seed']}.npz"
+    def take(self, rows: np.ndarray) -> Logits[Info]:
+        """The images of these rows (N',), in this order."""
+        arrays = {name: getattr(self, name)[rows] for name in PER_IMAGE}
+        return replace(self, corrupt=self.corrupt[:, rows], **arrays)
 
 
-def save_logits(path: Path, member: Logits) -> None:
-    """Write a member's logits atomically."""
+MemberLogits = Logits[MemberInfo]
+RunLogits = Logits[RunInfo]
+
+
+def logits_path(folder: Path, *, backbone: str, fold: int, seed: int) -> Path:
+    """The file of a member's logits."""
+    return folder / f"{backbone}__fold{fold}_seed{seed}.npz"
+
+
+def save_logits(folder: Path, member: MemberLogits) -> Path:
+    """Write a member's logits atomically; returns the file."""
     check_finite(member)
+    info = member.info
+    path = logits_path(folder, backbone=info.backbone, fold=info.fold, seed=info.seed)
     buffer = io.BytesIO()
-    np.savez(
-        buffer, about=np.array(json.dumps(member.about)), **{name: getattr(member, name) for name in ARRAYS}
-    )
+    description = json.dumps({"format": info.FORMAT, **to_plain(info)})
+    np.savez(buffer, info=np.array(description), **{name: getattr(member, name) for name in ARRAYS})
     files.write_atomic(path, buffer.getvalue())
+    return path
 
 
-def load_logits(path: Path) -> Logits:
-    """Read a member's logits; CorruptionError when the file is damaged, InputError when it is missing or foreign."""
+def load_logits(path: Path) -> MemberLogits:
+    """Read a member's logits.
+
+    Raises InputError when the file is missing, of another version or holds no logits, CorruptionError when it is
+    damaged or holds NaN or infinity.
+    """
     if not path.is_file():
         raise InputError(f"no logits {path}; run python -m fastflower.evaluate first")
     try:
         with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            member = Logits(**{name: file[name] for name in ARRAYS}, about=about)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError) as error:
-        raise CorruptionError(
-            f"{path}: not readable ({error}); run python -m fastflower.evaluate again"
-        ) from None
-    if member.about.get("kind", "logits") != "logits":
-        raise InputError(
-            f"{path} holds {member.about['kind']}, not logits; run python -m fastflower.evaluate again"
-        )
+            content = json.loads(str(file["info"]))
+            arrays = {name: file[name] for name in ARRAYS}
+        version = content.pop("format")
+        info = from_plain(MemberInfo, content) if version == MemberInfo.FORMAT else None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"{path}: not readable ({error}); {REMEDY}") from None
+    if info is None:
+        raise InputError(f"{path} has format {version}, this version reads {MemberInfo.FORMAT}; {REMEDY}")
+    if info.kind != "logits":
+        raise InputError(f"{path} holds {info.kind}, not logits; {REMEDY}")
+    member = Logits(**arrays, info=info)
     check_finite(member)
     return member
 
 
-def check_finite(member: Logits) -> None:
-    """The argmax of NaN is a class; so nothing that is not finite passes."""
-    bad = ~(np.isfinite(member.logits).all(1) & np.isfinite(member.single).all(1))
-    if member.corrupt.size:
-        bad |= ~np.isfinite(member.corrupt).all((0, 2))
+def check_finite(data: Logits[LogitsInfo]) -> None:
+    """Raise CorruptionError for NaN and infinity: their argmax is a class, so later steps would not notice."""
+    bad = ~(np.isfinite(data.logits).all(1) & np.isfinite(data.single).all(1))
+    if data.corrupt.size:
+        bad |= ~np.isfinite(data.corrupt).all((0, 2))
     if bad.any():
         raise CorruptionError(
-            f"{member.name}: {int(bad.sum())} images have logits that are not finite, first {member.filename[bad][0]}; "
+            f"{data.name}: {int(bad.sum())} images have logits that are not finite, first {data.filename[bad][0]}; "
             "the member diverged, choose an older checkpoint"
         )
 
 
-def check_alike(members: list[Logits]) -> None:
-    """Refuse members of different class maps, folds or corruptions."""
-    first = members[0]
-    what = {"class_hash": "class maps", "folds_hash": "folds"}
-    for other in members[1:]:
-        for key, noun in what.items():
-            if first.about.get(key) != other.about.get(key):
-                how = (
-                    differing(first.about["class_ids"], other.about["class_ids"])
-                    if key == "class_hash"
-                    else ""
-                )
+def check_compatible(sets: Sequence[Logits[LogitsInfo]]) -> None:
+    """Raise InputError for sets of different class maps, folds or corruptions."""
+    first = sets[0]
+    for other in sets[1:]:
+        a, b = first.info, other.info
+        difference = class_differences(a.class_ids, b.class_ids)
+        for noun, ours, theirs, detail in (
+            ("class maps", a.class_hash, b.class_hash, difference and f", {difference}"),
+            ("folds", a.folds_hash, b.folds_hash, ""),
+        ):
+            if ours != theirs:
                 raise InputError(
-                    f"{first.name} and {other.name} have different {noun} ({first.about.get(key)}, "
-                    f"{other.about.get(key)}{how and f', {how}'}); evaluate only members of one conversion"
+                    f"{first.name} and {other.name} have different {noun} ({ours}, {theirs}{detail}); "
+                    "evaluate only members of one conversion"
                 )
         if first.logits.shape[1] != other.logits.shape[1]:
             raise InputError(
@@ -131,107 +205,110 @@ def check_alike(members: list[Logits]) -> None:
                 "evaluate only members of one class map"
             )
         if not np.array_equal(first.combos, other.combos):
-            raise InputError(
-                f"{first.name} and {other.name} saw different corruptions; run python -m fastflower.evaluate again"
-            )
+            raise InputError(f"{first.name} and {other.name} saw different corruptions; {REMEDY}")
 
 
-def missing_folds(members: list[Logits], folds: np.ndarray) -> list[int]:
-    """The folds of folds.csv (-1: always trained on) that no member of this run validated on."""
-    present = {int(member.about["fold"]) for member in members}
+def missing_folds(members: Sequence[MemberLogits], folds: np.ndarray) -> list[int]:
+    """The folds of folds.csv's column (-1: always trained on) that no member of this run validated on."""
+    present = {member.info.fold for member in members}
     return [fold for fold in sorted(set(folds[folds >= 0].tolist())) if fold not in present]
 
 
-def assemble(members: list[Logits], folds: np.ndarray) -> Logits:
+def assemble(members: Sequence[MemberLogits], folds: np.ndarray) -> RunLogits:
     """The members of one run, one for each fold, as one set sorted by index; `folds` (rows,) is folds.csv's column.
 
-    Every image of the covered folds must occur exactly once, in the fold it was held out of.
+    Raises InputError unless every image of the covered folds occurs exactly once, in the fold it was held out of.
     """
-    check_alike(members)
+    check_compatible(members)
     for member in members:
         _check_held_out(member, folds)
-    parts = {name: np.concatenate([getattr(member, name) for member in members]) for name in BY_IMAGE}
-    backbone, seed = members[0].run
-    covered = sorted(int(member.about["fold"]) for member in members)
-    about = {
-        "name": f"{backbone} seed {seed}",
-        "backbone": backbone,
-        "seed": seed,
-        "folds": covered,
-        "class_hash": members[0].about.get("class_hash"),
-        "folds_hash": members[0].about.get("folds_hash"),
-        "mb": sum(float(member.about.get("mb", 0)) for member in members),
-        "ms": sum(float(member.about.get("ms", 0)) for member in members),
-    }
-    whole = Logits(
+    first = members[0].info
+    covered = sorted(member.info.fold for member in members)
+    info = RunInfo(
+        name=f"{first.backbone} seed {first.seed}",
+        backbone=first.backbone,
+        seed=first.seed,
+        folds=covered,
+        class_ids=first.class_ids,
+        class_hash=first.class_hash,
+        folds_hash=first.folds_hash,
+        mb=sum(member.info.mb for member in members),
+        ms=sum(member.info.ms for member in members),
+    )
+    run = Logits(
         corrupt=np.concatenate([member.corrupt for member in members], axis=1),
         combos=members[0].combos,
-        about=about,
-        **parts,
+        info=info,
+        **{name: np.concatenate([getattr(member, name) for member in members]) for name in PER_IMAGE},
     )
-    expected = np.flatnonzero(np.isin(folds, covered))
-    values, counts = np.unique(whole.index, return_counts=True)
+    values, counts = np.unique(run.index, return_counts=True)
     if (counts > 1).any():
-        twice = whole.filename[whole.index == values[counts > 1][0]][0]
-        raise InputError(f"{whole.name}: {twice} occurs {counts.max()} times; give one member for each fold")
-    absent = np.setdiff1d(expected, values)
+        repeated = run.filename[run.index == values[counts > 1][0]][0]
+        raise InputError(f"{run.name}: {repeated} occurs {counts.max()} times; give one member for each fold")
+    absent = np.setdiff1d(np.flatnonzero(np.isin(folds, covered)), values)
     if len(absent):
         raise InputError(
-            f"{whole.name}: {len(absent)} images of folds {covered} are missing, first row {absent[0]} of folds.csv; "
+            f"{run.name}: {len(absent)} images of folds {covered} are missing, first row {absent[0]} of folds.csv; "
             "run convert, then evaluate again"
         )
-    return whole.take(np.argsort(whole.index, kind="stable"))
+    return run.take(np.argsort(run.index, kind="stable"))
 
 
-def _check_held_out(member: Logits, folds: np.ndarray) -> None:
+def _check_held_out(member: MemberLogits, folds: np.ndarray) -> None:
     inside = (member.index >= 0) & (member.index < len(folds))
     stray = ~inside
-    stray[inside] = folds[member.index[inside]] != member.about["fold"]
+    stray[inside] = folds[member.index[inside]] != member.info.fold
     if stray.any():
         raise InputError(
-            f"{member.name}: {int(stray.sum())} images were not held out of fold {member.about['fold']}, "
+            f"{member.name}: {int(stray.sum())} images were not held out of fold {member.info.fold}, "
             f"first {member.filename[stray][0]}; its folds are not those of folds.csv, train it again"
         )
 
 
-def common(sets: list[Logits]) -> list[Logits]:
-    """The same runs over the images that all of them cover, in the same order."""
-    check_alike(sets)
+def align(sets: Sequence[Logits[T]]) -> list[Logits[T]]:
+    """The sets cut down to the images that all of them cover, in the order of folds.csv."""
+    check_compatible(sets)
     shared = sets[0].index
     for other in sets[1:]:
         shared = np.intersect1d(shared, other.index)
     if not len(shared):
         raise InputError(
-            f"{' and '.join(s.name for s in sets)} have no fold in common; train them on the same folds"
+            f"{' and '.join(data.name for data in sets)} have no fold in common; train them on the same folds"
         )
-    chosen = [s.take(np.flatnonzero(np.isin(s.index, shared))) for s in sets]
-    return [s.take(np.argsort(s.index, kind="stable")) for s in chosen]
+    reduced = [data.take(np.flatnonzero(np.isin(data.index, shared))) for data in sets]
+    return [data.take(np.argsort(data.index, kind="stable")) for data in reduced]
 
 
-def fuse(sets: list[Logits], weights: np.ndarray | None = None) -> Logits:
+def fuse(sets: Sequence[RunLogits], weights: np.ndarray | None = None) -> Logits[FusedInfo]:
     """The weighted mean of the logits of M runs over the images that all of them cover.
 
-    weights: (M,), or (M, N) where each of the N common images has weights of its own; None: equal.
+    weights: (M,), or (M, N) with separate weights for each of the N common images; None: equal.
     """
-    aligned = common(sets)
-    about = {
-        "name": "fused",
-        "folds": sorted({int(fold) for fold in aligned[0].fold}),
-        "of": [s.name for s in sets],
-        "class_hash": sets[0].about.get("class_hash"),
-        "folds_hash": sets[0].about.get("folds_hash"),
-    }
-    return replace(
-        aligned[0],
-        logits=average([s.logits for s in aligned], weights),
-        single=average([s.single for s in aligned], weights),
-        corrupt=average([s.corrupt for s in aligned], weights),
-        about=about,
+    aligned = align(sets)
+    first = aligned[0]
+    info = FusedInfo(
+        name="fused",
+        folds=sorted({int(fold) for fold in first.fold}),
+        runs=[run.name for run in sets],
+        class_ids=first.info.class_ids,
+        class_hash=first.info.class_hash,
+        folds_hash=first.info.folds_hash,
+    )
+    return Logits(
+        logits=average([run.logits for run in aligned], weights),
+        single=average([run.single for run in aligned], weights),
+        corrupt=average([run.corrupt for run in aligned], weights),
+        class_idx=first.class_idx,
+        index=first.index,
+        fold=first.fold,
+        filename=first.filename,
+        combos=first.combos,
+        info=info,
     )
 
 
 def family_weights(backbones: list[str]) -> np.ndarray:
-    """Weights that give every backbone the same say, however many runs it has; they sum to 1."""
+    """Weights (M,) of M runs, summing to 1, that are equal in sum for every backbone."""
     families = sorted(set(backbones))
     return np.array([1 / (len(families) * backbones.count(backbone)) for backbone in backbones])
 

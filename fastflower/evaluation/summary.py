@@ -1,30 +1,37 @@
-"""scores.json: everything that is known about an experiment's members, from their saved logits alone."""
+"""The summary of an experiment, from its members' saved logits alone: scores.json and temperature.json."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import fastflower
 from fastflower.core.errors import InputError
+from fastflower.core.records import read_record
 from fastflower.evaluation import ensembles, metrics, mistakes
 from fastflower.evaluation.logits import (
     Logits,
+    LogitsInfo,
+    MemberLogits,
     assemble,
-    check_alike,
+    check_compatible,
     fuse,
     load_logits,
-    member_file,
+    logits_path,
     missing_folds,
+)
+from fastflower.evaluation.records import (
+    ExperimentScores,
+    FusedScores,
+    MemberScores,
+    RunScores,
+    SetScores,
+    Temperatures,
 )
 from fastflower.recipe import Recipe
 
-FORMAT = 2  # of scores.json; raised when what reads it would miss something
-DESCRIBED = (
-    "name",
+DESCRIBED = (  # fields of MemberInfo that MemberScores has too
     "backbone",
     "fold",
     "seed",
@@ -41,122 +48,133 @@ DESCRIBED = (
 
 
 def summarise(
-    members: list[Logits], folds: np.ndarray, *, classes: list[dict[str, str]], recipe: Recipe
-) -> dict[str, Any]:
-    """The content of scores.json. `folds` (rows,) is folds.csv's column, `classes` the rows of classes.csv.
+    members: list[MemberLogits], folds: np.ndarray, *, classes: list[dict[str, str]], recipe: Recipe
+) -> ExperimentScores:
+    """All scores of an experiment. `folds` (rows,) is folds.csv's column, `classes` the rows of classes.csv.
 
     Raises InputError for members that do not belong together or images that do not occur exactly once.
     """
     _check_members(members)
-    runs = by_run(members)
-    sets = [assemble(own, folds) for own in runs.values()]
+    runs = members_by_run(members)
+    sets = [assemble(run_members, folds) for run_members in runs.values()]
     by_image, weights = ensembles.run_weights(sets, recipe)
     fused = fuse(sets, by_image)
     fit_on = recipe.ts.fit_on if recipe.ts.enabled else None
     alpha, bins = recipe.select.alpha, recipe.eval.ece_bins
-    counts = np.array([int(row["n"]) for row in classes])
+    class_counts = np.array([int(row["n"]) for row in classes])
 
-    def block(data: Logits) -> dict[str, Any]:
-        return metrics.block(data, alpha, bins=bins, counts=counts, fit_on=fit_on)
+    def set_scores(data: Logits[LogitsInfo]) -> SetScores:
+        return metrics.set_scores(data, alpha, bins=bins, class_counts=class_counts, fit_on=fit_on)
 
-    own = [{**{key: member.about[key] for key in DESCRIBED}, **block(member)} for member in members]
-    rows = []
-    for (backbone, seed), data in zip(runs, sets, strict=True):
-        mine = [row for row in own if (row["backbone"], row["seed"]) == (backbone, seed)]
-        row = {"backbone": backbone, "seed": seed, "missing": missing_folds(runs[backbone, seed], folds)}
-        rows.append({**row, "over_folds": metrics.over_folds(mine), **block(data)})
-    names, class_ids = [plain_name(row) for row in classes], members[0].about["class_ids"]
-    whole, every = block(fused), sorted(set(folds[folds >= 0].tolist()))
-    t = whole["temperature"]["t"] if fit_on else 1.0
-    return {
-        "format": FORMAT,
-        "fastflower": fastflower.__version__,
-        "exp": recipe.exp.name,
-        "alpha": alpha,
-        "bins": bins,
-        "weighting": recipe.ensembling.weighting,
-        "hand": recipe.ensembling.weights,
-        "class_hash": members[0].about["class_hash"],
-        "folds_hash": members[0].about["folds_hash"],
-        "folds": every,
-        "missing": sorted(set(every) - set(whole["folds"])),
-        "sizes": [[fold, int((fused.fold == fold).sum())] for fold in whole["folds"]],
-        "members": own,
-        "runs": rows,
-        "fused": {
-            **whole,
-            "of": fused.about["of"],
-            "weights": dict(zip(fused.about["of"], weights, strict=True)),
-        },
-        "acceptance": [],
-        "advice": metrics.advice(own, rows, whole),
-        "classes": [
-            {**row, "name": names[row["class_idx"]]} for row in metrics.per_class(fused, class_ids, counts)
-        ],
-        "robust_classes": metrics.by_class_and_corruption(fused),
-        "reliability": metrics.reliability(fused, t if fit_on else None, bins),
-        **mistakes.examined(fused, t),
-    }
+    member_scores = [
+        MemberScores(**vars(set_scores(member)), **{name: getattr(member.info, name) for name in DESCRIBED})
+        for member in members
+    ]
+    run_scores = [
+        RunScores(
+            **vars(set_scores(data)),
+            backbone=backbone,
+            seed=seed,
+            missing=missing_folds(runs[backbone, seed], folds),
+            over_folds=metrics.over_folds(
+                [row for row in member_scores if (row.backbone, row.seed) == (backbone, seed)]
+            ),
+        )
+        for (backbone, seed), data in zip(runs, sets, strict=True)
+    ]
+    names = fused.info.runs
+    run_weights = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
+    fused_scores = FusedScores(**vars(set_scores(fused)), runs=names, weights=run_weights)
+    every_fold = sorted(set(folds[folds >= 0].tolist()))
+    temperature = fused_scores.temperature
+    info = members[0].info
+    return ExperimentScores(
+        fastflower=fastflower.__version__,
+        exp=recipe.exp.name,
+        alpha=alpha,
+        bins=bins,
+        weighting=recipe.ensembling.weighting,
+        hand_weights=recipe.ensembling.weights,
+        class_hash=info.class_hash,
+        folds_hash=info.folds_hash,
+        folds=every_fold,
+        missing=sorted(set(every_fold) - set(fused_scores.folds)),
+        sizes=[(fold, int((fused.fold == fold).sum())) for fold in fused_scores.folds],
+        members=member_scores,
+        runs=run_scores,
+        fused=fused_scores,
+        acceptance=[],
+        advice=metrics.advice(member_scores, run_scores, fused_scores),
+        classes=metrics.class_scores(
+            fused, info.class_ids, class_counts=class_counts, names=[class_name(row) for row in classes]
+        ),
+        robust_classes=metrics.class_recalls(fused),
+        reliability=metrics.reliability(fused, temperature.t if temperature else None, bins),
+        **vars(mistakes.error_analysis(fused, temperature.t if temperature else 1.0)),
+    )
 
 
-def evaluated(folder: Path) -> list[Logits]:
-    """The members that scores.json of an experiment's folder speaks of, from their saved logits."""
+def load_member_logits(folder: Path) -> list[MemberLogits]:
+    """The saved logits of the members in the scores.json of an experiment's folder; InputError without one."""
     path = folder / "scores.json"
     if not path.is_file():
         raise InputError(f"no {path}; run python -m fastflower.evaluate first")
-    rows = json.loads(path.read_text(encoding="utf-8"))["members"]
-    return [load_logits(member_file(folder / "oof", row)) for row in rows]
+    rows = read_record(path, ExperimentScores).members
+    return [
+        load_logits(logits_path(folder / "oof", backbone=row.backbone, fold=row.fold, seed=row.seed))
+        for row in rows
+    ]
 
 
-def by_run(members: list[Logits]) -> dict[tuple[str, int], list[Logits]]:
-    """Members by (backbone, seed), both and the folds inside in order."""
-    runs: dict[tuple[str, int], list[Logits]] = {}
-    for member in sorted(members, key=lambda m: (*m.run, int(m.about["fold"]))):
+def members_by_run(members: list[MemberLogits]) -> dict[tuple[str, int], list[MemberLogits]]:
+    """Members by (backbone, seed), sorted by it, and within a run by fold."""
+    runs: dict[tuple[str, int], list[MemberLogits]] = {}
+    for member in sorted(members, key=lambda m: (*m.run, m.info.fold)):
         runs.setdefault(member.run, []).append(member)
     return runs
 
 
-def plain_name(row: dict[str, str]) -> str:
-    """What a class is called, from the label file's column of names; English first, else the first there is."""
+def class_name(row: dict[str, str]) -> str:
+    """The name in a row of classes.csv, from its English column of names or else the first; empty without one."""
     columns = sorted(
         (key for key in row if "name" in key.lower()), key=lambda key: "english" not in key.lower()
     )
     return next((row[key] for key in columns if row[key]), "")
 
 
-def temperatures(summary: dict[str, Any]) -> dict[str, Any]:
-    """The content of temperature.json: T of each member, of each run and of the fused logits; weights of runs."""
-    return {
-        "fused": summary["fused"]["temperature"],
-        "weighting": summary["weighting"],
-        "hand": summary["hand"],
-        "weights": summary["fused"]["weights"],
-        "folds": summary["fused"]["folds"],
-        "missing": summary["missing"],
-        "runs": {row["name"]: row["temperature"] for row in summary["runs"]},
-        "members": {row["checkpoint"]: row["temperature"] for row in summary["members"]},
-    }
+def temperatures(scores: ExperimentScores) -> Temperatures:
+    """The content of temperature.json."""
+    return Temperatures(
+        fused=scores.fused.temperature,
+        weighting=scores.weighting,
+        hand_weights=scores.hand_weights,
+        weights=scores.fused.weights,
+        folds=scores.fused.folds,
+        missing=scores.missing,
+        runs={row.name: row.temperature for row in scores.runs},
+        members={row.checkpoint: row.temperature for row in scores.members},
+    )
 
 
-def incomplete(summary: dict[str, Any]) -> list[str]:
-    """One line for each run that lacks folds, so that no part is taken for the whole."""
+def missing_fold_notes(scores: ExperimentScores) -> list[str]:
+    """A line for each run that lacks folds, so that scores of some folds are not taken for those of all."""
     return [
-        f"{row['name']}: no member of {named(row['missing'])} of {len(summary['folds'])}; "
+        f"{row.name}: no member of {fold_names(row.missing)} of {len(scores.folds)}; "
         "its scores are those of single folds, not of the whole training set"
-        for row in summary["runs"]
-        if row["missing"]
+        for row in scores.runs
+        if row.missing
     ]
 
 
-def named(folds: list[int]) -> str:
+def fold_names(folds: list[int]) -> str:
     """fold 0, or folds 0, 2."""
     return f"fold {folds[0]}" if len(folds) == 1 else f"folds {', '.join(map(str, folds))}"
 
 
-def _check_members(members: list[Logits]) -> None:
-    check_alike(members)
-    heads = {str(member.about["head"]) == "linear" for member in members}
-    if len(heads) > 1:
+def _check_members(members: list[MemberLogits]) -> None:
+    check_compatible(members)
+    linear = {member.info.head == "linear" for member in members}
+    if len(linear) > 1:
         raise InputError(
             "members with linear and with cosine heads have logits of different kinds; narrow ensembling.find_pattern "
             "to one of them, or combine them with python -m fastflower.ensemble"

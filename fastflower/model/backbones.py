@@ -1,6 +1,6 @@
-"""timm's backbones without their classifier, built for the sizes that will be asked of them.
+"""timm's backbones without classifier, built for the image sizes of a recipe.
 
-Nothing is ever downloaded: weights come from a local folder, or they are random because the recipe says so.
+Nothing is ever downloaded: weights come from a local folder, or are random where the recipe sets pretrained=false.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastflower.core import runs
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.model import compare  # noqa: F401  (registers its networks with timm)
+from fastflower.model import compare
 
 Size = tuple[int, int]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -32,7 +32,7 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Profile:
-    """How a backbone wants its pixels, and what it gives: mean and std in 0..1 units, features a row."""
+    """A backbone's preprocessing (mean and std in 0..1 units) and the number of features per image."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -42,7 +42,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of a weight file."""
+    """Names of the backbone's and the weight file's tensors that did not match; `dropped` are the classifier's."""
 
     path: Path
     matched: int
@@ -65,9 +65,9 @@ def build_backbone(
     grad_checkpointing: bool = False,
     pretrained: Path | None = None,
 ) -> tuple[nn.Module, LoadReport | None]:
-    """A backbone (B, 3, H, W) -> (B, F) for every size of `sizes`, at random or from the folder `pretrained`.
+    """A backbone (B, 3, H, W) -> (B, F) for all `sizes`, with weights from the folder `pretrained` or random ones.
 
-    Raises InputError for an unknown name, a size it cannot take, or weights that are absent or do not fit.
+    Raises InputError for an unknown name, an unsupported size, or weights that are missing or do not fit.
     """
     check_sizes(name, sizes)
     arguments, _ = _fit(name, tuple(sizes))
@@ -91,16 +91,21 @@ def build_backbone(
 
 
 def profile(name: str, sizes: Sequence[Size]) -> Profile:
-    """A backbone's wishes by timm's configuration and its width at these sizes; costs no memory."""
+    """The profile of a backbone at these sizes, from timm's configuration; allocates no weights."""
     check_sizes(name, sizes)
     _, backbone = _fit(name, tuple(sizes))
     config = timm.data.resolve_model_data_config(backbone)
-    smooth = "bicubic" if config["interpolation"] == "bicubic" else "bilinear"
-    return Profile(tuple(config["mean"]), tuple(config["std"]), smooth, _features(backbone, sizes[0]))
+    return Profile(
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+        features=_features(backbone, sizes[0]),
+    )
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that timm does not know, with the nearest that it does."""
+    """Raise InputError for a name that timm does not know; the message lists the nearest ones."""
+    compare.register()
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
@@ -117,21 +122,21 @@ def check_name(name: str) -> None:
 def check_sizes(
     name: str, sizes: Sequence[Size], *, key: str = "data.img_size", built_for: Sequence[Size] | None = None
 ) -> None:
-    """Refuse (height, width) pairs that a backbone built for `built_for` (by default, for them) cannot take.
+    """Raise InputError for (height, width) pairs that a backbone built for `built_for` (default: `sizes`) cannot take.
 
-    `key` is the recipe's key that asked for them.
+    `key` is the recipe's key that holds the sizes.
     """
     check_name(name)
     _, backbone = _fit(name, tuple(built_for or sizes))
     for size in sizes:
         if not _accepts(backbone, size):
-            near = " or ".join(_words(s) for s in _nearest(backbone, size))
+            near = " or ".join(_format(s) for s in _nearest(backbone, size))
             hint = f"the nearest that it takes: {near}" if near else "choose another backbone"
-            raise InputError(f"{key} = {_words(size)}: {name} cannot take images of this size; {hint}")
+            raise InputError(f"{key} = {_format(size)}: {name} cannot take images of this size; {hint}")
 
 
 def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
-    """The file with a backbone's published weights; InputError says every path that was tried."""
+    """The file with a backbone's published weights; InputError lists every path that was tried."""
     stems = dict.fromkeys((name, name.partition(".")[0]))
     for stem in stems:
         snapshots = folder / f"models--timm--{stem}" / "snapshots"  # of a Hugging Face cache
@@ -151,7 +156,7 @@ def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, unwrapped, without `module.`; nothing in it is executed."""
+    """Name -> tensor of a weight file, without wrapping dictionaries and `module.`; no code in it is executed."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -168,9 +173,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0]
         raise CorruptionError(f"{path}: cut short or damaged ({reason}); copy it again") from None
     while isinstance(content, dict) and (
-        inner := next((k for k in ("state_dict", "model") if k in content), None)
+        wrapper := next((k for k in ("state_dict", "model") if k in content), None)
     ):
-        content = content[inner]
+        content = content[wrapper]
     if not (isinstance(content, dict) and content and all(isinstance(t, Tensor) for t in content.values())):
         raise InputError(f"{path}: holds no dictionary of tensors; give a state dict of the backbone")
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}
@@ -182,9 +187,10 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 @lru_cache(maxsize=32)
 def _fit(name: str, sizes: tuple[Size, ...]) -> tuple[dict[str, Any], nn.Module]:
-    """timm's arguments for a backbone that takes these sizes, and the backbone without memory (shapes only).
+    """timm's arguments for a backbone that takes these sizes, and that backbone on the meta device (shapes only).
 
-    Position embeddings resampled on the fly where timm can; else as it comes; else rebuilt for the only size.
+    Position embeddings are resampled per batch where timm supports it; else the default size is used if it fits;
+    else the backbone is built for the one size.
     """
     with torch.device("meta"):
         try:
@@ -202,8 +208,10 @@ def _fit(name: str, sizes: tuple[Size, ...]) -> tuple[dict[str, Any], nn.Module]
 
 
 def _create_loaded(name: str, arguments: dict[str, Any], path: Path) -> tuple[nn.Module, LoadReport]:
-    """timm hands each architecture's conversion of published weights (renames, resampled position embeddings)
-    to its own loader only, so ours stands in for that loader during this one call.
+    """Create a backbone with the weights of a file.
+
+    timm passes each architecture's conversion of published weights (renames, resampled position embeddings) only to
+    its own loader, which is therefore patched during this one call.
     """
     weights, reports = read_weights(path), []
 
@@ -228,26 +236,32 @@ def _load(
             weights = convert(weights, model)
         except TypeError:  # the older conversions take the tensors alone
             weights = convert(weights)
-    own = model.state_dict()
-    unmatched = [key for key in weights if key not in own]
+    expected = model.state_dict()
+    unmatched = [key for key in weights if key not in expected]
     dropped = tuple(key for key in unmatched if key.startswith(tuple(f"{c}." for c in classifiers)))
-    # counters of BatchNorm are absent from the oldest files and steer nothing
-    missing = tuple(key for key in own if key not in weights and not key.endswith("num_batches_tracked"))
+    # the oldest files lack the counters of BatchNorm, which nothing reads
+    missing = tuple(key for key in expected if key not in weights and not key.endswith("num_batches_tracked"))
     if missing:
         raise InputError(
-            f"{path}: lacks {len(missing)} of the backbone's {len(own)} tensors ({_first(missing)}); "
-            "give weights of this very backbone or set model.pretrained=false"
+            f"{path}: lacks {len(missing)} of the backbone's {len(expected)} tensors ({_first(missing)}); "
+            "give this backbone's own weights or set model.pretrained=false"
         )
-    wrong = [key for key in own if key in weights and weights[key].shape != own[key].shape]
+    common = [key for key in expected if key in weights]
+    wrong = [key for key in common if weights[key].shape != expected[key].shape]
     if wrong:
-        got, want = tuple(weights[wrong[0]].shape), tuple(own[wrong[0]].shape)
+        got, want = tuple(weights[wrong[0]].shape), tuple(expected[wrong[0]].shape)
         raise InputError(
             f"{path}: {len(wrong)} tensors have another shape ({wrong[0]}: {got}, the backbone has {want}); "
-            "give weights of this very backbone or set model.pretrained=false"
+            "give this backbone's own weights or set model.pretrained=false"
         )
-    model.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
-    matched = sum(key in weights for key in own)
-    return LoadReport(path, matched, missing, tuple(k for k in unmatched if k not in dropped), dropped)
+    model.load_state_dict({key: weights[key] for key in common}, strict=False)
+    return LoadReport(
+        path,
+        matched=len(common),
+        missing=missing,
+        unexpected=tuple(key for key in unmatched if key not in dropped),
+        dropped=dropped,
+    )
 
 
 def _accepts(backbone: nn.Module, size: Size) -> bool:
@@ -265,14 +279,16 @@ def _features(backbone: nn.Module, size: Size) -> int:
 
 
 def _nearest(backbone: nn.Module, size: Size) -> list[Size]:
-    """The nearest smaller and larger size that a backbone takes, in steps of its patch or of 32."""
+    """The nearest smaller and larger sizes that a backbone takes, in steps of its patch size or of 32."""
     step = _patch(backbone)
     height, width = (side // step * step for side in size)
     up = (height < size[0] or width < size[1]) * step
     below = [(height - k * step, width - k * step) for k in range(8)]
     above = [(height + up + k * step, width + up + k * step) for k in range(8)]
-    found = [next((s for s in side if min(s) > 0 and _accepts(backbone, s)), None) for side in (below, above)]
-    return [size for size in found if size is not None]
+    nearest = [
+        next((s for s in side if min(s) > 0 and _accepts(backbone, s)), None) for side in (below, above)
+    ]
+    return [size for size in nearest if size is not None]
 
 
 def _patch(backbone: nn.Module) -> int:
@@ -289,7 +305,7 @@ def _checkpoint_gradients(backbone: nn.Module, name: str) -> None:
         ) from None
 
 
-def _words(size: Size) -> str:
+def _format(size: Size) -> str:
     return str(size[0]) if size[0] == size[1] else f"[{size[0]}, {size[1]}]"
 
 

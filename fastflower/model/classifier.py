@@ -1,4 +1,4 @@
-"""The face that a Network shows to Composer's Trainer."""
+"""Adapter of a Network to Composer's Trainer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Batch = dict[str, Tensor]
 class Classifier(ComposerModel):
     """A network, its loss, and averaged copies of it (shadows) that are scored on the same batches.
 
-    Shadows are kept out of the module tree: they are no parameters, DDP does not see them, and `train()` or
-    `eval()` do not reach them; whoever puts one here keeps it in eval mode.
+    Shadows stay outside the module tree: they add no parameters, DDP does not see them, and `train()` and `eval()`
+    do not reach them. Add them in eval mode.
     """
 
     def __init__(self, network: Network, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -30,7 +30,7 @@ class Classifier(ComposerModel):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) of a batch whose image is float (B, 3, H, W) or uint8 (B, H, W, 3)."""
-        return self.network(pixels(batch))
+        return self.network(float_images(batch))
 
     def loss(self, outputs: Tensor, batch: Batch, *_: Any, **__: Any) -> Tensor:
         """The training loss of logits (B, C) against the batch's soft target, or its label without one."""
@@ -40,13 +40,13 @@ class Classifier(ComposerModel):
         return self.criterion(outputs, target)
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
-        """Float32 logits (B, C) of the raw weights (`raw`) and of every shadow, under its name."""
-        images = pixels(batch)
+        """Float32 logits (B, C) by name: `raw` for the network itself, then every shadow."""
+        images = float_images(batch)
         networks: dict[str, Callable[[Tensor], Tensor]] = {"raw": self.network, **self.shadows}
         return {name: network(images).float() for name, network in networks.items()}
 
 
-def pixels(batch: Batch) -> Tensor:
-    """A batch's images as float32 (B, 3, H, W) 0..255; decoded uint8 (B, H, W, 3) becomes channels_last."""
+def float_images(batch: Batch) -> Tensor:
+    """A batch's images as (B, 3, H, W) in 0..255: decoded uint8 (B, H, W, 3) to channels_last float32, floats as is."""
     images = batch["image"]
     return images.permute(0, 3, 1, 2).to(torch.float32) if images.dtype == torch.uint8 else images

@@ -1,4 +1,4 @@
-"""Embeddings of photographs by a pretrained backbone: convert's near-duplicates by data.group = embedding."""
+"""Image embeddings by a pretrained backbone; convert finds near-duplicates with them (data.group = embedding)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from fastflower.core import runs
 from fastflower.core.errors import InputError
-from fastflower.data.conversion.pipeline import Embed
+from fastflower.data.conversion.grouping import Embed
 from fastflower.data.decode.kernel import eval_box
 from fastflower.model.backbones import build_backbone, check_name, find_weights, profile
 from fastflower.recipe import Recipe
@@ -22,11 +22,10 @@ BATCH = 32
 
 
 def embedder(recipe: Recipe) -> Embed:
-    """A function from pictures, uint8 (H, W, 3) of any size, to unit vectors float32 (N, F).
+    """A function from N images, uint8 (H, W, 3) of any size, to unit vectors float32 (N, F).
 
-    The backbone is data.group_backbone with its published weights, and never a random one: InputError when they are
-    not in results/model/pretrained_model/ or do not fit. Each picture is seen once, its centre at the recipe's
-    largest size.
+    The backbone is data.group_backbone with its published weights; InputError when they are missing from
+    results/model/pretrained_model/ or do not fit. Its input is the centre crop at the recipe's largest size.
     """
     name = recipe.model.backbone if recipe.data.group_backbone == "auto" else recipe.data.group_backbone
     check_name(name)
@@ -39,23 +38,23 @@ def embedder(recipe: Recipe) -> Embed:
         ) from None
     size = (largest_size(recipe),) * 2
     network, _ = build_backbone(name, [size], pretrained=runs.PRETRAINED)
-    wishes = profile(name, [size])
+    config = profile(name, [size])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.eval().to(device)
-    mean, std = (torch.tensor(numbers, device=device)[:, None, None] for numbers in (wishes.mean, wishes.std))
+    mean, std = (torch.tensor(numbers, device=device)[:, None, None] for numbers in (config.mean, config.std))
 
-    def view(pixels: np.ndarray) -> np.ndarray:
+    def centre_crop(pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
         box = eval_box(height, width, size=size, factor=recipe.eval.resize_factor)
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box))
 
     @torch.inference_mode()
     def embed(pictures: Iterable[np.ndarray]) -> np.ndarray:
-        views, found = map(view, pictures), []
-        while batch := list(itertools.islice(views, BATCH)):
+        crops, vectors = map(centre_crop, pictures), []
+        while batch := list(itertools.islice(crops, BATCH)):
             images = torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2)
             features = network((images / 255 - mean) / std).flatten(1)
-            found.append(nn.functional.normalize(features.float()).cpu().numpy())
-        return np.concatenate(found)
+            vectors.append(nn.functional.normalize(features.float()).cpu().numpy())
+        return np.concatenate(vectors)
 
     return embed

@@ -1,4 +1,4 @@
-"""Classifiers on pooled features: plain logits; margins belong to the loss, which knows the targets."""
+"""Classifier heads on pooled features. They return plain logits; margins are applied by the loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ MARGIN_HEADS = ("arcface", "cosface")
 
 
 class CosineHead(nn.Module):
-    """scale * cos(angle between feature and class), always in float32: bfloat16 would cost 0.1 of a logit.
+    """scale * cos(angle between feature and class), for ArcFace (arXiv:1801.07698) and CosFace (arXiv:1801.09414).
 
-    ArcFace (arXiv:1801.07698) and CosFace (arXiv:1801.09414) share it.
+    Always in float32: bfloat16 would cost 0.1 of a logit.
     """
 
     def __init__(self, features: int, classes: int, scale: float) -> None:
@@ -28,7 +28,7 @@ class CosineHead(nn.Module):
 
 
 def build_head(name: str, features: int, *, classes: int, scale: float) -> nn.Module:
-    """`linear`, initialised as timm does, or the cosine head of `arcface` and `cosface`."""
+    """The head `linear`, initialised as timm does, or the cosine head for `arcface` and `cosface`."""
     if name in MARGIN_HEADS:
         return CosineHead(features, classes, scale)
     head = nn.Linear(features, classes)

@@ -1,8 +1,7 @@
-"""Training losses: logits (B, C) and soft targets (B, C) to the plain mean over rows, in float32.
+"""Training losses of logits (B, C) and soft targets (B, C): the mean over rows, in float32.
 
-A plain mean is what makes microbatches and ranks add up to the whole batch. Every loss but `ce` smooths its
-targets with reg.ls_eps, after mixing; smoothing and mixing commute.
-Scores never use these: the validation loss is `scores.nll`.
+The mean is unweighted, so that microbatches and ranks add up to the whole batch. Every loss but `ce` smooths its
+targets with reg.ls_eps, after mixing (the two commute). Scores never use these: the validation loss is `scores.nll`.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from fastflower.recipe import Recipe
 
 
 def build_loss(recipe: Recipe, class_counts: Sequence[int]) -> Loss | Distilled:
-    """The loss of a recipe; `class_counts` (C,) are the images of each class in the fold's training part."""
+    """The loss of a recipe; `class_counts` (C,) are the images per class in the fold's training split."""
     distill = recipe.distill
-    loss = _of_labels(recipe, class_counts)
+    loss = _label_loss(recipe, class_counts)
     if not distill.teacher:
         return loss
     return Distilled(loss, distill.weight, temperature=distill.temperature, t_squared=distill.t_squared)
 
 
-def _of_labels(recipe: Recipe, class_counts: Sequence[int]) -> Loss:
+def _label_loss(recipe: Recipe, class_counts: Sequence[int]) -> Loss:
     name, model = recipe.loss.name, recipe.model
     counts = torch.as_tensor(class_counts, dtype=torch.float32)
     if not (counts > 0).any():
-        raise InputError("the training part of the fold is empty; check data.fold and the label file")
+        raise InputError("the training split of the fold is empty; check data.fold and the label file")
     return Loss(
         smoothing=0.0 if name == "ce" else recipe.reg.ls_eps,
         gamma=recipe.loss.focal_gamma if name == "focal" else 0.0,
@@ -45,12 +44,12 @@ def _of_labels(recipe: Recipe, class_counts: Sequence[int]) -> Loss:
 
 
 class Loss(nn.Module):
-    """Cross-entropy with any of: smoothing; a focus on hard rows (gamma); the prior log n_c (C,) of balanced
-    softmax (arXiv:2007.10740), -inf for classes without images; one binary decision a class, weighted by
-    pos_weight (C,); a margin. No parameters, nothing to save.
+    """Cross-entropy with any of these options; it has no parameters and no state.
 
-    Two classes are one decision, not two: it is taken on the difference of their logits, whose sigmoid is their
-    softmax, so that training, evaluation and hand-in speak of the same probability, whatever the loss.
+    `smoothing` of the targets; `gamma` of the focal loss; `log_prior` (C,) of balanced softmax (arXiv:2007.10740),
+    log n_c, -inf for classes without images; `pos_weight` (C,) for one binary decision per class instead of a
+    softmax; a `margin`. With two classes the binary decision is one, on the difference of their logits, whose sigmoid
+    is their softmax: training, evaluation and hand-in use the same probability, whatever the loss.
     """
 
     log_prior: Tensor | None
@@ -74,23 +73,23 @@ class Loss(nn.Module):
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, C) of any precision, targets (B, C) that sum to 1 a row -> float32 scalar.
+        """Logits (B, C) of any precision and targets (B, C) whose rows sum to 1 -> float32 scalar.
 
-        With a margin head a target may hold two classes at most, which is what mixing makes: each of the two
-        is priced with its own margin, weighted by its share.
+        With a margin head a target may have at most two classes, as mixing produces: each of the two has a loss with
+        its own margin, weighted by its target.
         """
         logits, targets = logits.float(), targets.float()
         if self.margin is None:
             return self._rows(logits, targets).mean()
-        shares, classes = targets.topk(2)
+        weights, classes = targets.topk(2)
         total = logits.new_zeros(len(logits))
-        for share, label in zip(shares.unbind(1), classes.unbind(1), strict=True):
-            alone = F.one_hot(label, logits.shape[1]).to(logits)
-            total = total + share * self._rows(self._with_margin(logits, alone.bool()), alone)
+        for weight, label in zip(weights.unbind(1), classes.unbind(1), strict=True):
+            hard = F.one_hot(label, logits.shape[1]).to(logits)
+            total = total + weight * self._rows(self._with_margin(logits, hard.bool()), hard)
         return total.mean()
 
     def _rows(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """One loss a row (B,)."""
+        """The loss of each row (B,)."""
         if self.pos_weight is not None:
             targets, weight = smooth(targets, self.smoothing), self.pos_weight
             if len(weight) == 2:
@@ -114,10 +113,10 @@ class Loss(nn.Module):
 
 
 class Distilled(nn.Module):
-    """(1 - weight) of a loss on labels and `weight` of KL(teacher || student), both softened by a temperature T.
+    """(1 - weight) * loss on labels + weight * KL(teacher || student), teacher and student at temperature T.
 
-    Softened gradients shrink as 1 / T^2; times T^2 they keep their share whatever T is (Hinton et al. 2015,
-    arXiv:1503.02531). No parameters, nothing to save.
+    Gradients at temperature T shrink as 1 / T^2; with `t_squared` the KL is multiplied by T^2, so that its weight
+    does not depend on T (Hinton et al. 2015, arXiv:1503.02531). No parameters, no state.
     """
 
     def __init__(self, loss: Loss, weight: float, *, temperature: float, t_squared: bool) -> None:
@@ -126,28 +125,31 @@ class Distilled(nn.Module):
         self.scale = temperature**2 if t_squared else 1.0
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, C), targets (B, 2C): the labels', then the teacher's probabilities at T -> float32 scalar."""
+        """Logits (B, C) and targets (B, 2C), labels then teacher probabilities at T -> float32 scalar."""
         labels, teacher = targets.float().chunk(2, dim=1)
         student = (logits.float() / self.temperature).log_softmax(1)
         divergence = F.kl_div(student, teacher, reduction="batchmean") * self.scale
         return (1 - self.weight) * self.loss(logits, labels) + self.weight * divergence
 
 
-def consistency(made: Tensor, learned: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """FixMatch's loss on unlabelled images (arXiv:2001.07685, equation 4), float32, and labels and mask (N,).
+def consistency(
+    label_logits: Tensor, learned_logits: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FixMatch's loss on unlabelled images (arXiv:2001.07685, equation 4), the pseudo-labels (N,) and their mask (N,).
 
-    Logits (N, C) of one view make the labels, those of the other learn them: the mean over all N rows of
-    1[max p >= threshold] * cross-entropy. Rows below the threshold count in the mean, or microbatches would not
-    add up. No gradient flows through `made`; Lee's pseudo-labels (2013) are `consistency(x, x, threshold)`.
+    `label_logits` (N, C) of one view give the pseudo-labels, `learned_logits` (N, C) of another view learn them. The
+    loss, float32, is the mean over all N rows of 1[max p >= threshold] * cross-entropy; rows below the threshold
+    count in the mean, or microbatches would not add up. No gradient flows through `label_logits`; Lee's
+    pseudo-labels (2013) are `consistency(x, x, threshold)`.
     """
-    confidence, labels = made.detach().float().softmax(1).max(1)
+    confidence, labels = label_logits.detach().float().softmax(1).max(1)
     mask = confidence >= threshold
-    losses = F.cross_entropy(learned.float(), labels, reduction="none")
+    losses = F.cross_entropy(learned_logits.float(), labels, reduction="none")
     return torch.where(mask, losses, 0.0).mean(), labels, mask
 
 
 def smooth(targets: Tensor, eps: float, absent: Tensor | None = None) -> Tensor:
-    """(1 - eps) of the targets (B, C) and eps spread evenly over the classes that are not absent (C,)."""
+    """(1 - eps) * targets (B, C) + eps spread evenly over the classes that are not `absent`, bool (C,)."""
     if eps == 0:
         return targets
     if absent is None:
@@ -156,19 +158,19 @@ def smooth(targets: Tensor, eps: float, absent: Tensor | None = None) -> Tensor:
 
 
 def focus(log_probs: Tensor, gamma: float) -> Tensor | float:
-    """The factor (1 - p)^gamma of the focal loss (arXiv:1708.02002), class by class for soft targets."""
+    """The focal loss's factor (1 - p)^gamma (arXiv:1708.02002), one per class because targets are soft."""
     # 1 - p from log p without cancellation; the floor keeps the slope of a power below 1 finite
     return (-torch.expm1(log_probs)).clamp_min(1e-12) ** gamma if gamma else 1.0
 
 
 def pos_weight(counts: Tensor, value: float | str) -> Tensor:
-    """The weight (C,) of a class's own images in its binary decision; auto: others over own."""
+    """Weight (C,) of the positives in each class's binary decision; `auto` is negatives / positives."""
     weight = (counts.sum() - counts) / counts if value == "auto" else torch.full_like(counts, float(value))
     return torch.where(counts > 0, weight, 1.0)
 
 
 def add_angle(cosine: Tensor, margin: float) -> Tensor:
-    """cos(angle + margin); beyond pi a line of the same slope sign, so that it never rises again."""
+    """ArcFace: cos(angle + margin), continued as a decreasing line beyond pi."""
     sine = (1 - cosine * cosine).clamp_min(1e-12).sqrt()
     turned = cosine * math.cos(margin) - sine * math.sin(margin)
     return torch.where(cosine > -math.cos(margin), turned, cosine - margin * math.sin(margin))

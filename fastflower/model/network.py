@@ -1,15 +1,14 @@
-"""The network from pixels to logits, and the facts from which train, evaluate and export build it alike."""
+"""The network from pixels to logits, and the specification from which train, evaluate and export build it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from fastflower.core import runs
 from fastflower.core.errors import InputError
@@ -20,7 +19,7 @@ from fastflower.recipe import Recipe, derived
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What a checkpoint must say so that its tensors find their network.
+    """The part of a checkpoint's description from which its network is rebuilt.
 
     Size is (height, width) of the last stage; mean and std are in 0..1 units.
     """
@@ -37,64 +36,47 @@ class NetworkSpec:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, num_classes: int) -> NetworkSpec:
-        """The network of a recipe, normalised as its backbone wants unless the recipe says otherwise.
+        """The specification of a recipe's network; mean and std are the backbone's unless the recipe sets them.
 
-        Raises InputError for a mean or std that contradicts pretrained weights, and unusable names and sizes.
+        Raises InputError for a mean or std that contradicts pretrained weights, and for unusable names and sizes.
         """
         model, sizes = recipe.model, derived.image_sizes(recipe)
         profile = backbones.profile(model.backbone, sizes)
-        for key, asked, own in (
+        for key, asked, trained in (
             ("mean", recipe.data.mean, profile.mean),
             ("std", recipe.data.std, profile.std),
         ):
             if (
                 model.pretrained
                 and asked != "auto"
-                and max(abs(a - b) for a, b in zip(asked, own, strict=True)) > 1e-3
+                and max(abs(a - b) for a, b in zip(asked, trained, strict=True)) > 1e-3
             ):
                 raise InputError(
                     f"data.{key} = {list(asked)}: the pretrained weights of {model.backbone} "
-                    f"want {list(own)}; set data.{key}=auto or model.pretrained=false"
+                    f"need {list(trained)}; set data.{key}=auto or model.pretrained=false"
                 )
         return cls(
-            model.backbone,
-            model.head,
-            model.head_scale,
-            model.margin,
-            num_classes,
-            sizes[-1],
-            profile.mean if recipe.data.mean == "auto" else tuple(recipe.data.mean),
-            profile.std if recipe.data.std == "auto" else tuple(recipe.data.std),
-            profile.interpolation,
+            backbone=model.backbone,
+            head=model.head,
+            head_scale=model.head_scale,
+            margin=model.margin,
+            num_classes=num_classes,
+            size=sizes[-1],
+            mean=profile.mean if recipe.data.mean == "auto" else tuple(recipe.data.mean),
+            std=profile.std if recipe.data.std == "auto" else tuple(recipe.data.std),
+            interpolation=profile.interpolation,
         )
-
-    @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> NetworkSpec:
-        """From the description in a checkpoint; InputError when it lacks a word."""
-        missing = [name for name in cls.__dataclass_fields__ if name not in meta]
-        if missing:
-            raise InputError(
-                f"checkpoint without {', '.join(missing)} in its description; use one that train wrote"
-            )
-        values: dict[str, Any] = {name: meta[name] for name in cls.__dataclass_fields__}
-        for name in ("size", "mean", "std"):
-            values[name] = tuple(values[name])
-        return cls(**values)
 
     @property
     def fill(self) -> tuple[float, ...]:
-        """What erasing paints, in 0..255: 0 after normalisation."""
+        """The colour of erased boxes, (3,) in 0..255: 0 after normalisation."""
         return tuple(255 * value for value in self.mean)
-
-    def meta(self) -> dict[str, Any]:
-        """The same as plain JSON values, keyed as in a checkpoint's description."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
 class Network(nn.Module):
-    """Pixels 0..255 -> logits. Normalises inside, so that no caller can normalise wrongly.
+    """Pixels 0..255 -> logits. Normalisation is part of the network, so that no caller can get it wrong.
 
-    Its state dict holds `backbone.*` and `head.*` only; normalisation comes from the spec.
+    The state dict holds `backbone.*` and `head.*` only; mean and std come from the spec.
     """
 
     mean: Tensor
@@ -124,9 +106,9 @@ def build_network(spec: NetworkSpec) -> Network:
 def training_network(
     recipe: Recipe, num_classes: int, pretrained: Path = runs.PRETRAINED
 ) -> tuple[Network, NetworkSpec, list[str]]:
-    """The network that a recipe trains, its spec, and lines that say where its weights come from.
+    """The network that a recipe trains, its spec, and lines on the origin of its weights.
 
-    Random weights follow torch's generator: seed it first. Pretrained ones come from the folder `pretrained`.
+    Random weights come from torch's global generator: seed it first. Pretrained ones come from folder `pretrained`.
     """
     model, sizes = recipe.model, derived.image_sizes(recipe)
     spec = NetworkSpec.from_recipe(recipe, num_classes)
@@ -147,11 +129,20 @@ def training_network(
     return network, spec, [str(report or f"{spec.backbone}: random initial weights (model.pretrained=false)")]
 
 
+def batch_norms(network: nn.Module) -> dict[str, BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, BatchNorm) and module.track_running_stats
+    }
+
+
 def synchronise_norms(
     network: Network, recipe: Recipe, *, device: torch.device, world_size: int
 ) -> tuple[Network, int]:
-    """BatchNorm that spans several GPUs, and how many layers became it; a CPU or one device keeps its own."""
-    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    """The network with SyncBatchNorm on several GPUs, and the number of converted layers; else the network and 0."""
+    norms = len(batch_norms(network))
     if not (recipe.train.sync_bn and device.type == "cuda" and world_size > 1 and norms):
         return network, 0
     return timm.layers.convert_sync_batchnorm(network), norms

@@ -1,4 +1,4 @@
-"""The learning-rate range test (Smith, arXiv:1506.01186): rates that rise step by step, and what their losses say."""
+"""The learning-rate range test (Smith, arXiv:1506.01186): rising rates, and the lr suggested by their losses."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ import numpy as np
 
 from fastflower.core.charts import FAINT, SERIES, STYLE, Chart, canvas
 
-MEMORY = 0.95  # of the running mean that smooths the losses
-RUINED = 4.0  # times the lowest smoothed loss: the sweep has seen enough
+SMOOTHING = 0.95  # decay of the running mean of the losses
+DIVERGED_RATIO = 4.0  # over the lowest smoothed loss: the test ends
 
 
 @dataclass(frozen=True)
-class Suggestion:
-    """lr: where the loss falls fastest. lowest: where it was lowest; from there on it rises."""
+class LrSuggestion:
+    """`lr`: the rate where the loss falls fastest; `lowest`: the rate with the lowest loss, beyond which it rises."""
 
     lr: float
     lowest: float
 
 
 def rates(low: float, high: float, steps: int) -> list[float]:
-    """`steps` rates from low to high, each the same multiple of the one before."""
+    """`steps` rates in geometric progression from low to high."""
     return np.geomspace(low, high, steps).tolist()
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Their running mean, without the pull towards 0 of its beginning."""
-    mean, found = 0.0, []
+    """The running mean of the losses, corrected for its start at 0 as in Adam."""
+    mean, means = 0.0, []
     for step, loss in enumerate(losses, 1):
-        mean = MEMORY * mean + (1 - MEMORY) * loss
-        found.append(mean / (1 - MEMORY**step))
-    return found
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        means.append(mean / (1 - SMOOTHING**step))
+    return means
 
 
-def ruined(losses: list[float]) -> bool:
-    """Whether the last loss is not finite, or its running mean lies far above the lowest so far."""
+def has_diverged(losses: list[float]) -> bool:
+    """True if the last loss is not finite or the smoothed loss is above DIVERGED_RATIO times its minimum."""
     if not math.isfinite(losses[-1]):
         return True
     means = smoothed(losses)
-    return means[-1] > RUINED * min(means)
+    return means[-1] > DIVERGED_RATIO * min(means)
 
 
-def suggest(tried: list[float], losses: list[float]) -> Suggestion | None:
-    """The rate at which the smoothed loss falls fastest per factor of lr, before its minimum; None: it never does."""
+def suggest(tried: list[float], losses: list[float]) -> LrSuggestion | None:
+    """The rate at which the smoothed loss falls fastest over log(lr), before its minimum; None if it never falls."""
     finite = [(rate, loss) for rate, loss in zip(tried, losses, strict=True) if math.isfinite(loss)]
     if len(finite) < 5:
         return None
@@ -54,14 +54,14 @@ def suggest(tried: list[float], losses: list[float]) -> Suggestion | None:
     if bottom < 2:
         return None
     slopes = np.gradient(means, logs)[: bottom + 1]
-    at = int(slopes.argmin())
-    return Suggestion(finite[at][0], finite[bottom][0]) if slopes[at] < 0 else None
+    steepest = int(slopes.argmin())
+    return LrSuggestion(finite[steepest][0], finite[bottom][0]) if slopes[steepest] < 0 else None
 
 
-def rate_chart(
+def lr_range_chart(
     tried: list[float], losses: list[float], *, smooth: list[float], marks: dict[str, float]
 ) -> Chart:
-    """Losses over the learning rate; `marks` are rates with a name."""
+    """Raw and smoothed losses over the learning rate; `marks`, name -> rate, become vertical lines."""
     title = "Loss over the learning rate"
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas()
@@ -76,4 +76,5 @@ def rate_chart(
         axes.set_ylabel("training loss")
         axes.set_title(title)
         axes.legend()
-    return Chart("lrfind", title, "; ".join(f"{name} {rate:.2g}" for name, rate in marks.items()), figure)
+    description = "; ".join(f"{name} {rate:.2g}" for name, rate in marks.items())
+    return Chart("lrfind", title=title, description=description, figure=figure)

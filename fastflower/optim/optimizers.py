@@ -1,4 +1,4 @@
-"""torch's own optimisers on our groups."""
+"""torch's optimizers over the parameter groups."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fastflower.optim.groups import Group
 from fastflower.recipe import Recipe
 
 
-def optimizer(groups: list[Group], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum over `param_groups`, in one kernel a step on GPUs.
+def build_optimizer(groups: list[Group], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW or SGD with Nesterov momentum over `param_groups`; on GPUs a step is one fused kernel.
 
-    AdamW's decay is decoupled: a step takes lr * weight_decay of a weight. (Composer's DecoupledAdamW would
-    take weight_decay itself, whatever the lr.) SGD's enters the gradient, so momentum carries it too.
+    AdamW's decay is decoupled: a step subtracts lr * weight_decay times the weight (Composer's DecoupledAdamW
+    subtracts weight_decay times the weight, whatever the lr). SGD adds it to the gradient, hence to the momentum.
     """
     fused = device.type == "cuda"
     if recipe.opt.name == "sgd":

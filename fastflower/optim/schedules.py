@@ -1,4 +1,4 @@
-"""The course of the lr as pure functions of epoch and step: nothing to save but the plateau's counter."""
+"""Learning-rate schedules as pure functions of epoch and step; only the plateau schedule has state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastflower.core.errors import InputError
 from fastflower.optim.groups import part_names
 from fastflower.recipe import Recipe
 
-THRESHOLD = 1e-4  # the relative gain that counts as better, torch's default
+THRESHOLD = 1e-4  # minimum relative improvement, torch's default
 
 
 def lr_factor(
@@ -21,29 +21,29 @@ def lr_factor(
     plateau_factor: float = 1.0,
     batch_factor: float = 1.0,
 ) -> float:
-    """What every group's initial_lr is multiplied with at a step; epoch and step count from 0.
+    """The factor on every group's initial_lr at a step; epoch and step count from 0.
 
-    Warm-up rises to 1 at its last step and never is 0; the cosine then falls from 1 towards eta_min at the
-    horizon and stays there. `plateau` is warm-up, then `plateau_factor`; `none` is 1 throughout. Time runs in
-    epochs and shares of them, so the cosine stays continuous when an epoch's number of steps changes.
+    Warm-up starts above 0 and reaches 1 at its last step. `cosine` then falls from 1 to eta_min at the end of
+    cosine_epochs and stays there; `plateau` is `plateau_factor` after the warm-up; `none` is 1 throughout. Progress
+    is measured in epochs, so the cosine stays continuous when the number of steps per epoch changes.
     """
     sched = recipe.sched
     step += epoch * steps_per_epoch
-    warmup, horizon = sched.warmup_epochs * steps_per_epoch, sched.cosine_epochs * steps_per_epoch
+    warmup, end = sched.warmup_epochs * steps_per_epoch, sched.cosine_epochs * steps_per_epoch
     if sched.name == "none":
         return batch_factor
     if step < warmup:
         return batch_factor * (step + 1) / warmup
     if sched.name == "plateau":
         return batch_factor * plateau_factor
-    done = min((step - warmup) / (horizon - warmup), 1.0)
-    return batch_factor * (sched.eta_min + (1 - sched.eta_min) * (1 + math.cos(math.pi * done)) / 2)
+    progress = min((step - warmup) / (end - warmup), 1.0)
+    return batch_factor * (sched.eta_min + (1 - sched.eta_min) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def frozen_parts(epoch: int, recipe: Recipe) -> set[str]:
-    """The parts that llrd.unfreeze_schedule has not named by this epoch (from 0; the schedule counts from 1).
+    """The parts that llrd.unfreeze_schedule still freezes in an epoch (from 0; the schedule counts from 1).
 
-    Raises InputError for a part that does not exist and when nothing trains in the first epoch.
+    Raises InputError for an unknown part and when nothing trains in the first epoch.
     """
     schedule, names = recipe.llrd.unfreeze_schedule, part_names(recipe)
     if schedule is None:
@@ -62,31 +62,31 @@ def frozen_parts(epoch: int, recipe: Recipe) -> set[str]:
 
 
 class Plateau:
-    """torch's ReduceLROnPlateau (relative threshold) as a factor on the lr, stepped once an epoch.
+    """torch's ReduceLROnPlateau (relative threshold) as a factor on the lr, stepped once per epoch.
 
-    `monitor` says the direction: a score should rise, a val_loss fall. As in torch, `patience` bad epochs are
-    forgiven and the next one lowers the lr; tables in which the last of them lowers it mean one less.
-    Its counting should begin after the warm-up.
+    `monitor` gives the direction: `val_loss` should fall, any other value rise. As in torch, the lr is lowered in
+    bad epoch `patience` + 1; where a publication lowers it in the last of its patient epochs, patience is one less.
+    Step it only after the warm-up.
     """
 
-    def __init__(self, factor: float, patience: int, monitor: str = "score") -> None:
-        self.fall, self.patience, self.falling = factor, patience, monitor == "val_loss"
+    def __init__(self, reduction: float, patience: int, monitor: str = "score") -> None:
+        self.reduction, self.patience, self.lower_is_better = reduction, patience, monitor == "val_loss"
         self.factor, self.best, self.bad_epochs = 1.0, 0.0, 0
         self.restart()
 
     def step(self, value: float) -> None:
-        """Count an epoch's value; after more than `patience` epochs without a better one the factor falls."""
-        bar = self.best * (1 - THRESHOLD if self.falling else 1 + THRESHOLD)
-        if value < bar if self.falling else value > bar:
+        """Record an epoch's value; after more than `patience` epochs without an improvement the factor falls."""
+        bar = self.best * (1 - THRESHOLD if self.lower_is_better else 1 + THRESHOLD)
+        if value < bar if self.lower_is_better else value > bar:
             self.best, self.bad_epochs = value, 0
         else:
             self.bad_epochs += 1
         if self.bad_epochs > self.patience:
-            self.factor, self.bad_epochs = self.factor * self.fall, 0
+            self.factor, self.bad_epochs = self.factor * self.reduction, 0
 
     def restart(self) -> None:
-        """For a new image size, whose scores are not comparable: the factor stays, the count does not."""
-        self.best, self.bad_epochs = math.inf if self.falling else -math.inf, 0
+        """Forget best value and count, keep the factor: values at a new image size are not comparable."""
+        self.best, self.bad_epochs = math.inf if self.lower_is_better else -math.inf, 0
 
     def state_dict(self) -> dict[str, float]:
         return {"factor": self.factor, "best": self.best, "bad_epochs": self.bad_epochs}

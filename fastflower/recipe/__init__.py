@@ -1,4 +1,4 @@
-"""Recipes: the keys with their meanings, loading and checks, derived numbers, and the identity of a run."""
+"""Recipes: the keys and their meanings, loading, checks, derived numbers, and the identity of a run."""
 
 from fastflower.recipe.load import load, parse_command, to_yaml
 from fastflower.recipe.schema import Recipe, fields_of

@@ -1,4 +1,4 @@
-"""Cross-key checks of a loaded recipe: contradictions are refused, unusual values are advised against."""
+"""Checks a loaded recipe across keys: contradictions are refused, unusual values get a line of advice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from fastflower.core.errors import InputError
-from fastflower.recipe.derived import KINDS, combos, derive, fold_count
+from fastflower.recipe.derived import CORRUPTIONS, combos, derive, fold_count
 from fastflower.recipe.schema import Recipe
 
 BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
@@ -15,19 +15,19 @@ BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
 def check(recipe: Recipe) -> list[str]:
     """Refuse contradictions (InputError) and return one line of advice for each doubtful choice."""
     advice: list[str] = []
-    derive(recipe, recipe.train.world_size)
+    derive(recipe, recipe.train.world_size)  # raises for sizes, epochs and batches that do not fit together
     _check_test_folder(recipe)
     check_flips(recipe)
     _check_schedule(recipe)
     _check_balance(recipe, advice)
     _check_ranges(recipe)
     _check_semi(recipe, advice)
-    _check_seed_advice(recipe, advice)
+    _advise(recipe, advice)
     return advice
 
 
 def check_flips(recipe: Recipe) -> None:
-    """Where mirrored images are of other classes, neither training nor a view may flip."""
+    """Refuse flips in training and in views when a mirrored image has another class (data.flips_keep_class=false)."""
     flips = {
         "aug.hflip_p": recipe.aug.hflip_p,
         "aug.vflip_p": recipe.aug.vflip_p,
@@ -38,21 +38,21 @@ def check_flips(recipe: Recipe) -> None:
         remedy = " ".join(f"{name}={'false' if name == 'tta.hflip' else 0}" for name in on)
         raise InputError(
             f"{on[0]} = {str(flips[on[0]]).lower()}: flips change the class of these images "
-            f"(data.flips_keep_class=false); set {remedy}, or force them by checks.allow_flips=true"
+            f"(data.flips_keep_class=false); set {remedy}, or allow them by checks.allow_flips=true"
         )
 
 
-def _nested(one: str, other: str) -> bool:
-    """Whether two paths are the same or one lies in the other."""
-    a, b = Path(one).resolve(), Path(other).resolve()
+def _nested(first: str, second: str) -> bool:
+    """True if two paths are equal or one is inside the other."""
+    a, b = Path(first).resolve(), Path(second).resolve()
     return a == b or a in b.parents or b in a.parents
 
 
 def _check_test_folder(recipe: Recipe) -> None:
     if _nested(recipe.data.root, recipe.data.test):
         raise InputError(
-            f"data.root = {recipe.data.root} and data.test = {recipe.data.test} lie in one another; "
-            "the images to be predicted are never trained on, so keep them apart"
+            f"data.root = {recipe.data.root} and data.test = {recipe.data.test} are one inside the other; "
+            "the images to predict must not be trained on, so keep them apart"
         )
 
 
@@ -60,8 +60,8 @@ def _check_schedule(recipe: Recipe) -> None:
     sched = recipe.sched
     if sched.warmup_epochs >= sched.cosine_epochs:
         raise InputError(
-            f"sched.warmup_epochs = {sched.warmup_epochs} is not below sched.cosine_epochs = {sched.cosine_epochs}, "
-            "the whole horizon; lower the first or raise the second"
+            f"sched.warmup_epochs = {sched.warmup_epochs} must be below sched.cosine_epochs = {sched.cosine_epochs}, "
+            "the number of all epochs; lower the first or raise the second"
         )
     final = recipe.reg.mix_final_epoch
     if final != "auto" and not 1 <= int(final) <= sched.cosine_epochs:
@@ -76,7 +76,7 @@ def _check_schedule(recipe: Recipe) -> None:
             )
         if not isinstance(unfreeze, dict) or not all(isinstance(parts, list) for parts in unfreeze.values()):
             raise InputError(
-                "llrd.unfreeze_schedule: a map of epoch -> list of parts, such as {1: [head], 3: [back]}"
+                "llrd.unfreeze_schedule: must be a map of epoch -> list of parts, such as {1: [head], 3: [back]}"
             )
         epochs = range(1, sched.cosine_epochs + 1)
         late = [epoch for epoch in unfreeze if not str(epoch).isdecimal() or int(epoch) not in epochs]
@@ -93,7 +93,7 @@ def _check_balance(recipe: Recipe, advice: list[str]) -> None:
         )
     if sampler.undersample_frac and sampler.type not in ("weighted_en", "weighted_inv", "class_balanced"):
         advice.append(
-            f"sampler.undersample_frac has no balancing sampler to go with (sampler.type = {sampler.type})"
+            f"sampler.undersample_frac is meant for a balancing sampler (sampler.type = {sampler.type})"
         )
     if sampler.type in BALANCING and recipe.reg.mix_prob == 0:
         advice.append(
@@ -116,9 +116,11 @@ def _check_balance(recipe: Recipe, advice: list[str]) -> None:
 def _check_ranges(recipe: Recipe) -> None:
     combos(recipe.robust.kinds, recipe.robust.level)
     if recipe.robust.enabled and not recipe.robust.kinds:
-        raise InputError(f"robust.kinds = {recipe.robust.kinds}: choose from {', '.join(KINDS)}")
+        raise InputError(f"robust.kinds = {recipe.robust.kinds}: choose from {', '.join(CORRUPTIONS)}")
     if len(recipe.llrd.multipliers) < 2:
-        raise InputError(f"llrd.multipliers = {recipe.llrd.multipliers}: at least two, front to head")
+        raise InputError(
+            f"llrd.multipliers = {recipe.llrd.multipliers}: must be at least two, from the first layers to the head"
+        )
     aug = recipe.aug
     spans = {
         "aug.rrc_scale": aug.rrc_scale,
@@ -166,18 +168,19 @@ def _check_semi(recipe: Recipe, advice: list[str]) -> None:
         return
     if bool(recipe.data.unlabelled) == (recipe.data.labels_per_class is not None):
         raise InputError(
-            "semi.enabled=true learns from the images of data.unlabelled or from those that data.labels_per_class "
-            f"leaves; got {'both, give one' if recipe.data.unlabelled else 'neither, give one or set it to false'}"
+            "semi.enabled=true learns from data.unlabelled or from the images that data.labels_per_class leaves "
+            "unlabelled; "
+            f"got {'both, give one' if recipe.data.unlabelled else 'neither, give one or set semi.enabled=false'}"
         )
     nested = recipe.data.unlabelled and _nested(recipe.data.unlabelled, recipe.data.test)
     if nested and not recipe.checks.allow_unlabelled_test:
         raise InputError(
-            f"data.unlabelled = {recipe.data.unlabelled} and data.test = {recipe.data.test} lie in one another; keep "
-            "them apart, or set checks.allow_unlabelled_test=true where the contest's rules allow it"
+            f"data.unlabelled = {recipe.data.unlabelled} and data.test = {recipe.data.test} are one inside the other; "
+            "keep them apart, or set checks.allow_unlabelled_test=true if the contest's rules allow it"
         )
     if recipe.loss.name == "bce":
         raise InputError(
-            "semi.enabled=true reads probabilities over the classes, and loss.name = bce trains none; use lsce or ce"
+            "semi.enabled=true needs a softmax over the classes, which loss.name = bce does not train; use lsce or ce"
         )
     if semi.teacher == "ema" and not recipe.ema.enabled:
         raise InputError("semi.teacher = ema needs ema.enabled=true; enable it or use semi.teacher=raw")
@@ -188,12 +191,12 @@ def _check_semi(recipe: Recipe, advice: list[str]) -> None:
         )
 
 
-def _check_seed_advice(recipe: Recipe, advice: list[str]) -> None:
+def _advise(recipe: Recipe, advice: list[str]) -> None:
     if recipe.model.head != "linear" and not 0.2 <= recipe.model.margin <= 0.4:
         advice.append(f"model.margin = {recipe.model.margin:g}: the usual range is 0.2 to 0.4")
     if recipe.aug.corrupt_p > 0 and recipe.robust.enabled:
         advice.append(
-            "aug.corrupt_p trains on kinds that robust.kinds scores; corrupted scores are no longer unseen"
+            "aug.corrupt_p trains on corruptions that robust.kinds scores; they are no longer unseen"
         )
     if not recipe.ema.warmup and recipe.ema.enabled:
         advice.append(
@@ -203,19 +206,20 @@ def _check_seed_advice(recipe: Recipe, advice: list[str]) -> None:
     if recipe.sched.name == "plateau":
         _advise_plateau(recipe, advice)
     if recipe.select.metric == "combo" and not recipe.robust.enabled:
-        advice.append("robust.enabled=false: best is chosen by clean top-1, S needs the corrupted set")
+        advice.append(
+            "robust.enabled=false: best is chosen by clean top-1, because S needs the corrupted set"
+        )
 
 
 def _advise_plateau(recipe: Recipe, advice: list[str]) -> None:
-    """Seed 001, sections 3 and 4."""
     sched, batch = recipe.sched, recipe.train.batch_per_gpu
     if sched.patience < 5:
         advice.append(
-            f"sched.patience = {sched.patience}: the course of scores may wobble longer; try 5 to 10"
+            f"sched.patience = {sched.patience}: scores may fluctuate for longer than that; try 5 to 10"
         )
     if sched.factor <= 0.5:
-        advice.append(f"sched.factor = {sched.factor:g}: the lr falls fast; 0.7 or 0.8 is gentler")
+        advice.append(f"sched.factor = {sched.factor:g}: the learning rate falls fast; 0.7 or 0.8 is gentler")
     if not sched.warmup_epochs:
-        advice.append("sched.warmup_epochs = 0: plateau without warm-up; 5 epochs steady the start")
+        advice.append("sched.warmup_epochs = 0: plateau without warm-up; 5 epochs stabilise the start")
     if batch >= 4096 and recipe.opt.lr != "auto" and recipe.opt.lr <= 1e-4:
         advice.append(f"opt.lr = {recipe.opt.lr:g} at {batch} images a device may be small; try 2e-4 or 3e-4")

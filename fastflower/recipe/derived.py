@@ -1,7 +1,4 @@
-"""Numbers that follow from a recipe: stages, batches, lr, epochs. Computed here once, printed and stored by train.
-
-`check` refuses contradictions between keys and returns the advice that seed 000 gives.
-"""
+"""Numbers derived from a recipe: stages, batches, learning rate, epochs; computed once, printed and stored by train."""
 
 from __future__ import annotations
 
@@ -11,12 +8,18 @@ from typing import Any
 from fastflower.core.errors import InputError
 from fastflower.recipe.schema import Recipe
 
-KINDS = ("gaussian_noise", "blur", "brightness", "jpeg", "occlusion")
+CORRUPTIONS = ("gaussian_noise", "blur", "brightness", "jpeg", "occlusion")
+LEVELS = {"low": ("low",), "medium": ("medium",), "low_medium": ("low", "medium")}  # of robust.level
+STAGE_ENDS = (  # for size_epochs=auto, as fractions of the epochs, by number of stages
+    (1.0,),
+    (15 / 40, 1.0),
+    (15 / 48, 40 / 48, 1.0),
+)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs first..last (from 1, inclusive) at one image size."""
+    """The epochs first..last (from 1, inclusive) trained at one image size."""
 
     first: int
     last: int
@@ -27,7 +30,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Derived:
-    """What a recipe means on `world_size` devices."""
+    """The numbers of a training on `world_size` devices."""
 
     world_size: int
     epochs: int
@@ -38,28 +41,35 @@ class Derived:
 
     def stage(self, epoch: int) -> Stage:
         """The stage of an epoch counted from 0."""
-        return next((s for s in self.stages if epoch < s.last), self.stages[-1])
+        return next((stage for stage in self.stages if epoch < stage.last), self.stages[-1])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def derive(recipe: Recipe, world_size: int) -> Derived:
-    """Stages, global batch and lr. Raises InputError when sizes and epochs do not fit together."""
+    """Compute stages, global batch and learning rate; InputError when sizes and epochs do not fit together."""
     sizes = image_sizes(recipe)
-    lasts = _stage_ends(recipe, len(sizes))
+    ends = _stage_ends(recipe, len(sizes))
     batches = _stage_batches(recipe, len(sizes))
-    firsts = [1, *[last + 1 for last in lasts[:-1]]]
-    stages = tuple(
-        Stage(f, e, h, w, b) for f, e, (h, w), b in zip(firsts, lasts, sizes, batches, strict=True)
-    )
+    starts = [1, *[end + 1 for end in ends[:-1]]]
     batch_global = batches[0] * world_size * recipe.train.grad_accum
     lr, note = scaled_lr(recipe, batch_global)
-    return Derived(world_size, recipe.sched.cosine_epochs, stages, batch_global, lr, note)
+    return Derived(
+        world_size=world_size,
+        epochs=recipe.sched.cosine_epochs,
+        stages=tuple(
+            Stage(first=first, last=last, height=height, width=width, batch_per_gpu=batch)
+            for first, last, (height, width), batch in zip(starts, ends, sizes, batches, strict=True)
+        ),
+        batch_global=batch_global,
+        lr=lr,
+        lr_note=note,
+    )
 
 
 def scaled_lr(recipe: Recipe, batch_global: int) -> tuple[float, str]:
-    """The linear rule of seed 000 section 6: lr_ref * B / 256, x factor for very large B, then the bounds."""
+    """The learning rate and how it was computed: lr_ref * batch / 256, times a factor for large batches, bounded."""
     opt = recipe.opt
     if opt.lr != "auto":
         return float(opt.lr), "explicit: no scaling, no bounds"
@@ -75,7 +85,7 @@ def scaled_lr(recipe: Recipe, batch_global: int) -> tuple[float, str]:
 
 
 def fold_numbers(recipe: Recipe) -> list[int]:
-    """data.fold as a list."""
+    """The validation folds of data.fold as a list."""
     fold = recipe.data.fold
     if fold == "all":
         return list(range(fold_count(recipe)))
@@ -83,84 +93,85 @@ def fold_numbers(recipe: Recipe) -> list[int]:
 
 
 def image_sizes(recipe: Recipe) -> list[tuple[int, int]]:
-    """data.img_size as (height, width) by stage: 224, [224, 320] or [[32, 64]]."""
+    """The (height, width) of each stage, from data.img_size as 224, [224, 320] or [[32, 64]]."""
     value = recipe.data.img_size
     items = value if isinstance(value, list) else [value]
     sizes = []
     for item in items:
-        pair = item if isinstance(item, list) else [item, item]
-        if len(pair) != 2 or not all(type(side) is int and side >= 8 for side in pair):
+        size = item if isinstance(item, list) else [item, item]
+        if len(size) != 2 or not all(type(side) is int and side >= 8 for side in size):
             raise InputError(f"data.img_size = {value}: sizes are whole numbers from 8, or [[height, width]]")
-        sizes.append((pair[0], pair[1]))
-    if not sizes or any(a[0] * a[1] >= b[0] * b[1] for a, b in zip(sizes, sizes[1:], strict=False)):
+        sizes.append((size[0], size[1]))
+    areas = [height * width for height, width in sizes]
+    if not areas or any(area >= later for area, later in zip(areas, areas[1:], strict=False)):
         raise InputError(f"data.img_size = {value}: the sizes of the stages must grow")
     return sizes
 
 
 def fold_count(recipe: Recipe) -> int:
-    """The folds of a recipe: one for a ratio split and for validation images of their own."""
+    """The number of folds; one for a ratio split and for separate validation images (data.val)."""
     return 1 if recipe.data.split == "ratio" or recipe.data.val else recipe.data.n_splits
 
 
 def largest_size(recipe: Recipe) -> int:
-    """The largest side that training, evaluation or a view asks of a stored image, before the 1.14."""
-    sides = [max(size) for size in image_sizes(recipe)]
-    square = all(h == w for h, w in image_sizes(recipe))
-    return max(sides + (list(recipe.tta.scales) if square else []))
+    """The largest image side in training, evaluation or a view, before eval.resize_factor."""
+    sizes = image_sizes(recipe)
+    square = all(height == width for height, width in sizes)
+    return max([max(size) for size in sizes] + (list(recipe.tta.scales) if square else []))
 
 
 def resize_side(size: int, factor: float) -> int:
-    """The short side before the centre crop: 224 -> 255, 320 -> 365, 384 -> 438, 448 -> 511."""
+    """The short side before the centre crop; with factor 1.14: 224 -> 255, 320 -> 365, 384 -> 438, 448 -> 511."""
     return round(size * factor)
 
 
 def mix_final_epoch(recipe: Recipe) -> int | None:
-    """The epoch (from 1) from which reg.mix_prob_final holds; None: never."""
+    """The epoch (from 1) from which reg.mix_prob_final applies; None: never."""
     if recipe.reg.mix_final_epoch != "auto":
         return int(recipe.reg.mix_final_epoch)
     sizes = image_sizes(recipe)
     return _stage_ends(recipe, len(sizes))[1] + 1 if len(sizes) > 2 else None
 
 
+def combos(kinds: list[str], level: str) -> list[tuple[str, str]]:
+    """Every (kind, level) of robust.kinds and robust.level, kind by kind; InputError for an unknown kind."""
+    unknown = [kind for kind in kinds if kind not in CORRUPTIONS]
+    if unknown:
+        raise InputError(f"robust.kinds = {kinds}: choose from {', '.join(CORRUPTIONS)}")
+    return [(kind, strength) for kind in kinds for strength in LEVELS[level]]
+
+
 def _stage_ends(recipe: Recipe, stages: int) -> list[int]:
+    """The last epoch (from 1) of each stage, from data.size_epochs."""
     epochs, ends = recipe.sched.cosine_epochs, recipe.data.size_epochs
     if ends == "auto":
-        shares = ([1.0], [15 / 40, 1.0], [15 / 48, 40 / 48, 1.0])
-        if stages > len(shares):
+        if stages > len(STAGE_ENDS):
             raise InputError(f"data.size_epochs: give the last epoch of each of the {stages} sizes")
-        ends = [max(round(share * epochs), position + 1) for position, share in enumerate(shares[stages - 1])]
+        ends = [
+            max(round(fraction * epochs), stage + 1) for stage, fraction in enumerate(STAGE_ENDS[stages - 1])
+        ]
     if not isinstance(ends, list) or len(ends) != stages or not all(type(end) is int for end in ends):
         raise InputError(
-            f"data.size_epochs = {ends}: one last epoch for each of the {stages} sizes of data.img_size"
+            f"data.size_epochs = {ends}: give one last epoch for each of the {stages} sizes of data.img_size"
         )
-    if any(a >= b for a, b in zip([0, *ends], ends, strict=False)) or ends[-1] != epochs:
+    if any(previous >= end for previous, end in zip([0, *ends], ends, strict=False)) or ends[-1] != epochs:
         raise InputError(
-            f"data.size_epochs = {ends}: must grow and end at the horizon, sched.cosine_epochs = {epochs}"
+            f"data.size_epochs = {ends}: must grow and end at the last epoch, sched.cosine_epochs = {epochs}"
         )
     return ends
 
 
 def _stage_batches(recipe: Recipe, stages: int) -> list[int]:
+    """The batch per device of each stage, from train.stage_batch or train.batch_per_gpu."""
     batches = recipe.train.stage_batch
     if batches is None:
         return [recipe.train.batch_per_gpu] * stages
     if (
         not isinstance(batches, list)
         or len(batches) != stages
-        or not all(type(b) is int and b > 0 for b in batches)
+        or not all(type(batch) is int and batch > 0 for batch in batches)
     ):
         raise InputError(
-            f"train.stage_batch = {batches}: one batch for each of the {stages} sizes of data.img_size"
+            f"train.stage_batch = {batches}: give one batch for each of the {stages} sizes of data.img_size"
         )
     return batches
-
-
-LEVELS = {"low": ("low",), "medium": ("medium",), "low_medium": ("low", "medium")}  # of robust.level
-
-
-def combos(kinds: list[str], level: str) -> list[tuple[str, str]]:
-    """The (kind, level) pairs of a recipe's robust.kinds and robust.level, kinds first."""
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
-        raise InputError(f"robust.kinds = {kinds}: choose from {', '.join(KINDS)}")
-    return [(kind, one) for kind in kinds for one in LEVELS[level]]

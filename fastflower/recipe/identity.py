@@ -1,4 +1,4 @@
-"""What makes two trainings the same run: the keys that decide what is learned, the data, the global batch."""
+"""The identity of a run: the recipe keys, data and batches that decide its result. Only an identical run resumes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from fastflower.recipe.derived import Derived
 from fastflower.recipe.schema import Recipe, fields_of
 
-# keys that say where, how fast or what happens afterwards, not what is learned: their change does not stop a resume;
-# what the data keys made is compared by its hashes, what the batch keys make by the global batch
+# keys that may change before a resume: they set paths, speed and later commands, not the trained weights;
+# data keys are compared by the hashes of the converted data, batch keys by the global batch
 FREE = (
     *("exp.", "tta.", "ensembling.", "ts.", "bundle.", "log.", "checks.", "accept.", "lrfind.", "eval.batch"),
     *("data.root", "data.csv", "data.image_col", "data.label_col", "data.home", "data.test", "data.fold"),
@@ -22,33 +22,28 @@ FREE = (
 def identity(
     recipe: Recipe,
     derived: Derived,
-    *,
-    manifest: Mapping[str, Any],
-    unlabelled: Mapping[str, Any] | None = None,
+    data: Mapping[str, str | int],
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it; the manifests are those of the betons."""
+    """The values that must be equal in a checkpoint and the run that resumes from it; `data`: hashes of the data."""
     keys = {name: value for name, value, _ in fields_of(recipe) if not name.startswith(FREE)}
     batches = [stage.batch_per_gpu * derived.world_size * recipe.train.grad_accum for stage in derived.stages]
-    data = {name: manifest[name] for name in ("classes_hash", "folds_hash", "labels_hash", "stored_side")}
-    if unlabelled is not None:
-        data["unlabelled_hash"] = unlabelled["inputs_hash"]
-    return {"recipe": keys, "data": data, "global batch": {"by stage": batches}}
+    return {"recipe": keys, "data": dict(data), "global batch": {"by stage": batches}}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`opt.lr_ref: 0.0002 -> 0.001` for every entry in which two identities differ."""
-    found = []
-    for part in now:
-        old, new = then.get(part, {}), now[part]
+    """One line, such as `opt.lr_ref: 0.0002 -> 0.001`, for every entry that differs between two identities."""
+    lines = []
+    for section in now:
+        old, new = then.get(section, {}), now[section]
         for name in sorted({*old, *new}):
             if _plain(old.get(name)) != _plain(new.get(name)):
-                label = name if part == "recipe" else f"{part} {name}"
-                found.append(f"{label}: {old.get(name)} -> {new.get(name)}")
-    return found
+                label = name if section == "recipe" else f"{section} {name}"
+                lines.append(f"{label}: {old.get(name)} -> {new.get(name)}")
+    return lines
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists and keys are text."""
+    """The value as it is after a round trip through JSON: tuples are lists and keys are text."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

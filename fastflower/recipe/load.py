@@ -17,16 +17,15 @@ from fastflower.recipe.schema import Recipe, fields_of
 ABSENT = object()
 
 
-def load(path: str | Path | None = None, words: list[str] | None = None) -> Recipe:
-    """Read a recipe file and `key=value` words into a validated Recipe.
+def load(path: str | Path | None = None, changes: list[str] | None = None) -> Recipe:
+    """Read a recipe file and `key=value` changes into a validated Recipe.
 
     Raises InputError for anything unknown, mistyped, out of range, missing or contradictory.
     """
-    schema = OmegaConf.structured(Recipe)
     layers = _layers(Path(path), ()) if path else []
-    if words:
-        layers.append((" ".join(words), _parse_words(words)))
-    merged = schema
+    if changes:
+        layers.append((" ".join(changes), _parse_changes(changes)))
+    merged = OmegaConf.structured(Recipe)
     for source, layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -36,28 +35,31 @@ def load(path: str | Path | None = None, words: list[str] | None = None) -> Reci
         recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise InputError(_explain(str(path), error)) from None
-    if not recipe.exp.name:
-        recipe.exp.name = Path(path).stem if path else "default"
-    if not re.fullmatch(r"\w[\w.-]*", recipe.exp.name):
-        raise InputError(f"exp.name = {recipe.exp.name}: letters, digits, _ . - only; it names folders")
-    _unify_clip(recipe, layers)
+    name = recipe.exp.name or (Path(path).stem if path else "default")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"exp.name = {name}: letters, digits, _ . - only; it names folders")
+    recipe = dataclasses.replace(
+        recipe,
+        exp=dataclasses.replace(recipe.exp, name=name),
+        train=dataclasses.replace(recipe.train, clip_grad=_clip_grad(recipe, layers)),
+    )
     for dotted, value, spec in fields_of(recipe):
         _check_limits(dotted, value, spec)
     return recipe
 
 
 def parse_command(argv: list[str]) -> Recipe:
-    """`[recipe.yaml] [key=value ...]`, the words of every command."""
-    files = [word for word in argv if "=" not in word]
+    """The recipe of a command line: `[recipe.yaml] [key=value ...]`."""
+    files = [argument for argument in argv if "=" not in argument]
     if len(files) > 1:
         raise InputError(
-            f"got {len(files)} recipe files ({', '.join(files)}); give one, then key=value words"
+            f"got {len(files)} recipe files ({', '.join(files)}); give one, then changes as key=value"
         )
-    return load(files[0] if files else None, [word for word in argv if "=" in word])
+    return load(files[0] if files else None, [argument for argument in argv if "=" in argument])
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe, every key written out; `load` of this text gives the same recipe."""
+    """The recipe as YAML with every key; `load` of this text gives an equal recipe."""
     tree = dataclasses.asdict(recipe)
     if recipe.opt.clip_grad is None:  # written out, the unused alias would contradict train.clip_grad
         del tree["opt"]["clip_grad"]
@@ -65,20 +67,14 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
-    """The file's own layer after those of its `base`, oldest first."""
+    """The (source, keys) of a recipe file and its base recipes, the outermost base first."""
     path = path.resolve()
     if path in seen:
         raise InputError(f"{path}: its base recipes form a circle; remove one `base:`")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise InputError(f"no recipe {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if re.search(r"^ *\t", text, flags=re.M):
-        line = text[: re.search(r"^ *\t", text, flags=re.M).start()].count("\n") + 1  # type: ignore[union-attr]
+    text = _read(path)
+    tab = re.search(r"^ *\t", text, flags=re.M)
+    if tab:
+        line = text[: tab.start()].count("\n") + 1
         raise InputError(f"{path}:{line}: indented with a tab; YAML allows spaces only")
     try:
         layer = OmegaConf.create(text)
@@ -89,23 +85,34 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
             f"{path}: a recipe is a map of keys, got {type(OmegaConf.to_container(layer)).__name__}"
         )
     base = layer.pop("base", None)
-    below = _layers(path.parent / str(base), (*seen, path)) if base else []
-    return [*below, (str(path), layer)]
+    bases = _layers(path.parent / str(base), (*seen, path)) if base else []
+    return [*bases, (str(path), layer)]
 
 
-def _parse_words(words: list[str]) -> Any:
-    for word in words:
-        name = word.partition("=")[0]
-        if not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*", name):
-            raise InputError(f"got '{word}'; a change is written key=value, such as opt.lr_ref=1e-4")
+def _read(path: Path) -> str:
     try:
-        return OmegaConf.from_dotlist(words)
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise InputError(f"no recipe {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _parse_changes(changes: list[str]) -> Any:
+    for change in changes:
+        name = change.partition("=")[0]
+        if not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*", name):
+            raise InputError(f"got '{change}'; a change is written key=value, such as opt.lr_ref=1e-4")
+    try:
+        return OmegaConf.from_dotlist(changes)
     except Exception as error:  # YAML inside a value
-        raise InputError(f"{' '.join(words)}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{' '.join(changes)}: {' '.join(str(error).split())}") from None
 
 
 def _explain(source: str, error: Exception) -> str:
-    """One line for what OmegaConf refuses: the key, what was got, and what is allowed or the nearest real key."""
+    """Turn an error of OmegaConf into one line: the key, the value, and the allowed values or the nearest key."""
     full_key = (getattr(error, "full_key", None) or "").partition("[")[0]
     text = str(error).split("\n")[0]
     specs = {dotted: spec for dotted, _, spec in fields_of(Recipe())}
@@ -115,30 +122,30 @@ def _explain(source: str, error: Exception) -> str:
     if full_key in specs:
         value = re.search(r"[Vv]alue '(.*?)'", text)
         got = f" = {value[1].replace('None', 'null')}" if value else ""
-        where = "" if f"{full_key}=" in source else f"{source}: "  # a word says all that itself
+        where = "" if f"{full_key}=" in source else f"{source}: "  # a change shows its key itself
         return f"{where}{full_key}{got}: must be {_allowed(str(specs[full_key].type))}"
-    return f"{source}: a section holds keys, as in opt.lr=1e-3, and no value of its own"
+    return f"{source}: a section holds keys, as in opt.lr=1e-3, and has no value itself"
 
 
-def _nearest(wrong: str, names: list[str]) -> str | None:
-    """The key that was meant by an unknown one: of a close name anywhere, or a section, or a key of that name."""
-    tails = {name.rsplit(".", 1)[-1]: name for name in names}
+def _nearest(unknown: str, names: list[str]) -> str | None:
+    """The key or section most similar to an unknown key: by full name, by last component, or by section."""
+    last_components = {name.rsplit(".", 1)[-1]: name for name in names}
     sections = {spec.name: spec.name for spec in dataclasses.fields(Recipe)}
-    for candidates, word, cutoff in (
-        (sections, wrong, 0.8),
-        (dict(zip(names, names, strict=True)), wrong, 0.5),
-        (tails, wrong.rsplit(".")[-1], 0.6),
-        (sections, wrong.partition(".")[0], 0.6),
+    for candidates, text, cutoff in (
+        (sections, unknown, 0.8),
+        (dict(zip(names, names, strict=True)), unknown, 0.5),
+        (last_components, unknown.rsplit(".")[-1], 0.6),
+        (sections, unknown.partition(".")[0], 0.6),
     ):
-        near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+        near = difflib.get_close_matches(text, list(candidates), n=1, cutoff=cutoff)
         if near:
             return candidates[near[0]]
     return None
 
 
 def _allowed(annotation: str) -> str:
-    """What an annotation of the schema allows, in words."""
-    words = {
+    """The values that an annotation of the schema allows, in plain English."""
+    names = {
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",
@@ -148,54 +155,54 @@ def _allowed(annotation: str) -> str:
     kinds = annotation.replace("Auto", "Literal['auto']").split(" | ")
     if "float" in kinds and "int" in kinds:
         kinds.remove("int")
-    said = []
+    alternatives = []
     for kind in kinds:
         inner = kind.partition("[")[2].rstrip("]")
         if kind.startswith("list"):
-            said.append(f"a list, each {words[inner]}")
+            alternatives.append(f"a list, each {names[inner]}")
         elif kind.startswith("Literal"):
             choices = re.findall(r"'(.*?)'", inner)
-            said.append(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
+            alternatives.append(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
         else:
-            said.append(words[kind])
-    return " or ".join(said)
+            alternatives.append(names[kind])
+    return " or ".join(alternatives)
 
 
 def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
-    words = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    limits = {name: spec.metadata[name] for name in words if name in spec.metadata}
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = {name: spec.metadata[name] for name in signs if name in spec.metadata}
     if not limits:
         return
     for item in value if isinstance(value, list) else [value]:
         if item is None or isinstance(item, str):
             continue
-        good = {
-            "gt": item > limits.get("gt", float("-inf")),
-            "ge": item >= limits.get("ge", float("-inf")),
-            "lt": item < limits.get("lt", float("inf")),
-            "le": item <= limits.get("le", float("inf")),
-        }
-        if item != item or not all(good.values()):
-            allowed = " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())
+        within = (
+            item > limits.get("gt", float("-inf")),
+            item >= limits.get("ge", float("-inf")),
+            item < limits.get("lt", float("inf")),
+            item <= limits.get("le", float("inf")),
+        )
+        if item != item or not all(within):
+            allowed = " and ".join(f"{signs[name]} {limit}" for name, limit in limits.items())
             raise InputError(f"{dotted} = {value}: must be {allowed}")
 
 
-def _unify_clip(recipe: Recipe, layers: list[tuple[str, Any]]) -> None:
-    """opt.clip_grad (seed 000 section 10) and train.clip_grad (its appendix) are one key."""
-    given = [_value(layer, "opt.clip_grad") for _, layer in layers]
-    if all(value is ABSENT for value in given):
-        return
-    explicit = any(_value(layer, "train.clip_grad") is not ABSENT for _, layer in layers)
-    if explicit and recipe.train.clip_grad != recipe.opt.clip_grad:
+def _clip_grad(recipe: Recipe, layers: list[tuple[str, Any]]) -> float | None:
+    """The value of train.clip_grad or of its alias opt.clip_grad; InputError when both are given and differ."""
+    alias_values = [_value(layer, "opt.clip_grad") for _, layer in layers]
+    if all(value is ABSENT for value in alias_values):
+        return recipe.train.clip_grad
+    both = any(_value(layer, "train.clip_grad") is not ABSENT for _, layer in layers)
+    if both and recipe.train.clip_grad != recipe.opt.clip_grad:
         raise InputError(
             f"opt.clip_grad = {recipe.opt.clip_grad} and train.clip_grad = {recipe.train.clip_grad} "
             "are the same key; give one"
         )
-    recipe.train.clip_grad = recipe.opt.clip_grad
+    return recipe.opt.clip_grad
 
 
 def _value(layer: Any, dotted: str) -> Any:
-    """What a layer says for a key, None included; ABSENT when it says nothing."""
+    """The value that a layer gives a key, which may be None; ABSENT when it does not name the key."""
     section, _, name = dotted.partition(".")
-    below = layer.get(section)
-    return below.get(name) if OmegaConf.is_dict(below) and name in below else ABSENT
+    keys = layer.get(section)
+    return keys.get(name) if OmegaConf.is_dict(keys) and name in keys else ABSENT

@@ -1,4 +1,4 @@
-"""Show what an experiment's model does: `python -m fastflower.report <exp ...> [key=value ...] [--format html|md]`.
+"""Report of one or several experiments: `python -m fastflower.report <exp ...> [key=value ...] [--format html|md]`.
 
 Writes results/results/<exp>/report.html (or report.md with figures/), and results/results/compare.html for several.
 """
@@ -11,59 +11,64 @@ from fastflower.core import errors, files, runs
 from fastflower.core.errors import InputError
 from fastflower.recipe import load
 from fastflower.report import markdown_page, page
-from fastflower.report.experiment import read
+from fastflower.report.experiment import read_experiment
 
 FORMATS = ("html", "md")
 
 
 def main(argv: list[str]) -> None:
-    names, form = parse(argv)
-    experiments = [read(name, with_pictures=form == "html") for name in names]
-    for found in experiments:
-        for note in found.notes:
-            print(f"note: {found.name}: {note}")
-        folder = runs.RESULTS / found.name
-        files.sweep(folder, below=True)
-        if form == "md":
-            say(markdown_page.write(folder, found, experiments))
+    names, page_format = parse(argv)
+    experiments = [read_experiment(name, with_images=page_format == "html") for name in names]
+    for experiment in experiments:
+        for note in experiment.notes:
+            print(f"note: {experiment.name}: {note}")
+        folder = runs.RESULTS / experiment.name
+        files.remove_abandoned(folder, below=True)
+        if page_format == "md":
+            print_written(markdown_page.write(folder, experiment, experiments))
             continue
-        say(save(folder / "report.html", page.experiment(found)))
-    if len(experiments) > 1 and form == "html":
-        files.sweep(runs.RESULTS, "compare.html")
-        say(save(runs.RESULTS / "compare.html", page.compare(experiments)))
+        print_written(write_page(folder / "report.html", page.experiment_page(experiment)))
+    if len(experiments) > 1 and page_format == "html":
+        files.remove_abandoned(runs.RESULTS, "compare.html")
+        print_written(write_page(runs.RESULTS / "compare.html", page.comparison_page(experiments)))
 
 
 def parse(argv: list[str]) -> tuple[list[str], str]:
-    """The experiments and the format; an experiment is named, or given by folder or recipe and changes."""
-    words, form = list(argv), "html"
-    if "--format" in words:
-        at = words.index("--format")
-        form = words[at + 1] if at + 1 < len(words) else ""
-        del words[at : at + 2]
-    if form not in FORMATS:
-        raise InputError(f"--format {form}: must be one of {', '.join(FORMATS)}")
-    strange = [word for word in words if word.startswith("-")]
-    changes = [word for word in words if "=" in word]
-    given = [word for word in words if "=" not in word]
-    if strange or not given:
+    """Names of the experiments, without repeats, and the format.
+
+    An experiment is given by its name, its folder, or its recipe; key=value arguments change the recipes.
+    """
+    arguments, page_format = list(argv), "html"
+    if "--format" in arguments:
+        position = arguments.index("--format")
+        page_format = arguments[position + 1] if position + 1 < len(arguments) else ""
+        del arguments[position : position + 2]
+    if page_format not in FORMATS:
+        raise InputError(f"--format {page_format}: must be one of {', '.join(FORMATS)}")
+    unknown = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if "=" in argument]
+    experiments = [argument for argument in arguments if "=" not in argument]
+    if unknown or not experiments:
         raise InputError(
-            f"got {strange[0] if strange else 'no experiment'}; report takes experiments and --format html|md"
+            f"got {unknown[0] if unknown else 'no experiment'}; report takes experiments and --format html|md"
         )
-    return list(dict.fromkeys(_name(word, changes) for word in given)), form
+    return list(dict.fromkeys(_name(experiment, overrides) for experiment in experiments)), page_format
 
 
-def _name(word: str, changes: list[str]) -> str:
-    return load(word, changes).exp.name if word.endswith(".yaml") else Path(word).name
+def _name(experiment: str, overrides: list[str]) -> str:
+    if experiment.endswith(".yaml"):
+        return load(experiment, overrides).exp.name
+    return Path(experiment).name
 
 
-def save(path: Path, html: str) -> Path:
+def write_page(path: Path, html: str) -> Path:
     files.write_atomic(path, html)
     return path
 
 
-def say(path: Path) -> None:
+def print_written(path: Path) -> None:
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run_command(main)

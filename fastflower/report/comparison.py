@@ -1,102 +1,145 @@
-"""Experiments beside each other: paired differences on the images they share, keys that differ, curves of S."""
+"""Comparison of experiments: paired differences on shared images, recipe keys that differ, score and epoch charts."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastflower.core import scores
 from fastflower.core.charts import Chart
+from fastflower.evaluation.records import ExperimentScores
 from fastflower.recipe import Recipe, fields_of
 from fastflower.report import curves
-from fastflower.report.charts import Lines, intervals, over_epochs
+from fastflower.report.charts import Interval, Lines, interval_chart, over_epochs
 
 
-def pairs(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every later experiment against the first, on the images that both predicted.
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference of top-1, in 0..1, with its 95% interval; `gained` and `lost` count images."""
 
-    The interval is that of a mean of paired differences (-1, 0, 1); whether an image is right is in
-    scores.json as the list of wrong ones.
-    """
-    first, rows = summaries[0], []
-    for other in summaries[1:]:
-        alike = all(first[key] == other[key] for key in ("class_hash", "folds_hash"))
-        folds = set(first["fused"]["folds"]) & set(other["fused"]["folds"]) if alike else set()
-        row: dict[str, Any] = {"a": first["exp"], "b": other["exp"]}
-        row["n"] = sum(count for fold, count in first["sizes"] if fold in folds)
-        if row["n"]:
-            before, after = (
-                {index for index, fold in summary["wrong"] if fold in folds} for summary in (first, other)
-            )
-            row |= {"gained": len(before - after), "lost": len(after - before)}
-            row |= difference(row["gained"], row["lost"], row["n"])
-        rows.append(row)
-    return rows
+    gained: int
+    lost: int
+    mean: float
+    low: float
+    high: float
 
 
-def difference(gained: int, lost: int, n: int) -> dict[str, float]:
-    """Mean paired difference of top-1 with its 95% interval (normal approximation)."""
+@dataclass(frozen=True)
+class PairedDifference:
+    """An experiment against the baseline on the `n` images that both predicted; no difference when n is 0."""
+
+    baseline: str
+    experiment: str
+    n: int
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class DifferingKey:
+    """A recipe key with its value in each experiment, as text."""
+
+    key: str
+    values: list[str]
+
+
+def paired_differences(summaries: list[ExperimentScores]) -> list[PairedDifference]:
+    """Each later experiment against the first, on the images that both predicted."""
+    baseline, *others = summaries
+    return [paired_difference(baseline, other) for other in others]
+
+
+def paired_difference(baseline: ExperimentScores, other: ExperimentScores) -> PairedDifference:
+    """Top-1 of `other` minus `baseline`, image by image; every image not listed as wrong was right."""
+    comparable = all(getattr(baseline, key) == getattr(other, key) for key in ("class_hash", "folds_hash"))
+    folds = set(baseline.fused.folds) & set(other.fused.folds) if comparable else set()
+    n = sum(count for fold, count in baseline.sizes if fold in folds)
+    difference = None
+    if n:
+        before, after = (
+            {index for index, fold in summary.wrong if fold in folds} for summary in (baseline, other)
+        )
+        difference = difference_of(len(before - after), len(after - before), n)
+    return PairedDifference(baseline.exp, other.exp, n=n, difference=difference)
+
+
+def difference_of(gained: int, lost: int, n: int) -> Difference:
+    """Mean of n paired differences (-1, 0 or 1) with its interval by the normal approximation."""
     mean = (gained - lost) / n
-    spread = scores.Z * math.sqrt(max((gained + lost) / n - mean**2, 0) / n)
-    return {"difference": mean, "low": mean - spread, "high": mean + spread}
+    half = scores.Z95 * math.sqrt(max((gained + lost) / n - mean**2, 0) / n)
+    return Difference(gained, lost, mean=mean, low=mean - half, high=mean + half)
 
 
-def scores_chart(summaries: list[dict[str, Any]]) -> Chart:
+def scores_chart(summaries: list[ExperimentScores]) -> Chart:
     """Clean and corrupted top-1 and S of each experiment."""
     blocks = {"clean": "clean", "corrupted": "corrupted", "S": "s"}
-    rows = [
-        (summary["exp"], name, own["top1"], own["top1_low"], own["top1_high"])
+    intervals = [
+        Interval(summary.exp, name, value=block.top1, low=block.top1_low, high=block.top1_high)
         for name, key in blocks.items()
         for summary in summaries
-        if (own := summary["fused"][key])
+        if (block := getattr(summary.fused, key))
     ]
-    said = "; ".join(f"{exp} {name} {100 * value:.1f}%" for exp, name, value, *_ in rows)
-    return intervals(
-        "compare-scores", "Scores with 95% intervals", rows=rows, line=None, words=f"Scores: {said}."
+    values = "; ".join(f"{point.row} {point.series} {100 * point.value:.1f}%" for point in intervals)
+    return interval_chart(
+        "compare-scores",
+        "Scores with 95% intervals",
+        intervals=intervals,
+        reference=None,
+        description=f"Scores: {values}.",
     )
 
 
-def pairs_chart(rows: list[dict[str, Any]]) -> Chart | None:
-    """The paired differences beside none; None where nothing is shared."""
-    known = [(row["b"], "", row["difference"], row["low"], row["high"]) for row in rows if row["n"]]
-    if not known:
+def differences_chart(rows: list[PairedDifference]) -> Chart | None:
+    """The paired differences with a line at 0; None when no experiment shares images with the baseline."""
+    intervals = [
+        Interval(
+            row.experiment, "", value=row.difference.mean, low=row.difference.low, high=row.difference.high
+        )
+        for row in rows
+        if row.difference
+    ]
+    if not intervals:
         return None
-    said = "; ".join(f"{exp} {100 * value:+.2f} points" for exp, _, value, *_ in known)
-    words = f"Change of top-1 against {rows[0]['a']}: {said}."
-    return intervals("compare-pairs", "Change of top-1, image by image", rows=known, line=0.0, words=words)
+    values = "; ".join(f"{point.row} {100 * point.value:+.2f} points" for point in intervals)
+    return interval_chart(
+        "compare-differences",
+        "Paired difference of top-1",
+        intervals=intervals,
+        reference=0.0,
+        description=f"Change of top-1 against {rows[0].baseline}: {values}.",
+    )
 
 
-def differing(recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
-    """The keys whose values are not the same in all recipes; the experiment's name apart."""
-    values = {
-        name: {dotted: value for dotted, value, _ in fields_of(recipe)} for name, recipe in recipes.items()
-    }
-    keys = next(iter(values.values()), {})
+def differing_keys(recipes: dict[str, Recipe]) -> list[DifferingKey]:
+    """The keys whose values differ between the recipes, without the experiment's name."""
+    values = [{dotted: value for dotted, value, _ in fields_of(recipe)} for recipe in recipes.values()]
+    if not values:
+        return []
     return [
-        {"key": key, "values": [str(own[key]) for own in values.values()]}
-        for key in keys
-        if key != "exp.name" and any(own[key] != keys[key] for own in values.values())
+        DifferingKey(key, [str(recipe[key]) for recipe in values])
+        for key, first in values[0].items()
+        if key != "exp.name" and any(recipe[key] != first for recipe in values)
     ]
 
 
-def charts(events: dict[str, list[dict[str, Any]]], prefix: str) -> list[Chart]:
-    """S, clean and corrupted top-1 of the better of raw and EMA, a line for each name: the mean over its runs."""
-    wanted = {"s": "S", "clean": "Clean top-1", "corrupt": "Corrupted top-1"}
-    found = []
-    for stem, title in wanted.items():
+def epoch_charts(events: dict[str, list[dict[str, Any]]], prefix: str) -> list[Chart]:
+    """S, clean and corrupted top-1 over epochs, one line per name: the better of raw and EMA, averaged over runs."""
+    titles = {"s": "S", "clean": "Clean top-1", "corrupt": "Corrupted top-1"}
+    charts = []
+    for chart, title in titles.items():
         lines = Lines(title, percent=True, best="max")
         for name, rows in events.items():
             by_epoch: dict[int, list[float]] = {}
             for epochs in curves.by_run(rows).values():
                 for epoch, numbers in epochs.items():
-                    own = [v for key, v in numbers.items() if curves.chart_of(key) == stem]
-                    if own:
-                        by_epoch.setdefault(epoch, []).append(max(own))
+                    values = [v for key, v in numbers.items() if curves.chart_of(key) == chart]
+                    if values:
+                        by_epoch.setdefault(epoch, []).append(max(values))
             if by_epoch:
                 order = sorted(by_epoch)
                 lines.series[name] = (order, [float(np.mean(by_epoch[epoch])) for epoch in order])
         if lines.series:
-            found.append(over_epochs(f"{prefix}-{stem}", lines, []))
-    return found
+            charts.append(over_epochs(f"{prefix}-{chart}", lines, []))
+    return charts

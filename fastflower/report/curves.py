@@ -1,4 +1,4 @@
-"""Training curves from events.jsonl: every number that was logged by epoch finds its chart."""
+"""Training curves from events.jsonl: a chart for every number that was logged per epoch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from fastflower.core.charts import Chart
 from fastflower.report.charts import Lines, over_epochs
 
 Key = tuple[str, int, int]  # backbone, fold, seed
-LEFT_OUT = (
-    "epoch",
-    "fold",
-    "seed",
-    "time",
-    "best",
-    "lr_min",
-    "lr_max",
-)  # said elsewhere, or drawn with other numbers
+NOT_PLOTTED = ("epoch", "fold", "seed", "time", "best", "lr_min", "lr_max")  # shown elsewhere on the page
 
-# (name, chart, pattern of the dotted quantity); the first that matches takes it, what is left gets its own chart
+# (name, chart, pattern of the dotted quantity); the first match wins, a quantity without a match has its own chart
 CHARTS: tuple[tuple[str, Lines, str], ...] = (
     ("loss", Lines("Loss"), r"_loss$"),
     ("clean", Lines("Clean top-1", percent=True, best="max"), r"^clean_(raw|ema|swa)$"),
@@ -36,20 +28,19 @@ CHARTS: tuple[tuple[str, Lines, str], ...] = (
     ("norm", Lines("Gradient norm"), r"^grad_norm$"),
     ("ece", Lines("Calibration error", percent=True), r"^ece_(raw|ema|swa)$"),
     ("top5", Lines("Clean top-5", percent=True), r"^top5_(raw|ema|swa)$"),
-    ("seconds", Lines("Time", unit="seconds an epoch"), r"seconds$"),
-    ("wait", Lines("Share of time spent waiting for data", percent=True), r"^wait_share$"),
+    ("seconds", Lines("Time", unit="seconds per epoch"), r"seconds$"),
+    ("wait", Lines("Time spent waiting for data", percent=True), r"^wait_share$"),
     ("memory", Lines("Peak GPU memory", unit="MB"), r"^gpu_peak_mb$"),
 )
-
-
-_CHART_SAYS = re.compile(
+# parts of a quantity's name that its chart's title already says
+_REDUNDANT = re.compile(
     r"^(clean|corrupt|s|ece|top5|macro)_|^lr_groups\.|^per_kind\.|_loss$|_seconds$|\.(raw|ema|swa)$|, no decay$"
 )
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """The charts of one run, and what to say about it in a line."""
+    """The charts of one run with its name and a one-line summary."""
 
     label: str
     note: str
@@ -57,37 +48,37 @@ class RunCurves:
 
 
 def by_run(events: list[dict[str, Any]]) -> dict[Key, dict[int, dict[str, float]]]:
-    """(backbone, fold, seed) -> epoch (from 1) -> every number logged in it by dotted name."""
+    """(backbone, fold, seed) -> epoch (from 1) -> every number logged in that epoch, by dotted name."""
     runs: dict[Key, dict[int, dict[str, float]]] = {}
     for row in events:
         epoch = row.get("epoch")
         if row.get("event") != "epoch" or type(epoch) is not int:
             continue
         key = (str(row["backbone"]), int(row["fold"]), int(row["seed"]))
-        numbers = flat({name: value for name, value in row.items() if name not in LEFT_OUT})
+        numbers = flat({name: value for name, value in row.items() if name not in NOT_PLOTTED})
         runs.setdefault(key, {}).setdefault(epoch, {}).update(numbers)
     return dict(sorted(runs.items()))
 
 
-def apart(events: list[dict[str, Any]], most: int = 12) -> dict[str, list[dict[str, Any]]]:
-    """The events of each run under a short name, for one chart of all; none for a single run, or for too many."""
+def events_by_name(events: list[dict[str, Any]], max_runs: int = 12) -> dict[str, list[dict[str, Any]]]:
+    """The events of each run under a short name, for a chart of all runs; empty for one run or for too many."""
     keys = list(by_run(events))
-    if not 1 < len(keys) <= most:
+    if not 1 < len(keys) <= max_runs:
         return {}
-    varying = [at for at in range(3) if len({key[at] for key in keys}) > 1]
+    varying = [field for field in range(3) if len({key[field] for key in keys}) > 1]
     return {
-        " ".join(f"{('', 'fold ', 'seed ')[at]}{key[at]}" for at in varying): of_run(events, key)
+        " ".join(f"{('', 'fold ', 'seed ')[field]}{key[field]}" for field in varying): events_of(events, key)
         for key in keys
     }
 
 
-def of_run(events: list[dict[str, Any]], key: Key) -> list[dict[str, Any]]:
+def events_of(events: list[dict[str, Any]], key: Key) -> list[dict[str, Any]]:
     """The events of one run."""
     return [row for row in events if (row.get("backbone"), row.get("fold"), row.get("seed")) == key]
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a nested dict by dotted name; a pair of equal numbers (an image size) counts once."""
+    """Numbers of a nested dict by dotted name; a square image size [s, s] is one number, others are two."""
     numbers: dict[str, float] = {}
     for name, value in node.items():
         if isinstance(value, dict):
@@ -102,49 +93,49 @@ def flat(node: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def series(epochs: dict[int, dict[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
     """quantity -> (epochs, values), in the order in which they were first logged."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
+    quantities: dict[str, tuple[list[int], list[float]]] = {}
     for epoch in sorted(epochs):
         for name, value in epochs[epoch].items():
-            xs, ys = found.setdefault(name, ([], []))
+            xs, ys = quantities.setdefault(name, ([], []))
             xs.append(epoch)
             ys.append(value)
-    return found
+    return quantities
 
 
-def borders(found: dict[str, tuple[list[int], list[float]]]) -> list[int]:
-    """The first epochs of the later image sizes."""
-    xs, ys = next((s for name, s in found.items() if re.match(r"size\b|height", name)), ([], []))
+def size_changes(quantities: dict[str, tuple[list[int], list[float]]]) -> list[int]:
+    """The first epoch of each later image size."""
+    xs, ys = next((s for name, s in quantities.items() if re.match(r"size\b|height", name)), ([], []))
     return [x for x, before, value in zip(xs[1:], ys, ys[1:], strict=False) if value != before]
 
 
 def charts_of(epochs: dict[int, dict[str, float]], prefix: str) -> list[Chart]:
-    """A chart for each group of quantities; single ones that never change are left to the derived numbers."""
-    found = series(epochs)
-    stages = borders(found)
+    """A chart for each group of quantities; an ungrouped quantity that never changes has none."""
+    quantities = series(epochs)
+    changes = size_changes(quantities)
     groups: dict[str, Lines] = {}
-    for name, points in found.items():
+    for name, points in quantities.items():
         key = chart_of(name)
         if key is None and len(set(points[1])) == 1:
             continue
         stem = re.sub(r"_(raw|ema|swa)$", "", name)
-        lines = next((lines for known, lines, _ in CHARTS if known == key), Lines(_words(stem)))
+        lines = next((lines for known, lines, _ in CHARTS if known == key), Lines(_title(stem)))
         group = groups.setdefault(key or re.sub(r"\W", "-", stem), replace(lines, series={}))
-        group.series.setdefault(_short(name), points)  # groups without weight decay have the lr of their part
+        group.series.setdefault(_label(name), points)  # groups with and without weight decay share their lr
     order = [key for key, _, _ in CHARTS]
     names = sorted(groups, key=lambda key: order.index(key) if key in order else len(order))
-    return [over_epochs(f"{prefix}-{key}", groups[key], stages) for key in names]
+    return [over_epochs(f"{prefix}-{key}", groups[key], changes) for key in names]
 
 
 def chart_of(name: str) -> str | None:
-    """The chart a quantity belongs to; None: one of its own."""
+    """Name of the chart that a quantity belongs to; None: a chart of its own."""
     return next((key for key, _, pattern in CHARTS if re.search(pattern, name)), None)
 
 
-def training(events: list[dict[str, Any]]) -> list[RunCurves]:
-    """The curves of every run of an experiment."""
+def run_curves(events: list[dict[str, Any]]) -> list[RunCurves]:
+    """Curves of every run of an experiment."""
     runs = []
     for position, ((backbone, fold, seed), epochs) in enumerate(by_run(events).items()):
-        rows = of_run(events, (backbone, fold, seed))
+        rows = events_of(events, (backbone, fold, seed))
         note = f"{max(epochs)} epochs"
         best: dict[str, Any] = next((row["best"] for row in reversed(rows) if row.get("best")), {})
         if best.get("score") is not None:
@@ -158,16 +149,15 @@ def training(events: list[dict[str, Any]]) -> list[RunCurves]:
     return runs
 
 
-def stages(events: list[dict[str, Any]], sizes: dict[int, int]) -> list[dict[str, Any]]:
+def best_by_stage(events: list[dict[str, Any]], fold_sizes: dict[int, int]) -> list[dict[str, Any]]:
     """The best epoch of each run at each image size, by S of the better of raw and averaged weights.
 
-    Clean and corrupted top-1 and S with Wilson intervals; `sizes`: images validated on by fold.
+    Clean and corrupted top-1 and S with Wilson intervals; `fold_sizes`: validation images of each fold.
     """
     table = []
     for (backbone, fold, seed), epochs in by_run(events).items():
-        found = series(epochs)
-        firsts = [min(epochs), *borders(found), max(epochs) + 1]
-        for first, after in zip(firsts[:-1], firsts[1:], strict=True):
+        starts = [min(epochs), *size_changes(series(epochs)), max(epochs) + 1]
+        for first, after in zip(starts[:-1], starts[1:], strict=True):
             best = max(
                 (
                     (value, -epoch, name == "s_ema", name.removeprefix("s_"))
@@ -178,10 +168,10 @@ def stages(events: list[dict[str, Any]], sizes: dict[int, int]) -> list[dict[str
                 ),
                 default=None,
             )
-            if best is None or fold not in sizes:
+            if best is None or fold not in fold_sizes:
                 continue
             score, epoch, weights = best[0], -best[1], best[3]
-            numbers, n = epochs[epoch], sizes[fold]
+            numbers, n = epochs[epoch], fold_sizes[fold]
             row: dict[str, Any] = {"backbone": backbone, "fold": fold, "seed": seed, "first": first}
             row |= {"last": after - 1, "epoch": epoch, "weights": weights, "n": n}
             row["size"] = next((numbers[k] for k in ("size", "size.height") if k in numbers), None)
@@ -190,18 +180,18 @@ def stages(events: list[dict[str, Any]], sizes: dict[int, int]) -> list[dict[str
                 ("corrupted", numbers.get(f"corrupt_{weights}")),
                 ("s", score),
             ):
-                low, high = scores.wilson(value * n, n) if value is not None else (None, None)  # type: ignore[arg-type]
+                low, high = scores.wilson(value * n, n) if value is not None else (None, None)
                 row[key] = value if value is None else {"top1": value, "top1_low": low, "top1_high": high}
             table.append(row)
     return table
 
 
-def _words(name: str) -> str:
+def _title(name: str) -> str:
     return name.replace("_", " ").replace(".", " ").strip().capitalize()
 
 
-def _short(name: str) -> str:
-    """The name a line has in its legend: what distinguishes it from its neighbours."""
-    kept = re.sub(r"[._]", " ", _CHART_SAYS.sub("", name)).strip()
-    kept = {"seconds": "all", "eval": "evaluation", "val": "validation"}.get(kept, kept)
-    return re.sub(r"\bema\b", "EMA", re.sub(r"\bf1\b", "F1", kept)) or name
+def _label(name: str) -> str:
+    """Name of a line in the legend, without the words that the title of the chart says."""
+    label = re.sub(r"[._]", " ", _REDUNDANT.sub("", name)).strip()
+    label = {"seconds": "all", "eval": "evaluation", "val": "validation"}.get(label, label)
+    return re.sub(r"\bema\b", "EMA", re.sub(r"\bf1\b", "F1", label)) or name

@@ -1,4 +1,4 @@
-"""An experiment as the report reads it: its scores, events, recipe and pictures, whatever of them there is."""
+"""The files of an experiment as the report reads them: scores, events, recipe, images. Only scores are required."""
 
 from __future__ import annotations
 
@@ -10,97 +10,123 @@ from typing import Any
 
 from fastflower.core import runs
 from fastflower.core.errors import InputError
-from fastflower.core.tables import shown
+from fastflower.core.records import read_record
+from fastflower.core.tables import escaped
 from fastflower.data.folds import Folds, read_folds
-from fastflower.evaluation.summary import FORMAT
+from fastflower.evaluation.records import EnsembleComparison, ExperimentScores, ImageScores
 from fastflower.recipe import Recipe, load
-from fastflower.report import experiment, thumbnails
+from fastflower.recipe.run_record import RunNumbers
+from fastflower.report import thumbnails
+from fastflower.report.thumbnails import AugmentationSamples
 
-SHOWN = {"mistakes": 36, "suspects": 18, "copies": 24}  # pictures on the page
+MAX_IMAGES = {"mistakes": 36, "suspects": 18, "duplicates": 24}  # on the page
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image by its row in folds.csv and its fold."""
+
+    index: int
+    fold: int
+
+
+@dataclass(frozen=True)
+class DuplicatePair:
+    """Two images that duplicates.csv lists, with their file names and category ids.
+
+    `images`: None for a file that folds.csv does not list. `bits`: how many of 64 bits of the perceptual hashes
+    differ, None without hashes. `identical`: same bytes. `conflict`: different labels.
+    """
+
+    images: tuple[ImageRef | None, ImageRef | None]
+    filenames: tuple[str, str]
+    category_ids: tuple[str, str]
+    bits: int | None
+    identical: bool
+    conflict: bool
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything the pages are made from; `pictures` maps a row of folds.csv to a data URI."""
+    """Content of the pages; `thumbnails` maps a row of folds.csv to a data URI."""
 
     name: str
-    scores: dict[str, Any]
+    scores: ExperimentScores
     events: list[dict[str, Any]]
     recipe: Recipe | None = None
     recipe_text: str = ""
-    derived: dict[str, Any] = field(default_factory=dict)
+    numbers: RunNumbers | None = None
     meta: list[tuple[str, str]] = field(default_factory=list)
-    ensemble: dict[str, Any] | None = None
-    cams: dict[str, Any] | None = None
-    pictures: dict[int, str] = field(default_factory=dict)
-    samples: dict[str, Any] | None = None
-    copies: list[dict[str, Any]] = field(default_factory=list)
+    ensemble: EnsembleComparison | None = None
+    gradcam: dict[str, Any] | None = None
+    thumbnails: dict[int, str] = field(default_factory=dict)
+    augmentation: AugmentationSamples | None = None
+    duplicates: list[DuplicatePair] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def read(exp: str, *, with_pictures: bool = True) -> Experiment:
-    """Read an experiment's files. InputError when it was not evaluated; what else is missing is left out."""
+def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
+    """Read an experiment's files; missing optional ones are noted. InputError when it was not evaluated."""
     folder = runs.RESULTS / exp
-    scores = _json(folder / "scores.json")
-    if scores is None:
-        near = sorted(path.parent.name for path in runs.RESULTS.glob("*/scores.json"))
-        known = ", ".join(near) or "none"
+    scores_path, ensemble_path = folder / "scores.json", folder / "ensemble.json"
+    if not scores_path.is_file():
+        evaluated = sorted(path.parent.name for path in runs.RESULTS.glob("*/scores.json"))
         raise InputError(
-            f"no {folder / 'scores.json'}; run python -m fastflower.evaluate first (evaluated: {known})"
+            f"no {scores_path}; run python -m fastflower.evaluate first "
+            f"(evaluated: {', '.join(evaluated) or 'none'})"
         )
-    if scores.get("format") != FORMAT:
-        raise InputError(
-            f"{folder / 'scores.json'} was written by another version; run python -m fastflower.evaluate again"
-        )
+    scores = read_record(scores_path, ExperimentScores)
     recipe_file = folder / "meta" / "recipe.yaml"
     recipe, text, notes = _recipe(recipe_file)
-    photographs: dict[int, str] = {}
-    samples = None
-    alike = _copies(recipe, scores["folds_hash"]) if recipe else []
-    if recipe and with_pictures:
-        photographs = thumbnails.thumbnails(
-            Path(recipe.data.home), scores["folds_hash"], wanted(scores, alike)
+    images: dict[int, str] = {}
+    augmentation = None
+    duplicates = _duplicates(recipe, scores.folds_hash) if recipe else []
+    if recipe and with_images:
+        images = thumbnails.thumbnails(
+            Path(recipe.data.home), scores.folds_hash, rows_by_fold(scores, duplicates)
         )
-        samples = thumbnails.augmented(recipe, scores["folds_hash"], scores["fused"]["folds"][0])
-        if not photographs:
-            notes.append(f"no betons of these folds in {recipe.data.home}; the page has no photographs")
+        augmentation = thumbnails.augmented(recipe, scores.folds_hash, scores.fused.folds[0])
+        if not images:
+            notes.append(f"no betons of these folds in {recipe.data.home}; the page has no images")
     return Experiment(
         name=exp,
         scores=scores,
         events=runs.read_events(folder / "events.jsonl"),
         recipe=recipe,
         recipe_text=text,
-        derived=_derived(folder / "meta"),
+        numbers=_numbers(folder / "meta", notes),
         meta=_meta(folder / "meta"),
-        ensemble=_json(folder / "ensemble.json"),
-        cams=_json(folder / "gradcam" / "gradcam.json"),
-        pictures=photographs,
-        samples=samples,
-        copies=alike,
+        ensemble=read_record(ensemble_path, EnsembleComparison) if ensemble_path.is_file() else None,
+        gradcam=_json(folder / "gradcam" / "gradcam.json"),
+        thumbnails=images,
+        augmentation=augmentation,
+        duplicates=duplicates,
         notes=notes,
     )
 
 
-def wanted(scores: dict[str, Any], alike: list[dict[str, Any]]) -> dict[int, set[int]]:
-    """fold -> rows of folds.csv whose pictures the page shows."""
-    rows = scores["mistakes"][: SHOWN["mistakes"]] + scores["suspects"][: SHOWN["suspects"]]
-    for pair in scores["pairs"]:
-        rows = rows + pair["wrong"] + [row for row in pair["typical"] if row]
-    for pair in alike[: SHOWN["copies"]]:
-        rows = rows + [row for row in pair["rows"] if row]
-    found: dict[int, set[int]] = {}
-    for row in rows:
-        found.setdefault(row["fold"], set()).add(row["index"])
-    return found
+def rows_by_fold(scores: ExperimentScores, duplicates: list[DuplicatePair]) -> dict[int, set[int]]:
+    """fold -> rows of folds.csv whose images the page shows."""
+    rows: list[ImageScores] = scores.mistakes[: MAX_IMAGES["mistakes"]]
+    rows += scores.suspects[: MAX_IMAGES["suspects"]]
+    for confused in scores.pairs:
+        rows += confused.wrong + [row for row in confused.typical if row]
+    images = [(row.fold, row.index) for row in rows]
+    for pair in duplicates[: MAX_IMAGES["duplicates"]]:
+        images += [(image.fold, image.index) for image in pair.images if image]
+    by_fold: dict[int, set[int]] = {}
+    for fold, index in images:
+        by_fold.setdefault(fold, set()).add(index)
+    return by_fold
 
 
-def _copies(recipe: Recipe, folds_hash: str) -> list[dict[str, Any]]:
-    """The pairs that convert left beside these folds."""
+def _duplicates(recipe: Recipe, folds_hash: str) -> list[DuplicatePair]:
+    """The pairs that convert wrote with these folds; none when data.home holds other folds."""
     home = Path(recipe.data.home)
     if not (home / "folds.csv").is_file():
         return []
     folds = read_folds(home / "folds.csv")
-    return experiment.pairs(home / "duplicates.csv", folds) if folds.hash == folds_hash else []
+    return duplicate_pairs(home / "duplicates.csv", folds) if folds.hash == folds_hash else []
 
 
 def _json(path: Path) -> Any:
@@ -113,54 +139,51 @@ def _json(path: Path) -> Any:
 
 
 def _recipe(path: Path) -> tuple[Recipe | None, str, list[str]]:
-    """The frozen recipe, its text, and what is left out of the page where this version cannot read it."""
+    """The run's recipe, its text, and notes on what the page lacks when the recipe cannot be read."""
     if not path.is_file():
-        return None, "", [f"no {path}; the page has no recipe and no photographs"]
+        return None, "", [f"no {path}; the page has no recipe and no images"]
     text = path.read_text(encoding="utf-8")
     try:
         return load(path), text, []
-    except InputError as error:  # written by another version, whose scores still count
-        return None, text, [f"{error}; the page has its text only, and no photographs"]
+    except InputError as error:  # written by another version; the scores are still valid
+        return None, text, [f"{error}; the page shows only its text, and no images"]
 
 
-def _derived(folder: Path) -> dict[str, Any]:
-    """The derived numbers of the first run; they differ between folds by a step or so."""
+def _numbers(folder: Path, notes: list[str]) -> RunNumbers | None:
+    """Derived numbers of the first run, or a note; between folds only the steps differ slightly."""
     paths = sorted(folder.glob("derived_*.json"))
-    return _json(paths[0]) if paths else {}
+    try:
+        return read_record(paths[0], RunNumbers) if paths else None
+    except InputError as error:  # written by another version; the scores are still valid
+        notes.append(f"{error}; the page has no derived numbers")
+        return None
 
 
 def _meta(folder: Path) -> list[tuple[str, str]]:
-    """Versions, command lines, git state: the small text files of meta/, without derived numbers and recipe."""
-    found = []
+    """Name and text of the files in meta/ on versions, commands and git state, without derived numbers and recipe."""
+    texts = []
     for path in sorted(folder.glob("*")):
         if path.suffix in (".json", ".txt", ".diff") and not path.name.startswith("derived_"):
-            found.append((path.name, path.read_text(encoding="utf-8", errors="replace")))
-    return found
+            texts.append((path.name, path.read_text(encoding="utf-8", errors="replace")))
+    return texts
 
 
-def pairs(path: Path, folds: Folds) -> list[dict[str, Any]]:
-    """The rows of duplicates.csv with their places in folds.csv, other labels first, then by distance.
-
-    Each has `rows` (index and fold of both), `filenames`, `category_ids`, `bits` that their hashes differ in (None
-    where there is no hash), `identical` bytes and `conflict` of labels. No file: no pairs.
-    """
+def duplicate_pairs(path: Path, folds: Folds) -> list[DuplicatePair]:
+    """The pairs of duplicates.csv, conflicting labels first, then by distance; empty when there is no file."""
     if not path.is_file():
         return []
-    place = {name: row for row, name in enumerate(folds.filenames)}
+    images = {name: ImageRef(index, int(folds.fold[index])) for index, name in enumerate(folds.filenames)}
     with open(path, encoding="utf-8-sig", newline="") as file:
-        listed = list(csv.DictReader(file))
-    found = []
-    for row in listed:
-        both = [place.get(row["filename"]), place.get(row["other"])]
-        ids = [row["category_id"], row["other_category_id"]]
-        found.append(
-            {
-                "rows": [None if at is None else {"index": at, "fold": int(folds.fold[at])} for at in both],
-                "filenames": [shown(row["filename"]), shown(row["other"])],
-                "category_ids": ids,
-                "bits": int(row["distance"]) if row["distance"] else None,
-                "identical": row["identical"] == "yes",
-                "conflict": ids[0] != ids[1],
-            }
+        rows = list(csv.DictReader(file))
+    pairs = [
+        DuplicatePair(
+            images=(images.get(row["filename"]), images.get(row["other"])),
+            filenames=(escaped(row["filename"]), escaped(row["other"])),
+            category_ids=(row["category_id"], row["other_category_id"]),
+            bits=int(row["distance"]) if row["distance"] else None,
+            identical=row["identical"] == "yes",
+            conflict=row["category_id"] != row["other_category_id"],
         )
-    return sorted(found, key=lambda pair: (not pair["conflict"], pair["bits"] or 0))
+        for row in rows
+    ]
+    return sorted(pairs, key=lambda pair: (not pair.conflict, pair.bits or 0))

@@ -1,6 +1,6 @@
-"""The draft of a technical report: Markdown with its figures as PNG, from the same files as the page.
+"""Markdown report of an experiment with figures as PNG: a draft of the technical report that contests ask for.
 
-At most ten pages of A4, as contests ask: long tables are cut, and say so or leave the rest to the page.
+Contests ask for at most ten A4 pages, so long tables are truncated with a note; the HTML page has all rows.
 """
 
 from __future__ import annotations
@@ -17,54 +17,58 @@ from fastflower.report import comparison, curves, page
 from fastflower.report.charts import long_tail, reliability, robustness
 from fastflower.report.experiment import Experiment
 
-CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the page has those of the others
-MOST = {"members": 15, "changes": 25, "facts": 20, "others": 10}  # rows of a table, for ten pages in all
+CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the HTML page has all runs
+MAX_ROWS = {"members": 15, "keys": 25, "derived": 20, "others": 10}  # of each table, to stay within ten pages
 
 
-def write(folder: Path, found: Experiment, experiments: list[Experiment]) -> Path:
-    """Write report.md and figures/*.png; with several experiments it has their comparison."""
-    scores, fused = found.scores, found.scores["fused"]
+def write(folder: Path, experiment: Experiment, experiments: list[Experiment]) -> Path:
+    """Write report.md and figures/*.png; several experiments are compared in it. Returns the path of report.md."""
+    scores, fused = experiment.scores, experiment.scores.fused
     charts = [
-        reliability(scores["reliability"], (fused["temperature"] or {}).get("t")),
-        long_tail(scores["classes"]),
-        tables.confusion_chart(scores["confusion"], [row["category_id"] for row in scores["classes"]]),
+        reliability(scores.reliability, fused.temperature.t if fused.temperature else None),
+        long_tail(scores.classes),
+        tables.confusion_chart(scores.confusion, [row.category_id for row in scores.classes]),
     ]
-    if fused["corrupted"]:
-        charts.append(robustness(fused["corrupted"], fused["single"]["top1"]))
-    runs_of = curves.training(found.events)
-    first = [chart for run in runs_of[:1] for chart in run.charts if chart.name.split("-", 1)[1] in CURVES]
-    together = comparison.charts(curves.apart(found.events), "together")
-    training = {"All runs": together, **({runs_of[0].label: first} if runs_of else {})}
-    for chart in [*charts, *together, *first]:
+    if fused.corrupted:
+        charts.append(robustness(fused.corrupted, fused.single.top1))
+    runs = curves.run_curves(experiment.events)
+    first = [chart for run in runs[:1] for chart in run.charts if chart.name.split("-", 1)[1] in CURVES]
+    all_runs = comparison.epoch_charts(curves.events_by_name(experiment.events), "together")
+    training = {"All runs": all_runs, **({runs[0].label: first} if runs else {})}
+    for chart in [*charts, *all_runs, *first]:
         files.write_atomic(folder / "figures" / f"{chart.name}.png", chart.png())
     text = (
         _environment()
         .get_template("report.md.j2")
-        .render(_content(found, experiments, charts=charts, training=training))
+        .render(_content(experiment, experiments, charts=charts, training=training))
     )
     files.write_atomic(folder / "report.md", text)
     return folder / "report.md"
 
 
 def _content(
-    found: Experiment, experiments: list[Experiment], *, charts: list[Chart], training: dict[str, list[Chart]]
+    experiment: Experiment,
+    experiments: list[Experiment],
+    *,
+    charts: list[Chart],
+    training: dict[str, list[Chart]],
 ) -> dict[str, Any]:
-    others = [other.scores for other in experiments if other.name != found.name]
+    others = [other.scores for other in experiments if other.name != experiment.name]
     return {
-        "most": MOST,
-        "found": found,
-        "scores": found.scores,
-        "classes": found.scores["classes"],
-        "recipe": found.recipe,
-        "basis": page.basis(found.scores),
-        "view_names": page.view_names(found.scores["members"][0]["views"]),
-        "facts": page.facts(found.derived),
-        "changed": page.changed(found.recipe) if found.recipe else [],
+        "max_rows": MAX_ROWS,
+        "experiment": experiment,
+        "scores": experiment.scores,
+        "classes": experiment.scores.classes,
+        "recipe": experiment.recipe,
+        "basis": page.basis(experiment.scores),
+        "view_names": page.view_names(experiment.scores.members[0].views),
+        "derived_numbers": page.derived_numbers(experiment.numbers),
+        "changed_keys": page.changed_keys(experiment.recipe) if experiment.recipe else [],
         "charts": {chart.name: chart for chart in charts},
         "training": training,
         "others": others,
-        "pairs": comparison.pairs([found.scores, *others]) if others else [],
-        "differing": comparison.differing(
+        "differences": comparison.paired_differences([experiment.scores, *others]),
+        "differing_keys": comparison.differing_keys(
             {other.name: other.recipe for other in experiments if other.recipe}
         ),
         "names": [other.name for other in experiments if other.recipe],
@@ -72,7 +76,7 @@ def _content(
 
 
 def cell(value: object) -> str:
-    """Text that neither ends a cell of a Markdown table nor begins a tag."""
+    """Text with the characters escaped that end a cell of a Markdown table or begin a tag."""
     return str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 

@@ -1,4 +1,4 @@
-"""The report's pages: what the files of an experiment say, put into one HTML file that needs nothing else."""
+"""HTML pages of the report: one self-contained file per experiment, and one that compares experiments."""
 
 from __future__ import annotations
 
@@ -9,87 +9,94 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 import fastflower
 from fastflower.core import runs
-from fastflower.evaluation.summary import named
+from fastflower.evaluation.records import ExperimentScores
+from fastflower.evaluation.summary import fold_names
 from fastflower.recipe import Recipe, fields_of
+from fastflower.recipe.run_record import RunNumbers
 from fastflower.report import comparison, curves, thumbnails
 from fastflower.report.charts import long_tail, reliability, robustness
-from fastflower.report.experiment import SHOWN, Experiment
+from fastflower.report.experiment import MAX_IMAGES, Experiment
 
 
-def experiment(found: Experiment) -> str:
-    """The page of one experiment."""
-    scores = found.scores
-    fused = scores["fused"]
-    charts = {"tail": long_tail(scores["classes"])}
-    charts["reliability"] = reliability(scores["reliability"], (fused["temperature"] or {}).get("t"))
-    if fused["corrupted"]:
-        charts["robustness"] = robustness(fused["corrupted"], fused["single"]["top1"])
+def experiment_page(experiment: Experiment) -> str:
+    """HTML of one experiment."""
+    scores = experiment.scores
+    fused = scores.fused
+    charts = {"tail": long_tail(scores.classes)}
+    charts["reliability"] = reliability(
+        scores.reliability, fused.temperature.t if fused.temperature else None
+    )
+    if fused.corrupted:
+        charts["robustness"] = robustness(fused.corrupted, fused.single.top1)
+    footer = f"Written by fastflower {fastflower.__version__} from scores.json and events.jsonl of"
     content = {
-        "title": found.name,
+        "title": experiment.name,
         "lead": lead(scores),
-        "foot": f"Written by fastflower {fastflower.__version__} from scores.json and events.jsonl of {found.name}.",
+        "footer": f"{footer} {experiment.name}.",
         "scores": scores,
-        "classes": scores["classes"],
-        "longest": max(len(row["category_id"]) for row in scores["classes"]),
+        "classes": scores.classes,
+        "longest_id": max(len(row.category_id) for row in scores.classes),
         "basis": basis(scores),
-        "views": len(scores["members"][0]["views"]),
-        "view_names": view_names(scores["members"][0]["views"]),
+        "view_count": len(scores.members[0].views),
+        "view_names": view_names(scores.members[0].views),
         "confusions": confusions(scores),
-        "crossed": sum(true != guess for true, guess, _ in scores["confusion"]),
-        "wrong": len(scores["wrong"]),
-        "shown": {
-            key: min(SHOWN[key], len(rows))
-            for key, rows in (
-                *((key, scores[key]) for key in ("mistakes", "suspects")),
-                ("copies", found.copies),
+        "confusion_count": sum(true != guess for true, guess, _ in scores.confusion),
+        "wrong_count": len(scores.wrong),
+        "image_counts": {
+            name: min(MAX_IMAGES[name], len(items))
+            for name, items in (
+                ("mistakes", scores.mistakes),
+                ("suspects", scores.suspects),
+                ("duplicates", experiment.duplicates),
             )
         },
         "charts": charts,
-        "curves": curves.training(found.events),
-        "together": comparison.charts(curves.apart(found.events), "together"),
-        "stages": curves.stages(found.events, sizes(scores)),
+        "curves": curves.run_curves(experiment.events),
+        "all_runs": comparison.epoch_charts(curves.events_by_name(experiment.events), "together"),
+        "stages": curves.best_by_stage(experiment.events, fold_sizes(scores)),
         "overview": overview(scores),
-        "robust": by_class(scores),
-        "copies": found.copies,
-        "facts": facts(found.derived),
-        "ensemble": found.ensemble,
-        "cams": cams(found),
-        "pictures": found.pictures,
-        "samples": found.samples,
-        "changed": changed(found.recipe) if found.recipe else [],
-        "recipe_text": found.recipe_text,
-        "meta": found.meta,
+        "corrupted_recalls": corrupted_recalls(scores),
+        "duplicates": experiment.duplicates,
+        "derived_numbers": derived_numbers(experiment.numbers),
+        "ensemble": experiment.ensemble,
+        "gradcam": gradcam(experiment),
+        "thumbnails": experiment.thumbnails,
+        "augmentation": experiment.augmentation,
+        "changed_keys": changed_keys(experiment.recipe) if experiment.recipe else [],
+        "recipe_text": experiment.recipe_text,
+        "meta": experiment.meta,
     }
     return render("experiment.html.j2", content | {"sections": sections(content)})
 
 
-def compare(experiments: list[Experiment]) -> str:
-    """The page that sets experiments beside each other."""
-    pairs = comparison.pairs([found.scores for found in experiments])
+def comparison_page(experiments: list[Experiment]) -> str:
+    """HTML that compares experiments, the later ones with the first."""
+    differences = comparison.paired_differences([experiment.scores for experiment in experiments])
+    recipes = {experiment.name: experiment.recipe for experiment in experiments if experiment.recipe}
     content = {
         "title": "Comparison",
-        "lead": ", ".join(found.name for found in experiments),
-        "foot": f"Written by fastflower {fastflower.__version__} from the scores.json of each experiment.",
-        "experiments": [found.scores for found in experiments],
-        "uneven": len({tuple(found.scores["fused"]["folds"]) for found in experiments}) > 1,
+        "lead": ", ".join(experiment.name for experiment in experiments),
+        "footer": f"Written by fastflower {fastflower.__version__} from the scores.json of each experiment.",
+        "experiments": [experiment.scores for experiment in experiments],
+        "folds_differ": len({tuple(experiment.scores.fused.folds) for experiment in experiments}) > 1,
         "classes": [],
-        "pictures": {},
-        "pairs": pairs,
+        "thumbnails": {},
+        "differences": differences,
         "overview": [
-            comparison.scores_chart([found.scores for found in experiments]),
-            comparison.pairs_chart(pairs),
+            comparison.scores_chart([experiment.scores for experiment in experiments]),
+            comparison.differences_chart(differences),
         ],
-        "names": [found.name for found in experiments if found.recipe],
-        "differing": comparison.differing(
-            {found.name: found.recipe for found in experiments if found.recipe}
+        "names": list(recipes),
+        "differing_keys": comparison.differing_keys(recipes),
+        "charts": comparison.epoch_charts(
+            {experiment.name: experiment.events for experiment in experiments}, "compare"
         ),
-        "charts": comparison.charts({found.name: found.events for found in experiments}, "compare"),
     }
     return render("compare.html.j2", content)
 
 
 def render(template: str, content: dict[str, Any]) -> str:
-    """Fill a template; anything it asks for that is not there is an error, anything inserted is escaped."""
+    """Fill a template; an undefined variable is an error, every inserted value is escaped."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     escape = select_autoescape(["html.j2", "j2"], default=True)
     environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True)
@@ -97,115 +104,125 @@ def render(template: str, content: dict[str, Any]) -> str:
 
 
 def sections(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """The anchors of the page, those with something to show."""
+    """(anchor, label) of each section of the page that has content."""
     return [
         (anchor, label)
-        for anchor, label, there in (
+        for anchor, label, content_of_section in (
             ("scores", "Scores", True),
             ("training", "Training", content["curves"]),
             ("ensemble", "Ensembles", content["ensemble"]),
-            ("samples", "Augmentation", content["samples"]),
-            ("robustness", "Robustness", content["scores"]["fused"]["corrupted"]),
+            ("augmentation", "Augmentation", content["augmentation"]),
+            ("robustness", "Robustness", content["scores"].fused.corrupted),
             ("classes", "Classes", True),
             ("confusion", "Confusion", True),
             ("mistakes", "Mistakes", True),
-            ("gradcam", "Grad-CAM", content["cams"]),
-            ("copies", "Copies", content["copies"]),
-            ("recipe", "Recipe", content["changed"] or content["recipe_text"] or content["meta"]),
+            ("gradcam", "Grad-CAM", content["gradcam"]),
+            ("duplicates", "Duplicates", content["duplicates"]),
+            ("recipe", "Recipe", content["changed_keys"] or content["recipe_text"] or content["meta"]),
         )
-        if there
+        if content_of_section
     ]
 
 
-def sizes(scores: dict[str, Any]) -> dict[int, int]:
-    """fold -> the images that are validated on in it."""
-    return {member["fold"]: member["n"] for member in scores["members"]}
+def fold_sizes(scores: ExperimentScores) -> dict[int, int]:
+    """fold -> number of validation images."""
+    return {member.fold: member.n for member in scores.members}
 
 
-def overview(scores: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every score of the fused set in one table: its name, how it is measured, value, ends of its interval, n."""
-    fused = scores["fused"]
-    clean, single, corrupted, t = fused["clean"], fused["single"], fused["corrupted"], fused["temperature"]
-    views, one = "mean of the views", "single view"
+def overview(scores: ExperimentScores) -> list[dict[str, Any]]:
+    """One row for each score of the fused set: name, how it is measured, value, ends of the interval, n."""
+    fused = scores.fused
+    clean, single, corrupted, t = fused.clean, fused.single, fused.corrupted, fused.temperature
+    views, single_view = "mean of the views", "single view"
 
-    def row(name: str, how: str, block: dict[str, Any], key: str, percent: bool = True) -> dict[str, Any]:
-        known = {"value": block[key], "low": block.get(f"{key}_low"), "high": block.get(f"{key}_high")}
-        return {"name": name, "how": how, **known, "n": fused["n"], "percent": percent}
+    def row(name: str, how: str, *, block: object, key: str, percent: bool = True) -> dict[str, Any]:
+        value, low, high = (getattr(block, f"{key}{end}", None) for end in ("", "_low", "_high"))
+        return {
+            "name": name,
+            "how": how,
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": fused.n,
+            "percent": percent,
+        }
 
-    rows = [row("Clean top-1", views, clean, "top1"), row("Clean top-1", one, single, "top1")]
+    rows = [
+        row("Clean top-1", views, block=clean, key="top1"),
+        row("Clean top-1", single_view, block=single, key="top1"),
+    ]
     if corrupted:
-        rows.append(row("Corrupted top-1", f"{one}, mean of {len(corrupted['combos'])}", corrupted, "top1"))
+        how = f"{single_view}, mean of {len(corrupted.combos)}"
+        rows.append(row("Corrupted top-1", how, block=corrupted, key="top1"))
     rows += [
-        row("S", one, fused["s"], "top1"),
-        row("Clean top-5", views, clean, "top5"),
-        row("Macro recall", views, clean, "macro_recall"),
-        row("Macro F1", views, clean, "macro_f1"),
-        row("NLL", views, clean, "nll", percent=False),
-        row("Calibration error", f"{views}, T = 1", clean, "ece"),
+        row("S", single_view, block=fused.s, key="top1"),
+        row("Clean top-5", views, block=clean, key="top5"),
+        row("Macro recall", views, block=clean, key="macro_recall"),
+        row("Macro F1", views, block=clean, key="macro_f1"),
+        row("NLL", views, block=clean, key="nll", percent=False),
+        row("Calibration error", f"{views}, T = 1", block=clean, key="ece"),
     ]
     if t:
-        for name, key in (("NLL", "nll"), ("Calibration error", "ece")):
-            after = {f"{key}{end}": t[f"{key}_after{end}"] for end in ("", "_low", "_high")}
-            rows.append(row(name, f"{views}, T = {t['t']:.3f}", after, key, percent=key == "ece"))
+        how = f"{views}, T = {t.t:.3f}"
+        rows.append(row("NLL", how, block=t, key="nll_after", percent=False))
+        rows.append(row("Calibration error", how, block=t, key="ece_after"))
     return rows
 
 
-def confusions(scores: dict[str, Any], most: int = 100) -> list[dict[str, int]]:
-    """The cells beside the diagonal of the confusion matrix, by their share of the true class."""
-    n = {row["class_idx"]: row["n"] for row in scores["classes"]}
-    cells = [(label, guess, count) for label, guess, count in scores["confusion"] if label != guess]
+def confusions(scores: ExperimentScores, max_rows: int = 100) -> list[dict[str, int]]:
+    """The off-diagonal cells of the confusion matrix, largest fraction of the true class first."""
+    n = {row.class_idx: row.n for row in scores.classes}
+    cells = [(label, guess, count) for label, guess, count in scores.confusion if label != guess]
     cells.sort(key=lambda cell: (-cell[2] / n[cell[0]], -cell[2]))
-    return [{"label": label, "guess": guess, "count": count} for label, guess, count in cells[:most]]
+    return [{"label": label, "guess": guess, "count": count} for label, guess, count in cells[:max_rows]]
 
 
-def by_class(scores: dict[str, Any]) -> dict[str, Any] | None:
-    """Recall of each class under each corruption: columns of (kind, level), rows of values; None without any."""
-    rows = scores["robust_classes"]
-    columns = list(dict.fromkeys((row["kind"], row["level"]) for row in rows))
+def corrupted_recalls(scores: ExperimentScores) -> dict[str, Any] | None:
+    """Recall of each class (rows) under each (kind, level) of corruption (columns); None without corruptions."""
+    rows = scores.robust_classes
+    columns = list(dict.fromkeys((row.kind, row.level) for row in rows))
     table: dict[int, list[float | None]] = {}
     for row in rows:
-        own = table.setdefault(row["class_idx"], [None] * len(columns))
-        own[columns.index((row["kind"], row["level"]))] = row["recall"]
+        recalls = table.setdefault(row.class_idx, [None] * len(columns))
+        recalls[columns.index((row.kind, row.level))] = row.recall
     order = sorted(table, key=lambda c: sum(value or 0 for value in table[c]))
     return {"columns": columns, "rows": [(c, table[c]) for c in order]} if rows else None
 
 
-def lead(scores: dict[str, Any]) -> str:
-    """The experiment in a line."""
-    backbones = list(dict.fromkeys(row["backbone"] for row in scores["runs"]))
-    members, classes = len(scores["members"]), len(scores["classes"])
+def lead(scores: ExperimentScores) -> str:
+    """One line on the experiment: backbones, members, classes, images."""
+    backbones = list(dict.fromkeys(row.backbone for row in scores.runs))
+    members, classes = len(scores.members), len(scores.classes)
     return (
         f"{' and '.join(backbones)} · {members} member{'s' if members != 1 else ''} · {classes} classes · "
-        f"{scores['fused']['n']} images never trained on by the member that predicts them"
+        f"{scores.fused.n} images, each predicted by a member that was not trained on it"
     )
 
 
-def basis(scores: dict[str, Any]) -> str:
-    """Which images the headline scores stand on."""
-    fused, missing = scores["fused"], scores["missing"]
-    of = f"the mean logits of {len(scores['runs'])} runs" if len(scores["runs"]) > 1 else "one run"
+def basis(scores: ExperimentScores) -> str:
+    """The images that the headline scores are computed on, in a sentence."""
+    fused, missing = scores.fused, scores.missing
+    method = f"the mean logits of {len(scores.runs)} runs" if len(scores.runs) > 1 else "one run"
     if missing:
-        lacking = f"{named(missing)} {'has' if len(missing) == 1 else 'have'} no member"
+        incomplete = f"{fold_names(missing)} {'has' if len(missing) == 1 else 'have'} no member"
         return (
-            f"{named(fused['folds']).capitalize()} of {len(scores['folds'])} ({fused['n']} images), {of}; "
-            f"{lacking}, so this is not yet a score over all images."
+            f"{fold_names(fused.folds).capitalize()} of {len(scores.folds)} ({fused.n} images), {method}; "
+            f"{incomplete}, so these scores do not cover all images."
         )
-    if len(scores["folds"]) == 1:
-        return f"One part held out of training: each of its {fused['n']} images exactly once, {of}."
-    return (
-        f"Out of fold over all {len(scores['folds'])} folds: each of {fused['n']} images exactly once, {of}."
-    )
+    if len(scores.folds) == 1:
+        return f"One held-out split: each of its {fused.n} images exactly once, {method}."
+    return f"Out-of-fold over all {len(scores.folds)} folds: each of {fused.n} images exactly once, {method}."
 
 
-def view_names(views: list[list[Any]]) -> str:
+def view_names(views: list[tuple[int, int, bool]]) -> str:
     sizes = dict.fromkeys(f"{h}" if h == w else f"{h}x{w}" for h, w, _ in views)
     return " and ".join(sizes) + (
         " pixels, plain and mirrored" if any(flip for _, _, flip in views) else " pixels"
     )
 
 
-def changed(recipe: Recipe) -> list[dict[str, str]]:
-    """The recipe's keys that differ from the defaults, with their meaning."""
+def changed_keys(recipe: Recipe) -> list[dict[str, str]]:
+    """The keys whose values differ from the defaults, with both values and the key's description."""
     defaults = {dotted: value for dotted, value, _ in fields_of(Recipe())}
     return [
         {
@@ -219,22 +236,21 @@ def changed(recipe: Recipe) -> list[dict[str, str]]:
     ]
 
 
-def facts(derived: dict[str, Any]) -> list[tuple[str, str]]:
-    """The derived numbers as names and short texts, a line for each stage and for each parameter group."""
+def derived_numbers(numbers: RunNumbers | None) -> list[tuple[str, str]]:
+    """Derived numbers as (name, text), one line for each stage and for each parameter group."""
     rows: list[tuple[str, str]] = []
-    for name, value in derived.items():
+    if numbers is None:
+        return rows
+    for name, value in vars(numbers).items():
         if name == "stages":
-            steps = derived.get("steps", [])
-            for place, stage in enumerate(value, 1):
-                size = f"{stage['height']} × {stage['width']}"
-                text = f"epochs {stage['first']} to {stage['last']}, {size}, batch {stage['batch_per_gpu']} a device"
-                rows.append(
-                    (f"stage {place}", text + (f", {steps[place - 1]} steps an epoch" if steps else ""))
-                )
+            for number, (stage, steps) in enumerate(zip(numbers.stages, numbers.steps, strict=True), 1):
+                size = f"{stage.height} × {stage.width}"
+                text = f"epochs {stage.first} to {stage.last}, {size}, batch {stage.batch_per_gpu} per device"
+                rows.append((f"stage {number}", f"{text}, {steps} steps per epoch"))
         elif name == "groups":
-            for group in value:
-                text = f"lr {group['lr']:.3g}, weight decay {group['weight_decay']:g}, {group['tensors']} tensors"
-                rows.append((f"group {group['name']}", text))
+            for group in numbers.groups:
+                text = f"lr {group.lr:.3g}, weight decay {group.weight_decay:g}, {group.tensors} tensors"
+                rows.append((f"group {group.name}", text))
         elif name == "notes":
             rows += [("note", note) for note in value]
         elif isinstance(value, (int, float, str)):
@@ -243,19 +259,23 @@ def facts(derived: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def cams(found: Experiment) -> dict[str, Any] | None:
-    """The saved Grad-CAM pictures, wrong ones first, as data URIs."""
-    if not found.cams:
+def gradcam(experiment: Experiment) -> dict[str, Any] | None:
+    """The saved Grad-CAM images as data URIs, by backbone, misclassified ones first."""
+    if not experiment.gradcam:
         return None
-    folder = runs.RESULTS / found.name / "gradcam"
+    folder, rows = runs.RESULTS / experiment.name / "gradcam", experiment.gradcam["images"]
     groups = []
-    for right, word in ((False, "wrong"), (True, "right")):
-        for backbone in dict.fromkeys(row["backbone"] for row in found.cams["images"]):
-            items = [
+    for right, outcome in ((False, "misclassified"), (True, "correct")):
+        for backbone in dict.fromkeys(row["backbone"] for row in rows):
+            images = [
                 {**row, "uri": thumbnails.data_uri((folder / row["file"]).read_bytes())}
-                for row in found.cams["images"]
+                for row in rows
                 if row["backbone"] == backbone and row["right"] is right and (folder / row["file"]).is_file()
             ]
-            if items:
-                groups.append({"title": f"{backbone}, {word}", "shots": items})
-    return {"groups": groups, "border": found.cams["border"], "even": found.cams["even"]}
+            if images:
+                groups.append({"title": f"{backbone}, {outcome}", "images": images})
+    return {
+        "groups": groups,
+        "border": experiment.gradcam["border"],
+        "uniform": experiment.gradcam["even"],
+    }

@@ -1,4 +1,4 @@
-"""Where a recipe's names meet constructors: data, network, optimizer, algorithms, callbacks, Composer's Trainer."""
+"""Builds a run from its recipe: data, network, optimizer, algorithms, callbacks, Composer's Trainer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from composer.core import Algorithm, Event, State
 from torch import Tensor, nn
 
 from fastflower.algorithms.augmentation import DeviceAugment
-from fastflower.algorithms.averaging import Ema, Swa, batch_norms
+from fastflower.algorithms.averaging import Ema, Swa
 from fastflower.algorithms.fixmatch import FixMatch
 from fastflower.algorithms.gradients import GradientGuard
 from fastflower.algorithms.learning_rate import LearningRate
-from fastflower.algorithms.lr_range import Sweep
-from fastflower.algorithms.mixing import Mix
-from fastflower.algorithms.stages import Stages
-from fastflower.callbacks.checkpoints import Saving, Stateful, parse_interval
+from fastflower.algorithms.lr_range import LrRangeTest
+from fastflower.algorithms.mixing import MixUpCutMix
+from fastflower.algorithms.stages import StageSchedule
+from fastflower.callbacks.checkpoints import CheckpointSaver, Stateful, parse_interval
 from fastflower.callbacks.progress import Progress
 from fastflower.callbacks.recorder import Recorder
 from fastflower.callbacks.scoring import Scoring
@@ -36,41 +36,48 @@ from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.transforms.augment import augment
-from fastflower.data.unlabelled import Unlabelled, left_out
+from fastflower.data.unlabelled import UnlabelledBatches, exclusion_notice
 from fastflower.evaluation import distillation
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
-from fastflower.model.network import Network, NetworkSpec, synchronise_norms, training_network
-from fastflower.optim.groups import Group, param_groups, table
-from fastflower.optim.optimizers import optimizer
-from fastflower.recipe import Recipe, derived
-from fastflower.recipe.derived import Derived
-from fastflower.training.fold_data import Clock, Loaders, class_counts, loaders
+from fastflower.model.network import (
+    Network,
+    NetworkSpec,
+    batch_norms,
+    synchronise_norms,
+    training_network,
+)
+from fastflower.optim.groups import Group, describe_groups, param_groups
+from fastflower.optim.optimizers import build_optimizer
+from fastflower.recipe import Recipe
+from fastflower.recipe.derived import Derived, derive
+from fastflower.recipe.run_record import ParameterGroup, RunNumbers
+from fastflower.training.fold_data import Loaders, Position, class_counts, loaders
 from fastflower.training.ranks import TIMEOUT, Machine, fit
-from fastflower.training.record import Facts, member_meta
+from fastflower.training.record import RunFacts, member_meta
 from fastflower.training.samples import COLUMNS, save_samples
 
-SWA_BATCHES = 50  # for BatchNorm's statistics
+SWA_BATCHES = 50  # to re-estimate BatchNorm statistics
 
 
 @dataclass
 class Training:
-    """One run, built: what the train command drives."""
+    """All objects of one run, as the train command drives them."""
 
     run: Run
-    facts: Facts
+    facts: RunFacts
     spec: NetworkSpec
     trainer: Trainer
     network: nn.Module
     data: Loaders
-    parts: dict[str, Stateful]
+    components: dict[str, Stateful]  # what a resume restores, by the name in `last`
     scoring: Scoring
     recorder: Recorder
-    saving: Saving
+    saver: CheckpointSaver
     console: Console
 
     def close(self) -> None:
-        """Stop threads and close files, however the run ended."""
+        """Stop threads and close files, after success or failure."""
         _close(self.trainer, self.data)
 
 
@@ -82,42 +89,48 @@ def training(
     machine: Machine,
     stop: Stop,
     console: Console,
-    same: dict[str, Any],
+    identity: dict[str, Any],
 ) -> Training:
-    """Everything of one run; `same` is what a checkpoint must share to go on from it."""
-    d, clock, counts = derived.derive(recipe, machine.world), Clock(), class_counts(recipe, fold)
+    """Build one run; `identity` decides which checkpoints it may resume from."""
+    derived, position, counts = derive(recipe, machine.world), Position(), class_counts(recipe, fold)
     network, spec, notes = _network(recipe, len(counts), machine)
-    notes += left_out(recipe, fold)
-    data = loaders(recipe, d, clock=clock, fold=fold, interpolation=spec.interpolation, machine=machine)
-    groups = param_groups(network, d.lr, recipe)
+    notes += exclusion_notice(recipe, fold)
+    data = loaders(
+        recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
+    )
+    groups = param_groups(network, derived.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
-    guard = GradientGuard(network, recipe.train.clip_grad, limit=recipe.train.max_nonfinite, say=console.say)
-    averages = _averages(recipe, d, classifier=classifier, data=data, guard=guard, paint=spec.fill, stop=stop)
+    guard = GradientGuard(
+        network, recipe.train.clip_grad, limit=recipe.train.max_nonfinite, warn=console.write
+    )
+    averages = _averages(
+        recipe, derived, classifier=classifier, data=data, guard=guard, fill=spec.fill, stop=stop
+    )
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
     rows = {label: loader.beton.rows for label, loader in data.evaluation.items()}
-    scoring = Scoring(recipe, d, networks=networks.values, rows=rows, combos=data.combos)
+    scoring = Scoring(recipe, derived, networks=networks.values, rows=rows, combos=data.combos)
     schedule = LearningRate(
         recipe,
-        d,
+        derived,
         network=network,
         steps=data.train.steps,
-        watched=lambda: float(getattr(scoring, recipe.sched.monitor)),
+        monitored=lambda: float(getattr(scoring, recipe.sched.monitor)),
     )
-    labeller = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
+    semi_teacher = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
     semi = (
-        {"semi": FixMatch(recipe, counts.tolist(), fill=spec.fill, teacher=labeller)}
+        {"semi": FixMatch(recipe, counts.tolist(), fill=spec.fill, teacher=semi_teacher)}
         if recipe.semi.enabled
         else {}
     )
     recorder = Recorder(
         run,
-        d,
+        derived,
         guard=guard,
         scoring=scoring,
         tensorboard=recipe.log.tensorboard,
-        more=[part.row for part in semi.values()],
+        extra_entries=[algorithm.row for algorithm in semi.values()],
     )
-    parts: dict[str, Stateful] = {
+    components: dict[str, Stateful] = {
         **averages,
         "guard": guard,
         "schedule": schedule,
@@ -126,33 +139,33 @@ def training(
         "machine": machine,
         **semi,
     }
-    meta = functools.partial(member_meta, recipe, run, spec=spec, d=d, fold=fold, counts=counts)
+    meta = functools.partial(member_meta, recipe, run, spec=spec, derived=derived, fold=fold, counts=counts)
     every, keep = parse_interval(recipe.train.save_every), recipe.train.keep_every
-    saving = Saving(
+    saver = CheckpointSaver(
         run,
         networks,
         scoring=scoring,
-        parts=parts,
+        components=components,
         meta=meta,
-        identity=same,
+        identity=identity,
         every=every,
         stop=stop,
         keep=keep,
     )
     trainer = _trainer(
-        recipe, d, machine=machine, fold=fold, spec=spec, classifier=classifier, data=data, groups=groups,
+        recipe, derived, machine=machine, fold=fold, spec=spec, classifier=classifier, data=data, groups=groups,
         algorithms=[*semi.values(), schedule, guard, *averages.values()],
-        max_duration=f"{d.epochs}ep",
+        max_duration=f"{derived.epochs}ep",
         eval_dataloader=[_evaluator(label, loader) for label, loader in data.evaluation.items()],
-        callbacks=[scoring, recorder, saving, Progress(console, d, recorder=recorder, scoring=scoring)],
+        callbacks=[scoring, recorder, saver, Progress(console, derived, recorder=recorder, scoring=scoring)],
         loggers=trackers(recipe, run),
         run_name=f"{run.exp}_{run.stem}",
         compile_config={"dynamic": False} if recipe.train.compile else None,
     )  # fmt: skip
-    clock.state = trainer.state
+    position.state = trainer.state
     facts = _facts(
         run,
-        d,
+        derived,
         machine=machine,
         network=network,
         fold=fold,
@@ -161,35 +174,49 @@ def training(
         groups=groups,
         notes=notes,
     )
-    return Training(run, facts, spec, trainer, network, data, parts, scoring, recorder, saving, console)
+    return Training(
+        run=run,
+        facts=facts,
+        spec=spec,
+        trainer=trainer,
+        network=network,
+        data=data,
+        components=components,
+        scoring=scoring,
+        recorder=recorder,
+        saver=saver,
+        console=console,
+    )
 
 
-def lr_sweep(
-    recipe: Recipe, d: Derived, *, fold: FoldSet, machine: Machine
+def lr_range_test(
+    recipe: Recipe, derived: Derived, *, fold: FoldSet, machine: Machine
 ) -> tuple[list[float], list[float]]:
-    """Rates and the losses that they met, from a training of the recipe's network that leaves nothing behind."""
-    clock, counts = Clock(), class_counts(recipe, fold)
+    """Learning rates tried and their losses, from a training of the recipe's network that writes no files."""
+    position, counts = Position(), class_counts(recipe, fold)
     network, spec, _ = _network(recipe, len(counts), machine)
-    data = loaders(recipe, d, clock=clock, fold=fold, interpolation=spec.interpolation, machine=machine)
-    sweep = Sweep(recipe, d.lr)
+    data = loaders(
+        recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
+    )
+    range_test = LrRangeTest(recipe, derived.lr)
     trainer = _trainer(
-        recipe, d, machine=machine, fold=fold, spec=spec,
+        recipe, derived, machine=machine, fold=fold, spec=spec,
         classifier=Classifier(network, build_loss(recipe, counts.tolist())), data=data,
-        groups=param_groups(network, d.lr, recipe),
-        algorithms=[sweep, GradientGuard(network, recipe.train.clip_grad, limit=recipe.lrfind.steps + 1)],
+        groups=param_groups(network, derived.lr, recipe),
+        algorithms=[range_test, GradientGuard(network, recipe.train.clip_grad, limit=recipe.lrfind.steps + 1)],
         max_duration=f"{recipe.lrfind.steps}ba",
     )  # fmt: skip
-    clock.state = trainer.state
+    position.state = trainer.state
     try:
         fit(trainer)
     finally:
         _close(trainer, data)
-    return sweep.tried, sweep.losses
+    return range_test.tried, range_test.losses
 
 
 def _trainer(
     recipe: Recipe,
-    d: Derived,
+    derived: Derived,
     *,
     machine: Machine,
     fold: FoldSet,
@@ -198,38 +225,40 @@ def _trainer(
     data: Loaders,
     groups: list[Group],
     algorithms: list[Algorithm],
-    **more: Any,
+    **options: Any,
 ) -> Trainer:
-    """Composer's Trainer with what every training of a recipe has: its batches, made as the recipe says, come first."""
+    """Composer's Trainer with all that a run and an lr range test share; augmentation runs before `algorithms`."""
     return Trainer(
         model=classifier,
         train_dataloader=data.train,
-        spin_dataloaders=False,  # spinning abandons an iterator for every past epoch
+        spin_dataloaders=False,  # on resume it would start and abandon an iterator for every past epoch
         algorithms=[
-            DeviceAugment(recipe.aug, recipe.reg.erase_p, fill=spec.fill, pairs=fold.train.images == 2),
-            Stages(recipe.seed, d, data.train.steps),
-            Mix(recipe, spec.num_classes, distillation.probabilities(recipe, fold, spec.num_classes)),
+            DeviceAugment(
+                recipe.aug, recipe.reg.erase_p, fill=spec.fill, pairs=fold.train.images_per_row == 2
+            ),
+            StageSchedule(recipe.seed, derived, data.train.steps),
+            MixUpCutMix(recipe, spec.num_classes, distillation.probabilities(recipe, fold, spec.num_classes)),
             *algorithms,
         ],
-        optimizers=optimizer(groups, recipe, machine.torch_device),
+        optimizers=build_optimizer(groups, recipe, machine.torch_device),
         progress_bar=False,
         device=machine.device,
         precision=machine.precision,
-        device_train_microbatch_size=d.stages[0].batch_per_gpu,
+        device_train_microbatch_size=derived.stages[0].batch_per_gpu,
         seed=recipe.seed,
         dist_timeout=TIMEOUT,
-        **more,
+        **options,
     )
 
 
 def _close(trainer: Trainer, data: Loaders) -> None:
-    """Stop threads and close files; Trainer.close would also wait for the other ranks, and one may be gone."""
+    """Stop threads and close files. Not Trainer.close: it also waits for the other ranks, and one may be gone."""
     trainer.engine.close()
     data.close()
 
 
 def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, NetworkSpec, list[str]]:
-    """The recipe's network on its device, with initial weights that are equal on all ranks, and notes on it."""
+    """The recipe's network on this rank's device, initialised equally on all ranks, its spec and notes for people."""
     seeding.seed_all(recipe.seed)
     network, spec, notes = training_network(recipe, classes)
     network, synchronised = synchronise_norms(
@@ -241,7 +270,7 @@ def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, N
 
 def _facts(
     run: Run,
-    d: Derived,
+    derived: Derived,
     *,
     machine: Machine,
     network: nn.Module,
@@ -250,35 +279,41 @@ def _facts(
     counts: np.ndarray,
     groups: list[Group],
     notes: list[str],
-) -> Facts:
-    plain = [
-        {k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])}
-        for group in groups
-    ]
-    return Facts(
-        run,
-        d,
-        device=torch.cuda.get_device_name() if machine.device == "gpu" else "CPU",
+) -> RunFacts:
+    extras = data.train.extras
+    numbers = RunNumbers(
+        **vars(derived),
+        backbone=run.backbone,
+        steps=tuple(data.train.steps(stage.first - 1) for stage in derived.stages),
         precision=machine.precision,
-        parameters=sum(p.numel() for p in network.parameters()),
-        counts=counts,
-        classes=len(fold.classes),
+        device=torch.cuda.get_device_name() if machine.device == "gpu" else "CPU",
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        groups=tuple(
+            ParameterGroup(
+                name=group["name"],
+                part=group["part"],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                tensors=len(group["params"]),
+            )
+            for group in groups
+        ),
+        class_counts=tuple(counts.tolist()),
         validation=fold.val.rows,
-        unlabelled=len(data.train.beside.rows) if isinstance(data.train.beside, Unlabelled) else 0,
-        combos=data.combos,
-        steps=[data.train.steps(stage.first - 1) for stage in d.stages],
-        groups=plain,
-        groups_table=table(groups),
-        notes=notes,
+        unlabelled=len(extras.rows) if isinstance(extras, UnlabelledBatches) else 0,
+        combos=tuple((kind, level) for kind, level in data.combos),
+        determinism=machine.determinism(),
+        notes=tuple(notes),
     )
+    return RunFacts(run, numbers, classes=len(fold.classes), group_table=describe_groups(groups))
 
 
-def picture(recipe: Recipe, training: Training) -> None:
-    """Save the samples of epoch 0, through a loader of its own: the first images as one rank alone would see them."""
+def save_sample_picture(recipe: Recipe, training: Training) -> None:
+    """Save a picture of epoch 0's first samples, through a separate loader as a single rank would see them."""
     train, spec, run = training.data.train, training.spec, training.run
-    beside = train.beside
-    if isinstance(beside, Unlabelled):
-        beside = replace(beside, batch=lambda epoch: COLUMNS, mu=1, rank=0, world=1)
+    extras = train.extras
+    if isinstance(extras, UnlabelledBatches):
+        extras = replace(extras, batch=lambda epoch: COLUMNS, mu=1, rank=0, world=1)
     loader = TrainLoader(
         train.beton,
         train.order,
@@ -286,14 +321,14 @@ def picture(recipe: Recipe, training: Training) -> None:
         batch=lambda epoch: COLUMNS,
         size=train.size,
         crop=train.crop,
-        beside=beside,
+        extras=extras,
     )
     path = run.results_dir / f"samples_{run.stem}.png"
     save_samples(
         path,
         recipe,
         loader=loader,
-        num_classes=len(training.facts.counts),
+        num_classes=len(training.facts.numbers.class_counts),
         interpolation=spec.interpolation,
         fill=spec.fill,
     )
@@ -301,15 +336,15 @@ def picture(recipe: Recipe, training: Training) -> None:
 
 def _averages(
     recipe: Recipe,
-    d: Derived,
+    derived: Derived,
     *,
     classifier: Classifier,
     data: Loaders,
     guard: GradientGuard,
-    paint: tuple[float, ...],
+    fill: tuple[float, ...],
     stop: Stop,
 ) -> dict[str, Any]:
-    """EMA and SWA as the recipe says; EMA is scored from the first epoch, SWA from its first average."""
+    """The recipe's EMA and SWA; EMA is scored from the first epoch, SWA from its first average."""
     network = classifier.network
     averages: dict[str, Any] = {}
     if recipe.ema.enabled:
@@ -320,28 +355,30 @@ def _averages(
     if recipe.swa.enabled:
 
         def batches(state: State) -> Iterator[Tensor]:
-            """The first batches of the epoch that has just ended, at its size."""
+            """The first SWA_BATCHES augmented batches of the epoch that has just ended."""
             loader = copy.copy(data.train)
             loader.cursor = lambda: (state.timestamp.epoch.value - 1, 0)
             for batch in itertools.islice(loader, SWA_BATCHES):
                 batch = state.device.batch_to_device(batch)
-                pairs = data.train.beton.images == 2
+                pairs = data.train.beton.images_per_row == 2
                 yield augment(
                     batch["image"],
                     batch["key"],
                     aug=recipe.aug,
                     erase_p=recipe.reg.erase_p,
-                    fill=paint,
+                    fill=fill,
                     pairs=pairs,
                 )
 
-        first = min(d.epochs, math.floor(recipe.swa.start * d.epochs) + 1)
-        averages["swa"] = Swa(network, first, shadows=classifier.shadows, batches=batches, asked=stop.agreed)
+        first = min(derived.epochs, math.floor(recipe.swa.start * derived.epochs) + 1)
+        averages["swa"] = Swa(
+            network, first, shadows=classifier.shadows, batches=batches, stopping=stop.requested_on_any_rank
+        )
     return averages
 
 
 def _evaluator(label: str, loader: EvalLoader) -> Evaluator:
-    """An evaluator that runs once at the end of each epoch and leaves the scores to `Scoring`."""
+    """A Composer Evaluator that runs at the end of each epoch; `Scoring` computes the metrics."""
     return Evaluator(
         label=label,
         dataloader=loader,

@@ -1,4 +1,4 @@
-"""The data of one run: a fold's betons, opened, verified and read as training and evaluation batches."""
+"""The data of one run: opens and verifies a fold's betons and builds the training and evaluation loaders."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from fastflower.data.betons.fold_set import FoldSet, open_fold
 from fastflower.data.decode.kernel import Crop
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
-from fastflower.data.unlabelled import Unlabelled, unlabelled_rows, used_rows
+from fastflower.data.unlabelled import UnlabelledBatches, labelled_rows, unlabelled_rows
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import Derived
 from fastflower.training.ranks import Machine, on_rank_zero
 
 
-class Clock:
-    """Where training stands, for loaders that are built before the Trainer that knows."""
+class Position:
+    """The current epoch and step, for loaders that are built before the Trainer whose state has them."""
 
     def __init__(self) -> None:
         self.state: State | None = None
 
     @property
-    def now(self) -> tuple[int, int]:
-        """(epoch, step in it) of the next batch."""
+    def next_batch(self) -> tuple[int, int]:
+        """(epoch, step within the epoch), both from 0, of the next batch."""
         if self.state is None:
             return 0, 0
         return self.state.timestamp.epoch.value, self.state.timestamp.batch_in_epoch.value
 
     @property
-    def scored(self) -> int:
-        """The epoch that an evaluation belongs to: the one that has just ended."""
-        return max(0, self.now[0] - 1)
+    def scored_epoch(self) -> int:
+        """The epoch (from 0) that an evaluation belongs to: the one that has just ended."""
+        return max(0, self.next_batch[0] - 1)
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """One fold's betons as batches; `combos` are the (kind, level) pairs of the corrupted set."""
+    """The loaders of one fold; `combos` lists the (kind, level) of each corrupted copy of the validation images."""
 
     train: TrainLoader
     evaluation: dict[str, EvalLoader]
@@ -54,62 +54,75 @@ class Loaders:
 
 
 def open_data(recipe: Recipe, fold: int) -> FoldSet:
-    """A fold's betons, checked against recipe, labels and folds by rank 0 before the others look."""
+    """Open a fold's betons. Rank 0 checks them against recipe, labels and folds before the other ranks open them."""
     on_rank_zero(lambda: open_fold(recipe, fold) and None)
     return open_fold(recipe, fold)
 
 
 def verify(fold: FoldSet) -> None:
-    """Read the betons against their checksums on rank 0; raises CorruptionError."""
+    """Check the betons' checksums on rank 0; raises CorruptionError."""
 
-    def work() -> None:
+    def check() -> None:
         for beton in (fold.train, fold.val, fold.val_corrupt, fold.unlabelled):
             if beton is not None:
                 beton.verify()
 
-    on_rank_zero(work)
+    on_rank_zero(check)
 
 
 def loaders(
-    recipe: Recipe, d: Derived, *, clock: Clock, fold: FoldSet, interpolation: str, machine: Machine
+    recipe: Recipe,
+    derived: Derived,
+    *,
+    position: Position,
+    fold: FoldSet,
+    interpolation: str,
+    machine: Machine,
 ) -> Loaders:
-    """Batches of a fold from where `clock` stands. Raises InputError when an epoch holds no global batch."""
-    number, passes, labelled = fold.train.manifest["fold"], recipe.sampler.passes, used_rows(recipe, fold)
+    """The loaders of a fold, read from `position` on. Raises InputError when an epoch has less than a global batch."""
+    number, passes, labelled = fold.train.origin.fold, recipe.sampler.passes, labelled_rows(recipe, fold)
     labels = fold.train.labels[labelled]
 
-    @functools.lru_cache(maxsize=2)  # length and content of an epoch are asked for many times
+    @functools.lru_cache(maxsize=2)  # called many times an epoch, for its length and its rows
     def rows(epoch: int) -> np.ndarray:
-        batch, turns = per_rank(epoch) * machine.world, range(epoch * passes, (epoch + 1) * passes)
-        drawn = [
+        batch = per_rank(epoch) * machine.world
+        orders = [
             order(recipe.sampler, labels, seed=recipe.seed, epoch=turn, fold=number, batch=batch)
-            for turn in turns
+            for turn in range(epoch * passes, (epoch + 1) * passes)
         ]
-        return labelled[np.concatenate(drawn)]
+        return labelled[np.concatenate(orders)]
 
     def per_rank(epoch: int) -> int:
-        return d.stage(epoch).batch_per_gpu * recipe.train.grad_accum
+        return derived.stage(epoch).batch_per_gpu * recipe.train.grad_accum
 
     def size(epoch: int) -> tuple[int, int]:
-        stage = d.stage(epoch)
+        stage = derived.stage(epoch)
         return stage.height, stage.width
 
     def steps(epoch: int) -> int:
         return len(labelled) * passes // (per_rank(epoch) * machine.world)
 
-    aug, threads = recipe.aug, recipe.data.workers
-    crop = Crop(
-        (aug.rrc_scale[0], aug.rrc_scale[1]),
-        (aug.rrc_ratio[0], aug.rrc_ratio[1]),
-        min(1.0, aug.hflip_p * aug.strength),
-    )
-    beside = None
+    crop, threads = Crop.of(recipe.aug), recipe.data.workers
+    extras = None
     if recipe.semi.enabled:
         weak = replace(crop, scale=(recipe.semi.weak_scale[0], recipe.semi.weak_scale[1]))
         strong = crop if recipe.semi.method == "fixmatch" else None
-        beside = Unlabelled(
-            *unlabelled_rows(recipe, fold), recipe.seed, number, recipe.semi.mu, per_rank, steps, size, weak, strong,
-            machine.rank, machine.world, threads,
-        )  # fmt: skip
+        unlabelled, unlabelled_index = unlabelled_rows(recipe, fold)
+        extras = UnlabelledBatches(
+            beton=unlabelled,
+            rows=unlabelled_index,
+            seed=recipe.seed,
+            fold=number,
+            mu=recipe.semi.mu,
+            batch=per_rank,
+            steps=steps,
+            size=size,
+            weak=weak,
+            strong=strong,
+            rank=machine.rank,
+            world=machine.world,
+            threads=threads,
+        )
     train = TrainLoader(
         fold.train,
         rows,
@@ -120,10 +133,10 @@ def loaders(
         rank=machine.rank,
         world=machine.world,
         threads=threads,
-        beside=beside,
+        extras=extras,
     )
-    train.cursor = lambda: clock.now
-    for stage in d.stages:
+    train.cursor = lambda: position.next_batch
+    for stage in derived.stages:
         if train.steps(stage.first - 1) == 0:
             raise InputError(
                 f"fold {number} has {len(labelled)} training images with labels, fewer than the global batch of "
@@ -136,17 +149,21 @@ def loaders(
             evaluation[label] = EvalLoader(
                 beton,
                 batch,
-                size=lambda: size(clock.scored),
+                size=lambda: size(position.scored_epoch),
                 factor=recipe.eval.resize_factor,
                 interpolation=interpolation,
                 rank=machine.rank,
                 world=machine.world,
                 threads=threads,
             )
-    return Loaders(train, evaluation, fold.val_corrupt.manifest["combos"] if fold.val_corrupt else [])
+    return Loaders(
+        train,
+        evaluation,
+        [list(combo) for combo in fold.val_corrupt.origin.combos] if fold.val_corrupt else [],
+    )
 
 
 def class_counts(recipe: Recipe, fold: FoldSet) -> np.ndarray:
-    """Images of each class whose labels are trained on, int64 (C,); C may be more than the classes there are."""
+    """Labelled training images of each class, int64 (C,); with data.num_classes C may exceed the fold's classes."""
     classes = len(fold.classes) if recipe.data.num_classes == "auto" else int(recipe.data.num_classes)
-    return np.bincount(fold.train.labels[used_rows(recipe, fold)], minlength=classes)
+    return np.bincount(fold.train.labels[labelled_rows(recipe, fold)], minlength=classes)

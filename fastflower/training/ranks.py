@@ -1,10 +1,8 @@
-"""The ranks that train together: their device and switches, what rank 0 does for all, who owns a run."""
+"""The ranks of a training: device and determinism, work of rank 0, errors of one rank, the lock of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -21,16 +19,16 @@ import torch
 from composer import Trainer
 from composer.utils import dist
 
-from fastflower.callbacks.checkpoints import sweep
+from fastflower.callbacks.checkpoints import remove_leftovers
 from fastflower.core.console import Console
 from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
-from fastflower.core.files import digest
+from fastflower.core.files import digest, locked
 from fastflower.core.runs import Run
+from fastflower.core.workers import die_with_parent
 from fastflower.recipe import Recipe
 
-TIMEOUT = 600.0  # seconds that a rank waits for another: rank 0 may be reading betons' checksums
-PATIENCE = 60.0  # seconds that another rank waits for rank 0 to say why all are leaving
-PR_SET_PDEATHSIG = 1
+TIMEOUT = 600.0  # seconds that a rank waits for another: rank 0 may be checking the betons' checksums
+PATIENCE = 60.0  # seconds that other ranks wait for rank 0 to print why all exit
 T = TypeVar("T")
 
 
@@ -38,11 +36,11 @@ T = TypeVar("T")
 class Machine:
     """The ranks of this process group and the device of this one."""
 
-    device: str  # "gpu" or "cpu", Composer's words
+    device: str  # "gpu" or "cpu", as Composer names them
     world: int
     rank: int
     precision: str
-    loose: list[str]  # operations that have no deterministic kernel, as they are met
+    nondeterministic: list[str]  # operations without a deterministic kernel, appended as they run
 
     @property
     def torch_device(self) -> torch.device:
@@ -51,16 +49,20 @@ class Machine:
         )
 
     def determinism(self) -> str:
-        """off, full, or best effort with the operations that are not."""
+        """Either "off", "full", or "best effort" with the nondeterministic operations that ran."""
         if not torch.are_deterministic_algorithms_enabled():
             return "off"
-        return f"best effort: {', '.join(sorted(set(self.loose)))}" if self.loose else "full"
+        return (
+            f"best effort: {', '.join(sorted(set(self.nondeterministic)))}"
+            if self.nondeterministic
+            else "full"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loose": sorted(set(self.loose))}
+        return {"loose": sorted(set(self.nondeterministic))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loose.extend(state["loose"])
+        self.nondeterministic.extend(state["loose"])
 
     def close(self) -> None:
         if torch.distributed.is_initialized():
@@ -68,9 +70,9 @@ class Machine:
 
 
 def prepare(recipe: Recipe) -> Machine:
-    """Join the process group and set the switches that are the process's own: threads, determinism, cuDNN.
+    """Join the process group and configure this process: threads, determinism, cuDNN.
 
-    A rank whose launcher is gone is told to save and leave: it would hold the run's lock, a GPU and a port.
+    A rank saves and exits when its launcher is gone: it would hold the run's lock, a GPU and a port.
 
     Raises EnvironmentFault when there are fewer GPUs than ranks on a machine that has GPUs.
     """
@@ -85,117 +87,116 @@ def prepare(recipe: Recipe) -> Machine:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if world > 1:
-        _outlive_no_launcher()
+        die_with_parent(signal.SIGTERM)
         dist.initialize_dist("gpu" if gpus else "cpu", timeout=TIMEOUT)
     precision = "fp32"
     if gpus and recipe.train.amp:
         precision = "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
-    return Machine("gpu" if gpus else "cpu", world, rank, precision, _switches(recipe))
+    return Machine(
+        device="gpu" if gpus else "cpu",
+        world=world,
+        rank=rank,
+        precision=precision,
+        nondeterministic=_configure(recipe),
+    )
 
 
-def _outlive_no_launcher() -> None:
-    """Have the kernel send SIGTERM when the parent ends, be it by SIGKILL; only Linux can."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _switches(recipe: Recipe) -> list[str]:
-    """cuDNN and determinism; returns the list to which torch's warnings about loose operations go."""
-    loose: list[str] = []
+def _configure(recipe: Recipe) -> list[str]:
+    """Set cuDNN and determinism; returns the list that collects the nondeterministic operations torch warns about."""
+    nondeterministic: list[str] = []
     torch.backends.cudnn.benchmark = recipe.cudnn.benchmark
     torch.backends.cudnn.deterministic = recipe.cudnn.deterministic
     if recipe.cudnn.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.cudnn.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over memory
     show = warnings.showwarning
 
-    def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    def collect(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         if "deterministic" in str(message):
-            loose.append(str(message).split(" ")[0])
+            nondeterministic.append(str(message).split(" ")[0])
         else:
             show(message, *args, **kwargs)
 
-    warnings.showwarning = note
-    for text in (
-        "No batches were trained",
-        "DataloaderNumBatches",
-    ):  # when resumed before an evaluation; at a stage
+    warnings.showwarning = collect
+    # Composer's warnings after a resume before an evaluation, and at the start of a stage
+    for text in ("No batches were trained", "DataloaderNumBatches"):
         warnings.filterwarnings("ignore", message=f".*{text}")
-    return loose
+    return nondeterministic
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run on rank 0 and give every rank its result; its refusal ends all ranks, and only rank 0 says why."""
-    box: list[Any] = [None, None]
+    """Run `work` on rank 0 and return its result on every rank; an InputError of it ends all ranks, printed once."""
+    outcome: list[Any] = [None, None]  # result, error
     if dist.get_global_rank() == 0:
         try:
-            box[0] = work()
+            outcome[0] = work()
         except InputError as error:
-            box[1] = error
+            outcome[1] = error
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1] if dist.get_global_rank() == 0 else SystemExit(box[1].exit_code)
-    return box[0]
+        dist.broadcast_object_list(outcome)
+    result, failure = outcome
+    if failure is not None:
+        raise failure if dist.get_global_rank() == 0 else SystemExit(failure.exit_code)
+    return result
 
 
-class Alone(SystemExit):
-    """One rank's own trouble: it leaves at once, for the others are waiting for it."""
+class RankFailure(SystemExit):
+    """An error of one rank, which exits at once because the other ranks are waiting for it."""
 
 
-def leave(error: InputError) -> NoReturn:
-    """End this rank in the middle of a training; rank 0's words are printed by `errors.run`, another rank's here."""
+def exit_rank(error: InputError) -> NoReturn:
+    """Exit this rank during training; `errors.run_command` prints the error of rank 0, this function that of others."""
     rank = dist.get_global_rank()
     if rank == 0:
         raise error
     print(f"fastflower: rank {rank}: {error}", file=sys.stderr, flush=True)
-    raise Alone(error.exit_code)
+    raise RankFailure(error.exit_code)
 
 
-def leave_with_trace() -> NoReturn:
-    """End this rank on an error that nobody foresaw, shown before the other ranks complain about its absence."""
+def exit_rank_with_traceback() -> NoReturn:
+    """Exit on an unexpected error; its traceback is printed before the other ranks report a lost connection."""
     print(f"fastflower: rank {dist.get_global_rank()}:", file=sys.stderr)
     traceback.print_exc()
     sys.stderr.flush()
-    raise Alone(1)
+    raise RankFailure(1)
 
 
 def fit(trainer: Trainer) -> None:
-    """Train to the end. A rank in trouble of its own says so and leaves at once; the others follow it."""
+    """Train to the end. A rank that fails prints its error and exits at once; the others follow."""
     try:
         trainer.fit()
     except torch.OutOfMemoryError as error:
         text = str(error).split(". ")[0]
         advice = "halve train.batch_per_gpu and double train.grad_accum, the global batch stays"
-        leave(EnvironmentFault(f"{text}; {advice}"))
+        exit_rank(EnvironmentFault(f"{text}; {advice}"))
     except InputError as error:
-        leave(error)
+        exit_rank(error)
     except Exception as error:
         if dist.get_world_size() == 1:
             raise
         # NCCL's is a DistError, gloo's a RuntimeError
         if isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
-            leave(EnvironmentFault("another rank has ended; its own message says why"))
-        leave_with_trace()
+            exit_rank(EnvironmentFault("another rank has ended; its own message says why"))
+        exit_rank_with_traceback()
 
 
-def check_alike(same: dict[str, Any]) -> None:
-    """Raise InputError unless all ranks read the same recipe and the same data."""
-    seen = dist.all_gather_object(digest(json.dumps(same, sort_keys=True, default=str)))
-    if len(set(seen)) > 1:
+def check_inputs_agree(identity: dict[str, Any]) -> None:
+    """Raise InputError unless the run identity, of recipe and data, is equal on all ranks."""
+    digests = dist.all_gather_object(digest(json.dumps(identity, sort_keys=True, default=str)))
+    if len(set(digests)) > 1:
         raise InputError("the ranks read different recipes or data; give every machine the same files")
 
 
 @contextmanager
-def rank_zero_speaks() -> Iterator[None]:
-    """When all ranks are refused, the first says why and its exit code counts.
+def rank_zero_reports() -> Iterator[None]:
+    """If every rank rejects the input, rank 0 prints the reason and sets the exit code.
 
-    The others wait: the launcher ends all as soon as one leaves, and rank 0 may not have spoken yet.
+    The others wait: the launcher ends all ranks when one exits, and rank 0 may not have printed yet.
     """
     try:
         yield
-    except Alone:
+    except RankFailure:
         raise
     except (InputError, SystemExit) as error:
         if dist.get_global_rank() and getattr(error, "code", None) != PREEMPTED:
@@ -205,46 +206,37 @@ def rank_zero_speaks() -> Iterator[None]:
 
 
 @contextmanager
-def claim(recipe: Recipe, fold: int) -> Iterator[Run]:
-    """The run of a fold, held by rank 0's lock while it trains: two processes never write one run.
+def lock_run(recipe: Recipe, fold: int) -> Iterator[Run]:
+    """Lock the run of a fold on rank 0 while it trains, so that two processes never write one run.
 
-    The kernel drops the lock of a killed process.
+    The kernel releases the lock of a killed process.
     """
-    run = Run(recipe.exp.name, recipe.model.backbone, fold, recipe.seed)
-    handles: list[int] = []
+    run = Run(exp=recipe.exp.name, backbone=recipe.model.backbone, fold=fold, seed=recipe.seed)
+    busy = (
+        f"{run.model_dir}: another process ({{pid}}) trains fold {fold}, seed {run.seed}; "
+        "wait for it or change exp.name"
+    )
+    with contextlib.ExitStack() as stack:
 
-    def take() -> None:
-        try:
-            run.model_dir.mkdir(parents=True, exist_ok=True)
-            path = run.model_dir / f".{run.stem}.lock"
-            handles.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        except OSError as error:
-            raise EnvironmentFault(
-                f"{run.model_dir}: cannot write there ({error.strerror}); choose another place"
-            ) from None
-        try:
-            fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EnvironmentFault(
-                f"{run.model_dir}: another process trains fold {fold}, seed {run.seed} there; "
-                "wait for it or change exp.name"
-            ) from None
-        sweep(run)
+        def acquire() -> None:
+            try:
+                stack.enter_context(locked(run.model_dir / f".{run.stem}.lock", busy))
+            except OSError as error:
+                raise EnvironmentFault(
+                    f"{run.model_dir}: cannot be written ({error.strerror}); change exp.name"
+                ) from None
+            remove_leftovers(run)
 
-    on_rank_zero(take)
-    try:
+        on_rank_zero(acquire)
         yield run
-    finally:
-        for handle in handles:
-            os.close(handle)
 
 
 @contextmanager
 def console(run: Run) -> Iterator[Console]:
-    """Rank 0's terminal and log file; other ranks say nothing."""
+    """The console and log file of rank 0; silent on other ranks."""
     rank = dist.get_global_rank()
-    shown = Console(None if rank else run.model_dir / f"train_{run.stem}.log", silent=rank > 0)
+    output = Console(None if rank else run.model_dir / f"train_{run.stem}.log", silent=rank > 0)
     try:
-        yield shown
+        yield output
     finally:
-        shown.close()
+        output.close()

@@ -1,4 +1,4 @@
-"""What is written down about a run: meta/ at its start, the header and the summary a person reads."""
+"""The written account of a run: meta/ at its start and end, and the header and summary on the console."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ import numpy as np
 import torch
 
 from fastflower import __version__
-from fastflower.callbacks.checkpoints import FIXED
+from fastflower.callbacks.checkpoints import FIXED_NAMES
 from fastflower.callbacks.progress import side
 from fastflower.callbacks.scoring import Scoring
 from fastflower.core import files
 from fastflower.core.console import clock
+from fastflower.core.records import to_plain, write_record
 from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import FoldSet
+from fastflower.model.member import MemberMeta
 from fastflower.model.network import NetworkSpec
 from fastflower.recipe import Recipe, to_yaml
 from fastflower.recipe.derived import Derived
+from fastflower.recipe.run_record import BestEpoch, RunEnd, RunNumbers, numbers_path
 
 PACKAGES = (
     "torch",
@@ -40,51 +43,54 @@ PACKAGES = (
 )
 
 
-@dataclass
-class Facts:
-    """Everything about a run that is known before its first step."""
+@dataclass(frozen=True)
+class RunFacts:
+    """The facts of a run that are known before its first step; `group_table` are lines for people."""
 
     run: Run
-    derived: Derived
-    device: str
-    precision: str
-    parameters: int
-    counts: np.ndarray  # (C,) images of each class in the fold's training part
+    numbers: RunNumbers
     classes: int
-    validation: int
-    unlabelled: int  # images that are learned from without a label
-    combos: list[list[str]]
-    steps: list[int]  # of an epoch, by stage
-    groups: list[dict[str, Any]]
-    groups_table: list[str]
-    notes: list[str]  # where the weights come from, and what else is worth a line
+    group_table: list[str]
 
 
 def member_meta(
-    recipe: Recipe, run: Run, *, spec: NetworkSpec, d: Derived, fold: FoldSet, counts: np.ndarray, epoch: int
-) -> dict[str, Any]:
-    """What a checkpoint of an epoch (from 1) says of itself, less kind, weights and scores."""
-    stage = d.stage(max(epoch - 1, 0))
-    return {
-        **spec.meta(),
-        "size": [stage.height, stage.width],
-        "resize_factor": recipe.eval.resize_factor,
-        "stored_side": fold.val.manifest["stored_side"],
-        "class_ids": list(fold.classes.ids),
-        "class_hash": fold.classes.hash,
-        "class_counts": counts.tolist(),
-        "folds_hash": fold.folds.hash,
-        "exp": run.exp,
-        "fold": run.fold,
-        "seed": run.seed,
-        "epoch": epoch,
-        "recipe": to_yaml(recipe),
-        "version": __version__,
-    }
+    recipe: Recipe,
+    run: Run,
+    *,
+    spec: NetworkSpec,
+    derived: Derived,
+    fold: FoldSet,
+    counts: np.ndarray,
+    epoch: int,
+    kind: str,
+    weights: str,
+    scores: dict[str, float | None],
+) -> MemberMeta:
+    """The description of a checkpoint written after an epoch (from 1); `counts` are training images of each class."""
+    stage = derived.stage(max(epoch - 1, 0))
+    network = replace(spec, size=(stage.height, stage.width))
+    return MemberMeta(
+        **vars(network),
+        resize_factor=recipe.eval.resize_factor,
+        stored_side=fold.val.origin.stored_side,
+        class_ids=tuple(fold.classes.ids),
+        class_hash=fold.classes.hash,
+        class_counts=tuple(counts.tolist()),
+        folds_hash=fold.folds.hash,
+        exp=run.exp,
+        fold=run.fold,
+        seed=run.seed,
+        epoch=epoch,
+        recipe=to_yaml(recipe),
+        version=__version__,
+        kind=kind,
+        weights=weights,
+        scores=scores,
+    )
 
 
 def versions() -> dict[str, Any]:
-    """What is needed to repeat the run elsewhere: packages, git state, Python, devices, command line."""
+    """The environment, to repeat a run elsewhere: packages, git state, Python, devices, command line."""
     cuda = torch.cuda.is_available()
     return {
         "fastflower": __version__,
@@ -109,12 +115,12 @@ def _version(name: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None outside a repository."""
+    """The commit, and `dirty` when the working tree differs from it; None outside a repository."""
     folder = Path(__file__).resolve().parent
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=30
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30
         ).stdout.strip()
 
     try:
@@ -123,59 +129,114 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def write_meta(recipe: Recipe, facts: Facts, *, advice: list[str], determinism: str) -> None:
-    """Freeze recipe, folds, classes, versions and derived numbers in meta/."""
+def write_meta(recipe: Recipe, facts: RunFacts, *, advice: list[str], determinism: str) -> None:
+    """Write recipe, folds, classes, versions and derived numbers to meta/."""
     folder = facts.run.meta_dir
-    facts.run.end.unlink(missing_ok=True)  # of a training whose checkpoints were removed or damaged
+    facts.run.end_path.unlink(missing_ok=True)  # of a training whose checkpoints were removed or damaged
     files.write_atomic(folder / "recipe.yaml", to_yaml(recipe))
     for name in ("folds.csv", "classes.csv"):
         files.write_atomic(folder / name, (Path(recipe.data.home) / name).read_bytes())
     files.write_json(folder / "versions.json", versions())
-    write_derived(facts, advice, determinism)
+    write_numbers(facts, advice, determinism)
 
 
-def write_derived(facts: Facts, advice: list[str], determinism: str) -> None:
-    """The run's derived numbers; written again at its end, when it is known whether all operations were exact."""
-    content = {
-        **facts.derived.as_dict(),
-        "backbone": facts.run.backbone,
-        "steps": facts.steps,
-        "precision": facts.precision,
-        "device": facts.device,
-        "parameters": facts.parameters,
-        "groups": facts.groups,
-        "class_counts": facts.counts.tolist(),
-        "validation": facts.validation,
-        "unlabelled": facts.unlabelled,
-        "combos": facts.combos,
-        "determinism": determinism,
-        "notes": [*facts.notes, *advice],
+def write_numbers(facts: RunFacts, advice: list[str], determinism: str) -> None:
+    """Write the derived numbers: at the start, and at the end, when all nondeterministic operations are known."""
+    notes = (*facts.numbers.notes, *advice)
+    numbers = replace(facts.numbers, determinism=determinism, notes=notes)
+    write_record(numbers_path(facts.run), numbers)
+
+
+def write_end(facts: RunFacts, advice: list[str], end: RunEnd) -> None:
+    """Write the final derived numbers, then the end: its file marks a run as finished."""
+    write_numbers(facts, advice, end.determinism)
+    write_record(facts.run.end_path, end)
+
+
+def end_of_run(
+    run: Run,
+    scoring: Scoring,
+    *,
+    seconds: float,
+    saving_seconds: float,
+    determinism: str,
+    identity: dict[str, Any],
+) -> RunEnd:
+    """The end of a run, early or not, from its scores and files."""
+    best, epochs = scoring.selection.best, scoring.epoch
+    return RunEnd(
+        reason=scoring.selection.stopped or f"all {epochs} epochs",
+        stopped_early=bool(scoring.selection.stopped),
+        epochs=epochs,
+        best=BestEpoch(epoch=best.epoch, score=best.score, weights=best.weights),
+        idle_epochs=scoring.selection.idle,
+        scores=dict(scoring.best_flat),
+        last_scores=dict(scoring.flat),
+        files={kind: str(paths[-1]) for kind in FIXED_NAMES if (paths := run.checkpoints(kind))},
+        seconds=seconds,
+        saving_seconds=saving_seconds,
+        determinism=determinism,
+        identity=identity,
+    )
+
+
+def end_row(end: RunEnd) -> dict[str, Any]:
+    """The end as a row of events.jsonl, without the identity."""
+    return {
+        "event": "end",
+        **{name: value for name, value in to_plain(end).items() if name != "identity"},
     }
-    files.write_json(facts.run.meta_dir / f"derived_{facts.run.stem}.json", content)
 
 
-def header(recipe: Recipe, facts: Facts) -> list[str]:
-    """What this run is, in about ten lines."""
-    d, run = facts.derived, facts.run
+def summary(end: RunEnd) -> list[str]:
+    """The end for people: reason, best epoch, its scores, and the files written."""
+    best = end.best
+    metrics = (
+        ("clean", "clean"),
+        ("corrupted", "corrupt"),
+        ("macro recall", "macro_recall"),
+        ("macro F1", "macro_f1"),
+        ("F1", "f1"),
+    )
+    texts = [
+        f"{title} {score:.4f}"
+        for title, metric in metrics
+        if (score := end.scores.get(f"{metric}_{best.weights}")) is not None
+    ]
+    detail = f" ({', '.join(texts)})" if texts else ""
+    return [
+        "",
+        f"done: {end.reason}, {clock(end.seconds)}",
+        f"  best       epoch {best.epoch}, {best.weights} weights, {best.score:.4f}{detail}",
+        *(f"  {kind:<10} {path}" for kind, path in end.files.items()),
+    ]
+
+
+def header(recipe: Recipe, facts: RunFacts) -> list[str]:
+    """The run for people, in about ten lines."""
+    numbers, run = facts.numbers, facts.run
     pretrained = "pretrained" if recipe.model.pretrained else "from scratch"
     accum = f" x {recipe.train.grad_accum}" if recipe.train.grad_accum > 1 else ""
     smoothing = f"smoothing {recipe.reg.ls_eps:g}, " if recipe.loss.name != "ce" else ""
     rows = [
         (
             "network",
-            f"{run.backbone}, {facts.parameters / 1e6:.1f} M parameters, {pretrained}, {recipe.model.head} head",
+            f"{run.backbone}, {numbers.parameters / 1e6:.1f} M parameters, {pretrained}, {recipe.model.head} head",
         ),
         ("data", _data(facts)),
-        ("devices", f"{d.world_size} x {facts.device}, {facts.precision}"),
-        ("batch", f"{d.world_size} x {d.stages[0].batch_per_gpu}{accum} = {d.batch_global} global"),
-        ("lr", f"{d.lr:.3g} ({d.lr_note}), {recipe.opt.name}, {_schedule(recipe)}"),
-        ("epochs", _stages(recipe, facts)),
+        ("devices", f"{numbers.world_size} x {numbers.device}, {numbers.precision}"),
+        (
+            "batch",
+            f"{numbers.world_size} x {numbers.stages[0].batch_per_gpu}{accum} = {numbers.batch_global} global",
+        ),
+        ("lr", f"{numbers.lr:.3g} ({numbers.lr_note}), {recipe.opt.name}, {_schedule(recipe)}"),
+        ("epochs", _stages(recipe, numbers)),
         ("sampler", recipe.sampler.type),
         (
             "loss",
             f"{recipe.loss.name}, {smoothing}MixUp/CutMix {recipe.reg.mix_prob:g}, erasing {recipe.reg.erase_p:g}",
         ),
-        *([("unlabelled", _semi(recipe, facts))] if facts.unlabelled else []),
+        *([("unlabelled", _semi(recipe, numbers.unlabelled))] if numbers.unlabelled else []),
         ("averages", _averages(recipe)),
         ("best by", _best_by(recipe)),
         ("folders", f"{run.model_dir}, {run.results_dir}"),
@@ -184,18 +245,19 @@ def header(recipe: Recipe, facts: Facts) -> list[str]:
     return [title, *(f"  {name:<10} {text}" for name, text in rows)]
 
 
-def _data(facts: Facts) -> str:
-    present = facts.counts[facts.counts > 0]
-    corrupted = f" (+ {len(facts.combos)} corrupted copies)" if facts.combos else ""
-    training = f"{facts.counts.sum()} training images ({present.max()} to {present.min()} a class)"
-    return f"{facts.classes} classes, {training}, {facts.validation} validation{corrupted}"
+def _data(facts: RunFacts) -> str:
+    numbers = facts.numbers
+    present = [count for count in numbers.class_counts if count]
+    corrupted = f" (+ {len(numbers.combos)} corrupted copies)" if numbers.combos else ""
+    training = f"{sum(present)} training images ({max(present)} to {min(present)} per class)"
+    return f"{facts.classes} classes, {training}, {numbers.validation} validation{corrupted}"
 
 
-def _semi(recipe: Recipe, facts: Facts) -> str:
+def _semi(recipe: Recipe, unlabelled: int) -> str:
     semi = recipe.semi
     ramp = f", rising over {semi.ramp_epochs} epochs" if semi.ramp_epochs else ""
     return (
-        f"{facts.unlabelled} images, {semi.mu} beside each labelled one, {semi.method} from {semi.threshold:g} "
+        f"{unlabelled} images, {semi.mu} beside each labelled one, {semi.method} from {semi.threshold:g} "
         f"by {semi.teacher} weights, weight {semi.lambda_u:g}{ramp}"
     )
 
@@ -206,12 +268,13 @@ def _schedule(recipe: Recipe) -> str:
     return f"{recipe.sched.name}, {recipe.sched.warmup_epochs} epochs of warm-up"
 
 
-def _stages(recipe: Recipe, facts: Facts) -> str:
+def _stages(recipe: Recipe, numbers: RunNumbers) -> str:
     """1-15 at 224 (156 steps of 128), 16-40 at 320 (156 steps of 128)."""
-    images = facts.derived.world_size * recipe.train.grad_accum
+    factor = numbers.world_size * recipe.train.grad_accum
     return ", ".join(
-        f"{s.first}-{s.last} at {side([s.height, s.width])} ({steps} steps of {s.batch_per_gpu * images})"
-        for s, steps in zip(facts.derived.stages, facts.steps, strict=True)
+        f"{stage.first}-{stage.last} at {side([stage.height, stage.width])} "
+        f"({steps} steps of {stage.batch_per_gpu * factor})"
+        for stage, steps in zip(numbers.stages, numbers.steps, strict=True)
     )
 
 
@@ -236,71 +299,21 @@ def _best_by(recipe: Recipe) -> str:
     return f"{score}, {stop}"
 
 
-def end(run: Run, scoring: Scoring, *, seconds: float, saving_seconds: float) -> dict[str, Any]:
-    """How a run ended, as a row of events.jsonl and for meta/."""
-    best, flat = scoring.selection.best, scoring.flat
-    epochs = scoring.epoch
-    return {
-        "event": "end",
-        "reason": scoring.selection.stopped or f"all {epochs} epochs",
-        "stopped_early": bool(scoring.selection.stopped),
-        "epochs": epochs,
-        "best": {"epoch": best.epoch, "score": best.score, "weights": best.weights},
-        "idle_epochs": scoring.selection.idle,
-        "scores": scoring.best_flat,
-        "last_scores": flat,
-        "files": {kind: str(paths[-1]) for kind in FIXED if (paths := run.files(kind))},
-        "seconds": seconds,
-        "saving_seconds": saving_seconds,
-    }
-
-
-def summary(row: dict[str, Any]) -> list[str]:
-    """The end for people: best epoch, its scores, why it stopped, what was written."""
-    best, scores = row["best"], row["scores"]
-    columns = (
-        ("clean", "clean"),
-        ("corrupted", "corrupt"),
-        ("macro recall", "macro_recall"),
-        ("macro F1", "macro_f1"),
-        ("F1", "f1"),
-    )
-    shown = [
-        f"{name} {scores[key]:.4f}"
-        for name, part in columns
-        if (key := f"{part}_{best['weights']}") in scores
-    ]
-    detail = f" ({', '.join(shown)})" if shown else ""
-    return [
-        "",
-        f"done: {row['reason']}, {clock(row['seconds'])}",
-        f"  best       epoch {best['epoch']}, {best['weights']} weights, {best['score']:.4f}{detail}",
-        *(f"  {kind:<10} {path}" for kind, path in row["files"].items()),
-    ]
-
-
-def notes(recipe: Recipe, facts: Facts, advice: list[str]) -> list[str]:
-    """What a person should know before the first step."""
-    real, lines = facts.derived.world_size, []
+def warnings_before_start(recipe: Recipe, facts: RunFacts) -> list[str]:
+    """Warnings for people before the first step: other world size, odd batches, little disk space."""
+    real, lines = facts.numbers.world_size, []
     if recipe.train.world_size != real:
         lines.append(
             f"train.world_size = {recipe.train.world_size}, running on {real}: batch and lr are those of {real}"
         )
-    per_rank = [stage.batch_per_gpu * recipe.train.grad_accum for stage in facts.derived.stages]
+    per_rank = [stage.batch_per_gpu * recipe.train.grad_accum for stage in facts.numbers.stages]
     if recipe.reg.mix_prob and any(batch % 2 for batch in per_rank):
         lines.append(
             f"an odd batch ({per_rank} images a device) mixes other pairs on another number of devices"
         )
-    needed = (
-        8 * 4 * facts.parameters * (2 + recipe.ema.enabled)
-    )  # two `last` of weights, two moments, average; members
+    # two `last` with weights and two moments each, the average, and four members
+    needed = 8 * 4 * facts.numbers.parameters * (2 + recipe.ema.enabled)
     free = shutil.disk_usage(facts.run.model_dir).free
     if free < needed:
         lines.append(f"the disk has {free / 1e9:.1f} GB left, the checkpoints may take {needed / 1e9:.1f} GB")
-    return [*lines, *advice]
-
-
-def write_end(facts: Facts, advice: list[str], *, row: dict[str, Any], same: dict[str, Any]) -> None:
-    """Put the end, early or not, beside what the run started with; `same` is its identity."""
-    write_derived(facts, advice, row["determinism"])
-    files.write_json(facts.run.end, {**row, "identity": same})  # the very last: now nothing is left to do
+    return lines

@@ -1,91 +1,98 @@
-"""Resume: finds the last whole checkpoint of a run and restores the training state from it."""
+"""Resume: finds the newest intact `last` of a run and restores the training state from it."""
 
 from __future__ import annotations
 
 import datetime
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from composer.core import State
 from torch import Tensor, nn
 
-from fastflower.callbacks.checkpoints import LAYOUT, Stateful, previous_last
+from fastflower.callbacks.checkpoints import LAYOUT, ResumeMeta, Stateful, previous_last
 from fastflower.core import checkpoint
 from fastflower.core.checkpoint import Checkpoint
 from fastflower.core.errors import CorruptionError, InputError
+from fastflower.core.records import from_plain
 from fastflower.core.runs import Run
 from fastflower.recipe.identity import differences
 
 
 @dataclass(frozen=True)
-class Last:
-    """The checkpoint to go on from; `finished` says why no step is left, and `done` that nothing at all is."""
+class ResumePoint:
+    """The checkpoint to resume from.
+
+    `finished` is the reason why no training step is left, `done` a line for people when the summary is written, too;
+    both are empty otherwise.
+    """
 
     path: Path
     finished: str
     done: str
 
 
-def find_last(run: Run, same: dict[str, Any], say: Callable[[str], None]) -> Last | None:
-    """The newest whole `last` of a run, or None. Raises InputError when it is of another version, recipe or data."""
-    found = load_last(run, say)
-    if found is None:
+def find_resume_point(run: Run, identity: dict[str, Any], say: Callable[[str], None]) -> ResumePoint | None:
+    """The newest intact `last` of a run, or None. Raises InputError when it is of another version, recipe or data."""
+    newest = load_last(run, say)
+    if newest is None:
         return None
-    path, last = found
+    path, last = newest
     check_layout(path, last.meta)
-    changed = differences(last.meta["identity"], same)
+    meta = from_plain(ResumeMeta, {field.name: last.meta[field.name] for field in fields(ResumeMeta)})
+    changed = differences(meta.identity, identity)
     if changed:
-        more = "; ..." if len(changed) > 4 else ""
+        ellipsis = "; ..." if len(changed) > 4 else ""
         raise InputError(
             f"{run.model_dir} holds fold {run.fold}, seed {run.seed} of another recipe or other data "
-            f"({'; '.join(changed[:4])}{more}); undo that or choose another exp.name"
+            f"({'; '.join(changed[:4])}{ellipsis}); undo that or choose another exp.name"
         )
-    best, reason = last.meta["best"], last.meta["finished"]
-    line = (
-        f"fold {run.fold}, seed {run.seed} of {run.exp} is finished ({reason}): best epoch {best['epoch']} with "
-        f"{best['score']:.4f}; nothing to do"
-    )
-    return Last(path, reason, line if reason and run.end.exists() else "")
+    done = ""
+    if meta.finished and run.end_path.exists():
+        done = (
+            f"fold {run.fold}, seed {run.seed} of {run.exp} is finished ({meta.finished}): "
+            f"best epoch {meta.best['epoch']} with {meta.best['score']:.4f}; nothing to do"
+        )
+    return ResumePoint(path, meta.finished, done)
 
 
 def load_last(run: Run, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
-    """The newest `last` that is whole, or None when there is none at all; for one process of a run.
+    """The newest intact `last` with its path, or None when there is no `last` at all; for one rank only.
 
-    A damaged one costs one line, is set aside as `*.damaged`, and the one before is used.
-    Raises CorruptionError when every one is damaged.
+    A damaged file is reported, renamed to `*.damaged`, and the previous generation is used.
+    Raises CorruptionError when all are damaged.
     """
-    paths = [path for path in [*reversed(run.files("last")), previous_last(run)] if path.exists()]
+    paths = [path for path in [*reversed(run.checkpoints("last")), previous_last(run)] if path.exists()]
     damaged: list[Path] = []
     for path in paths:
         try:
-            found = checkpoint.load(path)
+            last = checkpoint.load(path)
         except InputError as error:
             say(f"WARNING {error}")
             damaged.append(path)
             continue
-        for bad in damaged:  # or the next saving would keep it as the generation before
+        for bad in damaged:  # or the next save would keep it as the previous generation
             os.replace(bad, bad.with_name(bad.name + ".damaged"))
-            say(f"WARNING going on from {path.name}, the checkpoint before")
-        return path, found
+            say(f"WARNING resuming from {path.name}, the previous checkpoint")
+        return path, last
     if paths:
         raise CorruptionError(
-            f"{run.model_dir}: no checkpoint of fold {run.fold}, seed {run.seed} is whole; restore one, or start again "
-            "under another exp.name"
+            f"{run.model_dir}: every checkpoint of fold {run.fold}, seed {run.seed} is damaged; restore one, or start "
+            "again under another exp.name"
         )
     return None
 
 
-def restore(found: Checkpoint, state: State, *, network: nn.Module, parts: dict[str, Stateful]) -> None:
-    """Put a `last` back into a freshly built trainer: weights, optimizer, scaler, time and all parts.
+def restore(last: Checkpoint, state: State, *, network: nn.Module, components: dict[str, Stateful]) -> None:
+    """Load a `last` into a freshly built trainer: weights, optimizer, scaler, timestamp and all components.
 
-    Raises InputError when the network or the optimizer's groups are not those that were saved.
+    Raises InputError when the network or the optimizer's groups differ from the saved ones.
     """
-    check_names(found.tensors, network.state_dict())
-    network.load_state_dict(found.tensors)
-    optimizer, saved = state.optimizers[0], found.more["optimizer"]
+    check_names(last.tensors, network.state_dict())
+    network.load_state_dict(last.tensors)
+    optimizer, saved = state.optimizers[0], last.training_state["optimizer"]
     now = [(group.get("name"), len(group["params"])) for group in optimizer.param_groups]
     then = [(group.get("name"), len(group["params"])) for group in saved["param_groups"]]
     if now != then:
@@ -93,34 +100,39 @@ def restore(found: Checkpoint, state: State, *, network: nn.Module, parts: dict[
             f"the checkpoint's {len(then)} parameter groups are not this recipe's {len(now)}; change exp.name"
         )
     optimizer.load_state_dict(saved)
-    if state.scaler is not None and found.more["scaler"]:
-        state.scaler.load_state_dict(found.more["scaler"])
-    times = found.more["time"]
-    seconds = {k: datetime.timedelta(seconds=v) for k, v in times.items() if k.endswith("_wct")}
-    state.timestamp.load_state_dict({**times, **seconds})
-    missing = set(parts) ^ set(found.more["parts"])
-    if missing:
+    if state.scaler is not None and last.training_state["scaler"]:
+        state.scaler.load_state_dict(last.training_state["scaler"])
+    times = last.training_state["time"]
+    durations = {
+        name: datetime.timedelta(seconds=value) for name, value in times.items() if name.endswith("_wct")
+    }
+    state.timestamp.load_state_dict({**times, **durations})
+    states = last.training_state["parts"]
+    unmatched = set(components) ^ set(states)
+    if unmatched:
         raise InputError(
-            f"the checkpoint and this recipe differ in {', '.join(sorted(missing))}; change exp.name"
+            f"the checkpoint and this recipe differ in {', '.join(sorted(unmatched))}; change exp.name"
         )
-    for name, part in parts.items():
-        part.load_state_dict(found.more["parts"][name])
+    for name, component in components.items():
+        component.load_state_dict(states[name])
 
 
 def check_layout(path: Path, meta: dict[str, Any]) -> None:
-    """InputError unless a `last` holds the parts' states as this version writes them."""
+    """Raise InputError unless a `last` holds the training state in this version's layout."""
     layout, writer = meta.get("layout"), meta.get("version", "of unknown version")
     if layout != LAYOUT:
         raise InputError(
-            f"{path}: the training state of fastflower {writer} has layout {layout}, this version goes on from "
+            f"{path}: the training state of fastflower {writer} has layout {layout}, this version resumes layout "
             f"{LAYOUT}; finish it with the version that wrote it, or choose another exp.name"
         )
 
 
-def check_names(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """InputError unless names and shapes are equal."""
+def check_names(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
+    """Raise InputError unless two state dicts have the same names and shapes."""
     wrong = sorted(
-        n for n in {*saved, *own} if n not in saved or n not in own or saved[n].shape != own[n].shape
+        name
+        for name in {*saved, *current}
+        if name not in saved or name not in current or saved[name].shape != current[name].shape
     )
     if wrong:
         raise InputError(

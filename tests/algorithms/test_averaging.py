@@ -1,4 +1,4 @@
-"""Averages of weights against the written-out formulas."""
+"""EMA and SWA of the weights against the formulas."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import torch
 from composer.core import Event
 from torch import nn
 
-from fastflower.algorithms.averaging import Ema, Swa, pull, ramped, recalibrate, shadow_of
+from fastflower.algorithms.averaging import (
+    Ema,
+    Swa,
+    ema_decay,
+    interpolate,
+    reestimate_batch_norms,
+    shadow_copy,
+)
 
 
 class Net(nn.Module):
-    """Floats, a BatchNorm and an index table, as Swin's relative positions are."""
+    """A network with floats, a BatchNorm and an integer index table, like Swin's relative positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +33,7 @@ class Net(nn.Module):
 
 
 class Clock:
-    """As much of Composer's State as the averages look at."""
+    """The attributes of Composer's State that the averages read."""
 
     def __init__(self, epoch: int) -> None:
         self.timestamp = self
@@ -34,20 +41,20 @@ class Clock:
         self.value = epoch
 
 
-def moved(network: nn.Module) -> None:
+def perturb(network: nn.Module) -> None:
     for parameter in network.parameters():
         parameter.data.add_(torch.randn_like(parameter))
 
 
 def test_ramp_is_the_formula_until_the_decay():
-    assert [ramped(0.9999, t, warmup=True) for t in (0, 1, 10, 1000)] == [
+    assert [ema_decay(0.9999, t, warmup=True) for t in (0, 1, 10, 1000)] == [
         1 / 10,
         2 / 11,
         11 / 20,
         1001 / 1010,
     ]
-    assert ramped(0.9999, 10**6, warmup=True) == 0.9999
-    assert ramped(0.9999, 0, warmup=False) == 0.9999
+    assert ema_decay(0.9999, 10**6, warmup=True) == 0.9999
+    assert ema_decay(0.9999, 0, warmup=False) == 0.9999
 
 
 def test_ema_follows_the_formula_for_every_float_and_copies_the_rest():
@@ -55,7 +62,7 @@ def test_ema_follows_the_formula_for_every_float_and_copies_the_rest():
     ema = Ema(network, 0.9, warmup=True, skipped=lambda: False)
     expected = {name: tensor.double().clone() for name, tensor in network.state_dict().items()}
     for t in range(30):
-        moved(network)
+        perturb(network)
         network(torch.randn(8, 3))
         ema.apply(Event.BATCH_END, None, None)
         decay = min(0.9, (1 + t) / (10 + t))
@@ -89,59 +96,61 @@ def test_a_skipped_step_is_not_averaged():
     assert not ema.match(Event.EPOCH_END, None)
 
 
-def test_the_shadow_is_apart_and_untrained():
+def test_the_shadow_is_an_untrained_copy():
     network = Net()
-    shadow = shadow_of(network)
+    shadow = shadow_copy(network)
     assert not any(p.requires_grad for p in shadow.parameters())
     assert not shadow.training and network.training
     before = copy.deepcopy(shadow.state_dict())
-    moved(network)
+    perturb(network)
     assert all(torch.equal(before[name], tensor) for name, tensor in shadow.state_dict().items())
 
 
-def test_ema_state_goes_through_a_state_dict():
+def test_ema_state_survives_a_state_dict():
     network = Net()
-    one = Ema(network, 0.9, warmup=True, skipped=lambda: False)
-    moved(network)
-    one.apply(Event.BATCH_END, None, None)
-    other = Ema(Net(), 0.9, warmup=True, skipped=lambda: False)
-    other.load_state_dict(one.state_dict())
-    assert other.updates == 1
+    saved = Ema(network, 0.9, warmup=True, skipped=lambda: False)
+    perturb(network)
+    saved.apply(Event.BATCH_END, None, None)
+    restored = Ema(Net(), 0.9, warmup=True, skipped=lambda: False)
+    restored.load_state_dict(saved.state_dict())
+    assert restored.updates == 1
     assert all(
         torch.equal(a, b)
-        for a, b in zip(one.shadow.state_dict().values(), other.shadow.state_dict().values(), strict=True)
+        for a, b in zip(
+            saved.shadow.state_dict().values(), restored.shadow.state_dict().values(), strict=True
+        )
     )
     with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({"updates": 1, "shadow": {}})
+        restored.load_state_dict({"updates": 1, "shadow": {}})
 
 
-def test_swa_is_the_plain_mean_of_the_last_epochs():
+def test_swa_is_the_mean_of_the_last_epochs():
     network, shadows = Net(), {}
     swa = Swa(network, 3, shadows=shadows, batches=lambda state: [torch.randn(16, 3)])
-    seen = []
+    weights = []
     for epoch in range(1, 6):
-        moved(network)
+        perturb(network)
         if swa.match(Event.EPOCH_END, Clock(epoch)):
-            seen.append(network.linear.weight.detach().clone())
+            weights.append(network.linear.weight.detach().clone())
             swa.apply(Event.EPOCH_END, Clock(epoch), None)
         assert ("swa" in shadows) == (epoch >= 3)
-    assert len(seen) == 3
-    torch.testing.assert_close(shadows["swa"].linear.weight, torch.stack(seen).mean(0))
+    assert len(weights) == 3
+    torch.testing.assert_close(shadows["swa"].linear.weight, torch.stack(weights).mean(0))
 
 
 def test_swa_does_not_average_the_same_epoch_twice():
-    """A run that is resumed between its last step and its evaluation meets the end of the epoch again."""
+    """A run resumed between its last step and its evaluation meets the end of the epoch again."""
     swa = Swa(Net(), 1, shadows={}, batches=lambda state: [torch.randn(16, 3)])
     swa.apply(Event.EPOCH_END, Clock(1), None)
-    again = Swa(Net(), 1, shadows={}, batches=lambda state: [])
-    again.load_state_dict(swa.state_dict())
-    assert not again.match(Event.EPOCH_END, Clock(1))
-    assert again.match(Event.EPOCH_END, Clock(2))
-    assert "swa" in again.shadows
+    resumed = Swa(Net(), 1, shadows={}, batches=lambda state: [])
+    resumed.load_state_dict(swa.state_dict())
+    assert not resumed.match(Event.EPOCH_END, Clock(1))
+    assert resumed.match(Event.EPOCH_END, Clock(2))
+    assert "swa" in resumed.shadows
 
 
-def test_swa_leaves_everything_as_it_was_when_the_run_is_asked_to_end():
-    """Asked while the statistics are re-estimated: what is saved meets the end of the epoch again."""
+def test_swa_changes_nothing_while_the_run_is_stopping():
+    """Stopped while statistics are re-estimated: the resumed run meets the end of the epoch again."""
     network, seen = Net(), []
     batches = [torch.randn(16, 3) for _ in range(5)]
     swa = Swa(
@@ -149,37 +158,39 @@ def test_swa_leaves_everything_as_it_was_when_the_run_is_asked_to_end():
         1,
         shadows={},
         batches=lambda state: (seen.append(1) or batch for batch in batches),
-        asked=lambda state: len(seen) > 2,
+        stopping=lambda state: len(seen) > 2,
     )
     before = copy.deepcopy(swa.state_dict())
-    moved(network)
+    perturb(network)
     swa.apply(Event.EPOCH_END, Clock(1), None)
     assert len(seen) == 3 and "swa" not in swa.shadows
     assert (swa.averaged, swa.last_epoch) == (0, 0) and swa.match(Event.EPOCH_END, Clock(1))
     assert all(
         torch.equal(before["shadow"][name], tensor) for name, tensor in swa.shadow.state_dict().items()
     )
-    whole = Swa(network, 1, shadows={}, batches=lambda state: batches)
-    for average in (again := Swa(network, 1, shadows={}, batches=lambda state: batches), whole):
+    uninterrupted = Swa(network, 1, shadows={}, batches=lambda state: batches)
+    resumed = Swa(network, 1, shadows={}, batches=lambda state: batches)
+    for average in (resumed, uninterrupted):
         average.shadow.load_state_dict(before["shadow"])
-    again.load_state_dict(swa.state_dict())
-    for average in (again, whole):
+    resumed.load_state_dict(swa.state_dict())
+    for average in (resumed, uninterrupted):
         average.apply(Event.EPOCH_END, Clock(1), None)
-    assert all(torch.equal(again.shadow.state_dict()[n], t) for n, t in whole.shadow.state_dict().items())
+    want = uninterrupted.shadow.state_dict()
+    assert all(torch.equal(resumed.shadow.state_dict()[n], t) for n, t in want.items())
 
 
-def test_recalibrated_statistics_are_those_of_the_batches():
+def test_reestimated_statistics_are_those_of_the_batches():
     network = Net().eval()
     batches = [torch.randn(32, 3) * 5 + 2 for _ in range(4)]
-    recalibrate(network, batches)
+    reestimate_batch_norms(network, batches)
     outputs = [network.linear(batch) for batch in batches]
     torch.testing.assert_close(network.norm.running_mean, torch.stack([o.mean(0) for o in outputs]).mean(0))
     torch.testing.assert_close(network.norm.running_var, torch.stack([o.var(0) for o in outputs]).mean(0))
     assert network.norm.momentum == 0.1 and not network.norm.training
 
 
-def test_pull_by_one_copies():
-    network, shadow = Net(), shadow_of(Net())
-    pull(shadow, network, 1.0)
-    ours, theirs = shadow.state_dict(), network.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_interpolation_with_weight_one_copies():
+    network, shadow = Net(), shadow_copy(Net())
+    interpolate(shadow, network, 1.0)
+    got, want = shadow.state_dict(), network.state_dict()
+    assert all(torch.equal(got[name], want[name]) for name in want)

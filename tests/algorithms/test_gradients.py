@@ -1,4 +1,4 @@
-"""Clipping against its formula; steps that are not finite are skipped, counted, and stop the run in the end."""
+"""Clipping against its formula; non-finite steps are skipped, counted, and stop the run after the limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from composer.core import Event, Precision
 from torch import nn
 
 from fastflower.algorithms import gradients
-from fastflower.algorithms.gradients import GradientGuard, clip, untouched
+from fastflower.algorithms.gradients import GradientGuard, clip, without_gradient
 from fastflower.core.errors import Diverged, InputError
 
 
@@ -31,7 +31,7 @@ def with_gradients(value: float = 2.0) -> nn.Module:
     return network
 
 
-def test_clip_scales_the_global_norm_and_returns_the_one_before():
+def test_clip_scales_the_global_norm_and_returns_the_norm_before():
     network = with_gradients(2.0)
     expected = math.sqrt(sum(4.0 * p.numel() for p in network.parameters()))
     assert clip(network.parameters(), 1.0) == pytest.approx(expected)
@@ -39,7 +39,7 @@ def test_clip_scales_the_global_norm_and_returns_the_one_before():
     assert after == pytest.approx(1.0, rel=1e-4)
 
 
-def test_small_gradients_and_no_limit_are_left_alone():
+def test_small_gradients_and_no_limit_change_nothing():
     for limit in (1e6, None):
         network = with_gradients(2.0)
         clip(network.parameters(), limit)
@@ -61,7 +61,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
             assert torch.equal(tensor, before[name]), name
 
 
-def test_frozen_parts_do_not_shrink_the_others_and_gather_no_moments():
+def test_frozen_parts_do_not_count_in_the_norm_and_gather_no_moments():
     network = with_gradients(2.0)
     groups = [
         {"params": list(network[0].parameters()), "lr": 0.0},
@@ -78,14 +78,14 @@ def test_frozen_parts_do_not_shrink_the_others_and_gather_no_moments():
 
 
 def test_parameters_without_a_gradient_are_named_after_the_first_step_and_refused_on_two_ranks(monkeypatch):
-    network, said = with_gradients(), []
+    network, warnings = with_gradients(), []
     network[1].bias.grad = None
     network.register_parameter("fixed", nn.Parameter(torch.zeros(2), requires_grad=False))
-    assert untouched(network) == ["1.bias"]
-    guard = GradientGuard(network, 1.0, limit=3, say=said.append)
+    assert without_gradient(network) == ["1.bias"]
+    guard = GradientGuard(network, 1.0, limit=3, warn=warnings.append)
     for _ in range(2):
         guard.apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
-    (line,) = said
+    (line,) = warnings
     assert line.startswith(
         "WARNING 1 parameters get no gradient, first 1.bias: the loss does not depend on them"
     )
@@ -95,12 +95,12 @@ def test_parameters_without_a_gradient_are_named_after_the_first_step_and_refuse
     ):
         GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
     monkeypatch.setattr(gradients.dist, "get_global_rank", lambda: 1)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as caught:
         GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
-    assert left.value.code == InputError.exit_code
+    assert caught.value.code == InputError.exit_code
 
 
-def test_a_good_step_ends_the_row():
+def test_a_finite_step_resets_the_count_of_steps_in_a_row():
     network = with_gradients()
     guard, state = GradientGuard(network, 1.0, limit=2), state_of(network)
     network[0].weight.grad[0, 0] = math.nan
@@ -135,7 +135,7 @@ def test_the_fp16_scaler_may_overflow_while_it_finds_its_scale():
         guard.apply(Event.AFTER_TRAIN_BATCH, state_of(network, Precision.AMP_FP16, scale=1.0), None)
 
 
-def test_counters_survive():
+def test_counters_survive_a_state_dict():
     guard = GradientGuard(with_gradients(), None, limit=5)
     guard.load_state_dict({"total": 4, "in_a_row": 2})
     assert guard.state_dict() == {"total": 4, "in_a_row": 2}

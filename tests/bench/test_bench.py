@@ -1,4 +1,4 @@
-"""The benchmark: every contender goes over all pictures, the table has a row for each, wrong words are refused."""
+"""Benchmarks: every contender iterates over all photographs, tables have a row for each, bad arguments are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     "name",
     [n for n in CONTENDERS if not n.startswith(("ffcv", "libjpeg"))],
 )
-def test_contenders_see_every_picture(folder: Path, tmp_path: Path, name: str) -> None:
+def test_contenders_load_every_photograph(folder: Path, tmp_path: Path, name: str) -> None:
     if module := contenders.missing(name):
         pytest.skip(f"{module} is not installed")
     epoch = CONTENDERS[name](Pictures(photographs(folder, 0), tmp_path, batch=3), 24, 1)
@@ -41,14 +41,14 @@ def test_contenders_see_every_picture(folder: Path, tmp_path: Path, name: str) -
         assert all(str(batch.dtype).endswith("uint8") for batch in batches)
 
 
-def test_limits_decode_every_picture(folder: Path, tmp_path: Path) -> None:
+def test_decoding_alone_reads_every_photograph(folder: Path, tmp_path: Path) -> None:
     pictures = Pictures(photographs(folder, 5), tmp_path)
     for name in CONTENDERS:
         if name.startswith("libjpeg"):
             assert list(CONTENDERS[name](pictures, 24, 2)()) == [None]
 
 
-def test_wrong_words_are_refused(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="bench: got speed, choose from loader, decoder"):
         main(["speed"])
     with pytest.raises(InputError, match="bench: got nothing"):
@@ -58,10 +58,10 @@ def test_wrong_words_are_refused(tmp_path: Path) -> None:
 
 
 def test_decoders_are_compared_on_the_same_crops(tmp_path: Path) -> None:
-    found = decoder.compare(decoder.digits()[:200], tmp_path, size=24, epochs=3, seeds=2)
-    assert (found["train"], found["n"], found["seeds"]) == (160, 40, 2)
-    assert found["psnr_min"] > 40 and found["low"] <= found["difference"] <= found["high"]
-    assert min(found["fast"], found["exact"]) > 0.2  # of ten classes: it learns
+    row = decoder.compare(decoder.digits()[:200], tmp_path, size=24, epochs=3, seeds=2)
+    assert (row["train"], row["n"], row["seeds"]) == (160, 40, 2)
+    assert row["psnr_min"] > 40 and row["low"] <= row["difference"] <= row["high"]
+    assert min(row["fast"], row["exact"]) > 0.2  # above chance, 0.1
     with pytest.raises(InputError, match="an interval needs at least 2"):
         decoder.main(["--seeds", "1"])
     with pytest.raises(InputError, match=r"no train_labels.csv"):
@@ -71,8 +71,8 @@ def test_decoders_are_compared_on_the_same_crops(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--size", "24", "--threads", "1", "--rounds", "2", "--only", "raw"]
-    main(["loader", "--data", str(folder), *words, "--json", str(tmp_path / "rows.json")])
+    arguments = ["--size", "24", "--threads", "1", "--rounds", "2", "--only", "raw"]
+    main(["loader", "--data", str(folder), *arguments, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["contender"] for row in rows[:-1]] == [STOCK, "ffcv raw 512", "fastflower pre-scaled raw"]
     start = rows.pop()
@@ -87,11 +87,11 @@ def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.Cap
 def test_convert_is_compared_with_the_stock_writer(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--size", "24", "--workers", "1", "--rounds", "1", "--json", str(tmp_path / "rows.json")]
+    arguments = ["--size", "24", "--workers", "1", "--rounds", "1", "--json", str(tmp_path / "rows.json")]
     for k in range(9, 40):  # enough for five folds
         coarse = np.random.default_rng(k).integers(0, 256, (5, 6, 3), np.uint8)
         Image.fromarray(coarse).resize((60, 50)).save(folder / f"{k}.jpg")
-    main(["convert", "--data", str(folder), *words])
+    main(["convert", "--data", str(folder), *arguments])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == 5 and all(row["seconds"] > 0 and row["ratio_to_stock_ffcv"] > 0 for row in rows)
     assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and "fastflower, one split" in capsys.readouterr().out
@@ -100,10 +100,10 @@ def test_convert_is_compared_with_the_stock_writer(
 def test_the_predictor_is_compared_with_the_plain_loop(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: type
 ) -> None:
-    """Both name the classes of the same photographs; what the key `--half` asks for is what was measured."""
-    words = ["predict", "--data", str(folder), "--images", "6", "--scales", "32", "48", "--rounds", "1"]
+    """Both predict the same classes, and the measured precision is that of --half."""
+    arguments = ["predict", "--data", str(folder), "--images", "6", "--scales", "32", "48", "--rounds", "1"]
     for half, precision in (("none", "fp32"), ("all", "bf16" if code.networks.multiplies_bf16() else "fp32")):
-        main([*words, "--half", half, "--json", str(tmp_path / "rows.json")])
+        main([*arguments, "--half", half, "--json", str(tmp_path / "rows.json")])
         (row,) = json.loads((tmp_path / "rows.json").read_text())
         assert (row["images"], row["scales"], row["precision"]) == (6, [32, 48], precision)
         assert row["ratio"] == pytest.approx(row["ours_per_s"] / row["plain_per_s"], rel=0.02)
@@ -114,4 +114,4 @@ def test_the_predictor_is_compared_with_the_plain_loop(
     with pytest.raises(InputError, match=r"--data .*: no folder with JPEG files; give one"):
         main(["predict", "--data", str(tmp_path / "absent")])
     with pytest.raises(InputError, match=r"bundle.half.*gpu"):
-        main([*words, "--half", "some"])
+        main([*arguments, "--half", "some"])

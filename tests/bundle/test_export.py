@@ -1,4 +1,4 @@
-"""Export: the members that are chosen, the gates that a bundle passes, and the old one that stays when it does not."""
+"""Export: the chosen members, the gates of a bundle, and the old bundle that stays when a gate fails."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,19 @@ from timm.layers.grn import GlobalResponseNorm
 from fastflower import convert, export
 from fastflower.bundle import gates, sandbox, writer
 from fastflower.bundle import members as bundle_members
-from fastflower.bundle.members import Choice, choose, shares_of, temperature_of
+from fastflower.bundle.description import BundleDescription, BundleMember, Program
+from fastflower.bundle.members import ChosenMembers, choose, member_weights, temperature_of
 from fastflower.bundle.program import QuickResponseNorm, check_program
 from fastflower.core import checkpoint, files, runs
 from fastflower.core.errors import InputError
+from fastflower.core.records import read_record, write_record
 from fastflower.data.labels import read_classes
-from fastflower.evaluation import logits
-from fastflower.model.network import NetworkSpec, build_network
+from fastflower.evaluation import logits, summary
+from fastflower.model.member import save_member
+from fastflower.model.network import build_network
 from fastflower.recipe import load
 from support import fake_members
+from support.member_metas import member_meta
 
 WORDS = [
     "exp.name=tiny", "data.root=photos", "data.csv=labels.csv", "data.n_splits=2", "data.fold=all", "data.img_size=32",
@@ -39,6 +44,19 @@ WORDS = [
 ]  # fmt: skip
 
 HALVES = np.array([0.5, 0.5])
+
+
+def described(weights: tuple[float, ...] = (), **changes: object) -> BundleDescription:
+    """A description of members with these weights, for gates that read a few fields only."""
+    fields = {
+        "fastflower": "0", "class_ids": ["10", "17"], "class_hash": "", "prior": [0.5, 0.5], "columns": "three",
+        "half": "gpu", "temperature": 1.0, "hflip": False, "pairs": None, "tolerance": 1e-4, "pixel_tolerance": 0,
+        "crops": [], "programs": [Program(file="", inputs=[], norms=[], half_keeps=[])],
+        "members": [
+            BundleMember(name="", weights="", weight=weight, views=[], expected=[]) for weight in weights
+        ],
+    }  # fmt: skip
+    return BundleDescription(**{**fields, **changes})
 
 
 @pytest.fixture
@@ -60,33 +78,31 @@ def members():
 
 def make_member(fold: int, seed: int = 42, **changes: object) -> Path:
     classes = read_classes(Path("data/classes.csv"))
-    meta = {
-        "backbone": "resnet10t", "head": "linear", "head_scale": 30.0, "margin": 0.3, "num_classes": len(classes.ids),
-        "size": [32, 32], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bicubic",
-        "resize_factor": 1.14, "stored_side": 55, "class_ids": list(classes.ids), "class_hash": classes.hash,
-        "class_counts": [4, 4, 4], "fold": fold, "seed": seed, "epoch": 2, "weights": "raw", **changes,
-    }  # fmt: skip
+    hashes = {"class_ids": tuple(classes.ids), "class_hash": classes.hash}
+    meta = member_meta(**{**hashes, "fold": fold, "seed": seed, "epoch": 2, **changes})
     torch.manual_seed(fold)
-    network = build_network(NetworkSpec.from_meta(meta))
-    path = runs.Run("tiny", "resnet10t", fold, seed).file("best_combo", 2, 0.5)
-    checkpoint.save(path, network.state_dict(), meta)
+    network = build_network(meta)
+    path = runs.Run(exp="tiny", backbone="resnet10t", fold=fold, seed=seed).checkpoint_path(
+        "best_combo", 2, 0.5
+    )
+    save_member(path, network.state_dict(), meta)
     return path
 
 
 def test_export_makes_a_hand_in_that_runs(members, capsys):
     export.main([*WORDS, "--zip", "hand-in.zip"])
-    said = capsys.readouterr().out
-    assert said.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in said
-    assert "fresh venv, no network" in said and "no logits; run python -m fastflower.evaluate" in said
-    assert "T = 1.0000 (no results/results/tiny/temperature.json" in said
-    assert "logits move by at most" in said
+    output = capsys.readouterr().out
+    assert output.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in output
+    assert "fresh venv, no network" in output and "no logits; run python -m fastflower.evaluate" in output
+    assert "T = 1.0000 (no results/results/tiny/temperature.json" in output
+    assert "logits move by at most" in output
     modes = {path.stat().st_mode & 0o777 for path in runs.BUNDLE.iterdir()}
     assert modes == {0o644}  # whoever runs the folder may be another user
     Path("again").mkdir()
-    writer.write(
+    writer.write_bundle(
         Path("again"),
         writer.load_members(members, "fp16"),
-        shares=HALVES,
+        weights=HALVES,
         recipe=load(None, WORDS),
         temperature=1.0,
     )
@@ -97,8 +113,8 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
     with zipfile.ZipFile("hand-in.zip") as archive:
         assert {"code/predict.py", "results/model/bundle/bundle.json"} <= set(archive.namelist())
         archive.extractall("stranger")
-    words = [sys.executable, "stranger/code/predict.py", "photos", "submission.csv", "--threads", "1"]
-    assert subprocess.run(words, capture_output=True).returncode == 0
+    command = [sys.executable, "stranger/code/predict.py", "photos", "submission.csv", "--threads", "1"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
     assert len(Path("submission.csv").read_text().splitlines()) == 25
     assert [path.name for path in runs.MODELS.iterdir() if path.name.startswith(".")] == []
 
@@ -107,15 +123,15 @@ def test_images_that_came_as_numbers_are_handed_in_too(capsys):
     rng = np.random.default_rng(0)
     images = np.kron(rng.integers(0, 256, (24, 5, 7), dtype=np.uint8), np.ones((1, 8, 8), np.uint8))
     np.savez("digits.npz", x=images, y=np.arange(24) % 3)
-    words = [*WORDS, "data.root=digits.npz", "tta.scales=[32]"]
-    convert.main(words)
+    arguments = [*WORDS, "data.root=digits.npz", "tta.scales=[32]"]
+    convert.main(arguments)
     members = [make_member(fold) for fold in (0, 1)]
-    export.main(words)
-    said = capsys.readouterr().out
-    assert said.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in said
-    assert "0 of 255 on 24 photographs" in said
-    found = gates.held_out(Path("held out"), load(None, words), writer.load_members(members, "fp16"))
-    for file, row in zip(found.files, found.index, strict=True):
+    export.main(arguments)
+    output = capsys.readouterr().out
+    assert output.count("passed") == 7 + torch.cuda.is_available() and "FAILED" not in output
+    assert "0 of 255 on 24 photographs" in output
+    held_out = gates.collect(Path("held out"), load(None, arguments), writer.load_members(members, "fp16"))
+    for file, row in zip(held_out.files, held_out.index, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), images[row])
 
 
@@ -125,12 +141,12 @@ def test_photographs_of_data_val_are_handed_in_from_there():
         folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.jpg")
-    words = [*WORDS, "data.root=train", "data.val=val"]
-    convert.main(words)
-    member = types.SimpleNamespace(meta={"fold": 0})
-    found = gates.held_out(Path("held out"), load(None, words), [member])
-    want = {path.read_bytes() for path in Path("val").rglob("*.jpg")}
-    assert {file.read_bytes() for file in found.files} == want and len(want) == 3
+    arguments = [*WORDS, "data.root=train", "data.val=val"]
+    convert.main(arguments)
+    member = types.SimpleNamespace(meta=types.SimpleNamespace(fold=0))
+    held_out = gates.collect(Path("held out"), load(None, arguments), [member])
+    expected = {path.read_bytes() for path in Path("val").rglob("*.jpg")}
+    assert {file.read_bytes() for file in held_out.files} == expected and len(expected) == 3
 
 
 def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
@@ -139,41 +155,40 @@ def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
     capsys.readouterr()
     export.main([*WORDS, "tta.scales=[32]", "bundle.dtype=int8", "--zip", "a.zip", "--top", "team 7"])
     assert sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*")) < 0.52 * half
-    said = capsys.readouterr().out
-    assert re.search(r"int8 +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
-    assert len(re.findall(r"int8 best_combo__.*: top-1 0\.\d+ -> 0\.\d+, NLL .* \(n = 24\)", said)) == 2
+    output = capsys.readouterr().out
+    assert re.search(r"int8 +\d+ right of 24, \d+ before +>= \d+ right +passed", output)
+    assert len(re.findall(r"int8 best_combo__.*: top-1 0\.\d+ -> 0\.\d+, NLL .* \(n = 24\)", output)) == 2
     with zipfile.ZipFile("a.zip") as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == {"team 7"}
 
 
 def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
     export.main([*WORDS, "bundle.half=all"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     gpu, native = torch.cuda.is_available(), code.networks.multiplies_bf16()
-    assert gpu or re.search(r"half, gpu +no GPU here +not seen", said)
+    assert gpu or re.search(r"half, gpu +no GPU here +not seen", output)
     if native:
-        assert re.search(r"half, cpu +\d+ right of 24, \d+ before +>= \d+ right +passed", said)
+        assert re.search(r"half, cpu +\d+ right of 24, \d+ before +>= \d+ right +passed", output)
         moved = r"cpu, bf16: logits move by at most \S+, the largest is \S+; another class for \d+ of 24"
-        assert re.search(moved, said)
+        assert re.search(moved, output)
     else:
-        assert re.search(r"half, cpu +no bf16 instructions here +not seen", said)
-    assert gpu or re.search(rf"\d threads, {'bf16' if native else 'fp32'} ", said)
-    assert said.count("passed") == 7 + gpu + native
+        assert re.search(r"half, cpu +no bf16 instructions here +not seen", output)
+    assert gpu or re.search(rf"\d threads, {'bf16' if native else 'fp32'} ", output)
+    assert output.count("passed") == 7 + gpu + native
     assert json.loads((runs.BUNDLE / "bundle.json").read_text())["half"] == "all"
 
 
 def test_what_nothing_measured_is_not_left_beside_members(members):
-    for half, left in (("all", "gpu"), ("gpu", "gpu"), ("none", "none")):
-        place = writer.leave_programs(
+    for half, expected in (("all", "gpu"), ("gpu", "gpu"), ("none", "none")):
+        folder = writer.write_programs(
             members, HALVES, recipe=load(None, [*WORDS, f"bundle.half={half}"]), temperature=1.0
         )
-        assert json.loads((place / "bundle.json").read_text())["half"] == left
+        assert json.loads((folder / "bundle.json").read_text())["half"] == expected
 
 
 @pytest.fixture
 def half(monkeypatch):
-    """The gate of half precision, for what the predictor is said to have done on the device."""
-    weights = {"members": [{"weight": 0.8}, {"weight": 0.2}], "programs": [{"half_keeps": []}]}
+    """The gate of half precision for made-up results of the predictor on a device; and its logits in fp32."""
     exact = np.zeros((40, 2, 1, 3))
     exact[:, :, :, 1] = 1.0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -181,79 +196,85 @@ def half(monkeypatch):
 
     def gate(
         got: np.ndarray,
-        where: str = "cuda, fp16",
+        device_and_precision: str = "cuda, fp16",
+        *,
         notes: tuple[str, ...] = (),
         fault: str | None = None,
         device: str = "gpu",
+        unfit: bool = False,
     ) -> tuple[gates.Gate, list[str]]:
         def run(root: Path, options: list[str], python: Path | None) -> str | None:
             assert options[:2] == ["--device", {"gpu": "cuda", "cpu": "cpu"}[device]]
             np.savez(options[options.index("--logits") + 1], logits=got)
             return fault
 
-        monkeypatch.setattr(sandbox, "run", run)
-        monkeypatch.setattr(gates, "about", lambda _: {"device": where, "notes": list(notes)})
-        return gates.halving(
+        monkeypatch.setattr(sandbox, "run_predictor", run)
+        monkeypatch.setattr(
+            gates, "run_summary", lambda _: {"device": device_and_precision, "notes": list(notes)}
+        )
+        program = Program(file="", inputs=[], norms=[], half_keeps=None if unfit else [])
+        return gates.half_precision(
             Path(),
             exact,
-            bundle=weights,
+            bundle=described((0.8, 0.2), programs=[program]),
             labels=np.ones(40, np.int64),
             max_loss=0.05,
             python=None,
             device=device,
         )
 
-    return gate, exact, weights
+    return gate, exact
 
 
 @pytest.mark.parametrize(("turned", "member", "right"), [(0, 0, 40), (2, 0, 38), (3, 0, 37), (20, 1, 40)])
 def test_half_precision_that_costs_answers_is_a_failed_gate(half, turned, member, right):
     """Two members of weights 0.8 and 0.2; one turns from right to wrong on some photographs."""
-    gate, got, _ = half
+    gate, got = half
     got = got.copy()
     got[:turned, member, :, 2] = 1.5
-    found, lines = gate(got, notes=("a note",))
-    assert found == gates.Gate("half, gpu", f"{right} right of 40, 40 before", ">= 38 right", right >= 38)
-    assert lines[0].startswith("cuda, fp16: logits") and lines[1:] == ["a note"]
-    assert lines[0].endswith(f"another class for {40 - right} of 40")
+    result, notes = gate(got, notes=("a note",))
+    assert result == gates.Gate(
+        "half, gpu", got=f"{right} right of 40, 40 before", allowed=">= 38 right", passed=right >= 38
+    )
+    assert notes[0].startswith("cuda, fp16: logits") and notes[1:] == ["a note"]
+    assert notes[0].endswith(f"another class for {40 - right} of 40")
 
 
 def test_half_precision_without_logits_fails_and_that_of_no_device_is_not_seen(half, monkeypatch):
-    gate, exact, weights = half
+    gate, exact = half
     lost = exact.copy()
     lost[3] = np.nan
     for got in (lost, exact[:, :1], exact[:39]):
-        found, lines = gate(got)
-        assert (found.passed, lines) == (False, []) and "missing or not finite" in found.got
-    found, lines = gate(exact, fault="exit 4: killed")
-    assert (found.passed, found.got, lines) == (False, "exit 4: killed", [])
-    found, _ = gate(exact, "cuda, fp32", ("cuda in fp16: no kernel",))
-    assert (found.passed, found.got) == (None, "cuda in fp16: no kernel")
+        result, lines = gate(got)
+        assert (result.passed, lines) == (False, []) and "missing or not finite" in result.got
+    result, lines = gate(exact, fault="exit 4: killed")
+    assert (result.passed, result.got, lines) == (False, "exit 4: killed", [])
+    result, _ = gate(exact, "cuda, fp32", notes=("cuda in fp16: no kernel",))
+    assert (result.passed, result.got) == (None, "cuda in fp16: no kernel")
     assert gate(exact, "cpu, fp32")[0].got == "computed by cpu, fp32"  # after the GPU killed a process
     assert gate(exact, "cpu, fp32", device="cpu")[0].got == "no bf16 instructions here"
-    weights["programs"][0]["half_keeps"] = None
-    assert gate(exact, "cuda, fp32")[0].got == "networks unfit for it"
+    assert gate(exact, "cuda, fp32", unfit=True)[0].got == "networks unfit for it"
     monkeypatch.setattr(gates, "submission_fault", lambda *_, **__: "3 photographs unreadable")
-    found, _ = gate(exact)
-    assert (found.passed, found.got) == (False, "3 photographs unreadable")
-    assert gates.halved("all") == ["cpu", "gpu"]
+    result, _ = gate(exact)
+    assert (result.passed, result.got) == (False, "3 photographs unreadable")
+    assert gates.half_devices("all") == ["cpu", "gpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gates.halved("all") == ["gpu", "cpu"] and gates.halved("none") == []
-    assert gate(exact)[0] == gates.Gate("half, gpu", "no GPU here", "", None)
+    assert gates.half_devices("all") == ["gpu", "cpu"] and gates.half_devices("none") == []
+    assert gate(exact)[0] == gates.Gate("half, gpu", got="no GPU here", allowed="", passed=None)
 
 
 def test_latency_is_that_of_a_run_that_ended_well(monkeypatch):
-    description = {"half": "gpu", "pairs": None}
+    description = described()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    told = {"device": "cpu, bf16", "threads": 2, "ms_per_image": 30.0}
-    monkeypatch.setattr(gates, "about", lambda _: told)
-    monkeypatch.setattr(sandbox, "run", lambda *_, **__: "exit 3: damaged")
-    found = gates.latency(Path(), description, allowed=50.0, python=None)
-    assert found.passed and re.search(r"^30.0 ms an image on .*, 2 threads, bf16$", found.got)
-    found = gates.latency(Path(), description, allowed=20.0, python=None)  # tried again
-    assert found == gates.Gate("latency", "exit 3: damaged", "<= 20 ms", False)
-    del told["ms_per_image"]
-    monkeypatch.setattr(sandbox, "run", lambda *_, **__: None)
+    summary = {"device": "cpu, bf16", "threads": 2, "ms_per_image": 30.0}
+    monkeypatch.setattr(gates, "run_summary", lambda _: summary)
+    monkeypatch.setattr(sandbox, "run_predictor", lambda *_, **__: "exit 3: damaged")
+    gate = gates.latency(Path(), description, allowed=50.0, python=None)
+    assert gate.passed and re.search(r"^30.0 ms an image on .*, 2 threads, bf16$", gate.got)
+    gate = gates.latency(Path(), description, allowed=20.0, python=None)  # tried again
+    assert gate == gates.Gate("latency", got="exit 3: damaged", allowed="<= 20 ms", passed=False)
+    del summary["ms_per_image"]
+    monkeypatch.setattr(sandbox, "run_predictor", lambda *_, **__: None)
     assert gates.latency(Path(), description, allowed=50.0, python=None).passed is False
 
 
@@ -264,42 +285,44 @@ def test_a_loss_of_score_is_a_failed_gate():
 
 
 def test_accuracy_is_that_of_members_that_did_not_train_on_the_photograph(members):
-    """Two members, one a fold: each says right for its own fold and wrong for the other."""
+    """Two members, one for each fold: both are right on their own validation fold and wrong on the other."""
     labels = np.array([0, 1, 2, 0])
-    photographs = gates.Photographs([Path("a")] * 4, labels, np.arange(4), np.array([0, 1, 0, 1]))
+    photographs = gates.HeldOut(
+        files=[Path("a")] * 4, class_idx=labels, index=np.arange(4), fold=np.array([0, 1, 0, 1])
+    )
     loaded = writer.load_members(members, "fp16")
     right = np.eye(3)[labels]
     got = np.stack([right, right], axis=1)[:, :, None]
     wrong = np.eye(3)[(labels + 1) % 3][:, None]
     got[[1, 3], 0], got[[0, 2], 1] = wrong[[1, 3]], wrong[[0, 2]]
-    made = {"members": [{"weight": 0.5}, {"weight": 0.5}]}
-    known = {
+    bundle = described((0.5, 0.5))
+    out_of_fold = {
         member.path.name: types.SimpleNamespace(index=np.arange(4), logits=right.astype(np.float32))
         for member in loaded
     }
-    gate = gates.agreement(
-        got, made, members=loaded, photographs=photographs, out_of_fold=known, max_loss=0.01
+    gate = gates.out_of_fold_agreement(
+        got, bundle, members=loaded, photographs=photographs, out_of_fold=out_of_fold, max_loss=0.01
     )
     assert gate.got == "4 right of 4, 4 before" and gate.passed
-    gate = gates.agreement(
+    gate = gates.out_of_fold_agreement(
         np.roll(got, 1, axis=3),
-        made,
+        bundle,
         members=loaded,
         photographs=photographs,
-        out_of_fold=known,
+        out_of_fold=out_of_fold,
         max_loss=0.01,
     )
     assert gate.got == "0 right of 4, 4 before" and gate.passed is False
     assert (
-        gates.agreement(
-            got, made, members=loaded, photographs=photographs, out_of_fold={}, max_loss=0.01
+        gates.out_of_fold_agreement(
+            got, bundle, members=loaded, photographs=photographs, out_of_fold={}, max_loss=0.01
         ).passed
         is None
     )
 
 
 def test_a_bare_environment_has_what_the_predictor_needs_and_no_more(tmp_path):
-    python = sandbox.environment(tmp_path / "venv")
+    python = sandbox.make_environment(tmp_path / "venv")
     code = "import importlib.util as u; print([n for n in %r if u.find_spec(n)])" % [
         "torch", "numpy", "PIL", *sandbox.BLOCKED, "pip", "safetensors",
     ]  # fmt: skip
@@ -330,50 +353,52 @@ def test_parity_fails_when_the_predictor_says_something_else(members, monkeypatc
 
 
 def test_pixels_that_are_not_the_trainers_fail(members, monkeypatch):
-    honest = gates.trained_view
-    monkeypatch.setattr(gates, "trained_view", lambda *words, **named: honest(*words, **named) ^ 1)
+    honest = gates.trainer_view
+    monkeypatch.setattr(gates, "trainer_view", lambda *words, **named: honest(*words, **named) ^ 1)
     with pytest.raises(InputError, match=r"^pixels: 1 of 255 on 24 photographs, allowed <= 0"):
         export.main([*WORDS, "tta.scales=[32]"])
 
 
 def test_what_a_killed_export_left_is_removed():
     dead, alive = 2**22 + 1, os.getppid()  # no process has the first: too large
-    for place in (runs.BUNDLE, runs.MODELS / "tiny" / writer.PROGRAMS):
-        left, others = (files.aside_of(place, process) for process in (dead, alive))
-        for folder in (left, others):
+    for target in (runs.BUNDLE, runs.MODELS / "tiny" / writer.PROGRAMS):
+        abandoned, in_use = (files.temporary_path(target, process) for process in (dead, alive))
+        for folder in (abandoned, in_use):
             folder.mkdir(parents=True)
             Path(folder, "weights_0.safetensors").touch()
-        with writer.aside(place) as folder:
-            assert set(place.parent.glob(".*")) == {folder, others}
-    with writer.aside() as folder:
-        writer.put_in_place(folder)
-    files.aside_of(Path("a.zip"), dead).touch()
+        with writer.temporary_bundle(target) as folder:
+            assert set(target.parent.glob(".*")) == {folder, in_use}
+    with writer.temporary_bundle() as folder:
+        writer.publish(folder)
+    files.temporary_path(Path("a.zip"), dead).touch()
     writer.zip_hand_in(Path("a.zip"))
     assert {path.name for path in Path().iterdir()} == {"a.zip", "results"}
 
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_kill_while_a_bundle_is_put_in_place_loses_none(monkeypatch, exchange):
-    def put(text: str) -> None:
-        with writer.aside() as folder:
+    def publish(text: str) -> None:
+        with writer.temporary_bundle() as folder:
             Path(folder, "bundle.json").write_text(text)
-            writer.put_in_place(folder)
+            writer.publish(folder)
 
-    put("old")
+    publish("old")
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     child = os.fork()
     if not child:
         rename, turns = os.rename, iter([True])
-        os.rename = lambda *words, **named: rename(*words, **named) if next(turns, False) else os._exit(9)
+        os.rename = lambda *arguments, **keywords: (
+            rename(*arguments, **keywords) if next(turns, False) else os._exit(9)
+        )
         files.fsync_folder = lambda folder: os._exit(9)
         try:
-            put("new")
+            publish("new")
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert runs.BUNDLE.exists() == exchange
-    with pytest.raises(InputError), writer.aside():  # the next export, whose gates fail
+    with pytest.raises(InputError), writer.temporary_bundle():  # the next export, whose gates fail
         raise InputError("size")
     assert Path(runs.BUNDLE, "bundle.json").read_text() == ("new" if exchange else "old")
     assert [path.name for path in runs.MODELS.iterdir()] == ["bundle"]
@@ -394,25 +419,28 @@ def test_nothing_to_export_is_said():
 
 def test_temperature_is_that_of_the_members():
     recipe, path = load(None, WORDS), runs.RESULTS / "tiny/temperature.json"
-    one, two = Path("a.pth"), Path("b.pth")
-    found = {"fused": {"t": 1.5}, "members": {"a.pth": {"t": 1.2}, "b.pth": {"t": 1.9}}}
-    files.write_json(path, {**found, "weighting": "family"})
-    assert temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused with the weights of family")
-    files.write_json(path, {**found, "weighting": "flat"})
-    assert temperature_of(recipe, [one, two]) == (1.5, f"{path}, fused")
-    assert temperature_of(recipe, [two])[0] == 1.9
-    assert temperature_of(recipe, [one, Path("c.pth")]) == (
+    first, second = Path("a.pth"), Path("b.pth")
+    content = fake_members.temperatures(
+        fused=fake_members.temperature(1.5),
+        members={"a.pth": fake_members.temperature(1.2), "b.pth": fake_members.temperature(1.9)},
+    )
+    write_record(path, replace(content, weighting="family"))
+    assert temperature_of(recipe, [first, second]) == (1.5, f"{path}, fused with the weights of family")
+    write_record(path, replace(content, weighting="flat"))
+    assert temperature_of(recipe, [first, second]) == (1.5, f"{path}, fused")
+    assert temperature_of(recipe, [second])[0] == 1.9
+    assert temperature_of(recipe, [first, Path("c.pth")]) == (
         1.5,
         f"{path}, fused from other members (2)",
     )
-    assert temperature_of(load(None, [*WORDS, "ts.enabled=false"]), [one]) == (1.0, "ts.enabled=false")
-    files.write_json(path, {"fused": None, "members": {}})
-    assert temperature_of(recipe, [one, two]) == (1.0, f"{path} holds none")
+    assert temperature_of(load(None, [*WORDS, "ts.enabled=false"]), [first]) == (1.0, "ts.enabled=false")
+    write_record(path, fake_members.temperatures(fused=None, members={}))
+    assert temperature_of(recipe, [first, second]) == (1.0, f"{path} holds none")
 
 
 def evaluated(count: int = 3, **sizes: float) -> list[Path]:
-    """Made-up members of two backbones as evaluate leaves them; the first is the better one."""
-    folder, paths, rows = runs.RESULTS / "tiny", [], []
+    """Files of made-up members of two backbones as evaluate writes them; the first backbone is the better one."""
+    folder, paths, members = runs.RESULTS / "tiny", [], []
     labels = [fake_members.IDS[label] for label in fake_members.labels()]
     Path("data").mkdir()
     columns = zip(range(120), labels, fake_members.labels(), fake_members.folds(count=count), strict=True)
@@ -426,24 +454,28 @@ def evaluated(count: int = 3, **sizes: float) -> list[Path]:
             member = fake_members.member(
                 fold, backbone, skill=skill, mb=sizes.get(backbone[:3], 100.0), ms=10.0
             )
-            logits.save_logits(logits.member_file(folder / "oof", member.about), member)
-            path = runs.MODELS / "tiny" / member.about["checkpoint"]
+            path = runs.MODELS / "tiny" / member.info.checkpoint
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
+            member = replace(member, info=replace(member.info, seal=checkpoint.seal(path)))
+            logits.save_logits(folder / "oof", member)
             paths.append(path)
-            rows.append(member.about)
-    files.write_json(folder / "scores.json", {"members": rows})
+            members.append(member)
+    classes, column = fake_members.classes_csv(), fake_members.folds(count=count)
+    write_record(
+        folder / "scores.json", summary.summarise(members, column, classes=classes, recipe=load(None, []))
+    )
     return paths
 
 
-def greedy(*words: str) -> Choice:
+def greedy(*words: str) -> ChosenMembers:
     return choose(load(None, [*WORDS, "bundle.members=greedy", *words]), [])
 
 
 def test_greedy_takes_the_runs_that_help_and_as_many_folds_as_fit():
     paths = evaluated()
     every = greedy("bundle.max_mb=1000")
-    assert every.paths == sorted(paths) and every.shares.sum() == pytest.approx(1)
+    assert every.paths == sorted(paths) and every.weights.sum() == pytest.approx(1)
     assert "fitted on 118 out-of-fold images of the chosen runs" in every.source and every.temperature > 0
     four = greedy("bundle.max_mb=410")
     assert len(four.paths) == 4 and {runs.parse_member(path).backbone for path in four.paths} == set(
@@ -457,15 +489,15 @@ def test_greedy_takes_the_runs_that_help_and_as_many_folds_as_fit():
 
 def test_greedy_share_of_a_run_is_split_by_its_folds():
     evaluated()
-    found = greedy("bundle.max_mb=410")
+    limited = greedy("bundle.max_mb=410")
     by_run = {}
-    for path, share in zip(found.paths, found.shares, strict=True):
-        by_run.setdefault(runs.parse_member(path).backbone, []).append(share)
-    assert all(len(set(own)) == 1 for own in by_run.values())
+    for path, weight in zip(limited.paths, limited.weights, strict=True):
+        by_run.setdefault(runs.parse_member(path).backbone, []).append(weight)
+    assert all(len(set(weights)) == 1 for weights in by_run.values())
     full = greedy("bundle.max_mb=1000")
-    for backbone, own in by_run.items():
-        same = [s for p, s in zip(full.paths, full.shares, strict=True) if backbone in p.name]
-        assert sum(own) == pytest.approx(sum(same))
+    for backbone, weights in by_run.items():
+        full_weights = [s for p, s in zip(full.paths, full.weights, strict=True) if backbone in p.name]
+        assert sum(weights) == pytest.approx(sum(full_weights))
 
 
 def test_greedy_without_logits_or_room_is_said():
@@ -480,51 +512,58 @@ def test_greedy_without_logits_or_room_is_said():
 
 
 def test_families_weigh_the_same():
-    found, names = Choice([], None, 1.0, ""), ["a", "a", "b"]
-    np.testing.assert_allclose(shares_of(found, names, "family"), [0.25, 0.25, 0.5])
-    np.testing.assert_allclose(shares_of(found, names, "flat"), [1 / 3] * 3)
+    chosen, names = ChosenMembers(paths=[], weights=None, temperature=1.0, source=""), ["a", "a", "b"]
+    np.testing.assert_allclose(member_weights(chosen, names, "family"), [0.25, 0.25, 0.5])
+    np.testing.assert_allclose(member_weights(chosen, names, "flat"), [1 / 3] * 3)
 
 
 def test_members_weigh_what_the_evaluation_found_for_their_run():
     members, recipe = [("a", 1), ("a", 1), ("b", 1)], load(None, [*WORDS, "ensembling.weighting=learned"])
     path = runs.RESULTS / "tiny/temperature.json"
     with pytest.raises(InputError, match=r"has no weight for a seed 1; run python -m fastflower\.evaluate"):
-        bundle_members.by_run(recipe, members)
+        bundle_members.weights_from_runs(recipe, members)
     weights = {"a seed 1": 0.2, "b seed 1": 0.6, "c seed 1": 0.2}
     files.write_json(path, {"weights": weights})
-    with pytest.raises(InputError, match=r"has the weights of an older evaluate; run python -m fastflower"):
-        bundle_members.by_run(recipe, members)
-    files.write_json(path, {"weighting": "learned", "weights": weights})
-    np.testing.assert_allclose(bundle_members.by_run(recipe, members), [0.125, 0.125, 0.75])
-    asked = {way: load(None, [*WORDS, f"ensembling.weighting={way}"]) for way in ("greedy", "hand")}
+    with pytest.raises(InputError, match=r"not a complete record; run python -m fastflower\.evaluate again"):
+        bundle_members.weights_from_runs(recipe, members)
+    write_record(path, fake_members.temperatures(weighting="learned", weights=weights))
+    np.testing.assert_allclose(bundle_members.weights_from_runs(recipe, members), [0.125, 0.125, 0.75])
+    recipes = {way: load(None, [*WORDS, f"ensembling.weighting={way}"]) for way in ("greedy", "hand")}
     with pytest.raises(
         InputError, match=r"= greedy: .* has the weights of learned; run python -m fastflower"
     ):
-        bundle_members.by_run(asked["greedy"], members)
-    asked["hand"].ensembling.weights = {"a": 1, "b": 2}
-    files.write_json(path, {"weighting": "hand", "hand": {"a": 1, "b": 1}, "weights": weights})
+        bundle_members.weights_from_runs(recipes["greedy"], members)
+    recipes["hand"] = load(None, [*WORDS, "ensembling.weighting=hand", "ensembling.weights={a: 1, b: 2}"])
+    write_record(
+        path, fake_members.temperatures(weighting="hand", hand_weights={"a": 1, "b": 1}, weights=weights)
+    )
     with pytest.raises(
         InputError, match=r"= hand: .* has the weights of hand {'a': 1, 'b': 1}; run python -m"
     ):
-        bundle_members.by_run(asked["hand"], members)
-    asked["hand"].ensembling.weights = {"a": 1, "b": 1}
-    np.testing.assert_allclose(bundle_members.by_run(asked["hand"], members), [0.125, 0.125, 0.75])
-    files.write_json(path, {"weighting": "learned", "weights": {"a seed 1": 0, "b seed 1": 0}})
+        bundle_members.weights_from_runs(recipes["hand"], members)
+    recipes["hand"] = load(None, [*WORDS, "ensembling.weighting=hand", "ensembling.weights={a: 1, b: 1}"])
+    np.testing.assert_allclose(
+        bundle_members.weights_from_runs(recipes["hand"], members), [0.125, 0.125, 0.75]
+    )
+    none = {"a seed 1": 0.0, "b seed 1": 0.0}
+    write_record(path, fake_members.temperatures(weighting="learned", weights=none))
     with pytest.raises(InputError, match="are 0; choose other members"):
-        bundle_members.by_run(recipe, members)
+        bundle_members.weights_from_runs(recipe, members)
 
 
 @pytest.mark.parametrize("weighting", ["learned", "greedy"])
 def test_a_run_without_a_say_is_not_handed_in(weighting):
     paths = evaluated()
     weights = {f"{fake_members.BACKBONES[0]} seed 42": 1.0, f"{fake_members.BACKBONES[1]} seed 42": 0.0}
-    found = {"weighting": weighting, "weights": weights, "fused": {"t": 1.5}, "members": {}}
-    files.write_json(runs.RESULTS / "tiny/temperature.json", found)
+    content = fake_members.temperatures(
+        weighting=weighting, weights=weights, fused=fake_members.temperature(1.5)
+    )
+    write_record(runs.RESULTS / "tiny/temperature.json", content)
     kept = [path for path in paths if fake_members.BACKBONES[0] in path.name]
     for path in paths:
-        checkpoint.save(path, {}, {"backbone": runs.parse_member(path).backbone, "seed": 42})
+        save_member(path, {}, member_meta(backbone=runs.parse_member(path).backbone, seed=42))
     chosen = choose(load(None, [*WORDS, f"ensembling.weighting={weighting}"]), [])
-    assert chosen.paths == sorted(kept) and np.allclose(chosen.shares, 1 / 3)
+    assert chosen.paths == sorted(kept) and np.allclose(chosen.weights, 1 / 3)
 
 
 def test_stored_weights_keep_what_half_precision_cannot_hold():
@@ -544,10 +583,10 @@ def test_eight_bits_keep_half_a_step_of_each_channel():
     tensor = torch.randn(5, 3, 7, 7) * torch.tensor([1e-4, 1, 1e3, 0, 1]).view(-1, 1, 1, 1)
     packed = writer.pack({"a.weight": tensor, "pos_embed": torch.randn(1, 9, 4)}, "int8")
     assert packed["a.weight"].dtype == torch.int8 and packed["pos_embed"].dtype == torch.float16
-    found = writer.unpack(packed)
+    unpacked = writer.unpack(packed)
     step = tensor.flatten(1).abs().amax(1) / 127
-    gap = (found["a.weight"] - tensor).flatten(1).abs().amax(1)
-    assert sorted(found) == ["a.weight", "pos_embed"]
+    gap = (unpacked["a.weight"] - tensor).flatten(1).abs().amax(1)
+    assert sorted(unpacked) == ["a.weight", "pos_embed"]
     assert (gap <= 0.5001 * step).all() and (gap > 0.1 * step)[[0, 1, 2, 4]].all()
 
 
@@ -586,14 +625,14 @@ def test_a_program_that_says_something_else_is_refused(members):
 
 def test_columns_for_two_classes_are_refused_for_three(members):
     Path("made").mkdir()
-    words, packed = load(None, [*WORDS, "bundle.columns=binary"]), writer.load_members(members, "fp16")
+    recipe, packed = load(None, [*WORDS, "bundle.columns=binary"]), writer.load_members(members, "fp16")
     with pytest.raises(InputError, match=r"bundle.columns = binary: there are 3 classes, not two; use three"):
-        writer.write(Path("made"), packed, shares=HALVES, recipe=words, temperature=1.0)
+        writer.write_bundle(Path("made"), packed, weights=HALVES, recipe=recipe, temperature=1.0)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_quick_response_norm_is_timms(channels_last):
-    """Also in half precision, of inputs whose squares it cannot hold, and where all are zero."""
+    """Also in half precision for inputs whose squares it cannot hold, and for zeros."""
     rng = np.random.default_rng(0)
     plain = GlobalResponseNorm(12, channels_last=channels_last)
     for weight in (plain.weight, plain.bias):
@@ -602,25 +641,25 @@ def test_the_quick_response_norm_is_timms(channels_last):
     quick.__class__ = QuickResponseNorm
     values = rng.normal(size=(3, 12, 12, 12)).astype(np.float32)
     for scale in (1, 1e-3, 0):
-        given = torch.from_numpy(values * scale)
-        np.testing.assert_allclose(quick(given).detach(), plain(given).detach(), rtol=1e-5, atol=1e-6)
-    given = torch.from_numpy(values / np.abs(values).max() * 8000)
-    want, got = plain(given).detach(), quick.half()(given.half()).detach().float()
-    assert float((got - want).abs().max()) <= 2e-3 * float(want.abs().max())
+        inputs = torch.from_numpy(values * scale)
+        np.testing.assert_allclose(quick(inputs).detach(), plain(inputs).detach(), rtol=1e-5, atol=1e-6)
+    inputs = torch.from_numpy(values / np.abs(values).max() * 8000)
+    expected, got = plain(inputs).detach(), quick.half()(inputs.half()).detach().float()
+    assert float((got - expected).abs().max()) <= 2e-3 * float(expected.abs().max())
 
 
 def test_one_program_serves_all_members_and_convolutions_all_sizes(members):
     Path("made").mkdir()
-    made = writer.write(
+    bundle = writer.write_bundle(
         Path("made"),
         writer.load_members(members, "fp16"),
-        shares=HALVES,
+        weights=HALVES,
         recipe=load(None, WORDS),
         temperature=1.0,
     )
-    assert [program["file"] for program in made["programs"]] == ["program_0.pt"]
-    assert made["class_ids"] == ["10", "17", "24"] and sum(made["prior"]) == pytest.approx(1)
-    assert json.loads(Path("made/bundle.json").read_text()) == made
+    assert [program.file for program in bundle.programs] == ["program_0.pt"]
+    assert bundle.class_ids == ["10", "17", "24"] and sum(bundle.prior) == pytest.approx(1)
+    assert read_record(Path("made/bundle.json"), BundleDescription) == bundle
     assert subprocess.run(["sha256sum", "-c", "SHA256"], cwd="made", capture_output=True).returncode == 0
 
 
@@ -649,9 +688,9 @@ def test_a_wrong_submission_is_seen(tmp_path, columns, change, fault):
     text = "filename,category_id,confidence\n000000.jpg,10,0.9\n000001.jpg,17,0.5\n"
     if columns == "binary":
         text = "filename,category_id,probability\n000000.jpg,10,0.1\n000001.jpg,17,0.500000000\n"
-    description = {"columns": columns, "class_ids": ["10", "17"]}
+    description = described(columns=columns)
     (tmp_path / runs.SUBMISSION).write_text(text)
     assert gates.submission_fault(tmp_path, description, 2) is None
     (tmp_path / runs.SUBMISSION).write_text(change(text))
-    found = gates.submission_fault(tmp_path, description, 2)
-    assert found is not None and re.search(fault, found)
+    fault_found = gates.submission_fault(tmp_path, description, 2)
+    assert fault_found is not None and re.search(fault, fault_found)

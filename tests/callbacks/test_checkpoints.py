@@ -1,4 +1,4 @@
-"""Checkpoint files: names, generations, fixed names, and what a full disk or a strange interval gives."""
+"""Checkpoint files: names, generations, fixed names, full disks, signals and intervals."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ import torch
 from PIL import Image
 
 from fastflower.callbacks import checkpoints
-from fastflower.callbacks.checkpoints import LAYOUT, parse_interval, place, previous_last, sweep, write_kept
+from fastflower.callbacks.checkpoints import (
+    LAYOUT,
+    parse_interval,
+    previous_last,
+    publish,
+    remove_leftovers,
+    write_permanent,
+)
 from fastflower.callbacks.stop import Stop
 from fastflower.core import checkpoint
 from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError
-from fastflower.core.files import aside_of
+from fastflower.core.files import temporary_path
 from fastflower.core.runs import Run, find_members
 from fastflower.recipe.identity import differences
 from fastflower.training import samples
 from fastflower.training.resume import check_layout, check_names, load_last
 
-RUN = Run("exp", "convnextv2_atto", 0, 42)
+RUN = Run(exp="exp", backbone="convnextv2_atto", fold=0, seed=42)
 
 
 def killed(path: Path, name: Path) -> None:
@@ -35,7 +42,7 @@ def killed(path: Path, name: Path) -> None:
 
 def save(kind: str, epoch: int, score: float) -> Path:
     write = partial(checkpoint.save, tensors={"w": torch.full((3,), float(epoch))}, meta={"epoch": epoch})
-    return place(RUN, kind, epoch, score, write)
+    return publish(RUN, kind, epoch=epoch, score=score, write=write)
 
 
 def names() -> list[str]:
@@ -51,17 +58,17 @@ def test_one_file_of_a_kind_and_its_fixed_name():
 
 
 def test_other_runs_of_the_experiment_are_left_alone():
-    other = Run("exp", "convnextv2_atto", 1, 42)
-    place(other, "best_combo", 9, 0.9, partial(checkpoint.save, tensors={}, meta={}))
+    other = Run(exp="exp", backbone="convnextv2_atto", fold=1, seed=42)
+    publish(other, "best_combo", epoch=9, score=0.9, write=partial(checkpoint.save, tensors={}, meta={}))
     save("best_combo", 1, 0.5)
     save("best_combo", 2, 0.6)
-    assert other.files("best_combo") and len(RUN.files("best_combo")) == 1
+    assert other.checkpoints("best_combo") and len(RUN.checkpoints("best_combo")) == 1
 
 
 def test_two_generations_of_last():
     for epoch in (1, 2, 3):
         save("last", epoch, 0.5)
-    assert [path.name for path in RUN.files("last")] == [
+    assert [path.name for path in RUN.checkpoints("last")] == [
         "last__convnextv2_atto__fold0_seed42_epoch3_score0.5000.pth"
     ]
     assert checkpoint.load(previous_last(RUN)).meta["epoch"] == 2
@@ -87,11 +94,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so():
     with pytest.raises(
         EnvironmentFault, match="the disk is full; the last good checkpoint is kept, make room"
     ):
-        place(RUN, "last", 2, 0.5, full)
+        publish(RUN, "last", epoch=2, score=0.5, write=full)
     assert load_last(RUN, print)[1].meta["epoch"] == 1
 
 
-def test_the_newest_whole_state_is_found():
+def test_the_newest_intact_state_is_loaded():
     said: list[str] = []
     assert load_last(RUN, said.append) is None
     save("last", 1, 0.5)
@@ -100,20 +107,20 @@ def test_the_newest_whole_state_is_found():
     newest.unlink()
     newest.write_bytes(b"")
     assert load_last(RUN, said.append)[1].meta["epoch"] == 1
-    assert len(said) == 2 and said[0].startswith("WARNING") and "the checkpoint before" in said[1]
+    assert len(said) == 2 and said[0].startswith("WARNING") and "the previous checkpoint" in said[1]
     previous_last(RUN).write_bytes(b"PK")
-    with pytest.raises(CorruptionError, match="no checkpoint of fold 0, seed 42 is whole"):
+    with pytest.raises(CorruptionError, match="every checkpoint of fold 0, seed 42 is damaged"):
         load_last(RUN, said.append)
 
 
-def test_linking_again_leaves_one_file_and_nothing_aside():
+def test_linking_again_leaves_one_file_and_no_temporary_one():
     path = save("last", 1, 0.5)
     checkpoints._link(path, RUN.model_dir / "last.pth")
     assert path.samefile(RUN.model_dir / "last.pth")
     assert sorted(file.name for file in RUN.model_dir.iterdir()) == sorted({path.name, "last.pth"})
 
 
-def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
+def test_half_written_files_of_killed_saves_are_removed(monkeypatch):
     dead, alive, name = (
         2**22 + 1,
         os.getpid(),
@@ -124,27 +131,29 @@ def test_half_written_files_of_killed_savings_are_swept(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)  # before the fixed name is in place
         with pytest.raises(KeyboardInterrupt):
-            checkpoints._link(RUN.files("last")[0], RUN.model_dir / "last.pth")
-    mine = [
+            checkpoints._link(RUN.checkpoints("last")[0], RUN.model_dir / "last.pth")
+    leftovers = [
         *RUN.model_dir.glob(".*.tmp"),
-        aside_of(RUN.model_dir / f"last__{name}_epoch2_score0.5000.pth", dead),
-        aside_of(RUN.meta_dir / f"early_stop_{name}.json", dead),
-        aside_of(RUN.meta_dir / "recipe.yaml", dead),
-        aside_of(RUN.results_dir / f"samples_{name}.png", dead),
+        temporary_path(RUN.model_dir / f"last__{name}_epoch2_score0.5000.pth", dead),
+        temporary_path(RUN.meta_dir / f"early_stop_{name}.json", dead),
+        temporary_path(RUN.meta_dir / "recipe.yaml", dead),
+        temporary_path(RUN.results_dir / f"samples_{name}.png", dead),
     ]
     others = [
-        aside_of(RUN.model_dir / f"last__{name.replace('fold0', 'fold1')}_epoch2_score0.5000.pth", dead),
-        aside_of(RUN.model_dir / f"last__{name}0_epoch2_score0.5000.pth", dead),  # seed 420
-        aside_of(RUN.meta_dir / "recipe.yaml", alive),
+        temporary_path(
+            RUN.model_dir / f"last__{name.replace('fold0', 'fold1')}_epoch2_score0.5000.pth", dead
+        ),
+        temporary_path(RUN.model_dir / f"last__{name}0_epoch2_score0.5000.pth", dead),  # seed 420
+        temporary_path(RUN.meta_dir / "recipe.yaml", alive),
     ]
-    assert len(mine) == 5
-    for path in (*mine, *others):
+    assert len(leftovers) == 5
+    for path in (*leftovers, *others):
         path.write_bytes(b"half")
-    sweep(RUN)
-    assert not any(path.exists() for path in mine) and all(path.exists() for path in others)
+    remove_leftovers(RUN)
+    assert not any(path.exists() for path in leftovers) and all(path.exists() for path in others)
 
 
-def test_a_kill_leaves_the_samples_of_before(tmp_path, monkeypatch):
+def test_a_kill_leaves_the_previous_samples(tmp_path, monkeypatch):
     path = tmp_path / "samples.png"
     path.write_bytes(b"old")
     monkeypatch.setattr(samples, "sample_rows", lambda *_, **__: {"stored": np.zeros((8, 4, 4, 3), np.uint8)})
@@ -178,15 +187,15 @@ def test_strange_intervals_are_refused(text):
 
 
 def test_another_network_is_refused():
-    own = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    check_names({"a": torch.ones(2), "b": torch.ones(3)}, own)
+    current = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    check_names({"a": torch.ones(2), "b": torch.ones(3)}, current)
     for saved in (
         {"a": torch.zeros(2)},
-        {**own, "c": torch.zeros(1)},
+        {**current, "c": torch.zeros(1)},
         {"a": torch.zeros(2), "b": torch.zeros(4)},
     ):
         with pytest.raises(InputError, match="holds another network: 1 tensors differ"):
-            check_names(saved, own)
+            check_names(saved, current)
 
 
 def test_identities_differ_by_key_and_survive_json():
@@ -206,13 +215,13 @@ def stop() -> Iterator[Stop]:
 
 
 def test_signals_ask_while_there_is_something_to_save(stop):
-    """A whole group's SIGINT, and then the launcher's SIGTERM: one request."""
+    """SIGINT to the process group, then the launcher's SIGTERM: one request."""
     with stop.deferred():
-        assert not stop.agreed(None)
+        assert not stop.requested_on_any_rank(None)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed(None)
+        assert stop.requested_on_any_rank(None)
 
 
 def test_a_signal_before_the_first_step_ends_the_process(stop):
@@ -246,28 +255,28 @@ def test_the_state_of_another_version_is_refused_in_one_line():
         ({"layout": 0, "version": "0.1"}, "0.1 has"),
     ):
         with pytest.raises(
-            InputError, match=rf"^last.pth: .*{said}.* goes on from {LAYOUT}; finish it .* exp.name$"
+            InputError, match=rf"^last.pth: .*{said}.* resumes layout {LAYOUT}; finish it .* exp.name$"
         ):
             check_layout(path, meta)
 
 
-def test_a_kept_epoch_is_the_last_of_its_epoch_and_nothing_removes_it():
-    kept = RUN.model_dir / "epoch__convnextv2_atto__fold0_seed42_epoch1_score0.5000.pth"
+def test_a_permanent_epoch_is_the_last_of_its_epoch_and_nothing_removes_it():
+    permanent = RUN.model_dir / "epoch__convnextv2_atto__fold0_seed42_epoch1_score0.5000.pth"
     write = partial(checkpoint.save, tensors={}, meta={"epoch": 1})
-    assert place(RUN, "last", 1, 0.5, partial(write_kept, write)).samefile(kept)
+    assert publish(RUN, "last", epoch=1, score=0.5, write=partial(write_permanent, write)).samefile(permanent)
     for epoch in (2, 3, 4):
         save("last", epoch, 0.5)
-    assert checkpoint.load(kept).meta["epoch"] == 1
-    assert find_members("exp", "*.pth") == RUN.files("last")
+    assert checkpoint.load(permanent).meta["epoch"] == 1
+    assert find_members("exp", "*.pth") == RUN.checkpoints("last")
 
 
-def test_a_run_that_is_killed_before_last_follows_its_kept_epoch_writes_both_again(monkeypatch):
+def test_a_run_killed_between_the_permanent_epoch_and_last_writes_both_again(monkeypatch):
     save("last", 1, 0.5)
     write = partial(checkpoint.save, tensors={}, meta={"epoch": 2})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "_link", killed)
         with pytest.raises(KeyboardInterrupt):
-            write_kept(write, RUN.file("last", 2, 0.5))
+            write_permanent(write, RUN.checkpoint_path("last", 2, 0.5))
     assert load_last(RUN, print)[1].meta["epoch"] == 1
-    place(RUN, "last", 2, 0.5, partial(write_kept, write))
+    publish(RUN, "last", epoch=2, score=0.5, write=partial(write_permanent, write))
     assert load_last(RUN, print)[1].meta["epoch"] == 2 and len(list(RUN.model_dir.glob("epoch__*"))) == 1

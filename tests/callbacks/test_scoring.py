@@ -1,4 +1,4 @@
-"""Best weights, early stopping and the macro alarm as series; gathering, and the mean over corruptions."""
+"""Best weights, early stopping and the macro alarm over series of scores; gathering ranks; means over corruptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from fastflower.callbacks import scoring as replicas
-from fastflower.callbacks.scoring import Scoreboard, Scoring, by_kind, check_replicas, checksum, in_row_order
+from fastflower.callbacks.scoring import EpochScores, Scoring, by_kind, check_replicas, checksum, in_row_order
 from fastflower.callbacks.selection import Candidate, Selection, prefer
 from fastflower.core.errors import CorruptionError, Diverged
 from fastflower.recipe import load
@@ -164,12 +164,12 @@ def test_a_run_in_which_nothing_is_finite_ends_with_advice():
     scoring = Scoring(recipe, derive(recipe, 1), networks=list, rows={}, combos=[])
     row = dict.fromkeys(("top1", "top5", "macro_recall", "macro_f1", "ece"), 0.25)
     state = SimpleNamespace(timestamp=SimpleNamespace(epoch=SimpleNamespace(value=3)))
-    scoring.latest = Scoreboard(
+    scoring.latest = EpochScores(
         3, {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": 1.0}}, {"raw": 0, "ema": 0.5}
     )
     scoring.eval_after_all(state, None)
     assert scoring.latest.verdict.chosen == "ema"
-    scoring.latest = Scoreboard(3, {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": math.inf}})
+    scoring.latest = EpochScores(3, {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": math.inf}})
     with pytest.raises(
         Diverged, match=r"no weights give finite scores after epoch 3; lower opt.lr_ref or opt.lr"
     ):

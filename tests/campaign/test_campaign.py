@@ -1,9 +1,8 @@
-"""Campaigns: what varies, which runs it makes, what is skipped, what failures leave, and the numbers of the tables."""
+"""Campaigns: planning, launching, skipping finished runs, failures, result tables, searches and Ray."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import signal
@@ -23,8 +22,9 @@ from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.search import Search
 from fastflower.core import checkpoint, runs
 from fastflower.core.errors import EnvironmentFault, InputError
-from fastflower.core.files import write_json
+from fastflower.core.records import write_record
 from fastflower.recipe import parse_command
+from fastflower.recipe.run_record import BestEpoch, RunEnd
 from support import toy_project
 
 SHORT = (
@@ -42,19 +42,23 @@ def project(tmp_path: Path) -> Path:
     return toy_project.project(tmp_path)
 
 
-def planned(*words: str, files: tuple[str, ...] = ("tiny.yaml",)) -> list[plan.Task]:
-    return plan.tasks(list(files), plan.read_words(list(words)))
+def planned(*overrides: str, files: tuple[str, ...] = ("tiny.yaml",)) -> list[plan.Task]:
+    return plan.tasks(list(files), plan.parse_overrides(list(overrides)))
 
 
 def ended(task: plan.Task, score: float, seconds: float = 60.0) -> Result:
-    """A training that has written its end, without having trained."""
-    best = {"epoch": 1, "score": score, "weights": "ema"}
+    """Result of a training that only wrote its end file."""
     scores = {"clean_ema": score, "corrupt_ema": score / 2, "macro_recall_ema": 0.5, "macro_f1_ema": 0.25}
-    write_json(task.run.end, {"best": best, "scores": scores, "epochs": 1, "seconds": seconds})
+    end = RunEnd(
+        reason="all 1 epochs", stopped_early=False, epochs=1, best=BestEpoch(epoch=1, score=score, weights="ema"),
+        idle_epochs=0, scores=scores, last_scores=scores, files={}, seconds=seconds, saving_seconds=0.0,
+        determinism="full", identity={},
+    )  # fmt: skip
+    write_record(task.run.end_path, end)
     return Result(task, "done")
 
 
-# what varies
+# planning
 
 
 def test_folds_seeds_and_backbones_share_an_experiment(project):
@@ -75,9 +79,9 @@ def test_other_keys_name_their_experiments_and_reach_the_training(project):
         "tiny-lr_0.0002-batch_per_gpu_8",
     ]
     for task in tasks:
-        again = parse_command(list(task.words))
-        assert again == task.recipe
-        assert (again.opt.lr, again.train.batch_per_gpu, again.reg.ls_eps, again.exp.name) == (
+        parsed = parse_command(list(task.arguments))
+        assert parsed == task.recipe
+        assert (parsed.opt.lr, parsed.train.batch_per_gpu, parsed.reg.ls_eps, parsed.exp.name) == (
             task.settings["opt.lr"], task.settings["train.batch_per_gpu"], 0.2, task.run.exp,
         )  # fmt: skip
 
@@ -99,21 +103,21 @@ def test_several_recipes_are_an_axis(project):
     ("words", "message"),
     [
         (("opt.lrr=[1,2]",), "unknown key opt.lrr; did you mean opt.lr?"),
-        (("opt.lr=[1e-3,0.001]",), "opt.lr=[1e-3,0.001]: 0.001 is in the list twice"),
+        (("opt.lr=[1e-3,0.001]",), "opt.lr=[1e-3,0.001]: 0.001 is in the list twice; remove one"),
         (("opt.lr=[]",), "a list of one value or more"),
         (("opt.lr=[1",), "opt.lr=[1:"),
         (("opt.lr=[1e-3]", "opt.lr=1e-3"), "opt.lr is given twice"),
         (("opt.lr=[1e-3,-1]",), "opt.lr = -1: must be auto or > 0"),
-        (("exp.name=[a,b]",), "exp.name is one name"),
+        (("exp.name=[a,b]",), "exp.name must be one name"),
         (("opt.lr=1e-4..1e-3",), "opt.lr has a range, which needs a search; add --trials N"),
         (("opt.lr=log:0..1e-3",), "log:low..high with both above 0"),
         (("opt.lr=1e-3..1e-4",), "a range is low..high with low below high"),
         (("train.grad_accum=1.5..3",), "both whole numbers"),
-        (("model.head=1..2",), "a range is for numbers; give a list of values for model.head"),
+        (("model.head=1..2",), "only numbers have ranges; give a list of values for model.head"),
         (("data.fold=[7]",), "data.fold = [7]: must be all, or a number (or list) in 0..2"),
     ],
 )
-def test_bad_words_are_refused_before_anything_starts(project, words, message):
+def test_invalid_overrides_are_refused_before_anything_starts(project, words, message):
     with pytest.raises(InputError) as caught:
         planned(*words)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -121,7 +125,9 @@ def test_bad_words_are_refused_before_anything_starts(project, words, message):
 
 def test_two_trainings_of_one_run_are_refused(project):
     Path("other.yaml").write_text("base: tiny.yaml\nexp: {name: tiny}\n")
-    with pytest.raises(InputError, match="two trainings would be the same run, tiny test_vit__fold0_seed42"):
+    with pytest.raises(
+        InputError, match="two trainings would write the same run, tiny test_vit__fold0_seed42"
+    ):
         planned(files=("tiny.yaml", "other.yaml"))
 
 
@@ -131,54 +137,56 @@ def test_two_trainings_of_one_run_are_refused(project):
         ([], "got no recipe file; a campaign trains recipes"),
         (["tiny.yaml", "-n", "0"], "-n 0: must be 1 or more"),
         (["tiny.yaml", "--trials", "0"], "--trials 0: must be 1 or more"),
-        (["tiny.yaml", "--trials", "3"], "--trials without anything to draw"),
-        (["tiny.yaml", "seed=[1,2]", "--trials", "3"], "--trials without anything to draw"),
+        (["tiny.yaml", "--trials", "3"], "--trials has nothing to search"),
+        (["tiny.yaml", "seed=[1,2]", "--trials", "3"], "--trials has nothing to search"),
         (["tiny.yaml", "tiny.yaml", "opt.lr=1e-4..1e-3", "--trials", "3"], "got 2 recipes"),
-        (["tiny.yaml", "opt.lr=1e-4..1e-3", "--trials", "3", "--dry-run"], "--dry-run lists trainings"),
+        (["tiny.yaml", "opt.lr=1e-4..1e-3", "--trials", "3", "--dry-run"], "--dry-run cannot list a search"),
     ],
 )
-def test_bad_options_are_refused(project, argv, message):
+def test_invalid_options_are_refused(project, argv, message):
     with pytest.raises(InputError) as caught:
         main(argv)
     assert message in str(caught.value)
 
 
-# what runs
+# launching
 
 
-def test_a_training_below_a_launcher_is_no_rank_of_it(project, monkeypatch):
+def test_a_training_started_by_a_rank_does_not_inherit_its_rendezvous(project, monkeypatch):
     for name in (*launch.RENDEZVOUS, "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "5")
-    made = launch.environment(threads=3)
-    assert not {name for name in made if name in launch.RENDEZVOUS or name.startswith("TORCHELASTIC")}
-    assert made["OMP_NUM_THREADS"] == "3" and made["PATH"] == os.environ["PATH"]
+    environment = launch.child_environment(threads=3)
+    assert not {name for name in environment if name in launch.RENDEZVOUS or name.startswith("TORCHELASTIC")}
+    assert environment["OMP_NUM_THREADS"] == "3" and environment["PATH"] == os.environ["PATH"]
     (task,) = planned()
-    assert launch.command(task, 1)[:3] == [sys.executable, "-m", "fastflower.train"]
-    composer, *rest = launch.command(task, 2)
+    assert launch.training_command(task, 1)[:3] == [sys.executable, "-m", "fastflower.train"]
+    composer, *rest = launch.training_command(task, 2)
     assert Path(composer).is_file() and rest[:2] == ["-n", "2"] and Path(rest[2]).samefile(train.__file__)
-    assert rest[3:] == list(task.words)
+    assert rest[3:] == list(task.arguments)
 
 
-def test_a_failure_says_why(tmp_path):
+def test_a_failure_has_its_reason(tmp_path):
     def failing(code: str) -> str:
-        return launch.run([sys.executable, "-c", code], launch.environment(), tmp_path / "log")[1]
+        return launch.run_process([sys.executable, "-c", code], launch.child_environment(), tmp_path / "log")[
+            1
+        ]
 
-    said = "import sys; print('fastflower: no images', file=sys.stderr); print('Rank 0 crashed', file=sys.stderr); "
-    assert failing(said + "sys.exit(2)").startswith("no images (exit code 2 after ")
+    messages = "import sys; print('fastflower: no images', file=sys.stderr); print('Rank 0 crashed', file=sys.stderr); "
+    assert failing(messages + "sys.exit(2)").startswith("no images (exit code 2 after ")
     assert failing("raise ValueError('odd')").startswith("ValueError: odd (exit code 1 after ")
-    assert failing("import os; os.kill(os.getpid(), 9)").startswith("it said nothing (signal SIGKILL after ")
+    assert failing("import os; os.kill(os.getpid(), 9)").startswith("no error output (signal SIGKILL after ")
     assert (tmp_path / "log").read_text().count("no images") == 1
-    assert launch.run([sys.executable, "-c", ""], {}, tmp_path / "log") == (0, "")
+    assert launch.run_process([sys.executable, "-c", ""], {}, tmp_path / "log") == (0, "")
     with pytest.raises(EnvironmentFault, match=r"cannot start \./nothing"):
-        launch.run(["./nothing"], {}, None)
+        launch.run_process(["./nothing"], {}, None)
 
 
-def test_a_training_is_told_when_its_campaign_dies(tmp_path):
-    """kill -9 of the campaign ends as SIGTERM at the training, which saves on it."""
+def test_a_training_gets_sigterm_when_its_campaign_dies(tmp_path):
+    """kill -9 of the campaign: the training gets SIGTERM, on which it saves."""
     child = "import signal, time, pathlib\nsignal.signal(15, lambda *_: (pathlib.Path('told').touch(), exit(0)))\n"
     child += "pathlib.Path('up').touch(); time.sleep(30)"
     parent = "import sys\nfrom fastflower.campaign import launch\n"
-    parent += f"launch.run([sys.executable, '-c', {child!r}], {{}}, None)"
+    parent += f"launch.run_process([sys.executable, '-c', {child!r}], {{}}, None)"
     campaign = subprocess.Popen([sys.executable, "-c", parent])
 
     def wait(name: str) -> bool:
@@ -195,18 +203,18 @@ def test_a_training_is_told_when_its_campaign_dies(tmp_path):
 
 @pytest.fixture
 def ran(monkeypatch) -> list[list[str]]:
-    """Trainings run in this process; the words of those that did."""
-    found: list[list[str]] = []
+    """Run trainings in this process; returns the arguments of each."""
+    arguments_of_runs: list[list[str]] = []
 
-    def run(words: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
-        found.append(words[3:])
+    def run(command: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+        arguments_of_runs.append(command[3:])
         try:
-            return train.main(words[3:]), ""
+            return train.main(command[3:]), ""
         except InputError as error:
             return error.exit_code, str(error)
 
-    monkeypatch.setattr(launch, "run", run)
-    return found
+    monkeypatch.setattr(launch, "run_process", run)
+    return arguments_of_runs
 
 
 def test_a_grid_trains_keeps_what_is_finished_and_tries_failures_again(project, ran, capfd):
@@ -220,9 +228,9 @@ def test_a_grid_trains_keeps_what_is_finished_and_tries_failures_again(project, 
             f"failed: {name}: fold 0 has 40 training images with labels, fewer than the global batch of 50"
             in err
         )
-    assert "2 of 4 trainings failed; the same command tries them again" in err
-    place = Path("results/results/tiny/campaign_lr_batch_per_gpu")
-    with open(place.with_suffix(".csv"), newline="") as file:
+    assert "2 of 4 trainings failed; run the same command again to retry them" in err
+    table = Path("results/results/tiny/campaign_lr_batch_per_gpu")
+    with open(table.with_suffix(".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["state"] for row in rows] == ["done", "failed"] * 2
     for row in rows:
@@ -230,34 +238,36 @@ def test_a_grid_trains_keeps_what_is_finished_and_tries_failures_again(project, 
             member = checkpoint.load(runs.MODELS / row["experiment"] / "best_clean.pth")
             assert float(row["clean"]) == member.meta["scores"][f"clean_{member.meta['weights']}"]
     assert "best opt.lr by train.batch_per_gpu: 20: " in out
-    assert place.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
     ran.clear()
     assert main(command) == 1
-    assert len(ran) == 2 and all("train.batch_per_gpu=50" in words for words in ran)
+    assert len(ran) == 2 and all("train.batch_per_gpu=50" in arguments for arguments in ran)
     ran.clear()
     assert main([*command[:-1], "train.batch_per_gpu=[20]", "reg.ls_eps=0.2"]) == 1
-    assert len(ran) == 2, "what is finished with another recipe is not this campaign's"
+    assert len(ran) == 2, "a run finished with another recipe is not kept"
     assert "of another recipe or other data (reg.ls_eps: 0.05 -> 0.2)" in capfd.readouterr().err
 
 
 def test_an_interrupted_campaign_keeps_its_table(project, monkeypatch, capfd):
     codes = iter([(0, ""), (launch.PREEMPTED, "stopped by a signal")])
-    monkeypatch.setattr(launch, "run", lambda *_, **__: next(codes))
+    monkeypatch.setattr(launch, "run_process", lambda *_, **__: next(codes))
     assert main(["tiny.yaml", "data.fold=all"]) == 130
-    assert "interrupted; the same command goes on" in capfd.readouterr().out
+    assert "interrupted; run the same command again to continue" in capfd.readouterr().out
 
 
-def test_keys_that_end_alike_are_whole_in_the_names_of_files(project, monkeypatch):
-    monkeypatch.setattr(launch, "run", lambda words, *_: ended(tasks[words[-1]], 0.5) and (0, ""))
-    words = ["reg.erase_p=[0,0.1]", "semi.erase_p=[0.5,1]"]
-    tasks = {task.words[-1]: task for task in planned(*words)}
-    assert main(["tiny.yaml", *words]) == 0
+def test_file_names_have_the_full_keys_when_they_end_the_same(project, monkeypatch):
+    monkeypatch.setattr(
+        launch, "run_process", lambda overrides, *_: ended(tasks[overrides[-1]], 0.5) and (0, "")
+    )
+    overrides = ["reg.erase_p=[0,0.1]", "semi.erase_p=[0.5,1]"]
+    tasks = {task.arguments[-1]: task for task in planned(*overrides)}
+    assert main(["tiny.yaml", *overrides]) == 0
     names = {path.name for path in Path("results/results/tiny").glob("campaign*")}
     stem = "campaign_reg.erase_p_semi.erase_p"
     assert names == {f"{stem}.csv", f"{stem}.png"}
-    monkeypatch.setattr(launch, "run", lambda *_, **__: (2, "no images"))
-    assert main(["tiny.yaml", *words, "--trials", "1"]) == 1
+    monkeypatch.setattr(launch, "run_process", lambda *_, **__: (2, "no images"))
+    assert main(["tiny.yaml", *overrides, "--trials", "1"]) == 1
     assert Path(f"results/results/tiny/{stem}.journal").is_file()
 
 
@@ -268,22 +278,22 @@ def test_dry_run_prints_commands(project, capfd):
     assert not Path("results").exists()
 
 
-# what it amounts to
+# results
 
 
 def test_combinations_are_means_over_folds_and_seeds(project):
     tasks = planned("data.fold=[0,1]", "seed=[1,2]", "opt.lr=[1e-3,1e-4]")
     scores = np.random.default_rng(0).random(len(tasks))
-    found = results.combinations([ended(t, s) for t, s in zip(tasks, scores, strict=True)])
+    combined = results.combinations([ended(t, s) for t, s in zip(tasks, scores, strict=True)])
     lrs = np.array([task.settings["opt.lr"] for task in tasks])
-    assert [one.settings for one in found] == [{"opt.lr": 1e-3}, {"opt.lr": 1e-4}]
-    for one in found:
-        own = scores[lrs == one.settings["opt.lr"]]
-        assert one.n == 4 and one.minutes == 4.0
-        assert (one.mean, one.deviation) == pytest.approx((own.mean(), np.std(own, ddof=1)))
-        assert one.error == pytest.approx(np.std(own, ddof=1) / 2)
-    text = results.table(found)
-    assert f"{found[0].mean:.4f}" in text and "0.0001" in text
+    assert [item.settings for item in combined] == [{"opt.lr": 1e-3}, {"opt.lr": 1e-4}]
+    for item in combined:
+        group = scores[lrs == item.settings["opt.lr"]]
+        assert item.n == 4 and item.minutes == 4.0
+        assert (item.mean, item.deviation) == pytest.approx((group.mean(), np.std(group, ddof=1)))
+        assert item.error == pytest.approx(np.std(group, ddof=1) / 2)
+    text = results.summary_table(combined)
+    assert f"{combined[0].mean:.4f}" in text and "0.0001" in text
 
 
 def test_the_best_region_is_within_one_standard_error(project):
@@ -300,10 +310,10 @@ def test_the_best_region_is_within_one_standard_error(project):
     grid = results.grid(results.combinations(ends), validation=200)
     assert grid is not None and grid.xs == [1e-4, 1e-3, 1e-2] and grid.ys == [4, 8] and grid.best == (0, 0)
     assert grid.error == pytest.approx(math.sqrt(180.5 * 20.5 / 201**3))  # 180 of 200
-    assert grid.framed == "1 training a cell; framed: within one standard error (0.0213) of the best"
+    assert grid.caption == "1 training per cell; framed: within one standard error (0.0213) of the best"
     assert grid.region.tolist() == [[True, True, False], [False, True, False]]
-    text = "\n".join(grid.sentences())
-    assert "best opt.lr=0.0001 train.batch_per_gpu=4: 0.9000 (n = 1 a cell)" in text
+    text = "\n".join(grid.summary())
+    assert "best opt.lr=0.0001 train.batch_per_gpu=4: 0.9000 (n = 1 per cell)" in text
     assert "  train.batch_per_gpu=4: opt.lr in 0.0001, 0.001" in text
     assert "best opt.lr by train.batch_per_gpu: 4: 0.0001, 8: 0.001" in text
     assert heat_map(grid, "t").png().startswith(b"\x89PNG")
@@ -312,8 +322,8 @@ def test_the_best_region_is_within_one_standard_error(project):
 
 def test_a_perfect_score_has_an_error_too(project):
     tasks = planned("opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[8,4]")
-    found = results.combinations([ended(task, 1.0) for task in tasks])
-    grid = results.grid(found, validation=300)
+    combined = results.combinations([ended(task, 1.0) for task in tasks])
+    grid = results.grid(combined, validation=300)
     assert grid is not None and grid.error == pytest.approx(math.sqrt(300.5 * 0.5 / 301**3))
 
 
@@ -324,17 +334,17 @@ def test_trainings_of_two_recipes_or_backbones_are_no_grid(project):
         planned(*axes, files=("tiny.yaml", "other.yaml")),
         planned(*axes, "model.backbone=[test_vit,test_resnet]"),
     ):
-        found = results.combinations([ended(task, 0.5) for task in tasks])
-        assert len(found) == 8 and results.grid(found, 100) is None
+        combined = results.combinations([ended(task, 0.5) for task in tasks])
+        assert len(combined) == 8 and results.grid(combined, 100) is None
 
 
 def test_a_failed_cell_is_left_out_of_the_grid(project):
     tasks = planned("opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[4,8]")
-    found = [Result(tasks[0], "failed", "why"), *(ended(t, 0.5) for t in tasks[1:])]
-    grid = results.grid(results.combinations(found), 100)
+    ends = [Result(tasks[0], "failed", "why"), *(ended(t, 0.5) for t in tasks[1:])]
+    grid = results.grid(results.combinations(ends), 100)
     assert grid is not None and np.isnan(grid.mean[0, 0]) and not grid.region[0, 0]
     assert heat_map(grid, "t").png()
-    row = results.row(found[0])
+    row = results.row(ends[0])
     assert row["reason"] == "why" and row["score"] is None
 
 
@@ -342,16 +352,16 @@ def test_a_failed_cell_is_left_out_of_the_grid(project):
 
 
 def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
-    words = plan.read_words(["opt.lr=log:1e-4..1e-2", "seed=[1,2]", "train.grad_accum=1..3"])
+    overrides = plan.parse_overrides(["opt.lr=log:1e-4..1e-2", "seed=[1,2]", "train.grad_accum=1..3"])
     journal = Path("study.journal")
 
     def play(trials: int, cut: int = 0) -> Search:
-        search = Search(["tiny.yaml"], words, trials=trials, journal=journal)
+        search = Search(["tiny.yaml"], overrides, trials=trials, journal=journal)
         for number, task in enumerate(search.tasks()):
             if cut and number == cut:
                 return search
-            off = math.log10(task.settings["opt.lr"] / 1e-3)
-            search.tell(ended(task, 1 - off**2 - (0.01 if task.run.seed == 1 else 0.0)))
+            distance = math.log10(task.settings["opt.lr"] / 1e-3)
+            search.record(ended(task, 1 - distance**2 - (0.01 if task.run.seed == 1 else 0.0)))
         return search
 
     play(3, cut=5)  # killed within the third trial
@@ -359,76 +369,76 @@ def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
     trials = search.study.trials
     assert len(trials) == 10 and all(trial.state.is_finished() for trial in trials)
     assert len({trial.params["opt.lr"] for trial in trials}) == 10, (
-        "a resumed search does not draw the same again"
+        "a resumed search does not repeat its proposals"
     )
     assert all(type(trial.params["train.grad_accum"]) is int for trial in trials)
     best = search.study.best_trial
     assert best.value == pytest.approx(1 - math.log10(best.params["opt.lr"] / 1e-3) ** 2 - 0.005)
     assert best.value > 0.9
     assert f"best of 10 trials is trial {best.number}" in search.summary()[0]
-    again = play(10)  # every trial is listed once more, for the table, and keeps its value
-    assert [trial.value for trial in again.study.trials] == [trial.value for trial in trials]
-    listed = {task.run.exp for task in Search(["tiny.yaml"], words, trials=10, journal=journal).tasks()}
+    repeated = play(10)  # every trial is listed once more, for the table, and keeps its value
+    assert [trial.value for trial in repeated.study.trials] == [trial.value for trial in trials]
+    listed = {task.run.exp for task in Search(["tiny.yaml"], overrides, trials=10, journal=journal).tasks()}
     assert listed == {f"tiny-trial_{number:04}" for number in range(10)}
     with pytest.raises(InputError, match=r"study.journal holds a search of another recipe or other ranges"):
-        Search(["tiny.yaml"], plan.read_words(["opt.lr=log:1e-4..1e-1"]), trials=30, journal=journal)
+        Search(["tiny.yaml"], plan.parse_overrides(["opt.lr=log:1e-4..1e-1"]), trials=30, journal=journal)
 
 
-def test_a_trial_of_which_a_training_failed_is_tried_again(project):
-    words = plan.read_words(["opt.lr=[1e-3,1e-4]", "seed=[1,2]"])
-    search = Search(["tiny.yaml"], words, trials=1, journal=Path("j"))
-    one, other = search.tasks()
-    search.tell(ended(one, 0.9))
-    search.tell(Result(other, "failed", "why"))
+def test_a_trial_with_a_failed_training_is_retried(project):
+    overrides = plan.parse_overrides(["opt.lr=[1e-3,1e-4]", "seed=[1,2]"])
+    search = Search(["tiny.yaml"], overrides, trials=1, journal=Path("j"))
+    first, second = search.tasks()
+    search.record(ended(first, 0.9))
+    search.record(Result(second, "failed", "why"))
     assert search.summary() == ["search: none of 1 trials has a score"]
-    again = Search(["tiny.yaml"], words, trials=1, journal=Path("j"))
-    same = list(again.tasks())
-    assert [task.run for task in same] == [one.run, other.run]
-    assert [task.words for task in same] == [one.words, other.words]
-    again.tell(Result(same[0], "kept"))
-    again.tell(ended(same[1], 0.7))
-    assert [(trial.state.name, trial.value) for trial in again.study.trials] == [
+    resumed = Search(["tiny.yaml"], overrides, trials=1, journal=Path("j"))
+    retried = list(resumed.tasks())
+    assert [task.run for task in retried] == [first.run, second.run]
+    assert [task.arguments for task in retried] == [first.arguments, second.arguments]
+    resumed.record(Result(retried[0], "kept"))
+    resumed.record(ended(retried[1], 0.7))
+    assert [(trial.state.name, trial.value) for trial in resumed.study.trials] == [
         ("COMPLETE", pytest.approx(0.8))
     ]
 
 
-def test_a_search_whose_trials_fail_says_so_every_time(project, monkeypatch):
+def test_failing_trials_are_retried_by_every_command(project, monkeypatch):
     commands: list[list[str]] = []
 
-    def run(words: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
-        commands[-1].append(words[-1])
+    def run(command: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+        commands[-1].append(command[-1])
         if len(commands) < 3:
             return 2, "no images"
-        ended(plan.tasks(["tiny.yaml"], plan.read_words(words[4:]))[0], 0.5)
+        ended(plan.tasks(["tiny.yaml"], plan.parse_overrides(command[4:]))[0], 0.5)
         return 0, ""
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "run_process", run)
     for code in (1, 1, 0):
         commands.append([])
         assert main(["tiny.yaml", "opt.lr=log:1e-4..1e-2", "--trials", "2"]) == code
     assert commands == [["exp.name=tiny-trial_0000", "exp.name=tiny-trial_0001"]] * 3
 
 
-def test_what_was_killed_while_it_was_drawn_is_no_trial(project):
-    words = plan.read_words(["opt.lr=1e-4..1e-3"])
-    Search(["tiny.yaml"], words, trials=2, journal=Path("j")).study.ask()
-    names = [task.run.exp for task in Search(["tiny.yaml"], words, trials=2, journal=Path("j")).tasks()]
+def test_a_trial_killed_while_it_was_sampled_is_discarded(project):
+    overrides = plan.parse_overrides(["opt.lr=1e-4..1e-3"])
+    Search(["tiny.yaml"], overrides, trials=2, journal=Path("j")).study.ask()
+    names = [task.run.exp for task in Search(["tiny.yaml"], overrides, trials=2, journal=Path("j")).tasks()]
     assert names == ["tiny-trial_0001", "tiny-trial_0002"]
 
 
 # Ray
 
 
-def test_places_on_a_cluster():
+def test_resources_of_a_training_on_a_cluster():
     gpu = {"CPU": 16.0, "GPU": 2.0}
-    assert cluster.share([gpu], 1) == ({"num_cpus": 0, "num_gpus": 1}, 2, 8)
-    assert cluster.share([gpu, gpu, {"CPU": 4.0}], 2) == ({"num_cpus": 0, "num_gpus": 2}, 2, 8)
-    assert cluster.share([{"CPU": 5.0}], 2) == ({"num_cpus": 2, "num_gpus": 0}, 2, 1)
-    with pytest.raises(EnvironmentFault, match="wants 4 GPUs on one node, the largest has 2; use -n 2"):
-        cluster.share([gpu, gpu], 4)
+    assert cluster.resources([gpu], 1) == ({"num_cpus": 0, "num_gpus": 1}, 2, 8)
+    assert cluster.resources([gpu, gpu, {"CPU": 4.0}], 2) == ({"num_cpus": 0, "num_gpus": 2}, 2, 8)
+    assert cluster.resources([{"CPU": 5.0}], 2) == ({"num_cpus": 2, "num_gpus": 0}, 2, 1)
+    with pytest.raises(EnvironmentFault, match="needs 4 GPUs on one node, the largest has 2; use -n 2"):
+        cluster.resources([gpu, gpu], 4)
 
 
-def test_ranks_are_the_recipes_or_the_gpus(monkeypatch):
+def test_ranks_are_limited_to_the_gpus(monkeypatch):
     assert default_ranks(2) == 2
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert default_ranks(2) == 1
@@ -436,13 +446,16 @@ def test_ranks_are_the_recipes_or_the_gpus(monkeypatch):
 
 @pytest.mark.slow
 def test_trainings_run_side_by_side_on_ray(project):
-    words = ["tiny.yaml", *SHORT, "data.fold=all"]
-    command = [sys.executable, "-m", "fastflower.campaign", *words, "--ray", "-n", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "on Ray: " in done.stdout
-    assert all(runs.Run("tiny", toy_project.BACKBONE, fold, 42).end.is_file() for fold in (0, 1, 2))
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert again.stdout.count("kept: ") == 3
-    assert json.loads(runs.Run("tiny", toy_project.BACKBONE, 0, 42).end.read_text())["epochs"] == 1
-    assert Finished(1)(planned(*words[1:])[0])
+    arguments = ["tiny.yaml", *SHORT, "data.fold=all"]
+    command = [sys.executable, "-m", "fastflower.campaign", *arguments, "--ray", "-n", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "on Ray: " in result.stdout
+    assert all(
+        runs.Run(exp="tiny", backbone=toy_project.BACKBONE, fold=fold, seed=42).end_path.is_file()
+        for fold in (0, 1, 2)
+    )
+    repeated = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert repeated.stdout.count("kept: ") == 3
+    assert toy_project.end()["epochs"] == 1
+    assert Finished(1)(planned(*arguments[1:])[0])

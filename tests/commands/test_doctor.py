@@ -1,4 +1,4 @@
-"""doctor: each finding on a machine that has it and on one that lacks it."""
+"""doctor: each check on a machine that passes it and on one that fails it."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def bare(monkeypatch, tmp_path) -> Path:
 def test_a_bare_machine_lacks_tools_packages_and_kernel(bare, capsys):
     (bare / "requirements.lock").write_text("numpy==0.0.1 \\\n    --hash=sha256:00\nnothing-such==1.0\n")
     assert doctor.main([]) == 4
-    said = capsys.readouterr().out
-    assert "lacks  compiler         not found; apt-get install g++" in said
-    assert "lacks  packages         2 of 2 differ: numpy" in said
-    assert "nothing-such missing (lock: 1.0)" in said
-    assert "lacks  decode kernel    not built; make setup" in said
-    assert "-      GPU              none" in said
-    last = said.splitlines()[-1]
+    output = capsys.readouterr().out
+    assert "lacks  compiler         not found; apt-get install g++" in output
+    assert "lacks  packages         2 of 2 differ: numpy" in output
+    assert "nothing-such missing (lock: 1.0)" in output
+    assert "lacks  decode kernel    not built; make setup" in output
+    assert "-      GPU              none" in output
+    last = output.splitlines()[-1]
     assert last.startswith("this machine cannot train yet: compiler, pkg-config, libjpeg, OpenCV, packages")
-    assert len(said.splitlines()) <= 24
+    assert len(output.splitlines()) <= 24
 
 
-def test_this_environment_is_as_locked(repo):
-    """The suite itself must run in the locked environment; a tool that differs is named but does not stop training."""
+def test_this_environment_matches_the_lock(repo):
+    """The tests must run in the locked environment; a development tool of another version is reported only."""
     assert doctor.packages().ok is not False
 
 
-def test_without_the_lock(bare):
-    line = doctor.packages()
-    assert line.ok is False
-    assert "take the repository whole" in str(line)
+def test_a_missing_lock_is_reported(bare):
+    finding = doctor.packages()
+    assert finding.ok is False
+    assert "use a complete copy of the repository" in str(finding)
 
 
 def test_tools_and_extras_do_not_stop_training(bare):
@@ -58,8 +58,8 @@ def test_tools_and_extras_do_not_stop_training(bare):
 
 
 def test_a_built_kernel_makes_the_compiler_unneeded(bare):
-    assert [line.ok for line in doctor.build_tools(built=True)] == [None] * 4
-    assert [line.ok for line in doctor.build_tools(built=False)] == [False] * 4
+    assert [finding.ok for finding in doctor.build_tools(built=True)] == [None] * 4
+    assert [finding.ok for finding in doctor.build_tools(built=False)] == [False] * 4
 
 
 def test_the_kernel_is_loaded_and_compared_with_its_source(bare, monkeypatch):
@@ -70,7 +70,7 @@ def test_the_kernel_is_loaded_and_compared_with_its_source(bare, monkeypatch):
         source = bare / "fastflower/data/decode/decode.c"
         monkeypatch.setenv("PATH", "/usr/bin:/bin:/usr/local/bin")
         subprocess.run([compiler, "-shared", "-fPIC", "-o", str(built), str(source)], check=True)
-        assert doctor.kernel() == doctor.Line("decode kernel", True, "_decode.so")
+        assert doctor.kernel() == doctor.Finding("decode kernel", True, "_decode.so")
         newer = built.stat().st_mtime + 10
         source.touch()
         os.utime(source, (newer, newer))
@@ -78,34 +78,34 @@ def test_the_kernel_is_loaded_and_compared_with_its_source(bare, monkeypatch):
 
 
 def test_gpus_are_listed_with_their_driver(monkeypatch):
-    said = {
+    output = {
         "nvidia-smi": "NVIDIA RTX 4090, 24564 MiB, 550.54\nNVIDIA RTX 4090, 24564 MiB, 550.54",
         sys.executable: "2",
     }
-    monkeypatch.setattr(doctor, "output", lambda command: said[command[0]])
-    assert [str(line) for line in doctor.gpus()] == [
+    monkeypatch.setattr(doctor, "stdout_of", lambda command: output[command[0]])
+    assert [str(finding) for finding in doctor.gpus()] == [
         "ok     GPU              NVIDIA RTX 4090, 24564 MiB, 550.54"
     ] * 2
-    said[sys.executable] = "0"
-    assert "0 of 2; torch wants CUDA 0; update the driver" in str(doctor.gpus()[-1])
+    output[sys.executable] = "0"
+    assert "0 of 2; torch needs CUDA 0; update the driver" in str(doctor.gpus()[-1])
     assert doctor.gpus()[-1].ok is False
 
 
 def test_missing_libraries_of_opencv_are_named(monkeypatch):
-    monkeypatch.setattr(doctor, "loading", lambda name: "no such file" if "GL" in name else "")
+    monkeypatch.setattr(doctor, "load_error", lambda name: "no such file" if "GL" in name else "")
     assert "no libGL.so.1; apt-get install libgl1" in str(doctor.opencv_runtime())
 
 
-def test_old_python_is_refused(monkeypatch):
+def test_another_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 13, 1))
     assert "3.13.1; mosaicml, ffcv and torch resolve on 3.11 only" in str(doctor.python())
 
 
-def test_a_full_disk_and_little_memory(monkeypatch):
+def test_a_full_disk_is_reported(monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     assert doctor.disk().ok is False
-    assert "want 2 GB" in str(doctor.disk())
+    assert "need 2 GB" in str(doctor.disk())
     assert "GB free" in str(doctor.memory())
 
 
@@ -124,7 +124,7 @@ def test_weights_and_photographs_are_found_where_training_looks(repo):
 
 
 def test_the_command_needs_no_installation(repo):
-    """A stranger's first command: no site-packages, no set-up."""
+    """The first command after a clone: no site-packages, no setup."""
     command = [sys.executable, "-S", "-E", "-m", "fastflower.doctor"]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
     assert done.returncode == 4

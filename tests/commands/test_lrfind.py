@@ -1,4 +1,4 @@
-"""The learning-rate finder: what it suggests on known curves, what it writes, and what it leaves alone."""
+"""The learning-rate finder: suggestions on known curves, the files it writes, runs it must not touch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastflower import lrfind, train
 from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
-from fastflower.optim.lr_range import rates, ruined, smoothed, suggest
+from fastflower.optim.lr_range import has_diverged, rates, smoothed, suggest
 from fastflower.training import build, ranks
 from support import toy_project
 
@@ -24,7 +24,7 @@ def test_rates_rise_by_a_constant_factor():
     assert got == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
 
 
-def test_the_suggestion_is_the_steepest_place_before_the_minimum():
+def test_the_suggestion_is_the_steepest_point_before_the_minimum():
     tried = rates(1e-7, 1.0, 400)
     x = np.log10(tried)
     losses = (
@@ -38,7 +38,11 @@ def test_the_suggestion_is_the_steepest_place_before_the_minimum():
 
 def test_smoothing_starts_without_a_pull_and_ruin_is_seen():
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    assert ruined([1.0, float("nan")]) and ruined([1.0] * 5 + [100.0] * 3) and not ruined([1.0, 2.0, 0.5])
+    assert (
+        has_diverged([1.0, float("nan")])
+        and has_diverged([1.0] * 5 + [100.0] * 3)
+        and not has_diverged([1.0, 2.0, 0.5])
+    )
 
 
 def files(folder: str) -> dict[str, str]:
@@ -49,7 +53,7 @@ def files(folder: str) -> dict[str, str]:
     }
 
 
-def test_a_sweep_leaves_no_trace_in_the_run(tmp_path, capsys):
+def test_a_range_test_leaves_no_trace_in_the_run(tmp_path, capsys):
     toy_project.project(tmp_path)
     toy_project.fit("sched.cosine_epochs=2", "data.size_epochs=[1,2]")
     before, last = files("results"), toy_project.last().tensors
@@ -87,7 +91,7 @@ def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, 
     end(InputError("bad"))
     assert waited == []
     monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
-    for error in (ranks.Alone(4), SystemExit(PREEMPTED)):
+    for error in (ranks.RankFailure(4), SystemExit(PREEMPTED)):
         end(error)
     assert waited == []
     for error in (InputError("bad"), SystemExit(2)):
@@ -95,24 +99,24 @@ def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, 
     assert waited == [ranks.PATIENCE] * 2
 
 
-def test_the_ranks_part_only_when_all_went_well(tmp_path, monkeypatch):
+def test_the_process_group_is_closed_only_after_success(tmp_path, monkeypatch):
     toy_project.project(tmp_path)
     closed: list[bool] = []
     monkeypatch.setattr(ranks.Machine, "close", lambda self: closed.append(True))
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise InputError("bad")
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="bad"):
-        patch.setattr(build, "lr_sweep", fail)
+        patch.setattr(build, "lr_range_test", fail)
         lrfind.main(["tiny.yaml"])
-    assert closed == []  # a rank that waits for this one would wait on
-    monkeypatch.setattr(build, "lr_sweep", lambda *_, **__: ([1e-4, 1e-3], [2.0, 1.0]))
-    monkeypatch.setattr(lrfind, "tell", lambda *_, **__: None)
+    assert closed == []  # closing would wait for the other ranks
+    monkeypatch.setattr(build, "lr_range_test", lambda *_, **__: ([1e-4, 1e-3], [2.0, 1.0]))
+    monkeypatch.setattr(lrfind, "report", lambda *_, **__: None)
     assert lrfind.main(["tiny.yaml"]) == 0 and closed == [True]
 
 
-def test_a_rank_in_trouble_says_so_and_leaves(tmp_path, monkeypatch, capsys):
+def test_a_rank_that_fails_prints_its_error_and_exits(tmp_path, monkeypatch, capsys):
     toy_project.project(tmp_path)
 
     def full(self: Trainer) -> None:
@@ -123,6 +127,6 @@ def test_a_rank_in_trouble_says_so_and_leaves(tmp_path, monkeypatch, capsys):
     with pytest.raises(EnvironmentFault, match=advice):
         lrfind.main(["tiny.yaml", "lrfind.steps=10"])
     monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
-    with pytest.raises(ranks.Alone):
+    with pytest.raises(ranks.RankFailure):
         ranks.fit(Trainer.__new__(Trainer))
     assert f"fastflower: rank 1: {advice}" in capsys.readouterr().err

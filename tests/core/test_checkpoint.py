@@ -1,4 +1,4 @@
-"""Checkpoints come back to the bit, and damaged, foreign and hostile files are refused."""
+"""Checkpoints are read back bit by bit; damaged, foreign and hostile files are refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def saved(tmp_path):
 
 
 def test_round_trip(saved):
-    got = checkpoint.load(saved)
-    assert torch.equal(got.tensors["w"], torch.arange(16.0).reshape(2, 8)) and got.tensors["n"].item() == 3
-    assert got.meta == {"class_ids": ["007", "花"]} and got.more["state"]["step"] == 4
+    loaded = checkpoint.load(saved)
+    assert (
+        torch.equal(loaded.tensors["w"], torch.arange(16.0).reshape(2, 8)) and loaded.tensors["n"].item() == 3
+    )
+    assert loaded.meta == {"class_ids": ["007", "花"]} and loaded.training_state["state"]["step"] == 4
     assert [p.name for p in saved.parent.iterdir()] == ["a.pth"]
     assert torch.load(saved, weights_only=True)["tensors"]["w"].shape == (2, 8)
 
 
-def test_a_snapshot_stays_while_training_goes_on():
+def test_a_snapshot_does_not_change_while_training_continues():
     weight, moments = torch.zeros(3), {0: {"step": torch.tensor(1.0), "lr": 0.1}}
     copy = checkpoint.snapshot({"w": weight, "optimizer": (moments, ["name"])})
     weight += 1
@@ -37,7 +39,7 @@ def test_a_snapshot_stays_while_training_goes_on():
     assert copy["optimizer"][0][0]["lr"] == 0.1 and copy["optimizer"][1] == ["name"]
 
 
-def test_every_flipped_byte_is_found(saved):
+def test_every_flipped_byte_is_detected(saved):
     data = saved.read_bytes()
     for position in range(len(data)):
         flipped = data[position] ^ 1 << position % 8
@@ -47,7 +49,7 @@ def test_every_flipped_byte_is_found(saved):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200, -1])
-def test_cut_files_are_refused(saved, keep):
+def test_truncated_files_are_refused(saved, keep):
     saved.write_bytes(saved.read_bytes()[:keep])
     with pytest.raises(CorruptionError, match="cut short or damaged"):
         checkpoint.load(saved)

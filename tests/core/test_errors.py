@@ -1,4 +1,4 @@
-"""errors.run: one line and an exit code for what the user can mend, a traceback for what they cannot."""
+"""errors.run_command: one line and an exit code for errors that a user can correct, a traceback for bugs."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ def test_bad_input_is_one_line_and_its_exit_code(raised, code, capsys, monkeypat
         raise raised
 
     with pytest.raises(SystemExit) as stop:
-        errors.run(main)
+        errors.run_command(main)
     assert stop.value.code == code
     assert capsys.readouterr().err == f"fastflower: {raised}\n"
 
 
-def test_only_the_first_rank_speaks(capsys, monkeypatch):
+def test_only_the_first_rank_prints_the_error(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
 
     def main(argv: list[str]) -> None:
         raise errors.InputError("once")
 
     with pytest.raises(SystemExit) as stop:
-        errors.run(main)
+        errors.run_command(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (5, 5)])
-def test_main_gets_the_words_and_gives_the_code(returned, code, monkeypatch):
+def test_main_gets_the_arguments_and_returns_the_exit_code(returned, code, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command", "a=1"])
-    got: list[str] = []
+    received: list[str] = []
 
     def main(argv: list[str]) -> int | None:
-        got.extend(argv)
+        received.extend(argv)
         return returned
 
     with pytest.raises(SystemExit) as stop:
-        errors.run(main)
+        errors.run_command(main)
     assert stop.value.code == code
-    assert got == ["a=1"]
+    assert received == ["a=1"]
 
 
 def test_interrupt_is_130():
@@ -64,7 +64,7 @@ def test_interrupt_is_130():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        errors.run(main)
+        errors.run_command(main)
     assert stop.value.code == 130
 
 
@@ -73,21 +73,21 @@ def test_a_bug_keeps_its_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        errors.run(main)
+        errors.run_command(main)
 
 
 def test_a_closed_pipe_is_not_a_failure(repo: Path):
     loop = "def main(argv):\n  for _ in range(100000): print('x' * 80)"
-    program = f"from fastflower.core import errors\n{loop}\nerrors.run(main)"
+    program = f"from fastflower.core import errors\n{loop}\nerrors.run_command(main)"
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         child.stdout.readline()
         child.stdout.close()
-        complaint = child.stderr.read()
+        stderr = child.stderr.read()
         assert child.wait(timeout=60) == 0
-    assert complaint == b""
+    assert stderr == b""
 
 
 COMMANDS = (
@@ -97,8 +97,8 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("module", COMMANDS)
-def test_every_command_says_how_it_is_used(module, repo):
-    """Each by the text that `run` shows, and those that start at once by asking them."""
+def test_every_command_documents_its_usage(module, repo):
+    """Checks the docstring that `run_command` prints; of the commands that start fast, also the output of --help."""
     source = repo / "fastflower" / module
     text = (source / "__main__.py" if source.is_dir() else source.with_suffix(".py")).read_text()
     assert module in ast.get_docstring(ast.parse(text)).splitlines()[0]
@@ -109,9 +109,9 @@ def test_every_command_says_how_it_is_used(module, repo):
         assert done.stdout == ast.get_docstring(ast.parse(text)) + "\n"
 
 
-def test_help_is_said_once_by_several_ranks(capsys, monkeypatch):
+def test_only_one_of_several_ranks_prints_the_help(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(sys, "argv", ["command", "-h"])
     with pytest.raises(SystemExit) as stop:
-        errors.run(lambda argv: 5)
+        errors.run_command(lambda argv: 5)
     assert stop.value.code == 0 and capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""Records: what is written is read back, and every flaw of a file is named in one line."""
+"""Records are read back as written, and every defect of a file is reported in one line."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ def test_numpy_numbers_and_non_finite_values_become_json() -> None:
     assert plain["rows"][0]["value"] is None and plain["rows"][1]["value"] == 0.5 and plain["done"] is True
 
 
-def test_every_flipped_bit_is_noticed() -> None:
+def test_every_flipped_bit_is_detected() -> None:
     write_record(PATH, Table("clean", [Score("top-1", 0.25)], {3: [1.5]}))
-    whole = PATH.read_bytes()
-    for bit in range(8 * len(whole)):
-        broken = bytearray(whole)
+    content = PATH.read_bytes()
+    for bit in range(8 * len(content)):
+        broken = bytearray(content)
         broken[bit // 8] ^= 1 << bit % 8
         PATH.write_bytes(broken)
         try:
             table = read_record(PATH, Table)
         except InputError as error:
             assert str(PATH) in str(error) and "run evaluate again" in str(error)
-        else:  # white space of another kind
+        else:  # only white space changed
             assert table == Table("clean", [Score("top-1", 0.25)], {3: [1.5]})
 
 
-def test_every_cut_is_noticed() -> None:
+def test_every_truncated_file_is_detected() -> None:
     write_record(PATH, Table("clean", []))
-    whole = PATH.read_bytes()
-    for length in range(len(whole) - 2):
-        PATH.write_bytes(whole[:length])
+    content = PATH.read_bytes()
+    for length in range(len(content) - 2):
+        PATH.write_bytes(content[:length])
         with pytest.raises(CorruptionError, match=r"table\.json.*run evaluate again"):
             read_record(PATH, Table)
 
@@ -104,7 +104,7 @@ def test_a_field_of_another_type_is_named_with_its_path(changes: dict[str, Any],
         from_plain(Table, content)
 
 
-def test_another_version_and_a_missing_file_name_the_command() -> None:
+def test_another_version_and_a_missing_file_name_the_remedy() -> None:
     with pytest.raises(InputError, match=r"table\.json: no such file; run evaluate again"):
         read_record(PATH, Table)
     write_record(PATH, Table("clean", []))
@@ -122,7 +122,7 @@ def test_an_edit_by_hand_is_reported() -> None:
         read_record(PATH, Table)
 
 
-def test_a_hostile_file_costs_one_line() -> None:
+def test_a_hostile_file_is_reported_in_one_line() -> None:
     for text in ("[" * 100_000, "null", "[]", "{}", '{"checksum": 1}', "\x00"):
         PATH.write_text(text)
         with pytest.raises(CorruptionError, match="not a complete record; run evaluate again"):

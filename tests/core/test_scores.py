@@ -1,4 +1,4 @@
-"""Scores against scikit-learn and torchmetrics, and formulas written out."""
+"""Scores against scikit-learn and torchmetrics, and against written-out formulas."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ def logits_and_labels() -> tuple[np.ndarray, np.ndarray]:
 
 def test_scores_equal_the_references(logits_and_labels):
     logits, labels = logits_and_labels
-    got, guess = scores.scores(logits, labels), logits.argmax(1)
-    assert got["n"] == 400
-    assert got["top1"] == pytest.approx(accuracy_score(labels, guess))
-    assert got["macro_recall"] == pytest.approx(recall_score(labels, guess, labels=range(6), average="macro"))
-    assert got["macro_f1"] == pytest.approx(f1_score(labels, guess, labels=range(6), average="macro"))
-    assert got["nll"] == pytest.approx(log_loss(labels, scores.softmax(logits), labels=range(7)))
+    computed, guess = scores.scores(logits, labels), logits.argmax(1)
+    assert computed["n"] == 400
+    assert computed["top1"] == pytest.approx(accuracy_score(labels, guess))
+    assert computed["macro_recall"] == pytest.approx(
+        recall_score(labels, guess, labels=range(6), average="macro")
+    )
+    assert computed["macro_f1"] == pytest.approx(f1_score(labels, guess, labels=range(6), average="macro"))
+    assert computed["nll"] == pytest.approx(log_loss(labels, scores.softmax(logits), labels=range(7)))
     z, y = torch.from_numpy(logits), torch.from_numpy(labels)
-    assert got["top5"] == pytest.approx(multiclass_accuracy(z, y, 7, average="micro", top_k=5).item())
-    assert got["ece"] == pytest.approx(
+    assert computed["top5"] == pytest.approx(multiclass_accuracy(z, y, 7, average="micro", top_k=5).item())
+    assert computed["ece"] == pytest.approx(
         multiclass_calibration_error(z.softmax(1), y, 7, n_bins=15).item(), abs=1e-6
     )
 
@@ -64,7 +66,7 @@ def test_top_5_is_that_of_five_classes(classes, want):
 def test_two_classes_have_precision_recall_and_f1_of_the_second(logits_and_labels):
     logits, labels = logits_and_labels
     logits, labels = logits[:, :2], (labels == 1).astype(int)
-    got, guess = scores.scores(logits, labels), logits.argmax(1)
+    computed, guess = scores.scores(logits, labels), logits.argmax(1)
     for name, reference in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
-        assert got[name] == pytest.approx(reference(labels, guess))
+        assert computed[name] == pytest.approx(reference(labels, guess))
     assert "f1" not in scores.scores(np.eye(3), np.arange(3))

@@ -1,4 +1,4 @@
-"""The generator against published values, against itself in the other library, and against chance."""
+"""The hash against published values, NumPy against torch, and statistical tests of the draws."""
 
 from __future__ import annotations
 
@@ -40,16 +40,18 @@ def keys_of(count: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
 )
 def test_published_splitmix64(seed: int, outputs: list[int]) -> None:
     states = [(seed + k * seeding.GOLDEN) & seeding.MASK for k in range(len(outputs))]
-    assert seeding.mix(np.array(states, np.uint64)).tolist() == outputs
+    assert seeding.hash64(np.array(states, np.uint64)).tolist() == outputs
     signed = torch.tensor([seeding._signed(state) for state in states])
-    assert [value & seeding.MASK for value in seeding.mix_tensor(signed).tolist()] == outputs
+    assert [value & seeding.MASK for value in seeding.hash64_tensor(signed).tolist()] == outputs
 
 
 def test_numpy_and_torch_are_equal_to_the_bit() -> None:
     keys = np.concatenate([keys_of(5000, seed) for seed in SEEDS])
     edges = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
     keys = np.concatenate([keys, edges])
-    assert np.array_equal(seeding.mix_tensor(as_tensor(keys)).numpy().view(np.uint64), seeding.mix(keys))
+    assert np.array_equal(
+        seeding.hash64_tensor(as_tensor(keys)).numpy().view(np.uint64), seeding.hash64(keys)
+    )
     for stream in (0, 1, 100, 2**31):
         single = seeding.uniform_tensor(as_tensor(keys), stream).numpy()
         double = seeding.uniform(keys, stream)
@@ -59,33 +61,33 @@ def test_numpy_and_torch_are_equal_to_the_bit() -> None:
 
 
 def test_python_formula() -> None:
-    """The same with Python's own whole numbers."""
+    """The same arithmetic with Python integers."""
 
-    def mix(x: int) -> int:
+    def hash64(x: int) -> int:
         z = (x + seeding.GOLDEN) & seeding.MASK
         z = ((z ^ z >> 30) * seeding.M1) & seeding.MASK
         z = ((z ^ z >> 27) * seeding.M2) & seeding.MASK
         return z ^ z >> 31
 
     for seed, epoch, position, row in [(0, 0, 0, 0), (42, 3, 17, 5), (2**64 - 1, 99, 2**40, 2**33)]:
-        key = mix(mix(mix(mix(seed) ^ epoch) ^ position) ^ row)
+        key = hash64(hash64(hash64(hash64(seed) ^ epoch) ^ position) ^ row)
         assert int(seeding.row_keys(seed, epoch, positions=np.array(position), rows=np.array(row))) == key
-        assert float(seeding.uniform(np.array(key, np.uint64), 9)) == (mix(key ^ mix(9)) >> 11) / 2**53
+        assert float(seeding.uniform(np.array(key, np.uint64), 9)) == (hash64(key ^ hash64(9)) >> 11) / 2**53
 
 
 def test_keys_are_a_pure_function_of_each_position() -> None:
     positions, rows = np.arange(1000), np.arange(1000)[::-1].copy()
-    whole = seeding.row_keys(7, 2, positions=positions, rows=rows)
-    assert np.array_equal(whole[1::2], seeding.row_keys(7, 2, positions=positions[1::2], rows=rows[1::2]))
-    assert whole.dtype == np.uint64
+    keys = seeding.row_keys(7, 2, positions=positions, rows=rows)
+    assert np.array_equal(keys[1::2], seeding.row_keys(7, 2, positions=positions[1::2], rows=rows[1::2]))
+    assert keys.dtype == np.uint64
 
 
 def test_keys_differ_between_rows_positions_epochs_and_seeds() -> None:
     count = 20000
     row_twice = seeding.row_keys(0, 0, positions=np.arange(count), rows=np.zeros(count, np.int64))
     families = [keys_of(count, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    everything = np.concatenate([row_twice[1:], *families])
-    assert len(np.unique(everything)) == len(everything)
+    all_keys = np.concatenate([row_twice[1:], *families])
+    assert len(np.unique(all_keys)) == len(all_keys)
 
 
 @pytest.mark.parametrize("stream", [0, 100, 2000])
@@ -124,15 +126,15 @@ def test_independent(pair: str) -> None:
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(len(first))
 
 
-def test_generator_depends_on_every_word_and_their_order() -> None:
-    draws = [seeding.generator(*words).random() for words in [(1, 2), (1, 2), (2, 1), (1, 2, 3), (1, 3)]]
+def test_generator_depends_on_every_value_and_their_order() -> None:
+    draws = [seeding.generator(*values).random() for values in [(1, 2), (1, 2), (2, 1), (1, 2, 3), (1, 3)]]
     assert draws[0] == draws[1]
     assert len(set(draws)) == 4
 
 
 def test_seed_all_seeds_three_libraries() -> None:
-    def draw(*words: int) -> tuple[float, float, float]:
-        seeding.seed_all(*words)
+    def draw(*values: int) -> tuple[float, float, float]:
+        seeding.seed_all(*values)
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
     assert draw(1, 2, 3) == draw(1, 2, 3)

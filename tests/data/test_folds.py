@@ -19,19 +19,19 @@ def table_of(ids: list[str]) -> LabelTable:
     return LabelTable(names, ids, class_idx, np.ones(len(ids), np.int64), classes)
 
 
-def settings(*words: str) -> schema.Recipe:
-    return load(None, list(words))
+def settings(*overrides: str) -> schema.Recipe:
+    return load(None, list(overrides))
 
 
-def split(ids: list[str], *words: str, groups: np.ndarray | None = None) -> folds.Folds:
+def split(ids: list[str], *overrides: str, groups: np.ndarray | None = None) -> folds.Folds:
     table = table_of(ids)
     groups = np.arange(len(ids)) if groups is None else groups
-    fold = folds.make_folds(table, groups, settings(*words))
+    fold = folds.make_folds(table, groups, settings(*overrides))
     content = [f"{k:x}" for k in range(len(ids))]
     return folds.Folds(table.filenames, table.category_ids, table.class_idx, fold, groups, content)
 
 
-def test_stratified_folds_are_scikit_learns() -> None:
+def test_stratified_folds_equal_those_of_scikit_learn() -> None:
     ids = [str(k % 7) for k in range(200)]
     got = split(ids, "data.split=stratified")
     want = np.zeros(200, int)
@@ -46,7 +46,7 @@ def test_stratified_folds_are_scikit_learns() -> None:
 
 
 @pytest.mark.parametrize("kind", ["stratified", "stratified_group", "kfold", "ratio"])
-def test_groups_never_straddle(kind: str) -> None:
+def test_groups_are_never_split_between_folds(kind: str) -> None:
     rng = np.random.default_rng(0)
     groups = np.unique(rng.integers(0, 150, 300), return_inverse=True)[1]
     got = split([str(k % 4) for k in range(300)], f"data.split={kind}", groups=groups)
@@ -64,16 +64,16 @@ def test_ratio_holds_out_a_fifth(n: int, train: int) -> None:
     got = split([str(k % 2) for k in range(n)], "data.split=ratio")
     assert (len(got.train_rows(0)), len(got.val_rows(0))) == (train, n - train)
     table = table_of([str(k % 2) for k in range(n)])
-    may = folds.candidates(table, settings("data.split=ratio"))
-    assert not np.any((got.fold == 0) & ~may)
+    mask = folds.may_validate(table, settings("data.split=ratio"))
+    assert not np.any((got.fold == 0) & ~mask)
 
 
 def test_kfold_ignores_labels_and_seeds_matter() -> None:
     ids = [str(k % 4) for k in range(60)]
-    one, two = (split(ids, "data.split=kfold", f"seed={seed}") for seed in (1, 2))
-    assert not np.array_equal(one.fold, two.fold)
-    assert np.bincount(one.fold).tolist() == [12] * 5
-    assert np.array_equal(one.fold, split(ids, "data.split=kfold", "seed=1").fold)
+    first, second = (split(ids, "data.split=kfold", f"seed={seed}") for seed in (1, 2))
+    assert not np.array_equal(first.fold, second.fold)
+    assert np.bincount(first.fold).tolist() == [12] * 5
+    assert np.array_equal(first.fold, split(ids, "data.split=kfold", "seed=1").fold)
 
 
 @pytest.mark.parametrize("kind", ["stratified", "stratified_group", "kfold", "ratio"])
@@ -116,7 +116,7 @@ def test_saved_folds_come_back_and_are_never_replaced() -> None:
         got.sha256,
         got.group.tolist(),
     )
-    with pytest.raises(InputError, match=r"is only ever read"):
+    with pytest.raises(InputError, match=r"exists and is never replaced"):
         folds.save_folds(Path("folds.csv"), got)
     Path("folds.csv").write_text(Path("folds.csv").read_text().replace(",0,0,", ",0,zero,", 1))
     with pytest.raises(InputError, match=r"are whole numbers"):
@@ -126,8 +126,8 @@ def test_saved_folds_come_back_and_are_never_replaced() -> None:
 def test_labels_that_no_longer_match_are_refused() -> None:
     ids = ["0", "1"] * 20
     folds.save_folds(Path("folds.csv"), split(ids, "data.split=stratified"))
-    same, _ = folds.load_folds(Path(), table_of(ids), settings("seed=7"))
-    assert same.hash == folds.read_folds(Path("folds.csv")).hash
+    unchanged, _ = folds.load_folds(Path(), table_of(ids), settings("seed=7"))
+    assert unchanged.hash == folds.read_folds(Path("folds.csv")).hash
     with pytest.raises(InputError, match=r"1 gone, such as 000039.jpg"):
         folds.load_folds(Path(), table_of(ids[:-1]), settings())
     with pytest.raises(InputError, match=r"1 new, such as 000040.jpg"):
@@ -142,13 +142,13 @@ def test_labels_that_no_longer_match_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "what"), [("sha256", "file contents"), ("group", "groups"), ("filenames", "files")]
+    ("column", "kind"), [("sha256", "file contents"), ("group", "groups"), ("filenames", "files")]
 )
-def test_leaks_are_refused(column: str, what: str) -> None:
+def test_leaks_are_refused(column: str, kind: str) -> None:
     got = split(["0", "1"] * 20, "data.split=stratified")
-    one, other = int(got.val_rows(0)[0]), int(got.train_rows(0)[0])
-    getattr(got, column)[other] = getattr(got, column)[one]
-    with pytest.raises(InputError, match=rf"leak in fold 0: 1 {what} are in training and validation"):
+    val_row, train_row = int(got.val_rows(0)[0]), int(got.train_rows(0)[0])
+    getattr(got, column)[train_row] = getattr(got, column)[val_row]
+    with pytest.raises(InputError, match=rf"leak in fold 0: 1 {kind} are in training and validation"):
         folds.check_leaks(got, 0)
     with pytest.raises(InputError, match=r"fold 9 has 40 training and 0 validation images"):
         folds.check_leaks(got, 9)

@@ -30,9 +30,9 @@ def root() -> Path:
     return Path("train")
 
 
-def read(data: bytes | str, *words: str) -> labels.LabelTable:
+def read(data: bytes | str, *overrides: str) -> labels.LabelTable:
     Path("labels.csv").write_bytes(data.encode() if isinstance(data, str) else data)
-    return labels.read_labels(load(None, ["data.root=train", "data.csv=labels.csv", *words]))
+    return labels.read_labels(load(None, ["data.root=train", "data.csv=labels.csv", *overrides]))
 
 
 def test_plain_table_is_sorted_by_file_name_and_mapped(root: Path) -> None:
@@ -93,7 +93,7 @@ def test_gb18030_is_read_only_if_its_files_exist(root: Path) -> None:
     text = "filename,category_id,name\n花.jpg,1,花\nb.jpg,2,草\n"
     table = read(text.encode("gb18030"))
     assert (table.hash, table.names) == (read(text).hash, read(text).names)
-    assert table.notices == ("labels.csv is not UTF-8; it was read as GB18030, and so every file exists",)
+    assert table.notices == ("labels.csv is not UTF-8; it was read as GB18030, in which every file exists",)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ("", "empty; its first line must name the columns filename, category_id"),
         ("\ufeff\n\n", "empty; its first line must name the columns filename, category_id"),
@@ -169,9 +169,9 @@ def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
         ("filename,category_id\nsub,1\n", "'sub' is not a regular file"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(root: Path, data: bytes | str, said: str) -> None:
+def test_bad_files_are_refused_in_one_line(root: Path, data: bytes | str, message: str) -> None:
     (root / "sub/\u00e9.png").write_bytes(b"1")
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         read(data)
     assert "\n" not in str(error.value)
 
@@ -195,10 +195,12 @@ OUTSIDE = [
 
 @pytest.fixture
 def opened() -> Iterator[list[str]]:
-    """The paths that are opened while a test runs."""
+    """The paths that are opened during a test."""
     paths: list[str] = []
     hooks = [lambda event, what: paths.append(os.fsdecode(what[0])) if event == "open" else None]
-    sys.addaudithook(lambda event, what: [hook(event, what) for hook in hooks])  # which none can take back
+    sys.addaudithook(
+        lambda event, what: [hook(event, what) for hook in hooks]
+    )  # an audit hook cannot be removed
     yield paths
     hooks.clear()
 
@@ -208,7 +210,7 @@ def test_paths_never_leave_the_root(root: Path, opened: list[str]) -> None:
     for name in OUTSIDE:
         opened.clear()
         with pytest.raises(
-            InputError, match=r"line 3: '.*' (must be a path below data.root|is no file name)"
+            InputError, match=r"line 3: '.*' (must be a path below data.root|is not a file name)"
         ):
             read(f"filename,category_id\na.jpg,1\n{name.format(here=Path.cwd())},2\n")
         assert set(opened) == {"labels.csv"}, name
@@ -270,7 +272,7 @@ def test_odd_names_survive_byte_exactly() -> None:
     table = labels.read_labels(load(None, ["data.root=train", "data.csv=labels.csv"]))
     assert sorted(table.filenames) == sorted(ODD_NAMES)
     assert table.notices == (
-        "labels.csv is not UTF-8; it was read as UTF-8 with file names of other bytes, and so every file exists",
+        "labels.csv is not UTF-8; it was read as UTF-8 with other bytes in file names, in which every file exists",
     )
 
 
@@ -281,7 +283,7 @@ def test_folders_are_an_input_form(root: Path) -> None:
     assert (table.filenames, table.category_ids) == (["sub/c.jpg", "tree/e.PNG"], ["sub", "tree"])
 
 
-def test_missing_root_and_label_file_are_said() -> None:
+def test_a_missing_root_or_label_file_is_refused() -> None:
     with pytest.raises(InputError, match=r"data.root = train: no such folder"):
         read("")
     Path("train").mkdir()
@@ -311,7 +313,9 @@ def test_notices_and_number_of_classes(root: Path) -> None:
     floats = read("filename,category_id\na.jpg,7.0\nb.jpg,12.0\n")
     assert floats.classes.ids == ("7", "12")
     assert floats.notices == ("labels such as 7.0 are taken as whole numbers",)
-    with pytest.raises(InputError, match=r"category_id '077' is none of the 2 classes; the nearest is '007'"):
+    with pytest.raises(
+        InputError, match=r"category_id '077' is not one of the 2 classes; the nearest is '007'"
+    ):
         table.classes.index("077")
 
 
@@ -323,6 +327,7 @@ def test_statistics_add_up(root: Path) -> None:
     table = labels.LabelTable(
         names, ids, np.array([classes.index(i) for i in ids]), np.ones(len(ids)), classes
     )
+    assert [labels.part_of(n) for n in (101, 100, 20, 19)] == ["head", "middle", "middle", "tail"]
     rows = labels.class_stats(table)
     assert [(row["n"], row["part"]) for row in rows] == [("150", "head"), ("50", "middle"), ("10", "tail")]
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-5)

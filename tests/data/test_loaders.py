@@ -1,4 +1,4 @@
-"""Loaders: the same batches whatever the threads, ranks and starts; every row once; nothing that hangs."""
+"""Loaders: equal batches for any threads, ranks and starts; every row once; no leaks and no hanging threads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fastflower.core.workers import cores
 from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
 from fastflower.data.decode.kernel import Crop, decode_eval
 from fastflower.data.loaders import Batch, EvalLoader, TrainLoader
+from fastflower.recipe.schema import Aug
 
 ROWS = 23
 
@@ -28,10 +29,10 @@ def write(path: Path, bad: int | None = None) -> Beton:
     with BetonWriter(path, ROWS) as writer:
         for i in range(ROWS):
             if i == bad:
-                writer.jpeg(b"not a JPEG", 20, width=30, label=i % 5, index=i)
+                writer.append_jpeg(b"not a JPEG", height=20, width=30, label=i % 5, index=i)
             else:
-                writer.raw(rng.integers(0, 256, (20 + i, 30, 3), np.uint8), i % 5, i)
-        writer.commit({})
+                writer.append_raw(rng.integers(0, 256, (20 + i, 30, 3), np.uint8), i % 5, i)
+        writer.commit()
     return open_beton(path)
 
 
@@ -41,7 +42,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
 
 
 def order(epoch: int) -> np.ndarray:
-    """Shuffled with repeats, 41 draws."""
+    """41 random rows, with repeats."""
     return seeding.generator(7, epoch).integers(0, ROWS, 41)
 
 
@@ -55,19 +56,19 @@ def epoch(source: TrainLoader, number: int, start: int = 0) -> list[Batch]:
     return list(source)
 
 
-def same(a: Batch, b: Batch) -> bool:
+def equal_batch(a: Batch, b: Batch) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(map(same, a, b))
+    return len(a) == len(b) and all(map(equal_batch, a, b))
 
 
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "fastflower-loader"]
 
 
-def test_a_batch_is_what_the_plan_says(beton: Beton) -> None:
+def test_a_batch_holds_the_rows_keys_and_labels_of_its_step(beton: Beton) -> None:
     source = loader(beton)
     batches = epoch(source, 2)
     assert len(batches) == len(source) == source.steps(2) == 5 and source.batch_size == 8
@@ -80,28 +81,28 @@ def test_a_batch_is_what_the_plan_says(beton: Beton) -> None:
         assert batch["key"].numpy().view(np.uint64).tolist() == keys.tolist()
 
 
-@pytest.mark.parametrize("options", [{"threads": 3}, {"ahead": 1}, {"ahead": 5, "threads": 2}])
+@pytest.mark.parametrize("options", [{"threads": 3}, {"prefetch": 1}, {"prefetch": 5, "threads": 2}])
 def test_threads_and_lookahead_change_nothing(beton: Beton, options: dict[str, int]) -> None:
     assert equal(epoch(loader(beton, threads=1), 1), epoch(loader(beton, **options), 1))
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_interleave_to_the_global_batch(beton: Beton, world: int) -> None:
-    whole = epoch(loader(beton, 8), 1)
+    global_batches = epoch(loader(beton, 8), 1)
     ranks = [epoch(loader(beton, 8 // world, rank=rank, world=world), 1) for rank in range(world)]
-    assert {len(batches) for batches in ranks} == {len(whole)}
-    for t, batch in enumerate(whole):
+    assert {len(batches) for batches in ranks} == {len(global_batches)}
+    for t, batch in enumerate(global_batches):
         for name, value in batch.items():
-            parts = torch.stack([ranks[rank][t][name] for rank in range(world)], 1)
-            assert torch.equal(parts.flatten(0, 1), value)
+            interleaved = torch.stack([ranks[rank][t][name] for rank in range(world)], 1)
+            assert torch.equal(interleaved.flatten(0, 1), value)
 
 
 def test_a_resume_continues_at_its_step(beton: Beton) -> None:
     source = loader(beton)
-    whole = epoch(source, 4)
+    batches = epoch(source, 4)
     for start in range(6):
-        assert equal(whole[start:], epoch(loader(beton), 4, start))
-    assert len(source) == 5 and not same(whole[0], epoch(source, 5)[0])
+        assert equal(batches[start:], epoch(loader(beton), 4, start))
+    assert len(source) == 5 and not equal_batch(batches[0], epoch(source, 5)[0])
 
 
 def test_sizes_and_batches_follow_the_epoch(beton: Beton) -> None:
@@ -123,7 +124,7 @@ def test_sizes_and_batches_follow_the_epoch(beton: Beton) -> None:
     )
 
 
-def test_what_is_kept_is_not_overwritten(beton: Beton) -> None:
+def test_a_kept_batch_is_not_overwritten(beton: Beton) -> None:
     source = loader(beton)
     source.cursor = lambda: (0, 0)
     kept, copies = [], []
@@ -134,17 +135,17 @@ def test_what_is_kept_is_not_overwritten(beton: Beton) -> None:
 
 
 def test_a_kept_view_keeps_its_memory(beton: Beton) -> None:
-    source = loader(beton, ahead=1)
-    tensors, arrays, places, expected = [], [], set(), []
+    source = loader(beton, prefetch=1)
+    tensors, arrays, addresses, expected = [], [], set(), []
     for number in range(12):
         for batch in epoch(source, number):
-            places.add(batch["image"].data_ptr())
+            addresses.add(batch["image"].data_ptr())
             if len(expected) < 7:
                 tensors.append(batch["image"][2, 3:])
                 arrays.append(batch["image"].numpy()[5])
                 expected.append((tensors[-1].clone(), arrays[-1].copy()))
         del batch
-    assert len(places) < 30  # of 60 batches: memory is used again
+    assert len(addresses) < 30  # of 60 batches: memory is reused
     for tensor, array, (first, second) in zip(tensors, arrays, expected, strict=True):
         assert torch.equal(tensor, first) and np.array_equal(array, second)
 
@@ -244,7 +245,7 @@ def test_nothing_grows_with_epochs(beton: Beton) -> None:
     assert after[2] - before[2] < 2048  # pages: 8 MB
 
 
-def test_a_slow_reader_bounds_what_is_ahead(beton: Beton) -> None:
+def test_a_slow_reader_bounds_the_prefetched_batches(beton: Beton) -> None:
     started: list[int] = []
 
     def sizes(epoch: int) -> tuple[int, int]:
@@ -264,7 +265,7 @@ def test_a_slow_reader_bounds_what_is_ahead(beton: Beton) -> None:
         size=sizes,
         crop=Crop(),
         threads=1,
-        ahead=3,
+        prefetch=3,
     )
     batches = iter(source)
     next(batches)
@@ -272,8 +273,14 @@ def test_a_slow_reader_bounds_what_is_ahead(beton: Beton) -> None:
     while len(started) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert len(started) == 5  # one taken, three waiting, one in the thread's hand
+    assert len(started) == 5  # one taken, three waiting, one held by the thread
     source.close()
+
+
+def test_the_training_crop_follows_the_recipe() -> None:
+    aug = Aug(rrc_scale=[0.5, 1.0], rrc_ratio=[1.0, 1.5], hflip_p=0.25, strength=2.0)
+    assert Crop.of(aug) == Crop((0.5, 1.0), (1.0, 1.5), 0.5)
+    assert Crop.of(Aug(hflip_p=0.8, strength=2.0)).hflip_p == 1.0
 
 
 def test_cores_are_shared_by_ranks() -> None:
@@ -285,6 +292,6 @@ def test_cores_are_shared_by_ranks() -> None:
 def test_batches_are_page_locked_and_arrive_whole(beton: Beton) -> None:
     batches = epoch(loader(beton), 1)
     assert all(batch["image"].is_pinned() for batch in batches)
-    there = [batch["image"].to("cuda", non_blocking=True) for batch in batches]
+    on_device = [batch["image"].to("cuda", non_blocking=True) for batch in batches]
     torch.cuda.synchronize()
-    assert all(torch.equal(a.cpu(), b["image"]) for a, b in zip(there, batches, strict=True))
+    assert all(torch.equal(a.cpu(), b["image"]) for a, b in zip(on_device, batches, strict=True))

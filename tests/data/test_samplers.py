@@ -40,7 +40,7 @@ def test_repeat_factors(alpha: float, want: float) -> None:
     assert samplers.repeat_factors(TAIL, 100.0, alpha)[2] == pytest.approx(want, abs=5e-5)
 
 
-def test_uncapped_shares_are_those_of_the_formulas() -> None:
+def test_uncapped_fractions_follow_the_formulas() -> None:
     free = 1e6
     want = np.array([482.8, 320.6, 306.6])
     mean = np.mean([draws(schema.Sampler(oversample_cap=free), TAIL, e) for e in range(300)], axis=0)
@@ -67,7 +67,7 @@ def test_no_class_exceeds_the_cap_and_the_length_is_fixed(kind: str, cap: float)
         assert (got[counts == 0] == 0).all()
 
 
-def test_spare_draws_go_to_the_other_classes_by_share() -> None:
+def test_draws_above_the_cap_go_to_the_other_classes_in_proportion() -> None:
     assert draws(schema.Sampler("weighted_inv"), TAIL).tolist() == [780, 300, 30]
     got = draws(schema.Sampler("weighted_inv", oversample_cap=3), [300, 300, 10])
     assert got.tolist() == [290, 290, 30]
@@ -76,14 +76,14 @@ def test_spare_draws_go_to_the_other_classes_by_share() -> None:
 @pytest.mark.parametrize("kind", TYPES)
 def test_an_order_is_a_pure_function(kind: str) -> None:
     labels, sampler = labels_of(TAIL), schema.Sampler(kind)  # type: ignore[arg-type]
-    one = samplers.order(sampler, labels, seed=42, epoch=3, fold=1)
-    assert one.dtype == np.int64
-    assert np.array_equal(one, samplers.order(sampler, labels, seed=42, epoch=3, fold=1))
+    rows = samplers.order(sampler, labels, seed=42, epoch=3, fold=1)
+    assert rows.dtype == np.int64
+    assert np.array_equal(rows, samplers.order(sampler, labels, seed=42, epoch=3, fold=1))
     for seed, epoch, fold in ((43, 3, 1), (42, 4, 1), (42, 3, 2)):
-        assert not np.array_equal(one, samplers.order(sampler, labels, seed=seed, epoch=epoch, fold=fold))
+        assert not np.array_equal(rows, samplers.order(sampler, labels, seed=seed, epoch=epoch, fold=fold))
 
 
-def test_no_image_of_a_class_is_drawn_twice_more_than_another() -> None:
+def test_draws_of_two_images_of_a_class_differ_by_one_at_most() -> None:
     labels = labels_of(TAIL)
     times = np.bincount(
         samplers.order(schema.Sampler(), labels, seed=0, epoch=0, fold=0), minlength=len(labels)
@@ -100,8 +100,8 @@ def test_balanced_batches_differ_by_one_at_most(counts: list[int], batch: int, s
     rows = samplers.order(
         schema.Sampler("class_balanced"), labels, seed=1, epoch=2, fold=0, batch=batch if shuffle else None
     )
-    for at in range(0, len(rows), batch):
-        seen = np.bincount(labels[rows[at : at + batch]], minlength=len(counts))
+    for start in range(0, len(rows), batch):
+        seen = np.bincount(labels[rows[start : start + batch]], minlength=len(counts))
         assert np.ptp(seen) <= 1
     assert np.ptp(np.bincount(labels[rows])) <= 1
 

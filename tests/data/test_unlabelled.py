@@ -1,4 +1,4 @@
-"""Learning from unlabelled images: the loss as written out, batches as pure functions, one forward pass, whole runs."""
+"""Semi-supervised learning: the loss against its formula, batches as pure functions, one forward pass, full runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from fastflower import evaluate
-from fastflower.algorithms.fixmatch import FixMatch, weight
-from fastflower.callbacks.checkpoints import Saving
+from fastflower.algorithms.fixmatch import FixMatch, unlabelled_weight
+from fastflower.callbacks.checkpoints import CheckpointSaver
 from fastflower.campaign import launch, plan
 from fastflower.core import errors, runs, seeding
 from fastflower.core.runs import Run
@@ -49,7 +49,7 @@ ALIGNED = ("semi.teacher=ema", "semi.align=true")
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_papers_written_out():
+def test_the_loss_equals_the_formula_of_the_paper():
     weak, strong = 3 * torch.randn(40, 5), torch.randn(40, 5)
     loss, labels, mask = consistency(weak, strong, 0.8)
     total = 0.0
@@ -78,13 +78,13 @@ def test_one_bad_row_below_the_threshold_does_not_spoil_the_mean():
 
 def test_the_weight_rises_linearly():
     assert [
-        weight(0, 0, steps=4, lambda_u=2.0, ramp_epochs=0),
-        weight(0, 0, steps=4, lambda_u=2.0, ramp_epochs=5),
+        unlabelled_weight(0, 0, steps=4, lambda_u=2.0, ramp_epochs=0),
+        unlabelled_weight(0, 0, steps=4, lambda_u=2.0, ramp_epochs=5),
     ] == [2.0, 0.0]
-    assert weight(2, 2, steps=4, lambda_u=2.0, ramp_epochs=5) == pytest.approx(1.0)
+    assert unlabelled_weight(2, 2, steps=4, lambda_u=2.0, ramp_epochs=5) == pytest.approx(1.0)
     assert (
-        weight(5, 0, steps=4, lambda_u=2.0, ramp_epochs=5)
-        == weight(9, 3, steps=4, lambda_u=2.0, ramp_epochs=5)
+        unlabelled_weight(5, 0, steps=4, lambda_u=2.0, ramp_epochs=5)
+        == unlabelled_weight(9, 3, steps=4, lambda_u=2.0, ramp_epochs=5)
         == 2.0
     )
 
@@ -92,25 +92,25 @@ def test_the_weight_rises_linearly():
 # --- the data -------------------------------------------------------------------------------------------------------
 
 
-def test_the_labels_that_count_are_drawn_by_class_seed_and_fold():
+def test_labelled_rows_are_drawn_by_class_seed_and_fold():
     labels = np.repeat([0, 1, 3], [20, 3, 10])
-    rows = unlabelled.labelled_rows(labels, 5, seed=1, fold=0)
+    rows = unlabelled.draw_labelled(labels, 5, seed=1, fold=0)
     assert np.bincount(labels[rows]).tolist() == [5, 3, 0, 5] and (np.diff(rows) > 0).all()
-    assert rows.tolist() == unlabelled.labelled_rows(labels, 5, seed=1, fold=0).tolist()
-    assert rows.tolist() != unlabelled.labelled_rows(labels, 5, seed=2, fold=0).tolist()
-    assert unlabelled.labelled_rows(labels, None, seed=1, fold=0).tolist() == list(range(33))
+    assert rows.tolist() == unlabelled.draw_labelled(labels, 5, seed=1, fold=0).tolist()
+    assert rows.tolist() != unlabelled.draw_labelled(labels, 5, seed=2, fold=0).tolist()
+    assert unlabelled.draw_labelled(labels, None, seed=1, fold=0).tolist() == list(range(33))
 
 
-def test_the_stream_goes_through_all_rows_again_and_again():
+def test_the_endless_sequence_goes_through_all_rows_again_and_again():
     rows = np.arange(100, 107)
-    whole = unlabelled.stream(rows, 0, count=30, seed=5, fold=0)
+    sequence = unlabelled.endless_rows(rows, 0, count=30, seed=5, fold=0)
     for start in range(0, 28, 7):
-        assert sorted(whole[start : start + 7]) == rows.tolist()
-    assert whole[:7].tolist() != whole[7:14].tolist()
+        assert sorted(sequence[start : start + 7]) == rows.tolist()
+    assert sequence[:7].tolist() != sequence[7:14].tolist()
     for start, count in ((0, 0), (3, 5), (6, 1), (7, 7), (5, 25)):
         assert (
-            unlabelled.stream(rows, start, count=count, seed=5, fold=0).tolist()
-            == whole[start : start + count].tolist()
+            unlabelled.endless_rows(rows, start, count=count, seed=5, fold=0).tolist()
+            == sequence[start : start + count].tolist()
         )
 
 
@@ -121,21 +121,32 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[schema.Recipe, unl
     return recipe, open_fold(recipe, 0)
 
 
-def views(opened, rank: int = 0, world: int = 1, **more) -> unlabelled.Unlabelled:
+def views(opened, rank: int = 0, world: int = 1, **options) -> unlabelled.UnlabelledBatches:
     recipe, fold = opened
     beton, rows = unlabelled.unlabelled_rows(recipe, fold)
     sizes = [3, 4]  # the second epoch's batch is another
-    given = {"strong": Crop((0.3, 0.5)), **more}
-    return unlabelled.Unlabelled(
-        beton, rows, 7, 0, 3, lambda e: sizes[min(e, 1)] * 2 // world, lambda e: 5, lambda e: (16, 24), Crop(),
-        rank=rank, world=world, threads=1, **given,
-    )  # fmt: skip
+    given = {"strong": Crop((0.3, 0.5)), **options}
+    return unlabelled.UnlabelledBatches(
+        beton=beton,
+        rows=rows,
+        seed=7,
+        fold=0,
+        mu=3,
+        batch=lambda e: sizes[min(e, 1)] * 2 // world,
+        steps=lambda e: 5,
+        size=lambda e: (16, 24),
+        weak=Crop(),
+        rank=rank,
+        world=world,
+        threads=1,
+        **given,
+    )
 
 
 def test_views_are_two_crops_of_the_same_images_and_none_is_labelled(opened):
     recipe, fold = opened
     source = views(opened)
-    used = unlabelled.used_rows(recipe, fold)
+    used = unlabelled.labelled_rows(recipe, fold)
     order = source.order(1)
     assert len(order) == 5 * 8 * 3 and not set(order) & set(used)
     assert sorted({*order, *used}) == list(range(fold.train.rows))
@@ -144,8 +155,8 @@ def test_views_are_two_crops_of_the_same_images_and_none_is_labelled(opened):
     assert step["weak"].shape == step["strong"].shape == (8, 3, 16, 24, 3)
     assert step["truth"].flatten().tolist() == fold.train.labels[rows].tolist()
     for name, tag, crop in (
-        ("weak", unlabelled.WEAK, source.weak),
-        ("strong", unlabelled.STRONG, source.strong),
+        ("weak", unlabelled.WEAK_SEED, source.weak),
+        ("strong", unlabelled.STRONG_SEED, source.strong),
     ):
         keys = seeding.row_keys(7 + tag, 1, positions=np.arange(48, 72), rows=rows)
         out = np.empty((24, 16, 24, 3), np.uint8)
@@ -154,24 +165,26 @@ def test_views_are_two_crops_of_the_same_images_and_none_is_labelled(opened):
     assert (step["strong_key"].flatten().numpy().view(np.uint64) == keys).all()
 
 
-def test_epochs_follow_one_another_in_the_stream_whatever_their_batch(opened):
+def test_epochs_continue_the_sequence_at_any_batch_size(opened):
     source = views(opened)
     drawn = np.concatenate([source.order(0), source.order(1), source.order(2)])
-    assert drawn.tolist() == unlabelled.stream(source.rows, 0, count=len(drawn), seed=7, fold=0).tolist()
+    assert (
+        drawn.tolist() == unlabelled.endless_rows(source.rows, 0, count=len(drawn), seed=7, fold=0).tolist()
+    )
 
 
 def test_batches_are_the_same_after_a_resume_and_ranks_interleave(opened):
-    whole = list(views(opened)(1, 0))
+    batches = list(views(opened)(1, 0))
     for name, tensor in next(views(opened)(1, 3)).items():
-        assert torch.equal(tensor, whole[3][name])
+        assert torch.equal(tensor, batches[3][name])
     ranks = [list(views(opened, rank, 2)(1, 0)) for rank in range(2)]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(batches):
         for name, tensor in batch.items():
             both = torch.stack([ranks[rank][step][name].flatten(0, 1) for rank in range(2)], 1)
             assert torch.equal(both.flatten(0, 1), tensor.flatten(0, 1)), name
 
 
-def test_a_loader_carries_them_beside_its_own_and_starts_where_it_is_told(opened):
+def test_a_loader_adds_them_to_its_batches_from_any_start(opened):
     _, fold = opened
     loader = TrainLoader(
         fold.train,
@@ -180,7 +193,7 @@ def test_a_loader_carries_them_beside_its_own_and_starts_where_it_is_told(opened
         batch=lambda e: 8,
         size=lambda e: (16, 24),
         crop=Crop(),
-        beside=views(opened),
+        extras=views(opened),
     )
     loader.cursor = lambda: (1, 3)
     got = list(loader)
@@ -191,11 +204,11 @@ def test_a_loader_carries_them_beside_its_own_and_starts_where_it_is_told(opened
 # --- the algorithm --------------------------------------------------------------------------------------------------
 
 
-SHARES = [1, 2, 3, 4]  # labelled images of each class
+CLASS_COUNTS = [1, 2, 3, 4]  # labelled images
 
 
 class Small(nn.Module):
-    """A network with BatchNorm that remembers what it was shown."""
+    """A network with BatchNorm that records its last input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,9 +220,9 @@ class Small(nn.Module):
         return self.head(self.norm(images).square().mean((2, 3)))
 
 
-def one_step(words: list[str], teacher: nn.Module | None = None):
-    """The algorithm on one microbatch: itself, the network, the state, and the batch before."""
-    recipe = load(None, ["semi.enabled=true", "data.labels_per_class=1", "semi.mu=2", *words])
+def one_step(overrides: list[str], teacher: nn.Module | None = None):
+    """Run the algorithm on one microbatch: the algorithm, network, state, batch and supervised loss."""
+    recipe = load(None, ["semi.enabled=true", "data.labels_per_class=1", "semi.mu=2", *overrides])
     uint8 = lambda *shape: torch.randint(0, 256, (*shape, 8, 8, 3), dtype=torch.uint8)  # noqa: E731
     batch = {
         "image": 255 * torch.rand(3, 3, 8, 8),
@@ -220,7 +233,7 @@ def one_step(words: list[str], teacher: nn.Module | None = None):
         "strong_key": torch.arange(6).view(3, 2),
     }
     network = Small().train()
-    algorithm = FixMatch(recipe, SHARES, fill=(1.0, 2.0, 3.0), teacher=teacher)
+    algorithm = FixMatch(recipe, CLASS_COUNTS, fill=(1.0, 2.0, 3.0), teacher=teacher)
     state = types.SimpleNamespace(
         batch=batch, timestamp=Timestamp(epoch=1, batch_in_epoch=2), dataloader_len=4,
         precision=Precision.FP32, precision_config=None, outputs=None, loss=None,
@@ -272,7 +285,7 @@ def test_all_images_pass_the_network_together_and_no_view_is_mixed():
     assert row["lambda_u"] == 0.5
 
 
-def test_a_teacher_labels_apart_and_the_network_sees_strong_views_only():
+def test_a_teacher_makes_the_labels_and_the_network_sees_strong_views_only():
     teacher = Small().eval()
     algorithm, network, state, batch, _ = one_step(["semi.threshold=0"], teacher)
     assert len(network.seen) == 3 + 6 and len(teacher.seen) == 6
@@ -290,8 +303,8 @@ def test_pseudo_labels_are_learned_on_the_view_that_made_them():
     fresh = Small()
     fresh.load_state_dict(network.state_dict())
     logits = fresh.train()(network.seen)[3:]
-    own = torch.nn.functional.cross_entropy(logits, logits.argmax(1))
-    torch.testing.assert_close(state.loss - supervised, own)
+    expected = torch.nn.functional.cross_entropy(logits, logits.argmax(1))
+    torch.testing.assert_close(state.loss - supervised, expected)
 
 
 def test_nothing_above_the_threshold_leaves_the_supervised_loss():
@@ -301,57 +314,60 @@ def test_nothing_above_the_threshold_leaves_the_supervised_loss():
     assert (row["mask_rate"], row["pseudo_accuracy"]) == (0.0, None)
 
 
-def test_aligned_labels_follow_the_labelled_classes_shares():
-    """ReMixMatch's formula by hand: the first step's mean is the shares themselves, the second divides by the mean."""
+def test_aligned_labels_follow_the_class_fractions():
+    """ReMixMatch's formula by hand: step one's mean is the class fractions, step two divides by the mean."""
     algorithm, network, state, _, _ = one_step(["semi.threshold=0", "semi.align=true"])
-    shares = np.array(SHARES) / 10
+    fractions = np.array(CLASS_COUNTS) / 10
     logits = Small()
     logits.load_state_dict(network.state_dict())
     p = logits.train()(network.seen)[3:9].detach().double().softmax(1).numpy()
     plain = torch.from_numpy(p.argmax(1)).bincount(minlength=4).tolist()
     assert algorithm.row()["pseudo_counts"] == plain
-    mean = 0.99 * shares + 0.01 * p.mean(0)
-    np.testing.assert_allclose(algorithm.mean.numpy(), mean, rtol=1e-6)
+    mean = 0.99 * fractions + 0.01 * p.mean(0)
+    np.testing.assert_allclose(algorithm.mean_prediction.numpy(), mean, rtol=1e-6)
 
     before = np.array([0.9, 0.08, 0.01, 0.01])
-    algorithm.mean = torch.from_numpy(before)
-    algorithm._forget(state)
+    algorithm.mean_prediction = torch.from_numpy(before)
+    algorithm._reset(state)
     state.loss = torch.zeros(())
     algorithm.apply(Event.AFTER_LOSS, state, None)
     algorithm.apply(Event.BATCH_END, state, None)
-    aligned = p * shares / before
+    aligned = p * fractions / before
     aligned /= aligned.sum(1, keepdims=True)
     expected = torch.from_numpy(aligned.argmax(1)).bincount(minlength=4).tolist()
     assert algorithm.row()["pseudo_counts"] == expected != plain
 
-    kept = algorithm.mean
-    algorithm._made = torch.full_like(algorithm._made, torch.nan)
+    kept = algorithm.mean_prediction
+    algorithm._label_logits = torch.full_like(algorithm._label_logits, torch.nan)
     algorithm.apply(Event.AFTER_LOSS, state, None)
     algorithm.apply(Event.BATCH_END, state, None)
-    assert torch.equal(algorithm.mean, kept), "a step that is not finite is forgotten"
+    assert torch.equal(algorithm.mean_prediction, kept), "a step that is not finite is forgotten"
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "overrides, message",
     [
-        ("", "data.labels_per_class leaves; got neither, give one"),
-        ("data.labels_per_class=5 data.unlabelled=more", "data.labels_per_class leaves; got both, give one"),
+        ("", "data.labels_per_class leaves unlabelled; got neither, give one"),
+        (
+            "data.labels_per_class=5 data.unlabelled=more",
+            "data.labels_per_class leaves unlabelled; got both, give one",
+        ),
         (
             "data.unlabelled=test_dataset/more",
-            "data.unlabelled = test_dataset/more and data.test = test_dataset lie",
+            "data.unlabelled = test_dataset/more and data.test = test_dataset are one inside the other",
         ),
-        ("data.labels_per_class=5 loss.name=bce", "loss.name = bce trains none; use lsce or ce"),
+        ("data.labels_per_class=5 loss.name=bce", "loss.name = bce does not train; use lsce or ce"),
         ("data.labels_per_class=5 semi.teacher=ema ema.enabled=false", "needs ema.enabled=true"),
         ("data.labels_per_class=5 semi.weak_scale=[0.9,0.5]", r"semi.weak_scale = \[0.9, 0.5\]"),
         ("data.labels_per_class=0", "data.labels_per_class = 0: must be >= 1"),
     ],
 )
-def test_contradictions_are_refused(words, said):
-    with pytest.raises(errors.InputError, match=said):
-        checks.check(load(None, ["semi.enabled=true", *words.split()]))
+def test_contradictions_are_refused(overrides, message):
+    with pytest.raises(errors.InputError, match=message):
+        checks.check(load(None, ["semi.enabled=true", *overrides.split()]))
 
 
 def test_when_no_image_is_left_unlabelled_the_run_says_so(tmp_path):
@@ -370,48 +386,48 @@ def test_the_food_recipe_is_the_fair_one(repo):
     checks.check(load(repo / "recipes/food_fixmatch.yaml", ["semi.enabled=false"]))
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------
+# --- full runs ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run with the average as teacher, which nothing interrupts."""
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """An uninterrupted run with the weight average as teacher."""
     home = Path.cwd()
     os.chdir(toy_project.project(tmp_path_factory.mktemp("whole")))
     try:
         assert toy_project.fit(*SEMI, *ALIGNED, "train.save_every=1ba") == 0
-        return {"last": toy_project.last(), "epochs": toy_project.epochs(), "place": Path.cwd()}
+        return {"last": toy_project.last(), "epochs": toy_project.epochs(), "folder": Path.cwd()}
     finally:
         os.chdir(home)
 
 
-def test_an_epoch_says_what_was_labelled(whole):
-    for row in whole["epochs"]:
+def test_an_epoch_records_its_pseudo_labels(full_run):
+    for row in full_run["epochs"]:
         assert 0 < row["mask_rate"] <= 1 and 0 <= row["pseudo_accuracy"] <= 1
         assert sum(row["pseudo_counts"]) == round(row["mask_rate"] * 8 * 4 * 2)
-    derived_numbers = next(whole["place"].glob("results/results/tiny/meta/derived_*.json")).read_text()
+    derived_numbers = next(full_run["folder"].glob("results/results/tiny/meta/derived_*.json")).read_text()
     assert '"unlabelled": 24' in derived_numbers
 
 
-def test_a_run_killed_inside_an_epoch_ends_in_the_same_bits(whole, tmp_path, monkeypatch):
+def test_a_run_killed_inside_an_epoch_ends_in_the_same_bits(full_run, tmp_path, monkeypatch):
     toy_project.project(tmp_path)
 
     class Killed(BaseException):
         pass
 
-    def killed(self: Saving, state, logger) -> None:
+    def killed(self: CheckpointSaver, state, logger) -> None:
         original(self, state, logger)
         if state.timestamp.batch.value == 11:
             raise Killed
 
-    original = Saving.batch_checkpoint
+    original = CheckpointSaver.batch_checkpoint
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Saving, "batch_checkpoint", killed)
+        patch.setattr(CheckpointSaver, "batch_checkpoint", killed)
         toy_project.fit(*SEMI, *ALIGNED, "train.save_every=1ba")
     assert toy_project.fit(*SEMI, *ALIGNED, "train.save_every=1ba") == 0
-    assert toy_project.different(whole["last"].tensors, toy_project.last().tensors) == []
-    assert toy_project.different(whole["last"].more, toy_project.last().more) == []
-    assert whole["epochs"] == toy_project.epochs()
+    assert toy_project.different(full_run["last"].tensors, toy_project.last().tensors) == []
+    assert toy_project.different(full_run["last"].training_state, toy_project.last().training_state) == []
+    assert full_run["epochs"] == toy_project.epochs()
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch(tmp_path):
@@ -423,12 +439,12 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(tmp_path):
 
 
 def test_the_food_recipe_converts_trains_and_evaluates(repo, tmp_path, capsys):
-    """At smoke size and as the recipe stands, on folders of the tiny project's photographs; one is in two of them."""
+    """The recipe at smoke size, on folders of the toy project's photographs; one photograph is in two of them."""
     toy_project.project(tmp_path)
     photographs = sorted(Path("data/train").glob("*.jpg"))
     for number, path in enumerate(photographs):
-        place = ("training/labeled", "training/unlabeled", "training/unlabeled", "validation")[number % 4]
-        folder = Path("data/food", place, "" if "unlabeled" in place else path.name.split("_")[0])
+        subset = ("training/labeled", "training/unlabeled", "training/unlabeled", "validation")[number % 4]
+        folder = Path("data/food", subset, "" if "unlabeled" in subset else path.name.split("_")[0])
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
     held_out = next(Path("data/food/validation").rglob("*.jpg"))
@@ -440,18 +456,18 @@ def test_the_food_recipe_converts_trains_and_evaluates(repo, tmp_path, capsys):
     ]  # fmt: skip
     assert not toy_project.convert.main(small)
     assert toy_project.train.main(small) == 0
-    said = capsys.readouterr().out
-    assert "30 images, 2 beside each labelled one, fixmatch from 0.3" in said
-    assert "1 images of data.unlabelled validate this fold and are left out" in said
-    run = Run("food", "resnet10t", 0, 42)
-    (epoch,) = [row for row in runs.read_events(run.events) if row["event"] == "epoch"]
+    output = capsys.readouterr().out
+    assert "30 images, 2 beside each labelled one, fixmatch from 0.3" in output
+    assert "1 images of data.unlabelled validate this fold and are left out" in output
+    run = Run(exp="food", backbone="resnet10t", fold=0, seed=42)
+    (epoch,) = [row for row in runs.read_events(run.events_path) if row["event"] == "epoch"]
     assert epoch["mask_rate"] > 0 and epoch["pseudo_accuracy"] is None
     assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
     with Image.open(run.results_dir / f"samples_{run.stem}.png") as picture:
-        assert picture.height > 5 * 32  # two rows more: the views
+        assert picture.height > 5 * 32  # two further rows: the views
     assert not evaluate.main(small)
     assert list(Path("results/results/food").glob("oof/*.npz"))
-    (task,) = plan.tasks(["food.yaml"], plan.read_words(small[1:]))
+    (task,) = plan.tasks(["food.yaml"], plan.parse_overrides(small[1:]))
     assert launch.Finished(1)(task), "a campaign keeps it"
 
 
@@ -468,7 +484,9 @@ def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo
     assert toy_project.train.main([*small, "exp.name=alone", "semi.enabled=false"]) == 0
     few, alone = (
         next(
-            row for row in runs.read_events(Run(name, "test_resnet", 0, 42).events) if row["event"] == "epoch"
+            row
+            for row in runs.read_events(Run(exp=name, backbone="test_resnet", fold=0, seed=42).events_path)
+            if row["event"] == "epoch"
         )
         for name in ("few", "alone")
     )
@@ -492,7 +510,7 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
         "2",
         str(Path(toy_project.train.__file__)),
     ]
-    words = [
+    arguments = [
         "tiny.yaml",
         *SEMI,
         *toy_project.ONE,
@@ -501,9 +519,9 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
         "train.batch_per_gpu=2",
         "train.world_size=2",
     ]
-    subprocess.run([*launcher, *words], check=True, timeout=300)
+    subprocess.run([*launcher, *arguments], check=True, timeout=300)
     assert toy_project.fit(*SEMI, *toy_project.ONE, "semi.align=true", "exp.name=one") == 0
     for name, tensor in toy_project.last("one").tensors.items():
         torch.testing.assert_close(toy_project.last("two").tensors[name], tensor, rtol=0, atol=1e-4)
-    (one,), (two,) = toy_project.epochs("one"), toy_project.epochs("two")
-    assert one["pseudo_counts"] == two["pseudo_counts"] and one["mask_rate"] == two["mask_rate"]
+    (single,), (double,) = toy_project.epochs("one"), toy_project.epochs("two")
+    assert single["pseudo_counts"] == double["pseudo_counts"] and single["mask_rate"] == double["mask_rate"]

@@ -1,5 +1,5 @@
-"""Fixtures of the tests of evaluation: a converted project, and a copy of it to work in."""
+"""Fixtures of the tests of evaluation: a converted project and a copy of it."""
 
-from support.evaluated_members import converted, place
+from support.evaluated_members import converted, project
 
-__all__ = ["converted", "place"]
+__all__ = ["converted", "project"]

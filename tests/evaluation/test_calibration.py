@@ -11,7 +11,7 @@ from support.fake_members import member
 
 
 def torch_fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """The same minimum by another route: torch's LBFGS on log T in float64."""
+    """The minimum of the NLL by torch's LBFGS on log T in float64."""
     z, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
     w = (
         torch.full((len(y),), 1 / len(y)).double()
@@ -33,12 +33,14 @@ def torch_fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None
 
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 8.0])
 def test_t_is_the_minimum_that_torch_finds(sharpness: float) -> None:
-    own = member(0, skill=1.0)
-    logits = sharpness * own.logits
-    assert calibration.fit(logits, own.class_idx) == pytest.approx(torch_fit(logits, own.class_idx), rel=1e-4)
+    data = member(0, skill=1.0)
+    logits = sharpness * data.logits
+    assert calibration.fit(logits, data.class_idx) == pytest.approx(
+        torch_fit(logits, data.class_idx), rel=1e-4
+    )
 
 
-def test_t_of_logits_that_tell_the_truth_is_the_factor_they_were_scaled_by() -> None:
+def test_t_of_scaled_log_probabilities_is_the_factor_they_were_scaled_by() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(20_000, 5))
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)  # drawn from softmax(logits)
@@ -51,25 +53,25 @@ def test_t_stays_in_its_bounds_when_every_image_is_right() -> None:
 
 
 def test_combo_weighs_clean_and_corrupted_by_alpha() -> None:
-    own, alpha = member(0, skill=1.0), 0.7
-    n, kinds = len(own), len(own.combos)
-    logits = np.concatenate([own.logits, *own.corrupt])
+    data, alpha = member(0, skill=1.0), 0.7
+    n, kinds = len(data), len(data.combos)
+    logits = np.concatenate([data.logits, *data.corrupt])
     weights = np.concatenate([np.full(n, alpha / n), np.full(n * kinds, (1 - alpha) / (n * kinds))])
-    expected = torch_fit(logits, np.tile(own.class_idx, 1 + kinds), weights)
-    found = calibration.fit_set(own, "combo", alpha=alpha, bins=15)
-    assert found["t"] == pytest.approx(expected, rel=1e-4)
-    assert found["fit_on"] == "combo"
-    assert found["t"] != pytest.approx(calibration.fit_set(own, "clean", alpha=alpha, bins=15)["t"], rel=1e-3)
+    expected = torch_fit(logits, np.tile(data.class_idx, 1 + kinds), weights)
+    fitted = calibration.fit_set(data, "combo", alpha=alpha, bins=15)
+    assert fitted.t == pytest.approx(expected, rel=1e-4)
+    assert fitted.fit_on == "combo"
+    assert fitted.t != pytest.approx(calibration.fit_set(data, "clean", alpha=alpha, bins=15).t, rel=1e-3)
 
 
 def test_nll_and_ece_before_and_after_are_those_of_torch_and_torchmetrics() -> None:
-    own = member(0, skill=1.0)
-    found = calibration.fit_set(own, "clean", alpha=0.7, bins=15)
-    for when, t in (("before", 1.0), ("after", found["t"])):
-        logits, labels = torch.from_numpy(own.logits / np.float32(t)), torch.from_numpy(own.class_idx)
+    data = member(0, skill=1.0)
+    fitted = calibration.fit_set(data, "clean", alpha=0.7, bins=15)
+    for when, t in (("before", 1.0), ("after", fitted.t)):
+        logits, labels = torch.from_numpy(data.logits / np.float32(t)), torch.from_numpy(data.class_idx)
         nll = torch.nn.functional.cross_entropy(logits, labels)
         ece = MulticlassCalibrationError(logits.shape[1], n_bins=15)(logits.softmax(1), labels)
-        assert found[f"nll_{when}"] == pytest.approx(float(nll), rel=1e-5)
-        assert found[f"ece_{when}"] == pytest.approx(float(ece), abs=1e-5)
-    assert found["nll_after"] < found["nll_before"]
-    np.testing.assert_array_equal(scores.softmax(own.logits / found["t"]).argmax(1), own.logits.argmax(1))
+        assert getattr(fitted, f"nll_{when}") == pytest.approx(float(nll), rel=1e-5)
+        assert getattr(fitted, f"ece_{when}") == pytest.approx(float(ece), abs=1e-5)
+    assert fitted.nll_after < fitted.nll_before
+    np.testing.assert_array_equal(scores.softmax(data.logits / fitted.t).argmax(1), data.logits.argmax(1))

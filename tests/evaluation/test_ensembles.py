@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightgbm
@@ -11,17 +12,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss
 
 from fastflower import ensemble
-from fastflower.core import files, runs
+from fastflower.core import runs
 from fastflower.core.errors import InputError
+from fastflower.core.records import read_record, write_record
 from fastflower.data.labels import write_csv
 from fastflower.evaluation import ensembles, logits, summary, tables
+from fastflower.evaluation.records import EnsembleComparison, MethodScores
 from fastflower.recipe import load
 from support.fake_members import BACKBONES, classes_csv, folds, member
 
-FREE = ensembles.Budget(np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]), 100, 100)
+FREE = ensembles.Budget(mb=np.ones(3), ms=np.ones(3), max_mb=100, max_ms=100)
 
 
-def made(
+def generated(
     n: int = 600, classes: int = 4, noise: tuple[float, ...] = (0.8, 0.9, 6.0)
 ) -> tuple[np.ndarray, np.ndarray]:
     """A stack (3, n, classes) of two good runs and a useless one, and labels (n,)."""
@@ -34,7 +37,7 @@ def made(
 
 
 def test_means_are_the_formulas() -> None:
-    stack, labels = made()
+    stack, labels = generated()
     np.testing.assert_allclose(
         ensembles.mean_logits(stack, labels)(stack), stack.astype(float).mean(0), atol=1e-12
     )
@@ -44,13 +47,13 @@ def test_means_are_the_formulas() -> None:
 
 
 def test_learned_weights_reach_the_lowest_loss_on_a_grid() -> None:
-    stack, labels = made()
+    stack, labels = generated()
     weights = ensembles.learned_weights(stack, labels)
     assert weights.sum() == pytest.approx(1) and weights[2] < 0.1
 
     def loss(w: np.ndarray) -> float:
-        mixed = np.tensordot(w, stack.astype(float), axes=1)
-        return min(log_loss(labels, softmax(mixed * beta, axis=1)) for beta in np.geomspace(0.2, 8, 25))
+        mean = np.tensordot(w, stack.astype(float), axes=1)
+        return min(log_loss(labels, softmax(mean * beta, axis=1)) for beta in np.geomspace(0.2, 8, 25))
 
     grid = [
         np.array([a, b, 1 - a - b]) for a in np.linspace(0, 1, 6) for b in np.linspace(0, 1, 6) if a + b <= 1
@@ -58,19 +61,19 @@ def test_learned_weights_reach_the_lowest_loss_on_a_grid() -> None:
     assert loss(weights) <= min(map(loss, grid)) + 1e-3
 
 
-def test_greedy_selection_leaves_out_what_does_not_help_or_fit() -> None:
-    stack, labels = made()
+def test_greedy_selection_leaves_out_runs_that_do_not_help_or_fit() -> None:
+    stack, labels = generated()
     weights = ensembles.greedy_weights(stack, labels, budget=FREE)
     assert weights.sum() == pytest.approx(1) and weights[2] < min(weights[:2])
-    small = ensembles.Budget(np.array([60.0, 50.0, 10.0]), np.ones(3), max_mb=70, max_ms=100)
+    small = ensembles.Budget(mb=np.array([60.0, 50.0, 10.0]), ms=np.ones(3), max_mb=70, max_ms=100)
     chosen = np.flatnonzero(ensembles.greedy_weights(stack, labels, budget=small))
     assert small.mb[chosen].sum() <= 70 and not {0, 1} <= set(chosen)
-    slow = ensembles.Budget(np.ones(3), np.array([5.0, 50.0, 5.0]), max_mb=100, max_ms=20)
+    slow = ensembles.Budget(mb=np.ones(3), ms=np.array([5.0, 50.0, 5.0]), max_mb=100, max_ms=20)
     assert ensembles.greedy_weights(stack, labels, budget=slow)[1] == 0
 
 
-class EnsembleModel(torch.nn.Module):
-    """Seed 002's learned fusion: (batch, models, classes) -> (batch, classes), softmax over its weights."""
+class LearnedFusion(torch.nn.Module):
+    """Mean over models with softmax-normalised weights: (batch, models, classes) -> (batch, classes)."""
 
     def __init__(self, models: int) -> None:
         super().__init__()
@@ -80,11 +83,11 @@ class EnsembleModel(torch.nn.Module):
         return (x.permute(0, 2, 1) * self.weights.softmax(-1)).sum(2)
 
 
-def test_the_learned_mixture_is_where_seed_002s_fusion_goes_by_gradient_descent() -> None:
-    stack, labels = made(n=400)
+def test_the_learned_mixture_is_the_optimum_of_gradient_descent() -> None:
+    stack, labels = generated(n=400)
     weights = ensembles.mixture_weights(stack, labels)
     assert weights.sum() == pytest.approx(1) and (weights >= 0).all()
-    fusion = EnsembleModel(len(stack)).double()
+    fusion = LearnedFusion(len(stack)).double()
     x = torch.from_numpy(softmax(stack.astype(np.float64), axis=2)).permute(1, 0, 2)  # (N, M, C)
     adam, y = torch.optim.Adam(fusion.parameters(), lr=0.05), torch.from_numpy(labels)
     for _ in range(600):
@@ -93,12 +96,12 @@ def test_the_learned_mixture_is_where_seed_002s_fusion_goes_by_gradient_descent(
         loss.backward()
         adam.step()
     np.testing.assert_allclose(weights, fusion.weights.softmax(-1).detach().numpy(), atol=5e-3)
-    found = ensembles.mixed(weights)(stack)
-    assert log_loss(labels, np.exp(found)) <= loss.item() + 1e-6
-    np.testing.assert_allclose(np.exp(found).sum(1), 1)
+    probs = np.exp(ensembles.weighted_probabilities(weights)(stack))
+    assert log_loss(labels, probs) <= loss.item() + 1e-6
+    np.testing.assert_allclose(probs.sum(1), 1)
 
 
-def test_the_learned_mixture_finds_the_one_run_that_knows() -> None:
+def test_the_learned_mixture_finds_the_only_useful_run() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 300)
     stack = rng.normal(size=(3, 300, 4))
@@ -106,80 +109,83 @@ def test_the_learned_mixture_finds_the_one_run_that_knows() -> None:
     assert ensembles.mixture_weights(stack, labels)[1] > 0.95
 
 
-def test_nested_predictions_are_those_of_a_model_that_did_not_see_the_part() -> None:
-    stack, labels = made(n=200)
+def test_nested_predictions_are_those_of_a_model_fitted_on_the_other_parts() -> None:
+    stack, labels = generated(n=200)
     parts = np.arange(200) % 4
-    found = ensembles.nested(ensembles.logistic, stack, labels=labels, parts=parts)
-    own = parts == 2
+    log_p = ensembles.nested_predictions(ensembles.logistic, stack, labels=labels, parts=parts)
+    inside = parts == 2
     model = LogisticRegression(C=0.01, max_iter=100)
-    model.fit(ensembles.features(stack[:, ~own]), labels[~own])
+    model.fit(ensembles.features(stack[:, ~inside]), labels[~inside])
     np.testing.assert_allclose(
-        np.exp(found[own]), model.predict_proba(ensembles.features(stack[:, own])), rtol=1e-6
+        np.exp(log_p[inside]), model.predict_proba(ensembles.features(stack[:, inside])), rtol=1e-6
     )
 
 
-def test_nothing_is_gained_by_fitting_to_labels_that_mean_nothing() -> None:
-    stack, labels = made(n=400, classes=2)
+def test_nothing_is_gained_by_fitting_to_shuffled_labels() -> None:
+    stack, labels = generated(n=400, classes=2)
     shuffled = np.random.default_rng(3).permutation(labels)
-    log_p = ensembles.nested(ensembles.logistic, stack, labels=shuffled, parts=np.arange(400) % 5)
+    log_p = ensembles.nested_predictions(ensembles.logistic, stack, labels=shuffled, parts=np.arange(400) % 5)
     assert abs((log_p.argmax(1) == shuffled).mean() - 0.5) < 0.1
 
 
 def test_classes_that_a_part_lacks_get_a_small_probability() -> None:
-    stack, labels = made(n=200)
+    stack, labels = generated(n=200)
     known = labels != 3
     log_p = ensembles.logistic(stack[:, known], labels[known])(stack)
     assert (log_p[:, 3] < -20).all() and np.isfinite(log_p).all()
 
 
-def runs_of(*which: tuple[str, int]) -> list[logits.Logits]:
-    return [logits.assemble([member(f, b, s, skill=1.2) for f in range(3)], folds()) for b, s in which]
+def runs_of(*backbones_seeds: tuple[str, int]) -> list[logits.RunLogits]:
+    return [
+        logits.assemble([member(f, b, s, skill=1.2) for f in range(3)], folds()) for b, s in backbones_seeds
+    ]
 
 
-def test_the_table_has_honest_scores_and_gains_by_fold() -> None:
+def rows_of(comparison: EnsembleComparison) -> dict[str, MethodScores]:
+    return {row.method: row for row in comparison.rows}
+
+
+def test_the_comparison_has_nested_scores_and_gains_by_fold() -> None:
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
-    found = ensembles.compare(sets, FREE)
-    rows = {row["method"]: row for row in found["rows"]}
-    assert next(iter(rows)) == "best single" and rows["best single"]["gain"] == 0
-    mean = np.mean([s.logits for s in sets], axis=0)
-    hits = accuracy_score(sets[0].class_idx, mean.argmax(1))
-    assert rows["mean of logits"]["top1"] == pytest.approx(hits)
-    assert rows["mean of logits"]["nll"] == pytest.approx(
-        log_loss(sets[0].class_idx, softmax(mean, axis=1)), rel=1e-4
-    )
-    assert rows["mean of logits"]["gain"] == pytest.approx(hits - rows["best single"]["top1"])
+    comparison = ensembles.compare(sets, FREE)
+    rows = rows_of(comparison)
+    best, mean = rows["best single"], rows["mean of logits"]
+    assert next(iter(rows)) == "best single" and best.gain == 0
+    mean_logits = np.mean([s.logits for s in sets], axis=0)
+    top1 = accuracy_score(sets[0].class_idx, mean_logits.argmax(1))
+    assert mean.top1 == pytest.approx(top1)
+    assert mean.nll == pytest.approx(log_loss(sets[0].class_idx, softmax(mean_logits, axis=1)), rel=1e-4)
+    assert mean.gain == pytest.approx(top1 - best.top1)
     family = 0.25 * sets[0].logits + 0.25 * sets[1].logits + 0.5 * sets[2].logits
-    assert rows["mean by backbone"]["top1"] == pytest.approx(
-        accuracy_score(sets[0].class_idx, family.argmax(1))
-    )
-    assert all(len(row["gains"]) == found["parts"] == 3 for row in rows.values())
-    assert sum(found["weights"]["learned weights"].values()) == pytest.approx(1)
-    assert (rows["mean of logits"]["mb"], rows["mean of logits"]["ms"]) == (3.0, 3.0)  # of FREE
-    assert rows["best single"]["mb"] == 1.0 and rows["logistic stacking"]["mb"] is None
+    assert rows["mean by backbone"].top1 == pytest.approx(accuracy_score(sets[0].class_idx, family.argmax(1)))
+    assert all(len(row.gains) == comparison.parts == 3 for row in rows.values())
+    assert sum(comparison.weights["learned weights"].values()) == pytest.approx(1)
+    assert (mean.mb, mean.ms) == (3.0, 3.0)  # of FREE
+    assert best.mb == 1.0 and rows["logistic stacking"].mb is None
 
 
-def test_what_does_not_fit_in_the_limits_is_said() -> None:
+def test_methods_that_exceed_the_limits_are_marked() -> None:
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[1], 1))
     limits = load(None, ["bundle.max_mb=40"]).bundle
-    rows = {row["method"]: row for row in ensembles.compare(sets, ensembles.Budget.of(sets, limits))["rows"]}
-    words = {name: tables.handed_in(row) for name, row in rows.items()}
-    assert words["mean of logits"] == "too large" and words["greedy in budget"] == "fits"
-    assert words["LightGBM stacking"] == "no predictor"
+    rows = rows_of(ensembles.compare(sets, ensembles.Budget.of(sets, limits)))
+    verdicts = {name: tables.hand_in_verdict(row) for name, row in rows.items()}
+    assert verdicts["mean of logits"] == "too large" and verdicts["greedy in budget"] == "fits"
+    assert verdicts["LightGBM stacking"] == "no predictor"
     none = ensembles.Budget.of(sets, load(None, ["bundle.max_mb=20"]).bundle)
     assert "greedy in budget" not in ensembles.methods(sets, none)
 
 
-def test_lightgbm_stacking_is_that_of_a_booster_that_did_not_see_the_part() -> None:
-    stack, labels = made(n=240)
-    log_p = ensembles.nested(ensembles.lightgbm, stack, labels=labels, parts=np.arange(240) % 3)
-    own = np.arange(240) % 3 == 1
+def test_lightgbm_stacking_is_that_of_a_booster_fitted_on_the_other_parts() -> None:
+    stack, labels = generated(n=240)
+    log_p = ensembles.nested_predictions(ensembles.lightgbm, stack, labels=labels, parts=np.arange(240) % 3)
+    inside = np.arange(240) % 3 == 1
     model = lightgbm.LGBMClassifier(
         n_estimators=50, learning_rate=0.1, num_leaves=7, min_child_samples=5, max_bin=63, random_state=0,
         deterministic=True, force_col_wise=True, verbose=-1,
     )  # fmt: skip
-    model.fit(ensembles.features(stack[:, ~own]), labels[~own])
-    expected = model.booster_.predict(ensembles.features(stack[:, own]))
-    np.testing.assert_allclose(np.exp(log_p[own]), expected, rtol=1e-6)
+    model.fit(ensembles.features(stack[:, ~inside]), labels[~inside])
+    expected = model.booster_.predict(ensembles.features(stack[:, inside]))
+    np.testing.assert_allclose(np.exp(log_p[inside]), expected, rtol=1e-6)
     assert accuracy_score(labels, log_p.argmax(1)) > 0.5  # chance is a quarter
 
 
@@ -189,10 +195,9 @@ def test_hand_set_weights_are_by_run_or_shared_by_a_backbones_seeds() -> None:
     np.testing.assert_allclose(by_backbone, [3 / 8, 3 / 8, 1 / 4])
     by_run = ensembles.hand_weights(sets, {BACKBONES[0]: 2, f"{BACKBONES[0]} seed 2": 0, BACKBONES[1]: 1})
     np.testing.assert_allclose(by_run, [1 / 2, 0, 1 / 2])
-    found = ensembles.compare(sets, FREE, {BACKBONES[0]: 3, BACKBONES[1]: 1})
-    row = next(row for row in found["rows"] if row["method"] == "hand-set weights")
-    mixed = 0.375 * sets[0].logits + 0.375 * sets[1].logits + 0.25 * sets[2].logits
-    assert row["top1"] == pytest.approx(accuracy_score(sets[0].class_idx, mixed.argmax(1)))
+    row = rows_of(ensembles.compare(sets, FREE, {BACKBONES[0]: 3, BACKBONES[1]: 1}))["hand-set weights"]
+    mean = 0.375 * sets[0].logits + 0.375 * sets[1].logits + 0.25 * sets[2].logits
+    assert row.top1 == pytest.approx(accuracy_score(sets[0].class_idx, mean.argmax(1)))
 
 
 @pytest.mark.parametrize(
@@ -226,15 +231,15 @@ def test_learned_weights_of_an_image_come_from_other_folds() -> None:
     members = [
         member(f, b, s, skill=1.2) for b, s in ((BACKBONES[0], 1), (BACKBONES[1], 1)) for f in range(3)
     ]
-    found = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
-    assert sum(found["fused"]["weights"].values()) == pytest.approx(1)
-    assert summary.temperatures(found)["weights"] == found["fused"]["weights"]
+    scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
+    assert sum(scores.fused.weights.values()) == pytest.approx(1)
+    assert summary.temperatures(scores).weights == scores.fused.weights
 
 
 def test_greedy_weights_are_those_of_selection_within_the_limits() -> None:
-    """The third run is too large: without it the two others, whatever it would add."""
+    """The third run is too large, so it gets no weight whatever it would add."""
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
-    sets[2].about["mb"] = 5000.0
+    sets[2] = replace(sets[2], info=replace(sets[2].info, mb=5000.0))
     settings = load(None, ["ensembling.weighting=greedy", "bundle.max_ms=1000"])
     by_image, final = ensembles.run_weights(sets, settings)
     stack, labels, fold = np.stack([s.logits for s in sets]), sets[0].class_idx, sets[0].fold
@@ -248,42 +253,45 @@ def test_greedy_weights_are_those_of_selection_within_the_limits() -> None:
         ensembles.run_weights(sets, load(None, ["ensembling.weighting=greedy", "bundle.max_mb=1"]))
 
 
-@pytest.mark.parametrize(("dtype", "word"), [("fp32", "too large"), ("fp16", "too large"), ("int8", "fits")])
-def test_a_hand_in_is_as_large_as_its_weights_are_stored(dtype: str, word: str) -> None:
-    """Two runs of 30 MB in half precision each; of 50 MB a fiftieth is kept for programs and tables."""
+@pytest.mark.parametrize(
+    ("dtype", "verdict"), [("fp32", "too large"), ("fp16", "too large"), ("int8", "fits")]
+)
+def test_a_hand_in_is_as_large_as_its_weights_are_stored(dtype: str, verdict: str) -> None:
+    """Two runs of 30 MB in half precision each; a fiftieth of 50 MB is reserved for programs and tables."""
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[1], 1))
     limits = load(None, ["bundle.max_mb=50", f"bundle.dtype={dtype}"]).bundle
     budget = ensembles.Budget.of(sets, limits)
-    rows = {row["method"]: row for row in ensembles.compare(sets, budget)["rows"]}
-    assert rows["mean of logits"]["mb"] == 60 * {"fp32": 2, "fp16": 1, "int8": 0.5}[dtype]
-    assert tables.handed_in(rows["mean of logits"]) == word and budget.max_mb == pytest.approx(49)
+    row = rows_of(ensembles.compare(sets, budget))["mean of logits"]
+    assert row.mb == 60 * {"fp32": 2, "fp16": 1, "int8": 0.5}[dtype]
+    assert tables.hand_in_verdict(row) == verdict and budget.max_mb == pytest.approx(49)
 
 
 def test_a_single_fold_is_cut_into_stratified_parts() -> None:
-    own = logits.assemble([member(0)], folds())
-    parts = ensembles.splits(own)
-    assert len(np.unique(parts)) >= 2 and len(parts) == len(own)
-    assert list(ensembles.splits(runs_of((BACKBONES[0], 1))[0])) == list(runs_of((BACKBONES[0], 1))[0].fold)
+    single_fold = logits.assemble([member(0)], folds())
+    parts = ensembles.scoring_parts(single_fold)
+    assert len(np.unique(parts)) >= 2 and len(parts) == len(single_fold)
+    (run,) = runs_of((BACKBONES[0], 1))
+    assert list(ensembles.scoring_parts(run)) == list(run.fold)
 
 
 def test_the_command_reads_saved_logits_and_writes_its_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = runs.RESULTS / "made"
+    folder = runs.RESULTS / "example"
     with pytest.raises(InputError, match=r"no .*scores.json; run python -m fastflower.evaluate first"):
-        ensemble.main(["exp.name=made"])
+        ensemble.main(["exp.name=example"])
     members = [member(fold, backbone) for backbone in BACKBONES for fold in range(3)]
-    for own in members:
-        logits.save_logits(logits.member_file(folder / "oof", own.about), own)
-    settings = load(None, ["exp.name=made"])
-    files.write_json(
-        folder / "scores.json", summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
-    )
+    for saved in members:
+        logits.save_logits(folder / "oof", saved)
+    settings = load(None, ["exp.name=example"])
+    scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
+    write_record(folder / "scores.json", scores)
     columns = {"category_id": "7", "class_idx": "0", "group_id": "0", "sha256": ""}
     rows = [
         {"filename": f"image_{row}.jpg", "fold": str(fold), **columns} for row, fold in enumerate(folds())
     ]
     write_csv(Path("data/folds.csv"), rows)
-    ensemble.main(["exp.name=made"])
+    ensemble.main(["exp.name=example"])
     assert "mean of logits" in capsys.readouterr().out
-    assert (folder / "ensemble.json").is_file()
+    comparison = read_record(folder / "ensemble.json", EnsembleComparison)
+    assert comparison.rows[0].method == "best single" and comparison.n == scores.fused.n

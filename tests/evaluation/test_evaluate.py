@@ -1,4 +1,4 @@
-"""From photographs to scores.json: real betons, real networks, against Pillow and a loop written out."""
+"""The evaluate command on real betons and networks, against Pillow and a plain loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,16 @@ from PIL import Image
 from sklearn.metrics import accuracy_score
 
 from fastflower import evaluate
-from fastflower.bundle.members import out_of_fold
-from fastflower.core import checkpoint, files, runs
+from fastflower.bundle.members import read_out_of_fold
+from fastflower.core import files, runs
 from fastflower.core.errors import CorruptionError, InputError
+from fastflower.core.records import read_record
 from fastflower.data.betons import fold_set
 from fastflower.evaluation import inference
 from fastflower.evaluation.logits import load_logits
-from fastflower.model.network import NetworkSpec, build_network
+from fastflower.evaluation.records import ExperimentScores, Temperatures
+from fastflower.model.member import load_member
+from fastflower.model.network import build_network
 from fastflower.recipe import load, to_yaml
 from fastflower.report import thumbnails
 from fastflower.report.__main__ import main
@@ -31,60 +34,65 @@ from support.evaluated_members import BACKBONES, WORDS, member
 
 
 def by_pillow(filename: str, size: int, factor: float, interpolation: str) -> torch.Tensor:
-    """The centred view of a photograph: float (1, 3, size, size), from the file itself."""
+    """The centred view of an image file, decoded by Pillow: float (1, 3, size, size)."""
     image = Image.open(Path("train") / filename)
     side = min(image.size) / factor
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    how = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
-    view = image.resize((size, size), how, box=(left, top, left + side, top + side))
+    resampling = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    view = image.resize((size, size), resampling, box=(left, top, left + side, top + side))
     return torch.from_numpy(np.asarray(view).copy()).permute(2, 0, 1)[None].float()
 
 
-def test_logits_are_those_of_pillow_and_a_plain_loop(place: Path) -> None:
+def test_logits_are_those_of_pillow_and_a_plain_loop(project: Path) -> None:
     path = member(0)
     settings = load(None, WORDS)
-    own = inference.predict(path, settings, torch.device("cpu"))
-    saved = checkpoint.load(path)
-    network = build_network(NetworkSpec.from_meta(saved.meta)).eval()
+    data = inference.predict(path, settings, torch.device("cpu"))
+    saved = load_member(path)
+    network = build_network(saved.meta).eval()
     network.load_state_dict(saved.tensors)
     with torch.no_grad():
-        for row, filename in enumerate(own.filename):
-            plain = [by_pillow(filename, size, 1.14, saved.meta["interpolation"]) for size in (32, 48)]
-            logits = [network(view) for own_view in plain for view in (own_view, own_view.flip(3))]
-            np.testing.assert_allclose(own.logits[row], torch.stack(logits).mean(0)[0], atol=1e-4)
-            np.testing.assert_allclose(own.single[row], network(plain[0])[0], atol=1e-4)
-    assert own.corrupt.shape == (2, len(own), 3)
-    assert own.combos.tolist() == [["blur", "low"], ["brightness", "low"]]
-    assert not np.allclose(own.corrupt[0], own.single) and not np.allclose(own.corrupt[0], own.corrupt[1])
-    assert own.about["views"] == [[32, 32, False], [32, 32, True], [48, 48, False], [48, 48, True]]
+        for row, filename in enumerate(data.filename):
+            plain = [by_pillow(filename, size, 1.14, saved.meta.interpolation) for size in (32, 48)]
+            logits = [network(view) for image in plain for view in (image, image.flip(3))]
+            np.testing.assert_allclose(data.logits[row], torch.stack(logits).mean(0)[0], atol=1e-4)
+            np.testing.assert_allclose(data.single[row], network(plain[0])[0], atol=1e-4)
+    assert data.corrupt.shape == (2, len(data), 3)
+    assert data.combos.tolist() == [["blur", "low"], ["brightness", "low"]]
+    assert not np.allclose(data.corrupt[0], data.single)
+    assert not np.allclose(data.corrupt[0], data.corrupt[1])
+    assert data.info.views == [(32, 32, False), (32, 32, True), (48, 48, False), (48, 48, True)]
 
 
-def test_both_folds_and_backbones_become_scores_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def read_scores() -> ExperimentScores:
+    return read_record(runs.RESULTS / "tiny" / "scores.json", ExperimentScores)
+
+
+def test_both_folds_and_backbones_become_scores_json(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for backbone in BACKBONES:
         for fold in (0, 1):
             member(fold, backbone)
     evaluate.main(WORDS)
     folder = runs.RESULTS / "tiny"
-    found = json.loads((folder / "scores.json").read_text())
+    scores = read_scores()
     members = [load_logits(path) for path in sorted((folder / "oof").glob("*.npz"))]
-    assert len(members) == 4 and found["missing"] == [] and found["fused"]["n"] == 30
+    assert len(members) == 4 and scores.missing == [] and scores.fused.n == 30
     with open("data/folds.csv", newline="") as file:
         label = {row["filename"]: int(row["class_idx"]) for row in csv.DictReader(file)}
-    for own in members:
-        assert [label[name] for name in own.filename] == own.class_idx.tolist()
+    for data in members:
+        assert [label[name] for name in data.filename] == data.class_idx.tolist()
     total = {name: np.zeros(3) for name in label}
-    for own in members:
-        for name, logits in zip(own.filename, own.logits, strict=True):
+    for data in members:
+        for name, logits in zip(data.filename, data.logits, strict=True):
             total[name] += logits / 2
     guess = [int(total[name].argmax()) for name in label]
-    assert found["fused"]["clean"]["top1"] == pytest.approx(accuracy_score(list(label.values()), guess))
-    temperature = json.loads((folder / "temperature.json").read_text())
-    assert (
-        temperature["fused"]["t"] == found["fused"]["temperature"]["t"] and len(temperature["members"]) == 4
-    )
-    left = json.loads((runs.MODELS / "tiny/programs/bundle.json").read_text())
-    assert [own["checkpoint"][3:] for own in left["members"]] == sorted(temperature["members"])
-    assert left["temperature"] == temperature["fused"]["t"] and len(left["programs"]) == 2
+    assert scores.fused.clean.top1 == pytest.approx(accuracy_score(list(label.values()), guess))
+    temperatures = read_record(folder / "temperature.json", Temperatures)
+    assert temperatures.fused.t == scores.fused.temperature.t and len(temperatures.members) == 4
+    programs = json.loads((runs.MODELS / "tiny/programs/bundle.json").read_text())
+    assert [row["checkpoint"][3:] for row in programs["members"]] == sorted(temperatures.members)
+    assert programs["temperature"] == temperatures.fused.t and len(programs["programs"]) == 2
     cams = json.loads((folder / "gradcam" / "gradcam.json").read_text())
     assert {row["backbone"] for row in cams["images"]} == set(BACKBONES)
     assert all((folder / "gradcam" / row["file"]).is_file() for row in cams["images"])
@@ -97,14 +105,13 @@ def test_both_folds_and_backbones_become_scores_json(place: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "fused, folds 0, 1" in out and "no member of" not in out
 
-    before = (folder / "scores.json").read_bytes()
     evaluate.main([*WORDS, "eval.batch=7"])
-    again = json.loads((folder / "scores.json").read_text())
-    assert again["confusion"] == json.loads(before)["confusion"]
-    assert again["fused"]["clean"]["nll"] == pytest.approx(found["fused"]["clean"]["nll"], abs=1e-5)
+    repeated = read_scores()
+    assert repeated.confusion == scores.confusion
+    assert repeated.fused.clean.nll == pytest.approx(scores.fused.clean.nll, abs=1e-5)
 
 
-def test_the_page_shows_the_photographs_it_speaks_of(place: Path) -> None:
+def test_the_page_shows_the_images_of_its_mistakes(project: Path) -> None:
     member(0)
     member(1)
     evaluate.main(WORDS)
@@ -112,106 +119,113 @@ def test_the_page_shows_the_photographs_it_speaks_of(place: Path) -> None:
     files.write_atomic(runs.RESULTS / "tiny" / "meta" / "recipe.yaml", to_yaml(settings))
     main(["tiny"])
     html = (runs.RESULTS / "tiny" / "report.html").read_text(encoding="utf-8")
-    shown = html.partition('id="mistakes-list"')[2].partition("</ul></section>")[0]
+    mistakes = html.partition('id="mistakes-list"')[2].partition("</ul></section>")[0]
     pattern = r'<figure><img src="data:image/jpeg;base64,([^"]+)".*?<small>([^<]+)</small></figcaption>'
-    found = re.findall(pattern, shown, flags=re.S)
-    assert len(found) > 10  # an untrained network is wrong about two of three
-    for data, name in found:
+    images = re.findall(pattern, mistakes, flags=re.S)
+    assert len(images) > 10  # an untrained network is wrong about two of three
+    for data, name in images:
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=float)
-        own = by_pillow(name, 144, 1.0, "bicubic")[0].permute(1, 2, 0).numpy()
-        assert pixels.shape == own.shape and np.abs(pixels - own).mean() < 12, name  # of 255, noise in a JPEG
-    samples = re.search(r'<section id="samples".*?</section>', html, flags=re.S)[0]
-    assert "training images of fold 0: as stored" in samples and "at 32 × 32 pixels" in samples
-    titles = re.findall(r"<h3>(.*?)</h3>", samples)
-    assert titles == ["Stored", "Epoch 1", "Epoch 2", "MixUp", "CutMix"] and samples.count("<img") == 5 * 6
-    assert not re.search(r'<span class="nopic">', html)
+        expected = by_pillow(name, 144, 1.0, "bicubic")[0].permute(1, 2, 0).numpy()
+        # of 255; the noise of these images in a JPEG
+        assert pixels.shape == expected.shape and np.abs(pixels - expected).mean() < 12, name
+    section = re.search(r'<section id="augmentation".*?</section>', html, flags=re.S)[0]
+    assert "training images of fold 0: as stored" in section and "at 32 × 32 pixels" in section
+    titles = re.findall(r"<h3>(.*?)</h3>", section)
+    assert titles == ["Stored", "Epoch 1", "Epoch 2", "MixUp", "CutMix"] and section.count("<img") == 5 * 6
+    assert not re.search(r'<span class="noimg">', html)
 
 
 @pytest.mark.parametrize(
     ("mean", "fill"), [("auto", (123.675, 116.28, 103.53)), ("[0.1,0.2,0.3]", (25.5, 51.0, 76.5))]
 )
-def test_the_page_erases_with_what_training_does(place: Path, mean: str, fill: tuple[float, ...]) -> None:
+def test_the_page_erases_as_training_does(project: Path, mean: str, fill: tuple[float, ...]) -> None:
     settings = load(None, [*WORDS, f"data.mean={mean}", "reg.erase_p=1"])
     beton = fold_set.open_fold(settings, 0).train
-    drawn = thumbnails.draw(beton, np.arange(beton.rows), recipe=settings, epoch=0, size=(32, 32))
-    painted = (drawn - torch.tensor(fill)[:, None, None]).abs().amax(1) < 1e-3
-    assert (painted.flatten(1).float().mean(1) > 0.01).all()  # erased boxes take 0.02 of the area or more
+    augmented = thumbnails.augmented_batch(
+        beton, np.arange(beton.rows), recipe=settings, epoch=0, size=(32, 32)
+    )
+    erased = (augmented - torch.tensor(fill)[:, None, None]).abs().amax(1) < 1e-3
+    assert (erased.flatten(1).float().mean(1) > 0.01).all()  # erased boxes take 0.02 of the area or more
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_batches_change_no_label(place: Path, batch: int) -> None:
+def test_batches_change_no_label(project: Path, batch: int) -> None:
     path = member(0)
     words = [*WORDS, "tta.scales=[32]", "robust.enabled=false"]
-    want = inference.predict(path, load(None, words), torch.device("cpu"))
-    got = inference.predict(path, load(None, [*words, f"eval.batch={batch}"]), torch.device("cpu"))
-    np.testing.assert_array_equal(got.logits.argmax(1), want.logits.argmax(1))
-    np.testing.assert_allclose(got.logits, want.logits, atol=1e-4)
+    expected = inference.predict(path, load(None, words), torch.device("cpu"))
+    batched = inference.predict(path, load(None, [*words, f"eval.batch={batch}"]), torch.device("cpu"))
+    np.testing.assert_array_equal(batched.logits.argmax(1), expected.logits.argmax(1))
+    np.testing.assert_allclose(batched.logits, expected.logits, atol=1e-4)
 
 
-def test_a_run_that_is_cut_leaves_the_scores_of_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two members, then between two files; the next run ends as if nothing had been."""
+def test_an_interrupted_evaluation_leaves_the_earlier_scores(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between two members, then between two files; a repeated evaluation gives the same scores."""
     member(0), member(1)
     words = [*WORDS, "tta.scales=[32]", "tta.hflip=false", "robust.enabled=false"]
     folder = runs.RESULTS / "tiny"
 
-    def found() -> dict[str, object]:
-        return json.loads(re.sub(r'"ms": [\d.]+', '"ms": 0', (folder / "scores.json").read_text()))
+    def without_times() -> ExperimentScores:
+        scores = read_scores()
+        return replace(scores, members=[replace(row, ms=0.0) for row in scores.members])
 
     evaluate.main(words)
-    before, first = (folder / "scores.json").read_bytes(), found()
-    for module, name in ((inference, "predict"), (files, "write_json")):
-        honest, turns = getattr(module, name), iter([True])
+    before, first = (folder / "scores.json").read_bytes(), without_times()
+    for module, name in ((inference, "predict"), (evaluate, "write_record")):
+        original, turns = getattr(module, name), iter([True])
 
-        def cut(*args: object, honest: object = honest, turns: object = turns) -> object:
+        def interrupted(*args: object, original: object = original, turns: object = turns) -> object:
             if not next(turns, False):
                 raise KeyboardInterrupt
-            return honest(*args)
+            return original(*args)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, name, cut)
+            patch.setattr(module, name, interrupted)
             evaluate.main(words)
         if module is inference:
             assert (folder / "scores.json").read_bytes() == before
         assert not list(folder.rglob(".*.tmp"))
     for name in ("oof", "reports", "gradcam", "meta"):
         (folder / name).mkdir(exist_ok=True)
-        # of a killed process; none has so large a number
-        files.aside_of(folder / name / "a.png", 2**22 + 1).touch()
+        # of a killed process; no process has so large a PID
+        files.temporary_path(folder / name / "a.png", 2**22 + 1).touch()
     evaluate.main(words)
-    assert found() == first and not list(folder.rglob(".*.tmp"))
+    assert without_times() == first and not list(folder.rglob(".*.tmp"))
 
 
-def test_logits_of_another_member_of_the_same_name_are_not_taken(place: Path) -> None:
+def test_logits_of_a_replaced_member_are_not_used(project: Path) -> None:
     paths = [member(0), member(1)]
     words = [*WORDS, "tta.scales=[32]", "tta.hflip=false", "robust.enabled=false"]
     evaluate.main(words)
     settings = load(None, words)
-    assert set(out_of_fold(settings, paths)) == {path.name for path in paths}
+    assert set(read_out_of_fold(settings, paths)) == {path.name for path in paths}
     member(1, epoch=9)
-    assert set(out_of_fold(settings, paths)) == {paths[0].name}
+    assert set(read_out_of_fold(settings, paths)) == {paths[0].name}
 
 
-def test_a_missing_fold_is_said_and_never_filled_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_fold_is_reported_and_never_filled_in(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     member(1)
     words = [*WORDS, "tta.scales=[32]", "tta.hflip=false"]
     assert evaluate.main([*words, "accept.clean_min=1", "accept.corrupted_min=0"]) == evaluate.REFUSED
     out = capsys.readouterr().out
     assert "REFUSED   clean top-1: " in out and "accepted  corrupted top-1: " in out
     assert evaluate.main(words) == 0
-    found = json.loads((runs.RESULTS / "tiny" / "scores.json").read_text())
-    assert found["missing"] == [0] and found["fused"]["folds"] == [1] and found["fused"]["n"] == 15
-    assert (
-        found["fused"]["single"].items() <= found["fused"]["clean"].items()
-    )  # the only view is the single view
+    scores = read_scores()
+    assert scores.missing == [0] and scores.fused.folds == [1] and scores.fused.n == 15
+    # the only view is the single view
+    assert vars(scores.fused.single).items() <= vars(scores.fused.clean).items()
     assert "no member of fold 0 of 2" in capsys.readouterr().out
 
 
-def test_without_corrupted_images_and_temperature_there_are_none(place: Path) -> None:
+def test_without_corrupted_images_and_temperature_there_are_none(project: Path) -> None:
     member(0)
     evaluate.main([*WORDS, "robust.enabled=false", "ts.enabled=false", "tta.scales=[32]"])
-    found = json.loads((runs.RESULTS / "tiny" / "scores.json").read_text())
-    assert found["fused"]["corrupted"] is None and found["fused"]["temperature"] is None
-    assert found["fused"]["s"]["top1"] == found["fused"]["single"]["top1"]
+    fused = read_scores().fused
+    assert fused.corrupted is None and fused.temperature is None
+    assert fused.s.top1 == fused.single.top1
 
 
 @dataclass
@@ -224,7 +238,7 @@ class Refusal:
     "case",
     [
         Refusal({"class_hash": "other"}, r"trained with other classes \(other\) than data holds"),
-        Refusal({"class_hash": None}, r"trained with other classes \(None\) than data holds"),
+        Refusal({"class_hash": None}, r"in its description class_hash is null, must be text"),
         Refusal(
             {"class_hash": "b", "class_ids": ["rose", "10", "9"]},
             r"other classes \(b, in another order\) than",
@@ -238,14 +252,14 @@ class Refusal:
     ],
     ids=["classes", "no classes", "order", "fewer", "folds", "tensors"],
 )
-def test_members_that_do_not_fit_are_refused(place: Path, case: Refusal) -> None:
+def test_members_that_do_not_fit_are_refused(project: Path, case: Refusal) -> None:
     member(0, **case.changes)
     with pytest.raises(InputError, match=case.pattern):
         evaluate.main(WORDS)
     assert not (runs.RESULTS / "tiny" / "scores.json").exists()
 
 
-def test_no_member_and_a_damaged_member_are_refused_before_any_work(place: Path) -> None:
+def test_no_member_and_a_damaged_member_are_refused_before_any_work(project: Path) -> None:
     with pytest.raises(
         InputError, match=r"no member best_combo.*; train first, or change ensembling\.find_pattern"
     ):

@@ -8,72 +8,81 @@ import pytest
 
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.evaluation import logits
+from fastflower.evaluation.logits import MemberInfo
 from support.fake_members import BACKBONES, IDS, folds, labels, member
 
 
-def run(
-    backbone: str = BACKBONES[0], seed: int = 42, which: tuple[int, ...] = (2, 0, 1)
-) -> list[logits.Logits]:
-    return [member(fold, backbone, seed) for fold in which]
+def members_of_run(
+    backbone: str = BACKBONES[0], seed: int = 42, fold_numbers: tuple[int, ...] = (2, 0, 1)
+) -> list[logits.MemberLogits]:
+    return [member(fold, backbone, seed) for fold in fold_numbers]
 
 
 def test_a_saved_member_comes_back_to_the_bit(tmp_path: Path) -> None:
-    own = member(1)
-    path = logits.member_file(tmp_path, own.about)
-    logits.save_logits(path, own)
+    saved = member(1)
+    path = logits.save_logits(tmp_path, saved)
     assert path.name == "convnextv2_atto__fold1_seed42.npz"
-    again = logits.load_logits(path)
+    loaded = logits.load_logits(path)
     for name in logits.ARRAYS:
-        np.testing.assert_array_equal(getattr(again, name), getattr(own, name))
-        assert getattr(again, name).dtype == getattr(own, name).dtype
-    assert again.about == own.about
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(saved, name))
+        assert getattr(loaded, name).dtype == getattr(saved, name).dtype
+    assert loaded.info == saved.info
 
 
-def test_damaged_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.npz"
+def test_damaged_missing_and_foreign_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match=r"no logits .* run python -m fastflower\.evaluate first"):
-        logits.load_logits(path)
-    logits.save_logits(path, member(0))
+        logits.load_logits(tmp_path / "m.npz")
+    path = logits.save_logits(tmp_path, member(0))
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[data.index(member(0).logits.tobytes()) + 100] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptionError, match=r"not readable .*evaluate again"):
         logits.load_logits(path)
-    logits.save_logits(path, member(0, kind="probabilities"))
+    logits.save_logits(tmp_path, member(0, kind="probabilities"))
     with pytest.raises(InputError, match=r"holds probabilities, not logits; run python -m"):
+        logits.load_logits(path)
+    monkeypatch.setattr(MemberInfo, "FORMAT", 1)
+    logits.save_logits(tmp_path, member(0))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"has format 1, this version reads 2; run python -m"):
+        logits.load_logits(path)
+    logits.save_logits(tmp_path, member(0, head=3))
+    with pytest.raises(CorruptionError, match=r"head is 3, must be text"):
         logits.load_logits(path)
     np.savez(path, logits=np.zeros(3))
     with pytest.raises(CorruptionError, match="not readable"):
         logits.load_logits(path)
 
 
-@pytest.mark.parametrize("part", ["logits", "single", "corrupt"])
-def test_logits_that_are_not_finite_are_refused(tmp_path: Path, part: str) -> None:
-    own = member(0)
-    values = getattr(own, part).copy()
+@pytest.mark.parametrize("name", ["logits", "single", "corrupt"])
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path, name: str) -> None:
+    data = member(0)
+    values = getattr(data, name).copy()
     values[..., 3, 1] = np.nan
     with pytest.raises(
-        CorruptionError, match=rf"1 images have logits that are not finite, first {own.filename[3]}"
+        CorruptionError, match=rf"1 images have logits that are not finite, first {data.filename[3]}"
     ):
-        logits.save_logits(tmp_path / "m.npz", replace(own, **{part: values}))
+        logits.save_logits(tmp_path, replace(data, **{name: values}))
     assert not list(tmp_path.iterdir())
 
 
 def test_folds_become_one_set_in_which_each_image_occurs_once() -> None:
-    whole = logits.assemble(run(), folds())
-    np.testing.assert_array_equal(whole.index, np.flatnonzero(folds() >= 0))
-    np.testing.assert_array_equal(whole.class_idx, labels()[whole.index])
-    for own in run():
-        rows = np.isin(whole.index, own.index)
-        np.testing.assert_array_equal(whole.logits[rows], own.logits)
-        np.testing.assert_array_equal(whole.corrupt[:, rows], own.corrupt)
-        assert (whole.fold[rows] == own.about["fold"]).all()
-    assert (whole.about["mb"], whole.about["ms"]) == (30.0, 6.0)
+    assembled = logits.assemble(members_of_run(), folds())
+    np.testing.assert_array_equal(assembled.index, np.flatnonzero(folds() >= 0))
+    np.testing.assert_array_equal(assembled.class_idx, labels()[assembled.index])
+    for data in members_of_run():
+        rows = np.isin(assembled.index, data.index)
+        np.testing.assert_array_equal(assembled.logits[rows], data.logits)
+        np.testing.assert_array_equal(assembled.corrupt[:, rows], data.corrupt)
+        assert (assembled.fold[rows] == data.info.fold).all()
+    assert (assembled.info.mb, assembled.info.ms) == (30.0, 6.0)
 
 
 def test_missing_folds_are_named() -> None:
-    assert logits.missing_folds(run(which=(0, 2)), folds()) == [1]
-    assert logits.missing_folds(run(), folds()) == []
+    assert logits.missing_folds(members_of_run(fold_numbers=(0, 2)), folds()) == [1]
+    assert logits.missing_folds(members_of_run(), folds()) == []
 
 
 def test_sets_that_do_not_belong_together_are_refused() -> None:
@@ -92,12 +101,12 @@ def test_sets_that_do_not_belong_together_are_refused() -> None:
             logits.assemble([member(0), member(1, class_hash="other", class_ids=ids)], folds())
     with pytest.raises(InputError, match=r"different folds \(f01d, other\)"):
         logits.assemble([member(0), member(1, folds_hash="other")], folds())
-    other = member(1)
+    second = member(1)
     with pytest.raises(InputError, match=r"has 6 classes, .* has 5"):
-        logits.assemble([member(0), replace(other, logits=other.logits[:, :5])], folds())
+        logits.assemble([member(0), replace(second, logits=second.logits[:, :5])], folds())
     with pytest.raises(InputError, match="saw different corruptions"):
         logits.assemble(
-            [member(0), replace(other, combos=other.combos[:1], corrupt=other.corrupt[:1])], folds()
+            [member(0), replace(second, combos=second.combos[:1], corrupt=second.corrupt[:1])], folds()
         )
 
 
@@ -106,16 +115,16 @@ def test_an_image_of_the_members_own_training_part_is_refused() -> None:
     moved[member(0).index[4]] = 1
     with pytest.raises(InputError, match=r"1 images were not held out of fold 0, first image_\d+.jpg"):
         logits.assemble([member(0)], moved)
-    own = member(0)
+    data = member(0)
     with pytest.raises(InputError, match=r"1 images of folds \[0\] are missing"):
-        logits.assemble([own.take(np.arange(1, len(own)))], folds())
+        logits.assemble([data.take(np.arange(1, len(data)))], folds())
     with pytest.raises(InputError, match="not held out"):
-        logits.assemble([replace(own, index=own.index + 10_000)], folds())
+        logits.assemble([replace(data, index=data.index + 10_000)], folds())
 
 
 def test_fusion_is_the_mean_flat_or_by_family() -> None:
     sets = [
-        logits.assemble(run(b, s), folds())
+        logits.assemble(members_of_run(b, s), folds())
         for b, s in ((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
     ]
     a, b, c = (s.logits.astype(np.float64) for s in sets)
@@ -131,8 +140,8 @@ def test_fusion_is_the_mean_flat_or_by_family() -> None:
 
 def test_runs_over_other_folds_are_fused_where_they_overlap() -> None:
     first, second = (
-        logits.assemble(run(which=(0, 1)), folds()),
-        logits.assemble(run(BACKBONES[1], which=(1, 2)), folds()),
+        logits.assemble(members_of_run(fold_numbers=(0, 1)), folds()),
+        logits.assemble(members_of_run(BACKBONES[1], fold_numbers=(1, 2)), folds()),
     )
     fused = logits.fuse([first, second])
     np.testing.assert_array_equal(fused.index, np.flatnonzero(folds() == 1))

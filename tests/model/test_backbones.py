@@ -1,4 +1,4 @@
-"""Backbones: names, sizes, and pretrained weights in every form in which they may lie."""
+"""Backbones: names, sizes, and pretrained weights in every supported file and folder layout."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SIZES = [(64, 64)]
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("reached for the network")
+        raise AssertionError("opened a network connection")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture
 def published() -> dict[str, Tensor]:
-    """A whole classifier's tensors, as a model hub would hold them."""
+    """The tensors of a published classifier, head included."""
     return timm.create_model(NAME, pretrained=False).state_dict()
 
 
@@ -68,7 +68,7 @@ def test_named_backbones_take_their_sizes(name: str, sizes: tuple[int, ...], fea
     assert profile(name, [(size, size) for size in sizes]).features == features
 
 
-def test_profile_is_timms() -> None:
+def test_profile_equals_timms() -> None:
     for name in ("convnextv2_atto", "test_vit.r160_in1k", "vit_base_patch16_clip_224.openai"):
         got = profile(name, [(224, 224)])
         want = timm.data.resolve_data_config(
@@ -111,7 +111,7 @@ def test_impossible_sizes_are_refused_with_the_nearest(
         check_sizes(name, [size])
 
 
-def test_a_fixed_backbone_takes_the_one_size_that_it_was_built_for() -> None:
+def test_a_backbone_of_fixed_size_takes_only_the_size_it_was_built_for() -> None:
     check_sizes("beit_base_patch16_224", [(320, 320)])
     with pytest.raises(
         InputError, match=r"tta.scales = 384: beit_base_patch16_224 cannot take images of this size"
@@ -121,16 +121,16 @@ def test_a_fixed_backbone_takes_the_one_size_that_it_was_built_for() -> None:
 
 def test_vit_interpolates_its_position_embeddings_as_timm_does() -> None:
     backbone, _ = build_backbone("test_vit", [(160, 160), (224, 224)])
-    other = timm.create_model("test_vit", num_classes=0, img_size=224)
+    reference = timm.create_model("test_vit", num_classes=0, img_size=224)
     state = backbone.state_dict()
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [14, 14], num_prefix_tokens=1)
-    other.load_state_dict(state)
+    reference.load_state_dict(state)
     images = torch.randn(2, 3, 224, 224)
-    torch.testing.assert_close(backbone.eval()(images), other.eval()(images), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(backbone.eval()(images), reference.eval()(images), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "place",
+    "relative",
     [
         f"{NAME}.safetensors",
         f"{NAME}.pth",
@@ -143,10 +143,10 @@ def test_vit_interpolates_its_position_embeddings_as_timm_does() -> None:
         "test_convnext2/pytorch_model.bin",
     ],
 )
-def test_pretrained_weights_are_found_in_every_form(
-    tmp_path: Path, published: dict[str, Tensor], place: str
+def test_pretrained_weights_are_found_in_every_layout(
+    tmp_path: Path, published: dict[str, Tensor], relative: str
 ) -> None:
-    path = tmp_path / place
+    path = tmp_path / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(published, path)
@@ -161,12 +161,12 @@ def test_pretrained_weights_are_found_in_every_form(
         and not report.unexpected
         and set(report.dropped) == {"head.fc.weight", "head.fc.bias"}
     )
-    own = backbone.state_dict()
-    assert report.matched == len(own) and all(torch.equal(own[key], published[key]) for key in own)
+    state = backbone.state_dict()
+    assert report.matched == len(state) and all(torch.equal(state[key], published[key]) for key in state)
     assert f"{report.matched} tensors loaded, 2 of a head dropped" in str(report)
 
 
-def test_the_tagged_file_comes_first(tmp_path: Path) -> None:
+def test_the_file_with_the_tag_is_preferred(tmp_path: Path) -> None:
     for name in ("resnet18.pth", "resnet18.a1_in1k.bin", "resnet18.a1_in1k.pth"):
         (tmp_path / name).touch()
     assert find_weights("resnet18.a1_in1k", tmp_path).name == "resnet18.a1_in1k.pth"
@@ -181,7 +181,7 @@ def test_position_embeddings_of_another_size_are_resampled(tmp_path: Path) -> No
 
 
 def test_names_of_the_original_authors_are_converted(tmp_path: Path) -> None:
-    """torchvision's DenseNet as published before 2018: a conversion that only timm's own builder knows."""
+    """torchvision's DenseNet as published before 2018: only timm's builder knows the conversion."""
     with torch.device("meta"):
         shapes = timm.create_model("densenet121").state_dict()
     old = {
@@ -202,8 +202,8 @@ def test_missing_weights_name_every_path_and_never_start_at_random(tmp_path: Pat
     text = str(refusal.value)
     files = "{model.safetensors,pytorch_model.bin}"
     for stem in (NAME, "test_convnext2"):
-        for place in ("{.safetensors,.pth,.pt,.bin}", f"/{files}"):
-            assert f" {stem}{place}, " in text
+        for suffix in ("{.safetensors,.pth,.pt,.bin}", f"/{files}"):
+            assert f" {stem}{suffix}, " in text
         assert f" models--timm--{stem}/snapshots/*/{files}" in text
     assert f"in {tmp_path};" in text and "model.pretrained=false" in text and "\n" not in text
 

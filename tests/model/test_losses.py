@@ -1,4 +1,4 @@
-"""Losses against torch, timm and formulas written out."""
+"""Losses against torch, timm and explicit formulas."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CLASSES = 5
 COUNTS = [50, 20, 10, 5, 1]
 
 
-def loss_of(*words: str, counts: list[int] = COUNTS) -> Loss:
-    return build_loss(load(None, list(words)), counts)
+def loss_of(*overrides: str, counts: list[int] = COUNTS) -> Loss:
+    return build_loss(load(None, list(overrides)), counts)
 
 
 def batch(rows: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, labels, and mixed targets of two classes a row."""
+    """Logits, labels, and mixed targets of two classes per row."""
     logits, labels = 3 * torch.randn(rows, CLASSES), torch.arange(rows) % CLASSES
     hard = F.one_hot(labels, CLASSES).float()
-    share = torch.rand(rows, 1)
-    return logits, labels, share * hard + (1 - share) * hard.roll(rows // 2, 0)
+    weight = torch.rand(rows, 1)
+    return logits, labels, weight * hard + (1 - weight) * hard.roll(rows // 2, 0)
 
 
 def close(got: torch.Tensor, want: torch.Tensor | float, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), atol=tolerance, rtol=1e-5)
 
 
-def test_smoothed_loss_is_torchs_on_hard_and_soft_targets() -> None:
+def test_smoothed_loss_equals_torchs_on_hard_and_soft_targets() -> None:
     logits, labels, mixed = batch()
     loss = loss_of("loss.name=lsce", "reg.ls_eps=0.05")
     hard = F.one_hot(labels, CLASSES).float()
@@ -59,7 +59,7 @@ def test_mixing_then_smoothing_equals_smoothing_then_mixing() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_focal_loss_is_timms_on_hard_labels(gamma: float) -> None:
+def test_focal_loss_equals_timms_on_hard_labels(gamma: float) -> None:
     logits, labels, _ = batch()
     loss = loss_of("loss.name=focal", f"loss.focal_gamma={gamma}", "reg.ls_eps=0")
     reference = timm.loss.AsymmetricLossSingleLabel(gamma_pos=gamma, gamma_neg=0, eps=0)
@@ -77,7 +77,7 @@ def test_focal_loss_at_nine_tenths_and_with_soft_targets() -> None:
     close(smoothed(certain, torch.tensor([[1.0, 0.0]])), want)
 
 
-def test_balanced_softmax_adds_the_prior_and_leaves_the_logits_alone() -> None:
+def test_balanced_softmax_adds_the_prior_without_changing_the_logits() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5]])
     before = logits.clone()
     counts = [1000, 100, 10]
@@ -104,12 +104,12 @@ def test_balanced_softmax_masks_classes_without_images() -> None:
     assert logits.grad is not None and logits.grad.isfinite().all() and not logits.grad[:, 4].any()
 
 
-def test_empty_training_part_is_refused() -> None:
-    with pytest.raises(InputError, match="training part of the fold is empty"):
+def test_empty_training_split_is_refused() -> None:
+    with pytest.raises(InputError, match="training split of the fold is empty"):
         loss_of("loss.name=bsce", "sampler.type=none", counts=[0, 0])
 
 
-def test_binary_decisions_are_torchs_with_the_weight_of_positives() -> None:
+def test_binary_decisions_equal_torchs_with_the_weight_of_positives() -> None:
     logits, _, mixed = batch()
     loss = loss_of("loss.name=bce", "loss.pos_weight=auto", "reg.ls_eps=0.1")
     weight = torch.tensor([(sum(COUNTS) - n) / n for n in COUNTS])
@@ -140,7 +140,7 @@ def test_two_classes_are_one_decision_whose_sigmoid_is_the_softmax() -> None:
 
 
 def arcface_by_angles(cosine: np.ndarray, margin: float) -> np.ndarray:
-    """As pytorch-metric-learning writes it: through the angle, with its monotone continuation beyond pi."""
+    """The formula of pytorch-metric-learning: through the angle, with a monotone continuation beyond pi."""
     angle = np.arccos(np.clip(cosine, -1, 1))
     return np.where(angle <= np.pi - margin, np.cos(angle + margin), np.cos(angle) - margin * np.sin(margin))
 
@@ -161,8 +161,8 @@ def test_margin_loss_moves_the_true_class_only(head: str, eps: float) -> None:
     labels = torch.arange(6) % CLASSES
     shifted = cosine.clone()
     for row, label in enumerate(labels.tolist()):
-        own = cosine[row, label].numpy()
-        shifted[row, label] = float(arcface_by_angles(own, 0.3) if head == "arcface" else own - 0.3)
+        positive = cosine[row, label].numpy()
+        shifted[row, label] = float(arcface_by_angles(positive, 0.3) if head == "arcface" else positive - 0.3)
     loss = loss_of(f"model.head={head}", "model.margin=0.3", "model.head_scale=20", f"reg.ls_eps={eps}")
     want = F.cross_entropy(20 * shifted, labels, label_smoothing=eps)
     close(loss(20 * cosine, F.one_hot(labels, CLASSES)), want, 1e-4)
@@ -176,8 +176,8 @@ def test_margin_loss_of_a_mixed_target_is_the_mixture_of_two_losses(head: str, n
     first, second = F.one_hot(a, CLASSES).float(), F.one_hot((a + 1) % CLASSES, CLASSES).float()
     mixture = 0.3 * loss(logits, first) + 0.7 * loss(logits, second)
     close(loss(logits, 0.3 * first + 0.7 * second), mixture, 1e-4)
-    same = 0.4 * first + 0.6 * first  # both partners of the same class
-    close(loss(logits, same), loss(logits, first), 1e-4)
+    one_class = 0.4 * first + 0.6 * first  # both partners of one class
+    close(loss(logits, one_class), loss(logits, first), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["ce", "lsce", "focal", "bsce", "bce"])
@@ -185,18 +185,18 @@ def test_margin_loss_of_a_mixed_target_is_the_mixture_of_two_losses(head: str, n
 def test_microbatches_give_the_gradient_of_the_whole_batch(name: str, head: str) -> None:
     loss = loss_of(f"loss.name={name}", f"model.head={head}", "sampler.type=none")
     logits, _, mixed = batch()
-    whole = logits.clone().requires_grad_()
-    loss(whole, mixed).backward()
-    parts = logits.clone().requires_grad_()
+    full = logits.clone().requires_grad_()
+    loss(full, mixed).backward()
+    split = logits.clone().requires_grad_()
     for rows in (slice(0, 5), slice(5, 12)):
-        (loss(parts[rows], mixed[rows]) * len(parts[rows]) / len(parts)).backward()
-    assert whole.grad is not None and parts.grad is not None
-    close(parts.grad, whole.grad)
+        (loss(split[rows], mixed[rows]) * len(split[rows]) / len(split)).backward()
+    assert full.grad is not None and split.grad is not None
+    close(split.grad, full.grad)
 
 
 @pytest.mark.parametrize("name", ["ce", "lsce", "focal", "bsce", "bce"])
 @pytest.mark.parametrize("head", ["linear", "arcface", "cosface"])
-def test_losses_are_float32_and_finite_at_the_edges(name: str, head: str) -> None:
+def test_losses_are_float32_and_finite_for_extreme_logits(name: str, head: str) -> None:
     loss = loss_of(f"loss.name={name}", f"model.head={head}", "loss.focal_gamma=0.5", "sampler.type=none")
     logits = torch.full((2, CLASSES), -30.0, dtype=torch.bfloat16)
     logits[0, 0] = logits[1, 1] = 30.0
@@ -223,6 +223,6 @@ def test_cosine_head_gives_scaled_cosines_without_margin_in_float32() -> None:
         close(head(features), want, 1e-4)
 
 
-def test_linear_head_starts_as_timms() -> None:
+def test_linear_head_is_initialised_as_timms() -> None:
     head = build_head("linear", 64, classes=1000, scale=30.0)
     assert not head.bias.any() and head.weight.std().item() == pytest.approx(0.02, rel=0.05)

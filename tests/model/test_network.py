@@ -1,4 +1,4 @@
-"""The network from pixels to logits, its description in a checkpoint, and its face to Composer."""
+"""The network from pixels to logits, its description in a checkpoint, and its adapter to Composer."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from fastflower.algorithms.gradients import untouched
+from fastflower.algorithms.gradients import without_gradient
 from fastflower.core.errors import InputError
+from fastflower.core.records import to_plain
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
+from fastflower.model.member import parse_meta
 from fastflower.model.network import NetworkSpec, build_network, synchronise_norms, training_network
 from fastflower.recipe import load, schema
+from support.member_metas import member_meta
 
 CLASSES = 7
 
 
-def recipe(*words: str, backbone: str = "test_convnext2") -> schema.Recipe:
+def recipe(*overrides: str, backbone: str = "test_convnext2") -> schema.Recipe:
     base = [
         f"model.backbone={backbone}",
         "model.pretrained=false",
         "data.img_size=[32,64]",
         "tta.scales=[64,96]",
     ]
-    return load(None, [*base, *words])
+    return load(None, [*base, *overrides])
 
 
 def pixel_batch(rows: int = 4) -> torch.Tensor:
@@ -41,9 +44,9 @@ def pixel_batch(rows: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize("backbone", ["test_convnext2", "test_vit.r160_in1k", "test_efficientnet"])
 def test_a_checkpoints_description_builds_the_same_network(head: str, backbone: str) -> None:
     trained, spec, _ = training_network(recipe(f"model.head={head}", backbone=backbone), CLASSES)
-    described = json.loads(json.dumps(spec.meta() | {"fold": 0, "scores": {}}))
-    assert NetworkSpec.from_meta(described) == spec
-    rebuilt = build_network(NetworkSpec.from_meta(described))
+    meta = parse_meta(json.loads(json.dumps(to_plain(member_meta(spec)))), Path("member.pth"))
+    assert NetworkSpec(**{name: getattr(meta, name) for name in vars(spec)}) == spec
+    rebuilt = build_network(meta)
     rebuilt.load_state_dict(trained.state_dict())
     images = pixel_batch().permute(0, 3, 1, 2).float()
     got, want = rebuilt.eval()(images), trained.eval()(images)
@@ -54,24 +57,25 @@ def test_a_checkpoints_description_builds_the_same_network(head: str, backbone: 
 @pytest.mark.parametrize("head", ["linear", "arcface"])
 @pytest.mark.parametrize("backbone", ["test_convnext2", "test_vit", "test_efficientnet", "test_resnet"])
 def test_every_parameter_gets_a_gradient_in_the_first_step(head: str, backbone: str) -> None:
-    """On two ranks the wrapper that averages gradients would wait for it."""
-    words = recipe(f"model.head={head}", "model.drop_path=0", backbone=backbone)
-    network, _, _ = training_network(words, CLASSES)
-    model = Classifier(network.train(), build_loss(words, [3] * CLASSES))
+    """On two ranks DDP would wait for the missing gradient."""
+    settings = recipe(f"model.head={head}", "model.drop_path=0", backbone=backbone)
+    network, _, _ = training_network(settings, CLASSES)
+    model = Classifier(network.train(), build_loss(settings, [3] * CLASSES))
     batch = {"image": pixel_batch(), "label": torch.tensor([0, 1, 2, 3])}
     model.loss(model(batch), batch).backward()
-    assert untouched(network) == []
+    assert without_gradient(network) == []
 
 
 def test_state_dict_holds_backbone_and_head_only() -> None:
     network, _, _ = training_network(recipe(), CLASSES)
-    own = {f"backbone.{key}" for key in timm.create_model("test_convnext2", num_classes=0).state_dict()}
-    assert set(network.state_dict()) == own | {"head.weight", "head.bias"}
+    backbone = timm.create_model("test_convnext2", num_classes=0)
+    backbone_keys = {f"backbone.{key}" for key in backbone.state_dict()}
+    assert set(network.state_dict()) == backbone_keys | {"head.weight", "head.bias"}
 
 
 def test_description_has_the_keys_of_a_member() -> None:
     spec = NetworkSpec.from_recipe(recipe("model.head=cosface", "data.img_size=[[32,64],[64,128]]"), CLASSES)
-    assert spec.meta() == {
+    assert to_plain(spec) == {
         "backbone": "test_convnext2",
         "head": "cosface",
         "head_scale": 30.0,
@@ -82,35 +86,42 @@ def test_description_has_the_keys_of_a_member() -> None:
         "std": [0.5, 0.5, 0.5],
         "interpolation": "bicubic",
     }
-    with pytest.raises(InputError, match="checkpoint without backbone, margin in its description"):
-        NetworkSpec.from_meta({k: v for k, v in spec.meta().items() if k not in ("backbone", "margin")})
+    described = to_plain(member_meta(spec))
+    with pytest.raises(InputError, match=r"member\.pth: its description lacks backbone, margin; use"):
+        parse_meta(
+            {k: v for k, v in described.items() if k not in ("backbone", "margin")}, Path("member.pth")
+        )
+    with pytest.raises(
+        InputError, match=r"member\.pth: in its description epoch is .*, must be a whole number; use"
+    ):
+        parse_meta({**described, "epoch": "3"}, Path("member.pth"))
 
 
-def test_normalisation_happens_inside() -> None:
+def test_the_network_normalises_its_input() -> None:
     network, spec, _ = training_network(recipe("data.mean=[0.5,0.4,0.3]", "data.std=[0.2,0.3,0.4]"), CLASSES)
     assert spec.mean == (0.5, 0.4, 0.3)
     images = pixel_batch().permute(0, 3, 1, 2).float()
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
-    outside = (images / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    normalised = (images / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     network.eval()
-    want = network.head(network.backbone(outside))
+    want = network.head(network.backbone(normalised))
     torch.testing.assert_close(network(images), want, atol=1e-5, rtol=1e-5)
 
 
-def test_normalisation_against_pretrained_weights_is_refused(tmp_path: Path) -> None:
+def test_normalisation_that_contradicts_pretrained_weights_is_refused(tmp_path: Path) -> None:
     save_file(timm.create_model("test_convnext2").state_dict(), tmp_path / "test_convnext2.safetensors")
-    words = ["model.pretrained=true"]
+    overrides = ["model.pretrained=true"]
     with pytest.raises(
-        InputError, match=r"data.mean = \[0.4, 0.5, 0.5\]: the pretrained weights .* want \[0.5"
+        InputError, match=r"data.mean = \[0.4, 0.5, 0.5\]: the pretrained weights .* need \[0.5"
     ):
-        training_network(recipe(*words, "data.mean=[0.4,0.5,0.5]"), CLASSES, tmp_path)
+        training_network(recipe(*overrides, "data.mean=[0.4,0.5,0.5]"), CLASSES, tmp_path)
     with pytest.raises(InputError, match=r"data.std = \[0.1, 0.1, 0.1\]"):
-        training_network(recipe(*words, "data.std=[0.1,0.1,0.1]"), CLASSES, tmp_path)
-    _, _, lines = training_network(recipe(*words, "data.mean=[0.5,0.5,0.5]"), CLASSES, tmp_path)
+        training_network(recipe(*overrides, "data.std=[0.1,0.1,0.1]"), CLASSES, tmp_path)
+    _, _, lines = training_network(recipe(*overrides, "data.mean=[0.5,0.5,0.5]"), CLASSES, tmp_path)
     assert str(tmp_path) in lines[0]
 
 
-def test_pretrained_weights_replace_the_random_start_but_for_the_head(tmp_path: Path) -> None:
+def test_pretrained_weights_replace_random_ones_except_in_the_head(tmp_path: Path) -> None:
     published = timm.create_model("test_convnext2").state_dict()
     save_file(published, tmp_path / "test_convnext2.safetensors")
     network, _, _ = training_network(recipe("model.pretrained=true"), CLASSES, tmp_path)
@@ -121,7 +132,7 @@ def test_pretrained_weights_replace_the_random_start_but_for_the_head(tmp_path: 
     assert lines == ["test_convnext2: random initial weights (model.pretrained=false)"]
 
 
-def test_the_default_folder_is_asked_for_pretrained_weights() -> None:
+def test_pretrained_weights_are_read_from_the_default_folder() -> None:
     with pytest.raises(InputError) as caught:
         training_network(recipe("model.pretrained=true"), CLASSES)
     assert str(caught.value) == (
@@ -139,13 +150,13 @@ def test_views_that_the_backbone_cannot_take_are_refused_before_training() -> No
 
 
 def test_recipe_keys_reach_the_network() -> None:
-    words = [
+    overrides = [
         "model.drop_rate=0.3",
         "model.drop_path=0.1",
         "model.grad_checkpointing=true",
         "train.channels_last=true",
     ]
-    network, _, _ = training_network(recipe(*words, "model.head=arcface", "model.head_scale=12"), CLASSES)
+    network, _, _ = training_network(recipe(*overrides, "model.head=arcface", "model.head_scale=12"), CLASSES)
     assert network.dropout.p == 0.3 and network.head.scale == 12
     assert any(type(module).__name__ == "DropPath" for module in network.modules())
     assert network.backbone.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -154,13 +165,13 @@ def test_recipe_keys_reach_the_network() -> None:
     assert rows.backbone.stem[0].weight.is_contiguous()
 
 
-def test_same_seed_same_start() -> None:
-    starts = []
+def test_equal_seeds_give_equal_initial_weights() -> None:
+    initial = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        starts.append(training_network(recipe(), CLASSES)[0].state_dict())
-    assert all(torch.equal(starts[0][key], starts[1][key]) for key in starts[0])
-    assert not torch.equal(starts[0]["head.weight"], starts[2]["head.weight"])
+        initial.append(training_network(recipe(), CLASSES)[0].state_dict())
+    assert all(torch.equal(initial[0][key], initial[1][key]) for key in initial[0])
+    assert not torch.equal(initial[0]["head.weight"], initial[2]["head.weight"])
 
 
 def test_norms_are_synchronised_for_cnns_on_several_gpus_only() -> None:
@@ -204,7 +215,7 @@ def test_classifier_learns_from_the_soft_target_where_there_is_one(classifier: C
     torch.testing.assert_close(soft, F.cross_entropy(logits, target, label_smoothing=0.05))
 
 
-def test_shadows_are_scored_but_are_no_part_of_the_module(classifier: Classifier) -> None:
+def test_shadows_are_scored_but_are_not_in_the_module_tree(classifier: Classifier) -> None:
     shadow, _, _ = training_network(recipe(), CLASSES)
     names, parameters = list(classifier.state_dict()), len(list(classifier.parameters()))
     classifier.shadows["ema"] = shadow.eval()

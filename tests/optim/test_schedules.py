@@ -1,4 +1,4 @@
-"""Schedules against the seeds' numbers and torch's own plateau; optimisers against one step written out."""
+"""Schedules against published numbers and torch's plateau; optimizers against one step by hand."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from fastflower.core.errors import InputError
-from fastflower.optim.optimizers import optimizer
+from fastflower.optim.optimizers import build_optimizer
 from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
 from fastflower.recipe import load, schema
 
 
-def curve(*words: str) -> schema.Recipe:
-    return load(None, list(words))
+def curve(*overrides: str) -> schema.Recipe:
+    return load(None, list(overrides))
 
 
-def seed_002(i: int, horizon: int, warmup: int, base: float, eta_min: float = 0.0) -> float:
-    """Its CosineAnnealingWithWarmupLR, as written there."""
+def cosine_with_warmup(i: int, horizon: int, *, warmup: int, base: float, eta_min: float = 0.0) -> float:
+    """The formula of a per-step CosineAnnealingWithWarmupLR."""
     if i < warmup:
         return base * (i + 1) / warmup
     return eta_min + (base - eta_min) * (1 + math.cos(math.pi * (i - warmup) / (horizon - warmup))) / 2
@@ -44,33 +44,38 @@ def seed_002(i: int, horizon: int, warmup: int, base: float, eta_min: float = 0.
         (48, 47, 1.3339e-7),
     ],
 )
-def test_one_step_an_epoch_gives_the_seeds_numbers(horizon: int, epoch: int, lr: float) -> None:
+def test_one_step_per_epoch_gives_the_published_numbers(horizon: int, epoch: int, lr: float) -> None:
     recipe = curve(f"sched.cosine_epochs={horizon}")
     assert 1e-4 * lr_factor(epoch, 0, steps_per_epoch=1, recipe=recipe) == pytest.approx(
         lr, rel=1e-4, abs=1e-12
     )
 
 
-def test_every_step_follows_seed_002s_class_counted_in_steps() -> None:
+def test_every_step_follows_the_formula_counted_in_steps() -> None:
     recipe, steps = curve("sched.cosine_epochs=8", "sched.warmup_epochs=2"), 7
     got = [lr_factor(t // steps, t % steps, steps_per_epoch=steps, recipe=recipe) for t in range(8 * steps)]
-    assert got == pytest.approx([seed_002(t, 8 * steps, 2 * steps, 1.0) for t in range(8 * steps)], rel=1e-12)
+    assert got == pytest.approx(
+        [cosine_with_warmup(t, 8 * steps, warmup=2 * steps, base=1.0) for t in range(8 * steps)], rel=1e-12
+    )
     assert got[0] == 1 / 14 and got[13] == 1.0 and 0 < got[-1] < 2e-3
 
 
-def test_digits_warm_up_for_an_epoch_of_steps_as_seed_002_calls_it(repo: Path) -> None:
-    """Its T_max is in steps, its warm-up T_max // epochs; eta_min falls with the lr, as its grid asks."""
+def test_the_digits_recipe_warms_up_for_one_epoch_of_steps(repo: Path) -> None:
+    """T_max in steps, warm-up T_max // epochs, eta_min proportional to the lr."""
     recipe = load(repo / "recipes/digits.yaml", ["sched.eta_min=0.01", "sched.cosine_epochs=10"])
     steps, base = 525, float(recipe.opt.lr)
     horizon = 10 * steps
     got = [
         base * lr_factor(t // steps, t % steps, steps_per_epoch=steps, recipe=recipe) for t in range(horizon)
     ]
-    expected = [seed_002(t, horizon, horizon // 10, base, 0.01 * base) for t in range(horizon)]
+    expected = [
+        cosine_with_warmup(t, horizon, warmup=horizon // 10, base=base, eta_min=0.01 * base)
+        for t in range(horizon)
+    ]
     assert got == pytest.approx(expected, rel=1e-12)
 
 
-def test_last_lr_ends_at_eta_min_and_stays() -> None:
+def test_the_lr_ends_at_eta_min_and_stays_there() -> None:
     recipe = curve("sched.eta_min=0.01")
     assert lr_factor(40, 0, steps_per_epoch=100, recipe=recipe) == pytest.approx(0.01)
     assert lr_factor(45, 50, steps_per_epoch=100, recipe=recipe) == pytest.approx(0.01)
@@ -91,7 +96,7 @@ def test_cosine_stays_continuous_when_a_stage_has_more_steps() -> None:
     )
 
 
-def test_no_warmup_starts_at_the_whole_lr() -> None:
+def test_without_warmup_the_first_step_has_the_full_lr() -> None:
     assert lr_factor(0, 0, steps_per_epoch=10, recipe=curve("sched.warmup_epochs=0")) == 1.0
 
 
@@ -105,7 +110,7 @@ def test_plateau_warms_up_then_follows_its_factor_and_none_is_constant() -> None
 
 @pytest.mark.parametrize("monitor", ["score", "val_loss"])
 @pytest.mark.parametrize("patience", [0, 1, 2, 3])
-def test_plateau_is_torchs(patience: int, monitor: str) -> None:
+def test_plateau_equals_torchs(patience: int, monitor: str) -> None:
     generator = torch.Generator().manual_seed(patience)
     walk = (0.5 + 0.01 * torch.randn(60, generator=generator).cumsum(0)).tolist()
     scores = [0.0, 0.0, 0.5, 0.4, 0.41, 0.42, 0.38, float("nan"), *walk, *([0.7] * 6), 0.70001, 0.701]
@@ -122,14 +127,14 @@ def test_plateau_is_torchs(patience: int, monitor: str) -> None:
     assert plateau.factor < 1
 
 
-def test_seed_001s_table_of_losses_is_a_patience_of_one() -> None:
-    losses, table = [0.5, 0.4, 0.41, 0.42, 0.38], [1e-4, 1e-4, 1e-4, 1e-4, 5e-5]  # the lr of each epoch
-    for patience, falls in ((1, True), (2, False)):  # it says 2, which torch never lowers here
+def test_lowering_the_lr_in_the_second_bad_epoch_is_a_patience_of_one() -> None:
+    losses, published = [0.5, 0.4, 0.41, 0.42, 0.38], [1e-4, 1e-4, 1e-4, 1e-4, 5e-5]  # the lr of each epoch
+    for patience, falls in ((1, True), (2, False)):  # with patience 2 torch never lowers it here
         plateau, lrs = Plateau(0.5, patience, "val_loss"), []
         for loss in losses:
             lrs.append(1e-4 * plateau.factor)
             plateau.step(loss)
-        assert (lrs == table) == falls and min(lrs) == (5e-5 if falls else 1e-4)
+        assert (lrs == published) == falls and min(lrs) == (5e-5 if falls else 1e-4)
 
 
 def test_plateau_state_continues_and_a_restart_keeps_the_factor() -> None:
@@ -168,28 +173,30 @@ def group(lr: float, decay: float) -> dict[str, object]:
 
 def test_adamw_decays_by_lr_times_decay() -> None:
     groups = [group(0.1, 0.05), group(0.2, 0.05), group(0.0, 0.05)]
-    made = optimizer(groups, curve(), torch.device("cpu"))
-    assert isinstance(made, torch.optim.AdamW)
+    optimizer = build_optimizer(groups, curve(), torch.device("cpu"))
+    assert isinstance(optimizer, torch.optim.AdamW)
     for g in groups:
         g["params"][0].grad = torch.zeros(3)  # type: ignore[index]
-    made.step()
-    got = [g["params"][0][0].item() for g in made.param_groups]
+    optimizer.step()
+    got = [g["params"][0][0].item() for g in optimizer.param_groups]
     assert got == pytest.approx([1 - 0.1 * 0.05, 1 - 0.2 * 0.05, 1.0], abs=1e-7)
 
 
 def test_sgd_takes_the_recipes_momentum() -> None:
     recipe = curve("opt.name=sgd", "opt.momentum=0.8")
-    made = optimizer([group(0.1, 0.0)], recipe, torch.device("cpu"))
+    optimizer = build_optimizer([group(0.1, 0.0)], recipe, torch.device("cpu"))
     assert (
-        isinstance(made, torch.optim.SGD) and made.defaults["momentum"] == 0.8 and made.defaults["nesterov"]
+        isinstance(optimizer, torch.optim.SGD)
+        and optimizer.defaults["momentum"] == 0.8
+        and optimizer.defaults["nesterov"]
     )
-    plain = optimizer([group(0.1, 0.0)], curve("opt.name=sgd", "opt.momentum=0"), torch.device("cpu"))
+    plain = build_optimizer([group(0.1, 0.0)], curve("opt.name=sgd", "opt.momentum=0"), torch.device("cpu"))
     assert not plain.defaults["nesterov"]
 
 
 def test_a_part_with_lr_zero_does_not_move_while_its_moments_fill() -> None:
     frozen = group(0.0, 0.05)
-    made = optimizer([frozen], curve(), torch.device("cpu"))
+    optimizer = build_optimizer([frozen], curve(), torch.device("cpu"))
     frozen["params"][0].grad = torch.ones(3)  # type: ignore[index]
-    made.step()
+    optimizer.step()
     assert torch.equal(frozen["params"][0].detach(), torch.ones(3))  # type: ignore[index]

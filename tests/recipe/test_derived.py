@@ -1,4 +1,4 @@
-"""Derived numbers against seed 000's formulas written out, and every contradiction that `check` refuses."""
+"""Derived numbers against the written-out formulas, and every contradiction that `check` refuses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from fastflower.core.errors import InputError
 from fastflower.recipe import checks, derived, load, schema
 
 
-def make(*words: str) -> schema.Recipe:
-    return load(None, list(words))
+def recipe_with(*changes: str) -> schema.Recipe:
+    return load(None, list(changes))
 
 
-def refused(*words: str) -> str:
+def refused(*changes: str) -> str:
     with pytest.raises(InputError) as caught:
-        checks.check(make(*words))
+        checks.check(recipe_with(*changes))
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -33,27 +33,28 @@ def refused(*words: str) -> str:
     ],
 )
 def test_lr_follows_the_global_batch(per_gpu, world, accum, batch, lr):
-    got = derived.derive(make(f"train.batch_per_gpu={per_gpu}", f"train.grad_accum={accum}"), world)
+    got = derived.derive(recipe_with(f"train.batch_per_gpu={per_gpu}", f"train.grad_accum={accum}"), world)
     assert got.batch_global == batch
     assert got.lr == pytest.approx(lr, rel=1e-12)
 
 
-def test_very_large_batches_may_scale_less():
-    words = ["opt.large_batch_factor=0.8", "train.batch_per_gpu=96"]
-    assert derived.derive(make(*words), 8).lr == pytest.approx(4.8e-4)
-    assert derived.derive(make(*words), 4).lr == pytest.approx(2e-4 * 384 / 256)  # not above 512
+def test_the_learning_rate_of_large_batches_may_scale_less():
+    changes = ["opt.large_batch_factor=0.8", "train.batch_per_gpu=96"]
+    assert derived.derive(recipe_with(*changes), 8).lr == pytest.approx(4.8e-4)
+    assert derived.derive(recipe_with(*changes), 4).lr == pytest.approx(2e-4 * 384 / 256)  # not above 512
     assert (
-        "held in" in derived.derive(make("opt.large_batch_factor=0.8", "train.batch_per_gpu=128"), 8).lr_note
+        "held in"
+        in derived.derive(recipe_with("opt.large_batch_factor=0.8", "train.batch_per_gpu=128"), 8).lr_note
     )
 
 
 def test_an_explicit_lr_is_taken_as_it_is():
-    assert derived.derive(make("opt.lr=0.9"), 2).lr == 0.9
-    assert derived.derive(make("opt.lr=1"), 2).lr == 1.0
+    assert derived.derive(recipe_with("opt.lr=0.9"), 2).lr == 0.9
+    assert derived.derive(recipe_with("opt.lr=1"), 2).lr == 1.0
 
 
 @pytest.mark.parametrize(
-    ("words", "ends"),
+    ("changes", "ends"),
     [
         ([], [15, 40]),
         (["data.img_size=[224,320,448]", "sched.cosine_epochs=48"], [15, 40, 48]),
@@ -63,8 +64,8 @@ def test_an_explicit_lr_is_taken_as_it_is():
         (["data.img_size=[8,16,24]", "sched.cosine_epochs=3", "sched.warmup_epochs=0"], [1, 2, 3]),
     ],
 )
-def test_stages_end_where_the_seed_says(words, ends):
-    got = derived.derive(make(*words), 2)
+def test_stages_end_in_the_specified_proportion(changes, ends):
+    got = derived.derive(recipe_with(*changes), 2)
     assert [stage.last for stage in got.stages] == ends
     assert [stage.first for stage in got.stages] == [1, *[end + 1 for end in ends[:-1]]]
     by_epoch = [got.stage(epoch) for epoch in range(ends[-1])]
@@ -73,10 +74,10 @@ def test_stages_end_where_the_seed_says(words, ends):
 
 
 def test_stage_batches_and_rectangles():
-    got = derived.derive(make("data.img_size=[[32,64],[48,96]]", "train.stage_batch=[8,4]"), 2)
+    got = derived.derive(recipe_with("data.img_size=[[32,64],[48,96]]", "train.stage_batch=[8,4]"), 2)
     assert [(s.height, s.width, s.batch_per_gpu) for s in got.stages] == [(32, 64, 8), (48, 96, 4)]
     assert got.batch_global == 16
-    assert derived.largest_size(make("data.img_size=[[32,64],[48,96]]")) == 96
+    assert derived.largest_size(recipe_with("data.img_size=[[32,64],[48,96]]")) == 96
     assert got.as_dict()["stages"][1]["height"] == 48
 
 
@@ -86,19 +87,19 @@ def test_resize_side(size, side):
 
 
 def test_largest_size_covers_the_views():
-    assert derived.largest_size(make()) == 384
-    assert derived.largest_size(make("tta.scales=[64]")) == 320
+    assert derived.largest_size(recipe_with()) == 384
+    assert derived.largest_size(recipe_with("tta.scales=[64]")) == 320
 
 
 def test_mixing_ends_with_a_third_stage():
-    assert derived.mix_final_epoch(make()) is None
-    assert derived.mix_final_epoch(make("data.img_size=[224,320,448]", "sched.cosine_epochs=48")) == 41
-    assert derived.mix_final_epoch(make("reg.mix_final_epoch=30")) == 30
+    assert derived.mix_final_epoch(recipe_with()) is None
+    assert derived.mix_final_epoch(recipe_with("data.img_size=[224,320,448]", "sched.cosine_epochs=48")) == 41
+    assert derived.mix_final_epoch(recipe_with("reg.mix_final_epoch=30")) == 30
 
 
 REFUSALS = [
-    (["data.root=a/b", "data.test=a/b"], "lie in one another"),
-    (["data.root=a/b", "data.test=a/b/test"], "lie in one another"),
+    (["data.root=a/b", "data.test=a/b"], "are one inside the other"),
+    (["data.root=a/b", "data.test=a/b/test"], "are one inside the other"),
     (["data.root=a/b/train", "data.test=./a"], "keep them apart"),
     (["data.img_size=[]"], "the sizes of the stages must grow"),
     (["data.img_size=[320,224]"], "the sizes of the stages must grow"),
@@ -106,7 +107,7 @@ REFUSALS = [
     (["data.img_size=4"], "whole numbers from 8"),
     (["data.img_size=[[1,2,3]]"], "[[height, width]]"),
     (["data.size_epochs=[5]"], "one last epoch for each of the 2 sizes"),
-    (["data.size_epochs=[0,40]"], "must grow and end at the horizon"),
+    (["data.size_epochs=[0,40]"], "must grow and end at the last epoch"),
     (["data.size_epochs=[15,50]"], "sched.cosine_epochs = 40"),
     (["data.size_epochs=auto", "data.img_size=[8,16,24,32]"], "give the last epoch of each of the 4 sizes"),
     (["train.stage_batch=[64]"], "one batch for each of the 2 sizes"),
@@ -139,16 +140,16 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "text"), REFUSALS, ids=[" ".join(words) for words, _ in REFUSALS])
-def test_contradictions_are_refused_in_one_line(words, text):
-    message = refused(*words)
+@pytest.mark.parametrize(("changes", "text"), REFUSALS, ids=[" ".join(changes) for changes, _ in REFUSALS])
+def test_contradictions_are_refused_in_one_line(changes, text):
+    message = refused(*changes)
     assert text in message
-    assert words[0].partition("=")[0].split(".")[-1] in message  # names the key
+    assert changes[0].partition("=")[0].split(".")[-1] in message  # names the key
 
 
 def test_double_correction_can_be_asked_for():
-    checks.check(make("loss.name=bsce", "checks.allow_double_correction=true"))
-    checks.check(make("loss.name=bsce", "sampler.type=none"))
+    checks.check(recipe_with("loss.name=bsce", "checks.allow_double_correction=true"))
+    checks.check(recipe_with("loss.name=bsce", "sampler.type=none"))
 
 
 ADVICE = [
@@ -170,7 +171,7 @@ ADVICE = [
 ]
 
 
-@pytest.mark.parametrize(("words", "text"), ADVICE, ids=[" ".join(words) for words, _ in ADVICE])
-def test_doubtful_choices_get_advice(words, text):
-    assert not [line for line in checks.check(make()) if text in line]
-    assert [line for line in checks.check(make(*words)) if text in line]
+@pytest.mark.parametrize(("changes", "text"), ADVICE, ids=[" ".join(changes) for changes, _ in ADVICE])
+def test_doubtful_choices_get_advice(changes, text):
+    assert not [line for line in checks.check(recipe_with()) if text in line]
+    assert [line for line in checks.check(recipe_with(*changes)) if text in line]

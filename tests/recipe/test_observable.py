@@ -1,7 +1,7 @@
-"""Every key of a recipe does something: changed alone, it changes what the program makes or says.
+"""Every recipe key has an effect: changed alone, it changes an output of the program.
 
-`CHANGES` has a line for each key: who looks, another value, and what else the recipe must say for the key to
-matter. An observer is a function of a recipe that returns something to compare; it must give the same twice.
+`CHANGES` lists for each key an observer, another value, and further changes that the key needs to matter. An observer
+is a function of a recipe whose result can be compared; called twice, it must return the same.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from PIL import Image
 
 from fastflower import ensemble, evaluate, export, train
 from fastflower.algorithms.fixmatch import FixMatch
-from fastflower.algorithms.mixing import Mix
+from fastflower.algorithms.mixing import MixUpCutMix
 from fastflower.bundle import gates, writer
 from fastflower.bundle.members import choose
 from fastflower.callbacks.checkpoints import parse_interval
 from fastflower.callbacks.selection import Candidate, Selection
 from fastflower.core import checkpoint, runs, seeding
 from fastflower.core.errors import InputError
+from fastflower.core.records import to_plain
 from fastflower.core.runs import Run
 from fastflower.data.betons import fold_set
 from fastflower.data.conversion.pipeline import convert
@@ -43,9 +44,9 @@ from fastflower.evaluation import acceptance, distillation, summary
 from fastflower.model.embeddings import embedder
 from fastflower.model.losses import build_loss
 from fastflower.model.network import synchronise_norms, training_network
-from fastflower.optim.groups import param_groups, table
+from fastflower.optim.groups import describe_groups, param_groups
 from fastflower.optim.lr_range import rates
-from fastflower.optim.optimizers import optimizer
+from fastflower.optim.optimizers import build_optimizer
 from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
 from fastflower.recipe import Recipe, checks, derived, load, schema, to_yaml
 from fastflower.recipe.derived import derive
@@ -54,18 +55,19 @@ from support import fake_members, toy_project
 
 KEYS = [name for name, _, _ in schema.fields_of(Recipe())]
 CPU = torch.device("cpu")
+KINDS_COMPARED = ("best_combo", "ema_best", "swa", "last")
 
 
 def sha(*arrays: Any) -> str:
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for array in arrays:
         data = array.detach().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-        found.update(np.ascontiguousarray(data).tobytes())
-    return found.hexdigest()
+        total.update(np.ascontiguousarray(data).tobytes())
+    return total.hexdigest()
 
 
-def said(work: Callable[[], Any]) -> tuple[list[str], Any]:
-    """The notes that a command prints, and what it returns or how it is refused."""
+def notes_and_result(work: Callable[[], Any]) -> tuple[list[str], Any]:
+    """The notes that a command prints, and its result or error message."""
     out, result = io.StringIO(), None
     with contextlib.redirect_stdout(out):
         try:
@@ -79,13 +81,18 @@ def said(work: Callable[[], Any]) -> tuple[list[str], Any]:
 
 
 def plan(recipe: Recipe) -> Any:
-    """What follows from a recipe before anything is read."""
+    """Numbers, schedules and names derived from a recipe without reading data."""
     try:
         advice = checks.check(recipe)
     except InputError as error:
         return str(error)
     numbers = derive(recipe, 2)
-    run = Run(recipe.exp.name, recipe.model.backbone, derived.fold_numbers(recipe)[0], recipe.seed)
+    run = Run(
+        exp=recipe.exp.name,
+        backbone=recipe.model.backbone,
+        fold=derived.fold_numbers(recipe)[0],
+        seed=recipe.seed,
+    )
     plateau, factors = Plateau(recipe.sched.factor, recipe.sched.patience, recipe.sched.monitor), []
     for epoch in range(numbers.epochs):
         plateau.step(0.5 + 0.01 * max(0, epoch - 5))
@@ -108,32 +115,32 @@ def plan(recipe: Recipe) -> Any:
 
 
 def converted(recipe: Recipe) -> Any:
-    """What convert leaves: file names and contents, or why it refuses."""
+    """The files that convert writes, with their hashes, or its error message."""
 
     def work() -> Any:
-        made = convert(recipe, read_labels(recipe), embedder)
+        conversion = convert(recipe, read_labels(recipe), embedder)
         home = Path(recipe.data.home)
         files = sorted(
             path for path in home.rglob("*") if path.is_file() and path.suffix in (".csv", ".beton")
         )
-        return {str(path): sha(np.fromfile(path, np.uint8)) for path in files}, made.settings
+        return {str(path): sha(np.fromfile(path, np.uint8)) for path in files}, conversion.settings
 
-    return said(work)
+    return notes_and_result(work)
 
 
 def batches(recipe: Recipe) -> Any:
     """Training batches of several epochs after augmentation and mixing, and evaluation batches."""
-    clock, seen = fold_data.Clock(), []
+    position, seen = fold_data.Position(), []
     fold = fold_set.open_fold(recipe, 0)
     data = fold_data.loaders(
         recipe,
         derive(recipe, 1),
-        clock=clock,
+        position=position,
         fold=fold,
         interpolation="bicubic",
         machine=ranks.prepare(recipe),
     )
-    mix, grey = Mix(recipe, len(fold.classes)), (128.0, 128.0, 128.0)
+    mix, grey = MixUpCutMix(recipe, len(fold.classes)), (128.0, 128.0, 128.0)
     for epoch in range(3):
         data.train.cursor = lambda at=epoch: (at, 0)
         for step, batch in enumerate(data.train):
@@ -147,14 +154,14 @@ def batches(recipe: Recipe) -> Any:
             views = [sha(batch[name]) for name in ("weak", "strong") if name in batch]
             seen.append((sha(state.batch["image"]), sha(state.batch["target"]), *views))
     evaluation = {name: [sha(b["image"]) for b in loader] for name, loader in data.evaluation.items()}
-    found = seen, evaluation, data.train.threads, data.combos
+    observed = seen, evaluation, data.train.threads, data.combos
     data.close()
-    return found
+    return observed
 
 
 def unlabelled(recipe: Recipe) -> Any:
-    """What unlabelled images add to the loss of a fixed network, and to what it is shown."""
-    found, pictures = (
+    """The loss and the network input that FixMatch adds for unlabelled images, with a fixed network."""
+    fixmatch, pictures = (
         FixMatch(recipe, [1, 1, 1], fill=(0.0, 0.0, 0.0)),
         torch.arange(2 * 3 * 8 * 8 * 3).view(2, 3, 8, 8, 3),
     )
@@ -165,39 +172,39 @@ def unlabelled(recipe: Recipe) -> Any:
         timestamp=Timestamp(epoch=0, batch_in_epoch=1),
     )  # fmt: skip
     # as if the first class were hardly ever predicted
-    found.mean = torch.tensor([1e-4, 0.1, 0.9], dtype=torch.float64)
-    found.apply(Event.BEFORE_FORWARD, state, None)
+    fixmatch.mean_prediction = torch.tensor([1e-4, 0.1, 0.9], dtype=torch.float64)
+    fixmatch.apply(Event.BEFORE_FORWARD, state, None)
     state.outputs = state.batch["image"].mean((2, 3)) * torch.tensor([0.05, 0.06, 0.07])
     for event in (Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):
-        found.apply(event, state, None)
-    return sha(state.batch["image"]), float(state.loss), found.row()
+        fixmatch.apply(event, state, None)
+    return sha(state.batch["image"]), float(state.loss), fixmatch.row()
 
 
 def drawn(recipe: Recipe) -> Any:
-    """The rows of an epoch from a long tail."""
+    """The rows of an epoch sampled from a long-tailed dataset."""
     labels = np.repeat(np.arange(5), [200, 80, 20, 5, 1])
     return order(recipe.sampler, labels, seed=recipe.seed, epoch=0, fold=0, batch=1).tolist()
 
 
 def network(recipe: Recipe) -> Any:
-    """The network as training builds it: what it computes, its groups, its optimizer, what two GPUs would change."""
+    """The network as training builds it: its output, parameter groups, optimizer, and SyncBatchNorm on two GPUs."""
 
     def work() -> Any:
         seeding.seed_all(0)
         classes = len(fold_data.class_counts(recipe, fold_set.open_fold(recipe, 0)))
-        made, spec, notes = training_network(recipe, classes)
+        built, spec, notes = training_network(recipe, classes)
         images = torch.linspace(0, 255, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
-        groups = param_groups(made, 1e-3, recipe)
-        _, synchronised = synchronise_norms(made, recipe, device=torch.device("cuda"), world_size=2)
-        layouts = [p.stride() for p in made.parameters()]
-        checkpointing = [getattr(module, "grad_checkpointing", None) for module in made.modules()]
-        made.train()
+        groups = param_groups(built, 1e-3, recipe)
+        _, synchronised = synchronise_norms(built, recipe, device=torch.device("cuda"), world_size=2)
+        layouts = [p.stride() for p in built.parameters()]
+        checkpointing = [getattr(module, "grad_checkpointing", None) for module in built.modules()]
+        built.train()
         return (
-            sha(made(images)), notes, table(groups), repr(optimizer(groups, recipe, CPU)),
+            sha(built(images)), notes, describe_groups(groups), repr(build_optimizer(groups, recipe, CPU)),
             synchronised, layouts, checkpointing, dataclasses.asdict(spec),
         )  # fmt: skip
 
-    return said(work)
+    return notes_and_result(work)
 
 
 def objective(recipe: Recipe) -> Any:
@@ -214,12 +221,12 @@ def taught(recipe: Recipe) -> float:
 
 
 def teachers(recipe: Recipe) -> Any:
-    """What the training images are taught, or why nothing."""
-    return said(lambda: distillation.probabilities(recipe, fold_set.open_fold(recipe, 0), 4))
+    """The distillation targets of the training images, or the error message."""
+    return notes_and_result(lambda: distillation.probabilities(recipe, fold_set.open_fold(recipe, 0), 4))
 
 
 def judged(recipe: Recipe) -> Any:
-    """What selection says of a made-up course of scores over two stages."""
+    """The decisions of Selection on a fixed sequence of scores over two stages."""
     selection = Selection(recipe.select, recipe.es, 2)
     course = [(0.50, 0.30), (0.60, 0.35), (0.59, 0.42), (0.60, 0.20), (0.6004, 0.20)] + [(0.6, 0.2)] * 12
     seen = []
@@ -230,51 +237,54 @@ def judged(recipe: Recipe) -> Any:
 
 
 def machine(recipe: Recipe) -> Any:
-    """The switches of the process."""
+    """The precision and cuDNN settings of the process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda number: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-        found = ranks.prepare(recipe)
+        prepared = ranks.prepare(recipe)
     return (
-        found.precision,
+        prepared.precision,
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
-        found.determinism(),
+        prepared.determinism(),
     )
 
 
 def trained(recipe: Recipe) -> Any:
-    """One epoch: files, scores, weights, notes, and how the run ended."""
+    """One training: its files, scores, weights, notes, and its result or error message."""
     path = Path("observed.yaml")
     path.write_text(to_yaml(recipe))
-    notes, end = said(lambda: train.main([str(path)]))
-    run = Run(recipe.exp.name, recipe.model.backbone, 0, recipe.seed)
+    notes, end = notes_and_result(lambda: train.main([str(path)]))
+    run = Run(exp=recipe.exp.name, backbone=recipe.model.backbone, fold=0, seed=recipe.seed)
     folders = (run.model_dir, run.results_dir)
     files = sorted({p.name.split(".out.")[0] for f in folders for p in f.rglob("*") if p.is_file()})
-    weights = [sha(*checkpoint.load(p).tensors.values()) for kind in KINDS for p in run.files(kind)]
+    weights = [
+        sha(*checkpoint.load(p).tensors.values()) for kind in KINDS_COMPARED for p in run.checkpoints(kind)
+    ]
     return (
         notes,
         end,
         files,
         weights,
-        runs.read_events(run.events)[1:] and toy_project.epochs(recipe.exp.name),
+        runs.read_events(run.events_path)[1:] and toy_project.epochs(recipe.exp.name),
     )
 
 
-KINDS = ("best_combo", "ema_best", "swa", "last")
-
-
 def arguments(recipe: Recipe) -> Any:
-    """What Composer's Trainer is given."""
+    """The arguments that Composer's Trainer receives."""
 
     class Seen(Exception):
         pass
 
-    def trainer(**given: Any) -> None:
-        learners = [part.teacher for part in given["algorithms"] if isinstance(part, FixMatch)]
-        taught = [teacher is None for teacher in learners]
-        raise Seen(given["compile_config"], given["precision"], given["max_duration"], taught)
+    def trainer(**arguments: Any) -> None:
+        teachers = [
+            algorithm.teacher for algorithm in arguments["algorithms"] if isinstance(algorithm, FixMatch)
+        ]
+        without_teacher = [teacher is None for teacher in teachers]
+        raise Seen(
+            arguments["compile_config"], arguments["precision"], arguments["max_duration"], without_teacher
+        )
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen) as seen:
         patch.setattr(build, "Trainer", trainer)
@@ -285,28 +295,32 @@ def arguments(recipe: Recipe) -> Any:
             fold=fold,
             machine=ranks.prepare(recipe),
             stop=None,
-            console=types.SimpleNamespace(say=print),
-            same={},
+            console=types.SimpleNamespace(write=print),
+            identity={},
         )  # type: ignore[arg-type]
     return seen.value.args
 
 
 def summed_up(recipe: Recipe) -> Any:
-    """scores.json of made-up members: three of one family, one of another."""
+    """scores.json of fake members: two seeds of one backbone and one of another."""
     members = [fake_members.member(fold) for fold in range(3)]
     members += [fake_members.member(fold, seed=7) for fold in range(3)]
     members += [fake_members.member(fold, fake_members.BACKBONES[1]) for fold in range(3)]
     return json.dumps(
-        summary.summarise(members, fake_members.folds(), classes=fake_members.classes_csv(), recipe=recipe),
+        to_plain(
+            summary.summarise(
+                members, fake_members.folds(), classes=fake_members.classes_csv(), recipe=recipe
+            )
+        ),
         default=str,
     )
 
 
 def combined(recipe: Recipe) -> Any:
-    """Which soups are made of the trained member."""
+    """The console lines about soups of the trained member."""
     with pytest.MonkeyPatch.context() as patch:
         member = fake_members.member(0)
-        patch.setattr(summary, "evaluated", lambda folder: [member])
+        patch.setattr(summary, "load_member_logits", lambda folder: [member])
         patch.setattr(ensemble, "read_folds", lambda path: types.SimpleNamespace(fold=fake_members.folds()))
         out = io.StringIO()
         path = Path("observed.yaml")
@@ -317,7 +331,7 @@ def combined(recipe: Recipe) -> Any:
 
 
 def accepted(recipe: Recipe) -> Any:
-    """What the thresholds say of made-up members."""
+    """The acceptance checks of fake members."""
     members = [fake_members.member(fold) for fold in range(3)]
     scores = summary.summarise(
         members, fake_members.folds(), classes=fake_members.classes_csv(), recipe=recipe
@@ -325,30 +339,32 @@ def accepted(recipe: Recipe) -> Any:
     return acceptance.check(scores, [], recipe.accept)
 
 
-def found(recipe: Recipe) -> Any:
-    """The members that evaluation takes."""
-    return [path.name for path in evaluate.members_of(recipe)]
+def matched(recipe: Recipe) -> Any:
+    """The checkpoints that evaluate uses."""
+    return [path.name for path in evaluate.member_paths(recipe)]
 
 
 def bundled(recipe: Recipe) -> Any:
-    """The bundle of the trained member: its description and the size of its weights."""
+    """The bundle of the trained member: its manifest and the size of its weights."""
     chosen = choose(recipe, [])
     members = writer.load_members(chosen.paths, recipe.bundle.dtype)
-    with writer.aside() as folder:
-        made = writer.write(folder, members, shares=np.ones(1), recipe=recipe, temperature=chosen.temperature)
-        return json.dumps(made), (folder / "weights_0.safetensors").stat().st_size
+    with writer.temporary_bundle() as folder:
+        manifest = writer.write_bundle(
+            folder, members, weights=np.ones(1), recipe=recipe, temperature=chosen.temperature
+        )
+        return json.dumps(to_plain(manifest)), (folder / "weights_0.safetensors").stat().st_size
 
 
 def exported(recipe: Recipe) -> Any:
-    """What export says of its gates."""
+    """The names of the gates that fail in export."""
     path = Path("observed.yaml")
     path.write_text(to_yaml(recipe))
-    _, refusal = said(lambda: export.main([str(path)]))
+    _, refusal = notes_and_result(lambda: export.main([str(path)]))
     return [gate.split(":")[0] for gate in str(refusal).split("; ")]
 
 
 def lost(recipe: Recipe) -> Any:
-    """The gate of a bundle that forgot 20 of 100 answers."""
+    """The gate of a bundle that lost 20 right answers of 100 images."""
     return gates.loss_gate("int8", 70, before=90, count=100, max_loss=recipe.bundle.max_loss)
 
 
@@ -510,7 +526,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "eval.ece_bins": (summed_up, "5", ""),
     "tta.scales": (bundled, "[32,48]", ""),
     "tta.hflip": (bundled, "false", ""),
-    "ensembling.find_pattern": (found, "ema_best__*", ""),
+    "ensembling.find_pattern": (matched, "ema_best__*", ""),
     "ensembling.weighting": (summed_up, "family", ""),
     "ensembling.soup": (combined, "folds", ""),
     "ensembling.weights": (summed_up, f"{{{fake_members.BACKBONES[0]}: 3, {fake_members.BACKBONES[1]}: 1}}", HAND),
@@ -540,7 +556,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny project, trained; and a set with a bad image, and labels under other names."""
+    """The tiny project, trained, with further datasets: a bad image, other columns, other formats, near-duplicates."""
     home = toy_project.project(tmp_path_factory.mktemp("project"))
     smooth = np.kron(np.random.default_rng(5).integers(60, 200, (6, 6, 3)), np.ones((8, 8, 1)))
     with contextlib.chdir(home):
@@ -565,13 +581,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree("data/train", folder)
         shutil.copy("elsewhere/c7_0.jpg", "elsewhere/c7_1.jpg")
         Path("bad/broken.jpg").write_bytes(b"\xff\xd8 not a photograph")
-        for number, amplitude in enumerate(
-            (0, 0, 12)
-        ):  # one picture, encoded again, and with noise of its own
+        for number, amplitude in enumerate((0, 0, 12)):  # an image, encoded again, and with added noise
             pixels = smooth + np.random.default_rng(number).normal(0, amplitude, smooth.shape)
             picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             picture.save(f"twins/c7_{number}.jpg", quality=95 - 5 * number)
-        weights = tmp_path_factory.mktemp("weights")  # a link to them is what each look copies
+        weights = tmp_path_factory.mktemp("weights")  # each observation copies only the link to them
         for name in ("test_resnet", "test_convnext"):
             torch.manual_seed(0)
             torch.save(timm.create_model(name).state_dict(), weights / f"{name}.pth")
@@ -579,13 +593,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def look(observer: Callable[[Recipe], Any], words: str, place: Path, project: Path) -> Any:
-    """An observation in a fresh copy of the project."""
-    shutil.copytree(project, place, symlinks=True)
-    with contextlib.chdir(place):
+def observe(observer: Callable[[Recipe], Any], changes: str, *, folder: Path, project: Path) -> Any:
+    """Call an observer in a fresh copy of the project."""
+    shutil.copytree(project, folder, symlinks=True)
+    with contextlib.chdir(folder):
         if observer is trained:
             shutil.rmtree("results")
-        return observer(load("tiny.yaml", toy_project.recipes_words(words)))
+        return observer(load("tiny.yaml", toy_project.recipes_words(changes)))
 
 
 def test_no_key_is_left_out():
@@ -593,10 +607,10 @@ def test_no_key_is_left_out():
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_key_changes_what_is_seen(name, project, tmp_path):
-    observer, value, more = CHANGES[name]
-    before = look(observer, more, tmp_path / "before", project)
-    again = look(observer, more, tmp_path / "again", project)
-    after = look(observer, f"{more} {name}={value}", tmp_path / "after", project)
+def test_a_key_changes_what_an_observer_sees(name, project, tmp_path):
+    observer, value, needed = CHANGES[name]
+    before = observe(observer, needed, folder=tmp_path / "before", project=project)
+    again = observe(observer, needed, folder=tmp_path / "again", project=project)
+    after = observe(observer, f"{needed} {name}={value}", folder=tmp_path / "after", project=project)
     assert repr(before) == repr(again), "an observer must give the same twice"
     assert repr(before) != repr(after)

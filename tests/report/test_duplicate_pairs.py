@@ -1,3 +1,5 @@
+"""The near-duplicate pairs of the report: how duplicates.csv is read, and how the page counts and labels them."""
+
 from __future__ import annotations
 
 import re
@@ -8,12 +10,12 @@ import numpy as np
 
 from fastflower.core import runs
 from fastflower.core.tables import write_csv
-from fastflower.data.conversion.pipeline import PAIRS
+from fastflower.data.conversion.grouping import DUPLICATE_COLUMNS
 from fastflower.data.folds import Folds
 from fastflower.report import page
-from fastflower.report.experiment import pairs, read
+from fastflower.report.experiment import ImageRef, duplicate_pairs, read_experiment
 from support.fake_members import experiment, member
-from support.report_parser import words
+from support.report_parser import text_of
 
 NAMES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
 FOLDS = Folds(
@@ -21,36 +23,40 @@ FOLDS = Folds(
 )
 
 
-def test_pairs_have_places_and_different_labels_come_first(tmp_path: Path) -> None:
+def test_pairs_refer_to_rows_of_folds_csv_and_conflicts_come_first(tmp_path: Path) -> None:
     path = tmp_path / "duplicates.csv"
-    assert pairs(path, FOLDS) == []
+    assert duplicate_pairs(path, FOLDS) == []
     rows = [("0", "b.jpg", "7", "a.jpg", "7", "3", "no"), ("1", "d.jpg", "7", "c.jpg", "9", "", "yes")]
-    write_csv(path, [dict(zip(PAIRS, (*row, ""), strict=True)) for row in rows], PAIRS)
-    torn, near = pairs(path, FOLDS)
-    assert torn["conflict"] and torn["identical"] and torn["bits"] is None
-    assert torn["category_ids"] == ["7", "9"] and torn["filenames"] == ["d.jpg", "c.jpg"]
-    assert torn["rows"] == [{"index": 3, "fold": 1}, {"index": 2, "fold": 1}]
-    assert not near["conflict"] and not near["identical"] and near["bits"] == 3
-    assert near["rows"][1] == {"index": 0, "fold": -1}
+    write_csv(
+        path, [dict(zip(DUPLICATE_COLUMNS, (*row, ""), strict=True)) for row in rows], DUPLICATE_COLUMNS
+    )
+    conflict, near = duplicate_pairs(path, FOLDS)
+    assert conflict.conflict and conflict.identical and conflict.bits is None
+    assert conflict.category_ids == ("7", "9") and conflict.filenames == ("d.jpg", "c.jpg")
+    assert conflict.images == (ImageRef(3, fold=1), ImageRef(2, fold=1))
+    assert not near.conflict and not near.identical and near.bits == 3
+    assert near.images[1] == ImageRef(0, fold=-1)
 
 
-def test_the_page_counts_them_and_says_how_alike_they_are(tmp_path: Path) -> None:
+def test_the_page_counts_pairs_and_names_their_similarity(tmp_path: Path) -> None:
     path = tmp_path / "duplicates.csv"
     rows = [
         ("0", "b.jpg", "7", "a.jpg", "7", "3", "no"),
         ("1", "d.jpg", "7", "c.jpg", "9", "", "yes"),
         ("1", "d.jpg", "7", "a.jpg", "7", "0", "no"),
     ]
-    write_csv(path, [dict(zip(PAIRS, (*row, ""), strict=True)) for row in rows], PAIRS)
-    experiment(runs.RESULTS / "made", [member(f) for f in (0, 1, 2)], [], [])
-    html = page.experiment(replace(read("made"), copies=pairs(path, FOLDS)))
-    section = re.search(r'<section id="copies".*?</section>', html, flags=re.S)[0]
-    said = words(section)
-    assert "3 photographs are copies or near-copies of another" in said
-    assert "1 of them bear different labels" in said
-    captions = [words(caption) for caption in re.findall(r"<p>(.*?)</p></li>", section, flags=re.S)]
+    write_csv(
+        path, [dict(zip(DUPLICATE_COLUMNS, (*row, ""), strict=True)) for row in rows], DUPLICATE_COLUMNS
+    )
+    experiment(runs.RESULTS / "example", [member(f) for f in (0, 1, 2)], [], [])
+    html = page.experiment_page(replace(read_experiment("example"), duplicates=duplicate_pairs(path, FOLDS)))
+    section = re.search(r'<section id="duplicates".*?</section>', html, flags=re.S)[0]
+    shown = text_of(section)
+    assert "3 pairs of images are duplicates or near-duplicates" in shown
+    assert "1 of them have different labels" in shown
+    captions = [text_of(caption) for caption in re.findall(r"<p>(.*?)</p></li>", section, flags=re.S)]
     assert captions == [
-        "labels 7 and 9 , the same bytes d.jpg, c.jpg",
+        "labels 7 and 9 , identical bytes d.jpg, c.jpg",
         "7 , 0 of 64 bits differ d.jpg, a.jpg",
         "7 , 3 of 64 bits differ b.jpg, a.jpg",
     ]

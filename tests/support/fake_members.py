@@ -1,16 +1,19 @@
-"""Made-up members with known logits, for tests of everything that reads saved logits."""
+"""Members with generated logits, for tests of the readers of saved logits and scores."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastflower.core import files, runs
+from fastflower.core.records import write_record
 from fastflower.core.tables import write_csv
 from fastflower.evaluation import acceptance, logits, summary, tables
-from fastflower.evaluation.logits import Logits
+from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits
+from fastflower.evaluation.records import ExperimentScores, Temperature, Temperatures
 from fastflower.recipe import load, to_yaml
 
 COMBOS = np.array([["blur", "low"], ["jpeg", "low"]])
@@ -19,7 +22,7 @@ BACKBONES = ("convnextv2_atto", "vit_tiny_patch16_224")
 
 
 def folds(rows: int = 120, count: int = 3, seed: int = 0) -> np.ndarray:
-    """folds.csv's column: int64 (rows,), the first two rows always in training."""
+    """folds.csv's column: int64 (rows,); the first two rows are -1, always in training."""
     column = np.random.default_rng(seed).permutation(np.arange(rows) % count)
     column[:2] = -1
     return column
@@ -27,42 +30,41 @@ def folds(rows: int = 120, count: int = 3, seed: int = 0) -> np.ndarray:
 
 def labels(rows: int = 120, seed: int = 0) -> np.ndarray:
     """Long-tailed class_idx int64 (rows,); every class occurs."""
-    share = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
-    drawn = np.random.default_rng(seed + 1).choice(len(IDS), rows, p=share)
-    drawn[: len(IDS)] = np.arange(len(IDS))
-    return drawn
+    frequencies = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+    class_idx = np.random.default_rng(seed + 1).choice(len(IDS), rows, p=frequencies)
+    class_idx[: len(IDS)] = np.arange(len(IDS))
+    return class_idx
 
 
 def member(
-    fold: int, backbone: str = BACKBONES[0], seed: int = 42, skill: float = 2.0, **about: object
-) -> Logits:
-    """A member that is right more often than not; other arguments change its description."""
-    column, classes = folds(), labels()
-    index = np.flatnonzero(column == fold)
+    fold: int, backbone: str = BACKBONES[0], seed: int = 42, skill: float = 2.0, **changes: Any
+) -> MemberLogits:
+    """A member that is right more often than not; `changes` are fields of its MemberInfo."""
+    index = np.flatnonzero(folds() == fold)
+    class_idx = labels()[index]
     rng = np.random.default_rng([fold, seed, BACKBONES.index(backbone)])
-    own = classes[index]
-    base = skill * np.eye(len(IDS))[own] + rng.normal(size=(len(own), len(IDS)))
+    base = skill * np.eye(len(IDS))[class_idx] + rng.normal(size=(len(index), len(IDS)))
 
     def noisy(scale: float) -> np.ndarray:
         return (2 * (base + scale * rng.normal(size=base.shape))).astype(np.float32)
 
     name = f"best_combo__{backbone}__fold{fold}_seed{seed}_epoch{fold + 3}_score0.8000.pth"
+    info = MemberInfo(
+        name=name, checkpoint=name, seal=None, backbone=backbone, fold=fold, seed=seed, epoch=fold + 3, weights="ema",
+        head="linear", stored=None, size=(32, 32), views=[(32, 32, False), (32, 32, True)], class_ids=IDS,
+        class_hash="c0ffee", folds_hash="f01d", mb=10.0, ms=2.0,
+    )  # fmt: skip
     return Logits(
         logits=noisy(0.1),
         single=noisy(0.3),
         corrupt=np.stack([noisy(0.8), noisy(1.2)]),
-        class_idx=own,
+        class_idx=class_idx,
         index=index,
-        fold=np.full(len(own), fold),
+        fold=np.full(len(index), fold),
         filename=np.array([f"image_{row}.jpg" for row in index]),
         combos=COMBOS,
-        about={
-            "name": name, "checkpoint": name, "backbone": backbone, "fold": fold, "seed": seed, "epoch": fold + 3,
-            "weights": "ema", "head": "linear", "stored": None,
-            "size": [32, 32], "views": [[32, 32, False], [32, 32, True]],
-            "class_ids": IDS, "class_hash": "c0ffee", "folds_hash": "f01d", "mb": 10.0, "ms": 2.0, **about,
-        },
-    )  # fmt: skip
+        info=replace(info, **changes),
+    )
 
 
 def classes_csv() -> list[dict[str, str]]:
@@ -76,26 +78,49 @@ def classes_csv() -> list[dict[str, str]]:
 
 
 def experiment(
-    folder: Path, members: list[Logits], events: list[dict[str, Any]], words: list[str]
-) -> dict[str, Any]:
-    """What training and evaluate leave of members in results/results/<exp>; returns scores.json's content."""
+    folder: Path, members: list[MemberLogits], events: list[dict[str, Any]], words: list[str]
+) -> ExperimentScores:
+    """Write the files of training and evaluate to results/results/<exp>; returns the scores."""
     settings = load(None, [f"exp.name={folder.name}", *words])
     files.write_atomic(folder / "meta" / "recipe.yaml", to_yaml(settings))
     write_csv(folder / "meta" / "classes.csv", classes_csv())
     write_csv(folder / "meta" / "folds.csv", [{"fold": str(fold)} for fold in folds()])
-    for own in members:
-        logits.save_logits(logits.member_file(folder / "oof", own.about), own)
+    for member_logits in members:
+        logits.save_logits(folder / "oof", member_logits)
     for row in events:
         runs.append_event(folder / "events.jsonl", row)
-    found = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
-    found["acceptance"] = acceptance.check(found, events, settings.accept)
-    files.write_json(folder / "scores.json", found)
-    tables.save(folder / "reports", found)
-    return found
+    scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
+    scores = replace(scores, acceptance=acceptance.check(scores, events, settings.accept))
+    write_record(folder / "scores.json", scores)
+    tables.write_reports(folder / "reports", scores)
+    return scores
+
+
+def temperature(t: float) -> Temperature:
+    """A temperature with scores of no meaning."""
+    return Temperature(
+        t=t, fit_on="clean", n=100, nll_before=0.9, nll_after=0.8, ece_before=0.2, ece_after=0.1,
+        nll_after_low=0.7, nll_after_high=0.9, ece_after_low=0.05, ece_after_high=0.15,
+    )  # fmt: skip
+
+
+def temperatures(**fields: Any) -> Temperatures:
+    """The content of temperature.json without temperatures and weights, except for the given fields."""
+    empty = Temperatures(
+        fused=None,
+        weighting="flat",
+        hand_weights=None,
+        weights={},
+        folds=[0],
+        missing=[],
+        runs={},
+        members={},
+    )
+    return replace(empty, **fields)
 
 
 def event(epoch: int, fold: int) -> dict[str, Any]:
-    """A row of events.jsonl as training writes it."""
+    """A row of events.jsonl, as training writes it."""
     value = 0.5 + 0.05 * epoch
     return {
         "event": "epoch", "backbone": BACKBONES[0], "fold": fold, "seed": 42, "epoch": epoch,
@@ -109,7 +134,7 @@ def event(epoch: int, fold: int) -> dict[str, Any]:
 
 
 def trained(backbone: str, seed: int, fold: int) -> list[dict[str, Any]]:
-    """Events of a training in which the averaged weights lead, but macro F1 falls at the end of each size."""
+    """Events of a training in which the averaged weights score higher, but macro F1 falls at the end of each size."""
     return [
         {
             **event(epoch, fold), "backbone": backbone, "seed": seed,

@@ -1,4 +1,4 @@
-"""The numbers of a report once more, from saved logits and events alone: scikit-learn, torchmetrics or the formula."""
+"""Independent computation of a report's numbers from saved logits and events: scikit-learn, torchmetrics or formula."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALPHA, BINS = 0.7, 15
 
 
 def p(value: float, digits: int = 1) -> str:
-    """A share in percent, as tables write it."""
+    """A fraction in percent, as tables write it."""
     return f"{100 * value:.{digits}f}"
 
 
@@ -31,8 +31,8 @@ def kind(name: str) -> str:
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
     """Wilson's interval as the two roots of (p - x)^2 = z^2 x (1 - x) / n."""
-    z, share = 1.959963984540054, hits / n
-    low, high = sorted(np.roots([1 + z * z / n, -(2 * share + z * z / n), share * share]).real)
+    z, fraction = 1.959963984540054, hits / n
+    low, high = sorted(np.roots([1 + z * z / n, -(2 * fraction + z * z / n), fraction * fraction]).real)
     return max(0.0, low), min(1.0, high)
 
 
@@ -65,15 +65,15 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 class Set:
-    """Logits of a member, a run or the fused set, and what is said of them; images in the order of folds.csv."""
+    """Logits of a member, a run or the fused set and their scores; images in the order of folds.csv."""
 
-    def __init__(self, parts: list[dict[str, Any]]) -> None:
-        order = np.argsort(np.concatenate([own["index"] for own in parts]))
+    def __init__(self, members: list[dict[str, Any]]) -> None:
+        order = np.argsort(np.concatenate([member["index"] for member in members]))
         self.y, self.index, self.fold, self.filename, self.views, self.single = (
-            np.concatenate([own[name] for own in parts])[order]
+            np.concatenate([member[name] for member in members])[order]
             for name in ("class_idx", "index", "fold", "filename", "logits", "single")
         )
-        self.dark = np.concatenate([own["corrupt"] for own in parts], axis=1)[:, order]
+        self.dark = np.concatenate([member["corrupt"] for member in members], axis=1)[:, order]
 
     @property
     def n(self) -> int:
@@ -108,9 +108,9 @@ class Set:
     def ece(self, t: float = 1) -> float:
         return ece(probabilities(self.views, t), self.y)
 
-    def macro(self, what: str, logits: np.ndarray | None = None) -> float:
+    def macro(self, score_name: str, logits: np.ndarray | None = None) -> float:
         guess = (self.views if logits is None else logits).argmax(1)
-        score = metrics.recall_score if what == "recall" else metrics.f1_score
+        score = metrics.recall_score if score_name == "recall" else metrics.f1_score
         return score(self.y, guess, labels=np.unique(self.y), average="macro", zero_division=0)
 
     def nll_span(self, t: float = 1) -> str:
@@ -120,20 +120,20 @@ class Set:
         return f"{max(losses.mean() - half, 0):.3f}–{losses.mean() + half:.3f}"  # no loss is below 0
 
     def bootstrap(self, t: float, draws: int = 400) -> dict[str, np.ndarray]:
-        """2.5% and 97.5% of images drawn within each class, one by one, with random numbers of its own."""
+        """2.5% and 97.5% percentiles over draws of the images within each class, one by one, with another seed."""
         rng = np.random.default_rng(1)
-        own = [np.flatnonzero(self.y == c) for c in np.unique(self.y)]
-        found: dict[str, list[float]] = {"recall": [], "f1": [], "ece": [], "ece_after": []}
+        by_class = [np.flatnonzero(self.y == c) for c in np.unique(self.y)]
+        samples: dict[str, list[float]] = {"recall": [], "f1": [], "ece": [], "ece_after": []}
         before, after = probabilities(self.views), probabilities(self.views, t)
         for _ in range(draws):
-            rows = np.concatenate([rng.choice(of_class, len(of_class)) for of_class in own])
+            rows = np.concatenate([rng.choice(of_class, len(of_class)) for of_class in by_class])
             y, guess = self.y[rows], self.guess[rows]
             present = np.unique(y)
-            found["recall"].append(metrics.recall_score(y, guess, labels=present, average="macro"))
-            found["f1"].append(metrics.f1_score(y, guess, labels=present, average="macro"))
-            found["ece"].append(ece(before[rows], y))
-            found["ece_after"].append(ece(after[rows], y))
-        return {name: np.percentile(values, [2.5, 97.5]) for name, values in found.items()}
+            samples["recall"].append(metrics.recall_score(y, guess, labels=present, average="macro"))
+            samples["f1"].append(metrics.f1_score(y, guess, labels=present, average="macro"))
+            samples["ece"].append(ece(before[rows], y))
+            samples["ece_after"].append(ece(after[rows], y))
+        return {name: np.percentile(values, [2.5, 97.5]) for name, values in samples.items()}
 
 
 def read_column(path: Path, name: str) -> list[str]:
@@ -142,12 +142,12 @@ def read_column(path: Path, name: str) -> list[str]:
 
 
 class Evaluated:
-    """An experiment as its oof/*.npz, events.jsonl and meta/ have it; `classes` are the rows of classes.csv."""
+    """An experiment from its oof/*.npz, events.jsonl and meta/; `classes` are the rows of classes.csv."""
 
     def __init__(self, folder: Path, classes: list[dict[str, str]]) -> None:
         self.folder, self.name = folder, folder.name
         self.members = [self._read(path) for path in sorted((folder / "oof").glob("*.npz"))]
-        self.members.sort(key=lambda own: (own["backbone"], own["seed"], own["fold_of"]))
+        self.members.sort(key=lambda member: (member["backbone"], member["seed"], member["fold_of"]))
         lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
         self.events = [json.loads(line) for line in lines]
         self.recipe = yaml.safe_load((folder / "meta" / "recipe.yaml").read_text(encoding="utf-8"))
@@ -157,44 +157,44 @@ class Evaluated:
         self.names = [f"{a} {b}".strip() for a, b in zip(self.called, self.ids, strict=True)]
         self.plain = [a or b for a, b in zip(self.called, self.ids, strict=True)]
         self.combos = [tuple(pair) for pair in self.members[0]["combos"]]
-        self.folds = sorted({own["fold_of"] for own in self.members})
+        self.folds = sorted({member["fold_of"] for member in self.members})
         column = read_column(folder / "meta" / "folds.csv", "fold")
         self.all_folds = sorted({int(fold) for fold in column} - {-1})
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
         with np.load(path) as file:
-            own = {name: file[name] for name in file.files}
-        about = json.loads(str(own.pop("about")))
+            arrays = {name: file[name] for name in file.files}
+        info = json.loads(str(arrays.pop("info")))
         return {
-            **own,
-            "about": about,
-            "backbone": about["backbone"],
-            "seed": about["seed"],
-            "fold_of": about["fold"],
+            **arrays,
+            "info": info,
+            "backbone": info["backbone"],
+            "seed": info["seed"],
+            "fold_of": info["fold"],
         }
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        return list(dict.fromkeys((own["backbone"], own["seed"]) for own in self.members))
+        return list(dict.fromkeys((member["backbone"], member["seed"]) for member in self.members))
 
     def of(self, backbone: str, seed: int, fold: int | None = None) -> Set:
         """A run, or its member of one fold."""
-        mine = [own for own in self.members if (own["backbone"], own["seed"]) == (backbone, seed)]
-        return Set([own for own in mine if fold is None or own["fold_of"] == fold])
+        of_run = [m for m in self.members if (m["backbone"], m["seed"]) == (backbone, seed)]
+        return Set([member for member in of_run if fold is None or member["fold_of"] == fold])
 
     @property
     def fused(self) -> Set:
         """The mean over runs, image by image."""
-        parts = [self.of(*run) for run in self.runs]
-        whole = parts[0]
+        sets = [self.of(*run) for run in self.runs]
+        fused = sets[0]
         for name in ("views", "single", "dark"):
-            mean = np.mean([getattr(part, name).astype(float) for part in parts], axis=0)
-            setattr(whole, name, mean.astype(np.float32))
-        return whole
+            mean = np.mean([getattr(data, name).astype(float) for data in sets], axis=0)
+            setattr(fused, name, mean.astype(np.float32))
+        return fused
 
     def epochs(self, backbone: str, seed: int, fold: int) -> list[dict[str, Any]]:
-        """The rows by epoch of one training, the last where one was repeated."""
+        """The events of one training by epoch; of a repeated epoch the last."""
         rows = {
             row["epoch"]: row
             for row in self.events
@@ -205,12 +205,12 @@ class Evaluated:
 
     @property
     def trainings(self) -> list[tuple[str, int, int]]:
-        """(backbone, fold, seed) of each, in order."""
+        """(backbone, fold, seed) of each training, sorted."""
         rows = (row for row in self.events if row["event"] == "epoch")
         return sorted({(row["backbone"], row["fold"], row["seed"]) for row in rows})
 
 
-SAID = {  # chart -> legend -> what it draws; a single line has no legend
+LOGGED = {  # chart -> legend -> name in the event; a single line has no legend
     "loss": {"train": "train_loss", "validation": "val_loss"},
     "clean": {"raw": "clean_raw", "EMA": "clean_ema"},
     "corrupt": {"raw": "corrupt_raw", "EMA": "corrupt_ema"},
@@ -227,26 +227,27 @@ SAID = {  # chart -> legend -> what it draws; a single line has no legend
 
 
 def logged(row: dict[str, Any], chart: str, label: str) -> float | None:
-    """The value of an epoch that a line should pass through."""
+    """The value that a chart's line must have in an epoch; None when it was not logged."""
     if chart in ("kind-raw", "kind-ema"):
-        table = {kind(name): own[chart[5:]] for name, own in row["per_kind"].items()}
+        table = {kind(name): scores[chart[5:]] for name, scores in row["per_kind"].items()}
         return table[label] if label else next(iter(table.values()))
     if chart == "lr":
         table = row["lr_groups"]
         return table[label] if label else next(iter(table.values()))
-    known = SAID.get(chart, {"": chart})
+    known = LOGGED.get(chart, {"": chart})
     known = known if label else {"": next(key for key in known.values() if key in row)}
     value = row.get(known[label])
     return None if value is None else float(np.ravel(value)[0])
 
 
-def check_words(said: str, label: str, course: dict[int, float]) -> None:
-    """What a chart says of a line: its first and last value, and its best."""
-    name, place = re.escape(label) or "[^:;]*", r"(.*?) in epoch (\d+)"
-    found = re.search(rf"[.;] {name}: {place}, {place}(?:, best {place})?[.;]", said)
-    assert found, (said, label)
+def check_words(description: str, label: str, course: dict[int, float]) -> None:
+    """Assert that a chart's description has a line's first, last and (where it is given) best value."""
+    name, point = re.escape(label) or "[^:;]*", r"(.*?) in epoch (\d+)"
+    match = re.search(rf"[.;] {name}: {point}, {point}(?:, best {point})?[.;]", description)
+    assert match, (description, label)
     expected = [min(course), max(course), max(course, key=lambda epoch: (course[epoch], -epoch))]
-    for value, epoch, at in zip(found.groups()[::2], found.groups()[1::2], expected, strict=True):
-        if value is not None:
-            number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
-            assert int(epoch) == at and number == pytest.approx(course[at], rel=6e-4, abs=6e-4)
+    for text, epoch, expected_epoch in zip(match.groups()[::2], match.groups()[1::2], expected, strict=True):
+        if text is not None:
+            value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+            assert int(epoch) == expected_epoch
+            assert value == pytest.approx(course[expected_epoch], rel=6e-4, abs=6e-4)

@@ -1,4 +1,4 @@
-"""Pictures for tests of conversion: smooth, each seed another, and their JPEGs."""
+"""Smooth random images and their JPEGs, file names that break careless code, and a rare kind of JPEG."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ ODD_NAMES = [
         "\u202egpj.jpg",
     ),
     *("bad\udcff\udc80.jpg", "x" * 251 + ".jpg"),
-]  # all that a folder of photographs may bring: the last but one is not UTF-8, the last has 255 bytes
+]  # hostile but valid file names: the last but one is not UTF-8, the last has 255 bytes
 
-# 16 x 16 pixels in four colours as YCCK, Adobe's inverted inks, by libjpeg-turbo
+# a JPEG of 16 x 16 pixels in four colours as YCCK (Adobe's inverted inks), made by libjpeg-turbo
 YCCK = base64.b64decode(
     "/9j/7gAOQWRvYmUAZAAAAAAC/9sAQwACAQEBAQECAQEBAgICAgIEAwICAgIFBAQDBAYFBgYGBQYGBgcJCAYHCQcGBggLCAkKCgoKCgYICwwL"
     "CgwJCgoK/9sAQwECAgICAgIFAwMFCgcGBwoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoKCgoK/8AA"
@@ -53,7 +53,7 @@ YCCK_COLOURS = [[200, 40, 40], [40, 180, 60], [50, 60, 210], [230, 200, 90]]  # 
 
 
 def predictor_pictures() -> Any:
-    """code/pictures.py, which the predictor reads images by."""
+    """Import code/pictures.py, the predictor's image reader."""
     path = Path(__file__).resolve().parents[2] / "code/pictures.py"
     spec = importlib.util.spec_from_file_location("pictures", path)
     assert spec is not None and spec.loader is not None
@@ -63,13 +63,13 @@ def predictor_pictures() -> Any:
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 48)) -> Image.Image:
-    """A blurred field of colours, of a width and height."""
+    """A smooth field of random colours; size is (width, height)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 def jpeg(image: Image.Image, **options: object) -> bytes:
-    """The bytes of its JPEG at quality 90."""
+    """Encode an image as JPEG at quality 90."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90, **options)
     return buffer.getvalue()

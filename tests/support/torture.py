@@ -1,13 +1,13 @@
-"""Kill a training wherever it could be cut, start the same command again, and compare the end to the bit.
+"""Kill a training at every point, start the same command again, and compare the end to the bit.
 
     python tests/support/torture.py [--ranks 1 2] [--points N] [--random N] [--recipes N] [--seed S] [--part K/N]
 
-A first, uncut run counts every place it passes: each write, flush, link, rename and removal of a file, each start
-and end of a step, an evaluation, an epoch. Then runs are killed (SIGKILL) at these places one by one, then runs at
-random moments, up to five times each, on any rank, at times with SIGTERM instead or with the newest checkpoint
-damaged; and one rank fails of itself, which must end all and be what is read. Every rank is a fork of one process
+An uninterrupted run first counts the points it passes: each write, flush, link, rename and removal of a file, each
+start and end of a step, an evaluation, an epoch. Then runs are killed (SIGKILL) at these points one by one, and at
+random moments, up to five times each, on any rank, sometimes with SIGTERM instead or with the newest checkpoint
+damaged; and one rank raises an error, which must end all ranks and be reported. Every rank is a fork of one process
 that has imported everything, so a case costs a training of seconds.
-Exits with 1 when any case ends otherwise than the uncut run, or does not end.
+Exits with 1 when any case ends differently from the uninterrupted run, or does not end.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from composer.core import Engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
 
-from fastflower.callbacks.checkpoints import FIXED
+from fastflower.callbacks.checkpoints import FIXED_NAMES
 from fastflower.core import checkpoint, errors, runs
 from fastflower.core.runs import Run
 from support import toy_project
 
-BOUND = 60.0  # seconds within which all ranks are gone once one is
-PATIENCE = 300.0  # seconds that a whole training may take
+BOUND = 60.0  # seconds within which all ranks must exit after the first
+PATIENCE = 300.0  # seconds that a training may take
 EVENTS = (
     *("fit_start", "epoch_start", "before_dataloader", "batch_start", "after_train_batch", "batch_end"),
     *("batch_checkpoint", "epoch_end", "eval_before_all", "eval_start", "eval_batch_end", "eval_end"),
@@ -63,19 +63,19 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a run is killed: by `rank` as it passes `point` for the `count`-th time, or after `seconds`."""
+    """A kill of `rank` as it passes `point` for the `count`-th time, or after `seconds`."""
 
     rank: int = 0
     point: str = ""
     count: int = 0
     seconds: float = 0.0
     signal: int = signal.SIGKILL  # 0: an exception instead
-    damage: bool = False  # then the newest checkpoint is damaged, too
+    damage: bool = False  # the newest checkpoint is damaged afterwards
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training on a number of ranks that is cut and started again until it ends."""
+    """A training on a number of ranks that is killed and started again until it ends."""
 
     recipe: str
     ranks: int
@@ -85,7 +85,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of a case."""
+    """The result of a case; `wrong` lists the differences and faults."""
 
     kills: int = 0
     signals: int = 0
@@ -96,7 +96,7 @@ class Outcome:
 
 
 class Points:
-    """Inside a forked rank: counts the places it passes, and kills it at one."""
+    """Counts the points that a forked rank passes, and kills it at one."""
 
     def __init__(self, cut: Cut | None, rank: int) -> None:
         self.cut = cut if cut is not None and cut.rank == rank and cut.point else None
@@ -111,7 +111,7 @@ class Points:
             os.kill(os.getpid(), self.cut.signal)
 
     def install(self) -> None:
-        """Stand in front of everything that changes a file of the run, and of the events of its training."""
+        """Wrap every function that changes a file of the run, and Composer's events."""
         self._before(os, "replace", lambda source, target: f"rename to {kind_of(target)}")
         self._before(os, "link", lambda source, target: f"link {kind_of(target)}")
         self._before(os, "fsync", lambda handle: f"flush {kind_of(os.readlink(f'/proc/self/fd/{handle}'))}")
@@ -125,9 +125,9 @@ class Points:
         original = getattr(owner, name)
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            place = point(*args, **kwargs)
-            if not only or place in only:
-                self.reach(place)
+            name_of_point = point(*args, **kwargs)
+            if not only or name_of_point in only:
+                self.reach(name_of_point)
             return original(*args, **kwargs)
 
         setattr(owner, name, stand_in)
@@ -157,13 +157,13 @@ class Points:
 
 
 def kind_of(path: Any) -> str:
-    """`last`, `best_combo.pth`, `recipe.yaml`: a file's kind, without what differs from run to run."""
+    """The kind of a file, without the parts that differ from run to run: `last`, `best_combo.pth`, `recipe.yaml`."""
     name = re.sub(r"\.\d+-\w+\.tmp$", "", Path(path).name.lstrip("."))
     return re.sub(r"__.*(?=\.previous)|__.*", "", name)
 
 
 def fork(work: Callable[[], int | None], said: Path) -> int:
-    """Run `work` in a child whose words go to a file; returns its process id."""
+    """Run `work` in a child process whose output goes to a file; returns its process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -189,7 +189,7 @@ def fork(work: Callable[[], int | None], said: Path) -> int:
 def one_rank(
     folder: Path, words: tuple[str, ...], rank: int, world: int, port: int, cut: Cut | None
 ) -> NoReturn:
-    """The body of a forked rank: the train command as a process of its own would run it."""
+    """The body of a forked rank: the train command with a launcher's environment."""
     os.chdir(folder)
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "NODE_RANK": 0}
     os.environ |= {name: str(value) for name, value in where.items()}
@@ -198,10 +198,10 @@ def one_rank(
     points.install()
     sys.argv = ["fastflower/train.py", "tiny.yaml", *words]
     try:
-        errors.run(toy_project.train.main)
+        errors.run_command(toy_project.train.main)
     finally:
         Path(f"points_{rank}.json").write_text(json.dumps(points.seen))
-    raise AssertionError("errors.run always leaves")
+    raise AssertionError("errors.run_command always leaves")
 
 
 def free_port() -> int:
@@ -212,7 +212,7 @@ def free_port() -> int:
 
 @dataclass
 class Attempt:
-    """How one start of the command ended."""
+    """The exit codes and times of one start of the command."""
 
     codes: list[int]
     cut: bool
@@ -222,7 +222,7 @@ class Attempt:
 
 
 def attempt(folder: Path, words: tuple[str, ...], world: int, cut: Cut | None = None) -> Attempt:
-    """Start the command once, cut it as told, and wait for every rank, as Composer's launcher does."""
+    """Start the command once, kill it as `cut` says, and wait for every rank, as Composer's launcher does."""
     port, start = free_port(), time.monotonic()
     ranks = {
         fork(
@@ -258,23 +258,26 @@ def attempt(folder: Path, words: tuple[str, ...], world: int, cut: Cut | None = 
     return Attempt(listed, any(listed), end - first_end, end - fired if fired else 0.0, end - start)
 
 
-def found(folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
-    """Everything a finished run leaves that does not depend on the clock."""
+def content(folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
+    """The content of all files of a finished run, except what depends on the clock."""
     backbone = next((w.split("=")[1] for w in words if w.startswith("model.backbone=")), toy_project.BACKBONE)
-    run = Run("tiny", backbone, 0, 42)
+    run = Run(exp="tiny", backbone=backbone, fold=0, seed=42)
     with contextlib.chdir(folder):
         files = {}
-        for kind in FIXED:
-            for path in [*run.files(kind), run.model_dir / FIXED[kind]]:
+        for kind in FIXED_NAMES:
+            for path in [*run.checkpoints(kind), run.model_dir / FIXED_NAMES[kind]]:
                 if path.exists():
                     kept = checkpoint.load(path)
-                    files[path.name] = {"tensors": kept.tensors, "meta": kept.meta, "more": kept.more}
-        rows = [row for row in runs.read_events(run.events) if row["event"] in ("epoch", "end")]
-        end = run.meta_dir / f"early_stop_{run.stem}.json"
+                    files[path.name] = {
+                        "tensors": kept.tensors,
+                        "meta": kept.meta,
+                        "more": kept.training_state,
+                    }
+        rows = [row for row in runs.read_events(run.events_path) if row["event"] in ("epoch", "end")]
         return {
             "files": files,
             "history": rows,
-            "end": json.loads(end.read_text()) if end.exists() else None,
+            "end": toy_project.end(run) if run.end_path.exists() else None,
             "left over": [path.name for path in Path().rglob(".*.tmp")],
         }
 
@@ -296,12 +299,12 @@ def damage(folder: Path) -> bool:
 
 
 class Torture:
-    """The uncut runs to compare with, and the cases."""
+    """Runs the cases and compares them with uninterrupted runs."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.base = home / "base"
-        self.whole: dict[tuple[str, int], dict[str, Any]] = {}
+        self.expected: dict[tuple[str, int], dict[str, Any]] = {}
         self.points: dict[tuple[str, int], list[dict[str, int]]] = {}
         self.seconds: dict[tuple[str, int], float] = {}
         self.base.mkdir()
@@ -310,14 +313,14 @@ class Torture:
             raise SystemExit((home / "said.txt").read_text())
 
     def uncut(self, recipe: str, world: int) -> None:
-        """Train once without a cut, unless that was done."""
-        if (recipe, world) in self.whole:
+        """Train once without a kill; does nothing the second time."""
+        if (recipe, world) in self.expected:
             return
         folder, words = self._folder(), words_of(recipe, world)
         ended = attempt(folder, words, world)
         if any(ended.codes):
             raise SystemExit(f"the uncut run failed: {ended.codes}\n" + self._said(folder))
-        self.whole[recipe, world] = found(folder, words)
+        self.expected[recipe, world] = content(folder, words)
         self.seconds[recipe, world] = ended.seconds
         self.points[recipe, world] = [
             json.loads((folder / f"points_{rank}.json").read_text()) for rank in range(world)
@@ -348,7 +351,9 @@ class Torture:
             if cut is not None and cut.damage:
                 outcome.damaged += damage(folder)
         if not outcome.wrong:
-            outcome.wrong = toy_project.different(self.whole[case.recipe, case.ranks], found(folder, words))
+            outcome.wrong = toy_project.different(
+                self.expected[case.recipe, case.ranks], content(folder, words)
+            )
         shutil.rmtree(folder)
         return outcome
 
@@ -358,7 +363,7 @@ class Torture:
         return folder
 
     def _blame(self, folder: Path, world: int, cut: Cut) -> list[str]:
-        """What is wrong with the ranks' words after one of them failed."""
+        """Faults in the ranks' messages after one of them failed."""
         wanted = dict.fromkeys(range(world), "another rank has ended; its own message says why")
         wanted[cut.rank] = "RuntimeError: made to fail"
         said = {rank: (folder / f"said_{rank}.txt").read_text() for rank in wanted}
@@ -375,7 +380,7 @@ def words_of(recipe: str, world: int) -> tuple[str, ...]:
 
 
 def enumerated(points: list[dict[str, int]], recipe: str, world: int) -> Iterator[Case]:
-    """One case for every place that any rank passed."""
+    """One case for every point that any rank passed."""
     for rank, seen in enumerate(points):
         for point, times in seen.items():
             for count in range(1, times + 1):
@@ -416,7 +421,7 @@ def cases(torture: Torture, options: argparse.Namespace) -> list[Case]:
 
 
 def table(done: list[tuple[Case, Outcome]]) -> list[str]:
-    """Kills, signals, damaged checkpoints and differences by ranks and place."""
+    """Kills, signals, damaged checkpoints and differences by number of ranks and point."""
     groups: dict[tuple[int, str], list[Outcome]] = {}
     for case, outcome in done:
         groups.setdefault((case.ranks, case.kind), []).append(outcome)
@@ -439,14 +444,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--points", type=int, help="of the enumerated places, so many for each number of ranks"
+        "--points", type=int, help="number of enumerated points for each number of ranks; default: all"
     )
     parser.add_argument(
         "--random", type=int, default=30, help="cases at random moments for each number of ranks"
     )
-    parser.add_argument("--recipes", type=int, help="only the first so many of the recipes")
+    parser.add_argument("--recipes", type=int, help="use only the first N recipes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--part", default="1/1", help="of all cases, every N-th from the K-th on")
+    parser.add_argument("--part", default="1/1", help="K/N: every N-th case, starting with the K-th")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Composer put its own there

@@ -1,10 +1,9 @@
-"""A project that trains in seconds: 60 noisy 48-pixel JPEGs of four colours, converted once for all tests."""
+"""A toy project that trains in seconds: 60 noisy 48-pixel JPEGs of four colours, converted once for all tests."""
 
 from __future__ import annotations
 
 import csv
 import functools
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +15,9 @@ from PIL import Image
 
 from fastflower import convert, train
 from fastflower.core import checkpoint, runs
+from fastflower.core.records import read_record, to_plain
 from fastflower.core.runs import Run
+from fastflower.recipe.run_record import RunEnd
 
 BACKBONE = "test_vit"  # no BatchNorm; 0.4 M parameters
 CLASSES = (
@@ -43,7 +44,7 @@ ONE = (  # epoch, of one size
 
 
 @functools.cache
-def _made() -> Path:
+def _converted_once() -> Path:
     home = Path(tempfile.mkdtemp(prefix="fastflower-tiny-"))
     rng, rows = np.random.default_rng(0), []
     (home / "data/train").mkdir(parents=True)
@@ -70,7 +71,7 @@ def _made() -> Path:
 
 def project(folder: Path) -> Path:
     """A fresh copy of the project in `folder`."""
-    shutil.copytree(_made(), folder, dirs_exist_ok=True)
+    shutil.copytree(_converted_once(), folder, dirs_exist_ok=True)
     return folder
 
 
@@ -80,48 +81,50 @@ def fit(*words: str) -> int:
 
 
 def run_of(exp: str = "tiny", fold: int = 0) -> Run:
-    return Run(exp, BACKBONE, fold, 42)
+    return Run(exp=exp, backbone=BACKBONE, fold=fold, seed=42)
 
 
 def last(exp: str = "tiny", fold: int = 0) -> checkpoint.Checkpoint:
-    """The newest full state of a run."""
-    return checkpoint.load(run_of(exp, fold).files("last")[-1])
+    """The newest `last` of a run."""
+    return checkpoint.load(run_of(exp, fold).checkpoints("last")[-1])
 
 
-TIMES = (
+TIMES = (  # keys that depend on the clock
     *("time", "seconds", "total_seconds", "eval_seconds", "saving_seconds", "images_per_s"),
     *("wait_share", "wait"),
 )
 
 
 def epochs(exp: str = "tiny") -> list[dict[str, Any]]:
-    """The rows of events.jsonl by epoch, without what the clock says."""
-    rows = runs.read_events(run_of(exp).events)
+    """The epoch rows of events.jsonl, without entries that depend on the clock."""
+    rows = runs.read_events(run_of(exp).events_path)
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows if row["event"] == "epoch"]
 
 
-def end(exp: str = "tiny") -> dict[str, Any]:
-    """How a run ended, as meta/ has it."""
-    return json.loads(run_of(exp).end.read_text())
+def end(run: Run | None = None) -> dict[str, Any]:
+    """The record of a run's end in meta/, as plain values."""
+    return to_plain(read_record((run or run_of()).end_path, RunEnd))
 
 
-def different(one: Any, other: Any, path: str = "") -> list[str]:
-    """The places in which two trees of tensors and values differ, to the bit; times are not compared."""
-    if isinstance(one, dict) and isinstance(other, dict):
+def different(first: Any, second: Any, path: str = "") -> list[str]:
+    """The paths at which two trees of tensors and values differ, to the bit; times are not compared."""
+    if isinstance(first, dict) and isinstance(second, dict):
         clock = {*TIMES, "total_wct", "iteration_wct", "epoch_wct", "batch_wct", "exp", "recipe"}
-        keys = {key for key in {*one, *other} if key not in clock or isinstance(one.get(key), dict)}
+        keys = {key for key in {*first, *second} if key not in clock or isinstance(first.get(key), dict)}
         return [
             d
             for key in sorted(keys, key=str)
-            for d in different(one.get(key), other.get(key), f"{path}/{key}")
+            for d in different(first.get(key), second.get(key), f"{path}/{key}")
         ]
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
         return [
-            d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in different(a, b, f"{path}/{i}")
+            d
+            for i, (a, b) in enumerate(zip(first, second, strict=True))
+            for d in different(a, b, f"{path}/{i}")
         ]
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
-    return [] if one == other else [path]
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return [] if first.dtype == second.dtype and torch.equal(first, second) else [path]
+    return [] if first == second else [path]
 
 
 def recipes_words(text: str) -> list[str]:

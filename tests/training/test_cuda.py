@@ -1,8 +1,7 @@
-"""What only a GPU can show: mixed precision and its scaler, norms across GPUs, one kernel a step, the predictor."""
+"""Checks that need a GPU: mixed precision and its scaler, norms across GPUs, the fused optimizer, the predictor."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastflower.bench.predict import prepared
+from fastflower.bench.predict import write_random_bundle
+from fastflower.core.records import read_record
 from fastflower.model.network import synchronise_norms, training_network
 from fastflower.optim.groups import param_groups
-from fastflower.optim.optimizers import optimizer
+from fastflower.optim.optimizers import build_optimizer
 from fastflower.recipe import load
+from fastflower.recipe.run_record import RunNumbers, numbers_path
 from support import toy_project
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +27,7 @@ CUDA = torch.device("cuda")
 def test_mixed_precision_trains_as_single_does_and_keeps_float32_weights(
     precision, half, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """fp16 is taken where the GPU has no bf16; its scaler is saved, and a finished run resumes as such."""
+    """fp16 is used where the GPU has no bf16; its scaler is saved, and a finished run is recognised."""
     toy_project.project(tmp_path)
     seen: set[torch.dtype] = set()
     forward = nn.Linear.forward
@@ -43,14 +44,17 @@ def test_mixed_precision_trains_as_single_does_and_keeps_float32_weights(
     assert toy_project.fit("exp.name=single", "train.amp=false") == 0
     for exp, name in (("half", precision), ("single", "fp32")):
         run = toy_project.run_of(exp)
-        derived = json.loads((run.meta_dir / f"derived_{run.stem}.json").read_text())
-        assert derived["precision"] == name and derived["device"] == torch.cuda.get_device_name()
+        numbers = read_record(numbers_path(run), RunNumbers)
+        assert numbers.precision == name and numbers.device == torch.cuda.get_device_name()
     found = toy_project.last("half")
     assert {t.dtype for t in found.tensors.values() if t.is_floating_point()} == {torch.float32}
     assert all(bool(tensor.isfinite().all()) for tensor in found.tensors.values())
-    assert bool(found.more["scaler"]) == (precision == "amp_fp16")
+    assert bool(found.training_state["scaler"]) == (precision == "amp_fp16")
     if precision == "amp_fp16":
-        assert math.isfinite(found.more["scaler"]["scale"]) and found.more["scaler"]["scale"] >= 1
+        assert (
+            math.isfinite(found.training_state["scaler"]["scale"])
+            and found.training_state["scaler"]["scale"] >= 1
+        )
     for one, other in zip(toy_project.epochs("half"), toy_project.epochs("single"), strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.05)
     assert toy_project.fit("exp.name=half") == 0
@@ -76,7 +80,7 @@ def test_the_fused_step_is_the_cpus(name: str):
     ends = {}
     for device in (torch.device("cpu"), CUDA):
         network.to(device).load_state_dict(weights)
-        made = optimizer(param_groups(network, 1e-3, recipe), recipe, device)
+        made = build_optimizer(param_groups(network, 1e-3, recipe), recipe, device)
         assert made.defaults["fused"] == (device == CUDA)
         noise = torch.Generator().manual_seed(0)
         for _ in range(5):
@@ -92,10 +96,10 @@ def test_the_fused_step_is_the_cpus(name: str):
 
 @pytest.mark.parametrize("backbone", ["resnet10t", "convnextv2_atto", "vit_tiny_patch16_224"])
 def test_the_predictor_says_on_a_gpu_what_it_says_on_the_cpu(backbone: str, tmp_path: Path, code: type):
-    """In fp16 nearly so; a batch that does not fit is run in parts, and the GPU goes on."""
-    place = tmp_path / "prepared"
+    """In fp16 approximately; a batch that does not fit is split, and the GPU stays in use."""
+    place = tmp_path / "write_random_bundle"
     place.mkdir()
-    prepared(place, backbone, scales=[64, 96])
+    write_random_bundle(place, backbone, scales=[64, 96])
     folder = str(place / "bundle")
     description, hashes = code.bundles.read(folder)
     rng = np.random.default_rng(0)

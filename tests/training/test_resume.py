@@ -1,4 +1,4 @@
-"""A run that is cut anywhere and started again ends in the same bits as one that was not."""
+"""A run that is killed anywhere and started again ends in the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ import torch
 
 from fastflower.algorithms import averaging
 from fastflower.callbacks import checkpoints
-from fastflower.callbacks.checkpoints import Saving, previous_last
+from fastflower.callbacks.checkpoints import CheckpointSaver, previous_last
 from fastflower.core import checkpoint, errors
 from fastflower.core.runs import Run
+from fastflower.core.workers import die_with_parent
 from fastflower.training import fold_data
-from fastflower.training.ranks import _outlive_no_launcher
 from support import toy_project
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL: nothing catches it, nothing is saved on the way out."""
+    """A stand-in for SIGKILL: leaves catches it, leaves is saved on the way out."""
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the uninterrupted run leaves."""
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The checkpoint, epochs, end and files of the uninterrupted run."""
     home = Path.cwd()
-    os.chdir(toy_project.project(tmp_path_factory.mktemp("whole")))
+    os.chdir(toy_project.project(tmp_path_factory.mktemp("uncut")))
     try:
         assert toy_project.fit("train.save_every=2ba") == 0
-        found = toy_project.last()
         return {
-            "last": found,
+            "last": toy_project.last(),
             "epochs": toy_project.epochs(),
             "end": toy_project.end(),
             "files": sorted(p.name for p in toy_project.run_of().model_dir.glob("*.pth")),
@@ -53,26 +52,26 @@ def project(tmp_path: Path) -> Path:
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, event: str, when: Callable) -> None:
-    """Kill the run before Saving sees an event for which `when(state)` holds, once."""
-    done, original = [], getattr(Saving, event)
+    """Kill the run once, before CheckpointSaver sees an event for which `when(state)` holds."""
+    kills, original = [], getattr(CheckpointSaver, event)
 
-    def killed(self: Saving, state, logger) -> None:
-        if not done and when(state):
-            done.append(True)
+    def killed(self: CheckpointSaver, state, logger) -> None:
+        if not kills and when(state):
+            kills.append(True)
             raise Killed
         original(self, state, logger)
 
-    monkeypatch.setattr(Saving, event, killed)
+    monkeypatch.setattr(CheckpointSaver, event, killed)
 
 
-def same_as(whole: dict) -> None:
-    found = toy_project.last()
-    assert toy_project.different(whole["last"].tensors, found.tensors) == []
-    assert toy_project.different(whole["last"].more, found.more) == []
-    assert toy_project.different(whole["last"].meta, found.meta) == []
-    assert toy_project.epochs() == whole["epochs"]
-    assert toy_project.different(whole["end"], toy_project.end()) == []
-    assert sorted(p.name for p in toy_project.run_of().model_dir.glob("*.pth")) == whole["files"]
+def assert_ends_like(uncut: dict) -> None:
+    last = toy_project.last()
+    assert toy_project.different(uncut["last"].tensors, last.tensors) == []
+    assert toy_project.different(uncut["last"].training_state, last.training_state) == []
+    assert toy_project.different(uncut["last"].meta, last.meta) == []
+    assert toy_project.epochs() == uncut["epochs"]
+    assert toy_project.different(uncut["end"], toy_project.end()) == []
+    assert sorted(p.name for p in toy_project.run_of().model_dir.glob("*.pth")) == uncut["files"]
 
 
 @pytest.mark.parametrize(
@@ -87,63 +86,63 @@ def same_as(whole: dict) -> None:
         ("fit_end", 12),
     ],
 )
-def test_a_cut_run_ends_in_the_same_bits(project, whole, monkeypatch, event, step):
+def test_a_cut_run_ends_in_the_same_bits(project, uncut, monkeypatch, event, step):
     cut(monkeypatch, event, lambda state: state.timestamp.batch.value == step)
     with pytest.raises(Killed):
         toy_project.fit("train.save_every=2ba")
     assert toy_project.fit("train.save_every=2ba") == 0
-    same_as(whole)
+    assert_ends_like(uncut)
 
 
-def test_a_run_is_repeated_from_its_own_record(project, whole):
+def test_a_run_is_repeated_from_its_own_record(project, uncut):
     assert toy_project.fit("exp.name=first") == 0
     assert toy_project.train.main(["results/results/first/meta/recipe.yaml", "exp.name=second"]) == 0
     for exp in ("first", "second"):
-        assert toy_project.different(whole["last"].tensors, toy_project.last(exp).tensors) == []
-        assert toy_project.epochs(exp) == whole["epochs"]
+        assert toy_project.different(uncut["last"].tensors, toy_project.last(exp).tensors) == []
+        assert toy_project.epochs(exp) == uncut["epochs"]
 
 
-def test_a_signal_saves_at_the_next_step_and_leaves_with_75(project, whole, monkeypatch, capsys):
-    def asked(self: Saving, state, logger) -> None:
+def test_a_signal_saves_at_the_next_step_and_leaves_with_75(project, uncut, monkeypatch, capsys):
+    def interrupted(self: CheckpointSaver, state, logger) -> None:
         if state.timestamp.batch.value == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, state, logger)
 
-    original = Saving.batch_end
-    monkeypatch.setattr(Saving, "batch_end", asked)
+    original = CheckpointSaver.batch_end
+    monkeypatch.setattr(CheckpointSaver, "batch_end", interrupted)
     with pytest.raises(SystemExit) as left:
         toy_project.fit()
     assert left.value.code == 75
     assert "the state is saved" in capsys.readouterr().err
-    assert toy_project.last().more["time"]["batch"] == 5
+    assert toy_project.last().training_state["time"]["batch"] == 5
     monkeypatch.undo()
     os.chdir(project)
     assert toy_project.fit() == 0
-    assert toy_project.different(whole["last"].tensors, toy_project.last().tensors) == []
-    assert toy_project.epochs() == whole["epochs"]
+    assert toy_project.different(uncut["last"].tensors, toy_project.last().tensors) == []
+    assert toy_project.epochs() == uncut["epochs"]
 
 
-def test_a_signal_during_evaluation_evaluates_again(project, whole, monkeypatch):
+def test_a_signal_during_evaluation_evaluates_again(project, uncut, monkeypatch):
     cut_at = [4]
 
-    def asked(self: Saving, state, logger) -> None:
+    def interrupted(self: CheckpointSaver, state, logger) -> None:
         if cut_at and state.timestamp.batch.value == cut_at[0]:
             cut_at.clear()
-            self.stop.asked = True
+            self.stop.requested = True
         original(self, state, logger)
 
-    original = Saving.eval_batch_end
-    monkeypatch.setattr(Saving, "eval_batch_end", asked)
+    original = CheckpointSaver.eval_batch_end
+    monkeypatch.setattr(CheckpointSaver, "eval_batch_end", interrupted)
     with pytest.raises(SystemExit):
         toy_project.fit()
-    assert toy_project.last().more["time"]["epoch"] == 0  # the epoch is not over before it is scored
+    assert toy_project.last().training_state["time"]["epoch"] == 0  # an epoch ends with its evaluation
     assert toy_project.fit() == 0
-    assert toy_project.different(whole["last"].more, toy_project.last().more) == []
-    assert toy_project.epochs() == whole["epochs"]
+    assert toy_project.different(uncut["last"].training_state, toy_project.last().training_state) == []
+    assert toy_project.epochs() == uncut["epochs"]
 
 
 def shape(tree: Any) -> Any:
-    """The names in a state, without what differs between networks and moments."""
+    """The keys of a state, without those below entries that differ between networks and epochs."""
     if not isinstance(tree, dict):
         return None
     return {
@@ -151,63 +150,63 @@ def shape(tree: Any) -> Any:
     }
 
 
-def test_the_layout_of_last_is_the_one_that_its_number_stands_for(whole):
-    """Other keys here: raise saving.LAYOUT, so that a `last` of before is refused and not misread."""
-    assert checkpoints.LAYOUT == whole["last"].meta["layout"] == 1
-    more = whole["last"].more
+def test_the_layout_of_last_is_the_one_that_its_number_stands_for(uncut):
+    """When this test needs other keys, raise checkpoints.LAYOUT, so that an older `last` is refused and not misread."""
+    assert checkpoints.LAYOUT == uncut["last"].meta["layout"] == 1
+    more = uncut["last"].training_state
     assert set(more) == {"time", "optimizer", "scaler", "parts"} and set(more["optimizer"]) == {
         "state",
         "param_groups",
     }
-    nothing = dict.fromkeys
+    leaves = dict.fromkeys
     assert shape(more["parts"]) == {
-        "ema": nothing(("updates", "shadow")),
-        "guard": nothing(("total", "in_a_row")),
-        "schedule": nothing(("factor", "best", "bad_epochs")),
+        "ema": leaves(("updates", "shadow")),
+        "guard": leaves(("total", "in_a_row")),
+        "schedule": leaves(("factor", "best", "bad_epochs")),
         "scoring": {
-            "selection": nothing(
+            "selection": leaves(
                 ("reference", "idle", "stage", "macro_best", "s_before", "alarmed", "stopped", "bests")
             ),
-            **nothing(("epoch", "flat", "best_flat", "score", "val_loss")),
+            **leaves(("epoch", "flat", "best_flat", "score", "val_loss")),
         },
         "recorder": {
-            "sums": nothing(("loss", "norm", "steps", "images", "wait", "seconds", "skipped")),
-            **nothing(("lr", "total_seconds")),
+            "sums": leaves(("loss", "norm", "steps", "images", "wait", "seconds", "skipped")),
+            **leaves(("lr", "total_seconds")),
         },
         "machine": {"loose": None},
     }  # fmt: skip
 
 
 def test_a_last_of_an_older_layout_is_refused(project, monkeypatch):
-    half_done(monkeypatch)
-    path = toy_project.run_of().files("last")[-1]
+    train_half(monkeypatch)
+    path = toy_project.run_of().checkpoints("last")[-1]
     old = checkpoint.load(path)
-    del old.meta["layout"], old.more["parts"]["scoring"]["val_loss"]
-    checkpoint.save(path, old.tensors, old.meta, **old.more)
+    del old.meta["layout"], old.training_state["parts"]["scoring"]["val_loss"]
+    checkpoint.save(path, old.tensors, old.meta, **old.training_state)
     with pytest.raises(
-        errors.InputError, match=r"has layout None, this version goes on from 1; .* exp.name$"
+        errors.InputError, match=r"has layout None, this version resumes layout 1; .* exp.name$"
     ):
         toy_project.fit()
 
 
-def test_kept_epochs_are_those_of_the_uncut_run(project, whole, monkeypatch):
-    half_done(monkeypatch, "train.keep_every=1")
+def test_kept_epochs_are_those_of_the_uncut_run(project, uncut, monkeypatch):
+    train_half(monkeypatch, "train.keep_every=1")
     assert toy_project.fit("train.keep_every=1") == 0
     kept = sorted(toy_project.run_of().model_dir.glob("epoch__*.pth"))
     assert [checkpoint.load(path).meta["epoch"] for path in kept] == [1, 2, 3]
-    assert kept[2].samefile(toy_project.run_of().files("last")[0])
-    assert toy_project.different(whole["last"].tensors, toy_project.last().tensors) == []
-    assert toy_project.different(whole["last"].more, checkpoint.load(kept[2]).more) == []
+    assert kept[2].samefile(toy_project.run_of().checkpoints("last")[0])
+    assert toy_project.different(uncut["last"].tensors, toy_project.last().tensors) == []
+    assert toy_project.different(uncut["last"].training_state, checkpoint.load(kept[2]).training_state) == []
 
 
 def test_a_signal_while_checksums_are_read_leaves_with_75(project, monkeypatch):
     monkeypatch.setattr(fold_data, "verify", lambda fold: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as left:
         toy_project.fit()
-    assert left.value.code == 75 and not toy_project.run_of().files("last")
+    assert left.value.code == 75 and not toy_project.run_of().checkpoints("last")
 
 
-def test_a_signal_while_swa_is_estimated_leaves_and_goes_on_in_the_same_bits(project, monkeypatch):
+def test_a_signal_while_swa_is_estimated_exits_and_resumes_in_the_same_bits(project, monkeypatch):
     words = (
         "model.backbone=test_resnet",
         "model.drop_path=0",
@@ -217,26 +216,26 @@ def test_a_signal_while_swa_is_estimated_leaves_and_goes_on_in_the_same_bits(pro
     )
 
     def files(exp: str) -> list[checkpoint.Checkpoint]:
-        run = Run(exp, "test_resnet", 0, 42)
-        return [checkpoint.load(run.files(kind)[-1]) for kind in ("swa", "last")]
+        run = Run(exp=exp, backbone="test_resnet", fold=0, seed=42)
+        return [checkpoint.load(run.checkpoints(kind)[-1]) for kind in ("swa", "last")]
 
-    def told(module, images):
+    def signalled(module, images):
         original(module, (os.kill(os.getpid(), signal.SIGTERM) or image for image in images))
 
     assert toy_project.fit("exp.name=uncut", *words) == 0
-    original = averaging.recalibrate
+    original = averaging.reestimate_batch_norms
     with monkeypatch.context() as patch:
-        patch.setattr(averaging, "recalibrate", told)
+        patch.setattr(averaging, "reestimate_batch_norms", signalled)
         with pytest.raises(SystemExit) as left:
             toy_project.fit(*words)
     assert left.value.code == 75
-    cut = checkpoint.load(Run("tiny", "test_resnet", 0, 42).files("last")[-1])
-    assert cut.more["parts"]["swa"]["averaged"] == 0 and cut.more["time"]["epoch"] == 1
+    cut = checkpoint.load(Run(exp="tiny", backbone="test_resnet", fold=0, seed=42).checkpoints("last")[-1])
+    assert cut.training_state["parts"]["swa"]["averaged"] == 0 and cut.training_state["time"]["epoch"] == 1
     assert toy_project.fit(*words) == 0
     for one, other in zip(files("uncut"), files("tiny"), strict=True):
         assert (
             toy_project.different(one.tensors, other.tensors) == []
-            and toy_project.different(one.more, other.more) == []
+            and toy_project.different(one.training_state, other.training_state) == []
         )
 
 
@@ -249,39 +248,39 @@ def test_a_finished_run_says_so(project, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in toy_project.run_of().model_dir.glob("*.pth")}
 
 
-def half_done(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """A run that was killed in its third epoch; two generations of `last` are there."""
+def train_half(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """Kill a run in its third epoch; leaves two generations of `last`."""
     with monkeypatch.context() as patch:
         cut(patch, "batch_end", lambda state: state.timestamp.batch.value == 10)
         with pytest.raises(Killed):
             toy_project.fit(*words)
 
 
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(project, whole, monkeypatch, capsys):
-    half_done(monkeypatch)
-    path = toy_project.run_of().files("last")[-1]
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(project, uncut, monkeypatch, capsys):
+    train_half(monkeypatch)
+    path = toy_project.run_of().checkpoints("last")[-1]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.unlink()  # the fixed name is the same file
     path.write_bytes(data)
     assert toy_project.fit() == 0
     said = capsys.readouterr().out
-    assert "WARNING" in said and "damaged" in said and "the checkpoint before" in said
+    assert "WARNING" in said and "damaged" in said and "the previous checkpoint" in said
     assert path.with_name(path.name + ".damaged").exists()
-    assert toy_project.different(whole["last"].tensors, toy_project.last().tensors) == []
-    assert toy_project.epochs() == whole["epochs"]
+    assert toy_project.different(uncut["last"].tensors, toy_project.last().tensors) == []
+    assert toy_project.epochs() == uncut["epochs"]
 
 
 def test_when_every_checkpoint_is_damaged_nothing_starts_from_scratch(project, monkeypatch):
-    half_done(monkeypatch)
-    for path in (*toy_project.run_of().files("last"), previous_last(toy_project.run_of())):
+    train_half(monkeypatch)
+    for path in (*toy_project.run_of().checkpoints("last"), previous_last(toy_project.run_of())):
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(errors.CorruptionError, match="no checkpoint of fold 0, seed 42 is whole"):
+    with pytest.raises(errors.CorruptionError, match="every checkpoint of fold 0, seed 42 is damaged"):
         toy_project.fit()
 
 
 def test_another_recipe_is_refused_by_the_keys_that_differ(project, monkeypatch):
-    half_done(monkeypatch)
+    train_half(monkeypatch)
     with pytest.raises(
         errors.InputError, match=r"opt.lr: 0.001 -> 0.002; reg.ls_eps: 0.05 -> 0.1\); undo that"
     ):
@@ -290,22 +289,22 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(project, monkeypatch)
         toy_project.fit("train.batch_per_gpu=5")
 
 
-def test_the_same_global_batch_may_be_cut_otherwise(project, monkeypatch):
-    half_done(monkeypatch)
+def test_the_same_global_batch_may_be_split_differently(project, monkeypatch):
+    train_half(monkeypatch)
     assert toy_project.fit("train.batch_per_gpu=5", "train.grad_accum=2", "train.save_every=1ba") == 0
     assert [row["epoch"] for row in toy_project.epochs()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("step", ["save", "link", "unlink"])
-def test_a_kill_inside_a_saving_loses_no_generation(project, whole, monkeypatch, step):
+def test_a_kill_inside_a_save_loses_no_generation(project, uncut, monkeypatch, step):
     """Cut between writing aside, linking and removing the superseded, at the third saving of `last`."""
-    half_done_at = [0]
+    saves = [0]
 
     def counted(original: Callable) -> Callable:
         def stand_in(*args, **kwargs):
             kind = str(args[0]) if args else ""
-            half_done_at[0] += "last__" in kind
-            if half_done_at[0] == 3:
+            saves[0] += "last__" in kind
+            if saves[0] == 3:
                 raise Killed
             return original(*args, **kwargs)
 
@@ -319,17 +318,17 @@ def test_a_kill_inside_a_saving_loses_no_generation(project, whole, monkeypatch,
         with pytest.raises(Killed):
             toy_project.fit("train.save_every=2ba")
     assert toy_project.fit("train.save_every=2ba") == 0
-    same_as(whole)
+    assert_ends_like(uncut)
 
 
 def test_a_rank_does_not_outlive_its_launcher():
-    """SIGKILL of a parent reaches the child as SIGTERM, for which it would save."""
+    """SIGKILL of the launcher reaches a rank as SIGTERM, on which it saves."""
     ours, theirs = os.pipe()
     launcher = os.fork()
     if not launcher:
         if not os.fork():
-            signal.signal(signal.SIGTERM, lambda *_: (os.write(theirs, b"told"), os._exit(0)))
-            _outlive_no_launcher()
+            signal.signal(signal.SIGTERM, lambda *_: (os.write(theirs, b"signalled"), os._exit(0)))
+            die_with_parent(signal.SIGTERM)
             os.write(theirs, b"up ")
         os.close(ours)
         while True:
@@ -338,15 +337,15 @@ def test_a_rank_does_not_outlive_its_launcher():
     assert os.read(ours, 3) == b"up "
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
-    assert os.read(ours, 4) == b"told"
+    assert os.read(ours, 9) == b"signalled"
     os.close(ours)
 
 
 STILL = ("model.drop_rate=0", "model.drop_path=0", "train.save_every=1ba")
 
 
-def launch(*words: str, **how: Any) -> subprocess.Popen[str]:
-    """Two ranks with four images each, in a process of their own."""
+def launch(*words: str, **options: Any) -> subprocess.Popen[str]:
+    """Start two ranks with four images each, in their own processes."""
     launcher = [
         sys.executable,
         "-m",
@@ -356,13 +355,13 @@ def launch(*words: str, **how: Any) -> subprocess.Popen[str]:
         str(Path(toy_project.train.__file__)),
     ]
     command = [*launcher, "tiny.yaml", "train.batch_per_gpu=4", "train.world_size=2", *STILL, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def wait_for_epoch(running: subprocess.Popen[str], run: Run, epoch: int) -> None:
-    """Until a run has a `last` of this epoch."""
+    """Wait until a run has a `last` of this epoch."""
     deadline = time.monotonic() + 200
-    while not any(f"_epoch{epoch}_" in path.name for path in run.files("last")):
+    while not any(f"_epoch{epoch}_" in path.name for path in run.checkpoints("last")):
         if running.poll() is not None or time.monotonic() > deadline:
             running.kill()  # its ranks follow
             pytest.fail(running.communicate(timeout=60)[0])
@@ -372,25 +371,25 @@ def wait_for_epoch(running: subprocess.Popen[str], run: Run, epoch: int) -> None
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_or_to_its_group_saves_and_ends_all_within_30_seconds(project):
-    """`kill` of the launcher alone, as Kubernetes does; then Ctrl-C, which every process of the group hears."""
+    """First `kill` of the launcher alone, as Kubernetes does; then Ctrl-C, which reaches the whole process group."""
     epochs = 0
     for send, number in ((os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)):
         running = launch("sched.cosine_epochs=500", "data.size_epochs=[1,500]", start_new_session=True)
         wait_for_epoch(running, toy_project.run_of(), epochs + 1)
-        told = time.monotonic()
+        start = time.monotonic()
         send(running.pid, number)
         said = running.communicate(timeout=60)[0]
-        seconds = time.monotonic() - told
+        seconds = time.monotonic() - start
         assert running.returncode == 75 and seconds < 30, (running.returncode, seconds, said)
-        assert said.count("the state is saved, the same command goes on") == 1
-        assert toy_project.last().more["time"]["epoch"] > epochs
-        epochs = toy_project.last().more["time"]["epoch"]
+        assert said.count("the state is saved, run the same command to resume") == 1
+        assert toy_project.last().training_state["time"]["epoch"] > epochs
+        epochs = toy_project.last().training_state["time"]["epoch"]
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_ranks_lose_one_and_end_in_the_same_bits_as_two_or_nearly_as_one(project):
-    """SIGKILL of rank 1 takes all down within a bound; then two ranks go on, and from the same state one rank alone."""
+    """SIGKILL of rank 1 ends all ranks; then two ranks resume, and from the same state a single rank."""
     uncut = launch("exp.name=uncut")
     said = uncut.communicate(timeout=300)[0]
     assert uncut.returncode == 0, said
@@ -404,10 +403,10 @@ def test_two_ranks_lose_one_and_end_in_the_same_bits_as_two_or_nearly_as_one(pro
     again = launch("exp.name=cut")
     said = again.communicate(timeout=300)[0]
     assert again.returncode == 0, said
-    whole, resumed = toy_project.last("uncut"), toy_project.last("cut")
-    assert toy_project.different(whole.tensors, resumed.tensors) == []
-    assert toy_project.different(whole.more, resumed.more) == []
+    uncut, resumed = toy_project.last("uncut"), toy_project.last("cut")
+    assert toy_project.different(uncut.tensors, resumed.tensors) == []
+    assert toy_project.different(uncut.training_state, resumed.training_state) == []
     assert toy_project.epochs("uncut") == toy_project.epochs("cut")
     assert toy_project.fit("exp.name=alone", "train.batch_per_gpu=8", *STILL) == 0
     for name, tensor in toy_project.last("alone").tensors.items():
-        torch.testing.assert_close(tensor, whole.tensors[name], rtol=0, atol=1e-4)
+        torch.testing.assert_close(tensor, uncut.tensors[name], rtol=0, atol=1e-4)

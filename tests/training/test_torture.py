@@ -1,4 +1,4 @@
-"""A few of the cuts of `make torture`, two ranks."""
+"""A few cases of `make torture` on two ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 
 @pytest.mark.dist
-def test_two_ranks_that_are_cut_end_as_if_they_had_not_been():
-    """One of the places, and an exception on one rank: the other names it as the cause and leaves."""
+def test_two_ranks_that_are_killed_end_like_uninterrupted_ones():
+    """One kill at a point, and one exception on a rank, which the other rank names as the cause when it exits."""
     words = ["--ranks", "2", "--points", "1", "--random", "0", "--recipes", "1", "--seed", "5"]
     script = Path(__file__).parents[1] / "support/torture.py"
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=500)

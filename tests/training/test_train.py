@@ -1,4 +1,4 @@
-"""Whole trainings on the tiny project: what they leave, which keys they honour, how they end."""
+"""Trainings of the toy project: the files they write, the keys they follow, the ways they end."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from fastflower.algorithms.gradients import GradientGuard
 from fastflower.callbacks.progress import COLUMNS, epoch_line, headline, step_line, time_left
 from fastflower.core import checkpoint, errors, runs
 from fastflower.core.console import clock
+from fastflower.core.records import read_record
 from fastflower.core.scores import scores
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.betons.fold_set import open_fold
 from fastflower.data.loaders import EvalLoader
-from fastflower.model.network import NetworkSpec, build_network
+from fastflower.model.member import MemberCheckpoint, load_member
+from fastflower.model.network import build_network
 from fastflower.recipe import load, to_yaml
 from fastflower.recipe.derived import derive
+from fastflower.recipe.run_record import RunEnd, RunNumbers, numbers_path
 from fastflower.training import ranks
 from support import toy_project
 
@@ -39,33 +42,33 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     run, rows = toy_project.run_of(), toy_project.epochs()
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for kind in ("best_clean", "best_combo", "ema_best", "last"):
-        (path,) = run.files(kind)
+        (path,) = run.checkpoints(kind)
         assert path.samefile(run.model_dir / f"{kind}.pth")
-        found = checkpoint.load(path)
-        row = rows[found.meta["epoch"] - 1]
-        assert found.meta["kind"] == kind and found.meta["weights"] in ("raw", "ema")
-        assert {key: row[key] for key in found.meta["scores"]} == found.meta["scores"]
-        assert found.meta["size"] == row["size"] and found.meta["class_ids"] == ["3", "7", "12", "40"]
-        network = build_network(NetworkSpec.from_meta(found.meta))
-        network.load_state_dict(found.tensors)
-        assert bool(found.more) == (kind == "last")
+        member = load_member(path)
+        row = rows[member.meta.epoch - 1]
+        assert member.meta.kind == kind and member.meta.weights in ("raw", "ema")
+        assert {key: row[key] for key in member.meta.scores} == member.meta.scores
+        assert list(member.meta.size) == row["size"] and member.meta.class_ids == ("3", "7", "12", "40")
+        network = build_network(member.meta)
+        network.load_state_dict(member.tensors)
+        assert bool(checkpoint.load(path).training_state) == (kind == "last")
     best = max((row for row in rows if row["epoch"] > 1), key=lambda row: max(row["s_raw"], row["s_ema"]))
     assert checkpoint.load(run.model_dir / "best_combo.pth").meta["epoch"] == best["epoch"]
     text = to_yaml(load("tiny.yaml", ["log.tensorboard=true"]))
     assert (run.meta_dir / "recipe.yaml").read_text() == text
-    derived = json.loads((run.meta_dir / f"derived_{run.stem}.json").read_text())
-    assert derived["batch_global"] == 10 and derived["lr"] == 1e-3 and sum(derived["class_counts"]) == 40
-    assert derived["determinism"] == "full" and {"part", "lr", "weight_decay"} <= set(derived["groups"][0])
-    end = json.loads(run.end.read_text())
-    assert end["identity"] == checkpoint.load(run.model_dir / "last.pth").meta["identity"]
-    assert end["reason"] == "all 3 epochs" and end["best"]["epoch"] == best["epoch"]
+    numbers = read_record(numbers_path(run), RunNumbers)
+    assert numbers.batch_global == 10 and numbers.lr == 1e-3 and sum(numbers.class_counts) == 40
+    assert numbers.determinism == "full" and numbers.groups[0].lr > 0 and numbers.groups[-1].part == "head"
+    end = read_record(run.end_path, RunEnd)
+    assert end.identity == checkpoint.load(run.model_dir / "last.pth").meta["identity"]
+    assert end.reason == "all 3 epochs" and end.best.epoch == best["epoch"]
     for name in ("folds.csv", "classes.csv"):
         assert (run.meta_dir / name).read_bytes() == (Path("data") / name).read_bytes()
     assert json.loads((run.meta_dir / "versions.json").read_text())["packages"]["torch"].startswith("2.7")
     with Image.open(run.results_dir / f"samples_{run.stem}.png") as picture:
         assert picture.width > 8 * 32
     assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
-    assert [row["event"] for row in runs.read_events(run.events)] == [
+    assert [row["event"] for row in runs.read_events(run.events_path)] == [
         "start",
         "epoch",
         "epoch",
@@ -83,18 +86,17 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
         assert said in out and said in log
 
 
-def logits(found: checkpoint.Checkpoint, beton: Beton) -> np.ndarray:
-    """(rows, classes) of a checkpoint over a beton, by hand."""
-    network = build_network(NetworkSpec.from_meta(found.meta))
-    network.load_state_dict(found.tensors)
+def logits(member: MemberCheckpoint, beton: Beton) -> np.ndarray:
+    """Logits (rows, classes) of a member over a beton, computed without Composer."""
+    network = build_network(member.meta)
+    network.load_state_dict(member.tensors)
     network.eval()
-    size = tuple(found.meta["size"])
     loader = EvalLoader(
         beton,
         7,
-        size=lambda: size,
-        factor=found.meta["resize_factor"],
-        interpolation=found.meta["interpolation"],
+        size=lambda: member.meta.size,
+        factor=member.meta.resize_factor,
+        interpolation=member.meta.interpolation,
     )
     with torch.inference_mode():
         parts = [network(b["image"].permute(0, 3, 1, 2).float())[b["valid"]] for b in loader]
@@ -102,16 +104,17 @@ def logits(found: checkpoint.Checkpoint, beton: Beton) -> np.ndarray:
 
 
 def test_the_score_of_a_checkpoint_is_that_of_its_weights():
-    """Load best_combo, run it over the validation betons by hand, and meet the numbers of its epoch."""
+    """best_combo, run over the validation betons without Composer, has the scores of its epoch."""
     assert toy_project.fit() == 0
-    found = checkpoint.load(toy_project.run_of().model_dir / "best_combo.pth")
+    member = load_member(toy_project.run_of().model_dir / "best_combo.pth")
+    recorded, weights = member.meta.scores, member.meta.weights
     opened = open_fold(load("tiny.yaml"), 0)
-    own, weights = scores(logits(found, opened.val), opened.val.labels), found.meta["weights"]
-    assert own["top1"] == found.meta["scores"][f"clean_{weights}"]
-    assert own["macro_f1"] == pytest.approx(found.meta["scores"][f"macro_f1_{weights}"])
-    hits = logits(found, opened.val_corrupt).argmax(1) == opened.val_corrupt.labels
-    assert hits.mean() == pytest.approx(found.meta["scores"][f"corrupt_{weights}"])
-    assert found.meta["scores"][f"s_{weights}"] == pytest.approx(0.7 * own["top1"] + 0.3 * hits.mean())
+    measured = scores(logits(member, opened.val), opened.val.labels)
+    assert measured["top1"] == recorded[f"clean_{weights}"]
+    assert measured["macro_f1"] == pytest.approx(recorded[f"macro_f1_{weights}"])
+    hits = logits(member, opened.val_corrupt).argmax(1) == opened.val_corrupt.labels
+    assert hits.mean() == pytest.approx(recorded[f"corrupt_{weights}"])
+    assert recorded[f"s_{weights}"] == pytest.approx(0.7 * measured["top1"] + 0.3 * hits.mean())
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch():
@@ -121,19 +124,19 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
     whole, parts = toy_project.last("whole"), toy_project.last("parts")
     for name, tensor in whole.tensors.items():
         torch.testing.assert_close(parts.tensors[name], tensor, rtol=0, atol=2e-6)
-    assert whole.more["time"]["batch"] == parts.more["time"]["batch"] == 4
+    assert whole.training_state["time"]["batch"] == parts.training_state["time"]["batch"] == 4
 
 
 def test_a_stage_with_a_smaller_batch_has_more_steps():
     toy_project.fit("train.stage_batch=[20,8]", "opt.lr=auto", "opt.lr_ref=0.005", "opt.lr_max_bound=1")
     sizes = [row["batch_global"] for row in toy_project.epochs()]
     assert sizes == [20, 8, 8]
-    assert toy_project.last().more["time"]["batch"] == 2 + 5 + 5
+    assert toy_project.last().training_state["time"]["batch"] == 2 + 5 + 5
 
 
 def test_folds_train_one_after_the_other():
     assert toy_project.fit("data.fold=[0,2]", *toy_project.ONE) == 0
-    assert [toy_project.run_of(fold=fold).files("best_combo") != [] for fold in (0, 1, 2)] == [
+    assert [toy_project.run_of(fold=fold).checkpoints("best_combo") != [] for fold in (0, 1, 2)] == [
         True,
         False,
         True,
@@ -147,12 +150,14 @@ def test_without_averages_and_without_corruptions(capsys):
     assert toy_project.fit("ema.enabled=false", "robust.enabled=false", *toy_project.ONE) == 0
     (row,) = toy_project.epochs()
     assert row["s_raw"] == row["clean_raw"] and "s_ema" not in row and row["per_kind"] == {}
-    assert toy_project.run_of().files("ema_best") == [] and toy_project.run_of().files("best_combo")
+    assert toy_project.run_of().checkpoints("ema_best") == [] and toy_project.run_of().checkpoints(
+        "best_combo"
+    )
     assert "best is chosen by clean top-1" in capsys.readouterr().out
 
 
 def test_swa_is_scored_and_kept_as_its_own_kind_with_statistics_of_its_own():
-    """A network with BatchNorm: the average's statistics are re-estimated, not averaged."""
+    """A network with BatchNorm: the statistics of the average are re-estimated, not averaged."""
     words = (
         "model.backbone=test_resnet",
         "model.drop_path=0",
@@ -163,8 +168,8 @@ def test_swa_is_scored_and_kept_as_its_own_kind_with_statistics_of_its_own():
     assert toy_project.fit("sched.cosine_epochs=4", "data.size_epochs=[1,4]", *words) == 0
     rows = toy_project.epochs()
     assert ["s_swa" in row for row in rows] == [False, False, True, True]
-    run = runs.Run("tiny", "test_resnet", 0, 42)
-    swa, last = (checkpoint.load(run.files(kind)[-1]) for kind in ("swa", "last"))
+    run = runs.Run(exp="tiny", backbone="test_resnet", fold=0, seed=42)
+    swa, last = (checkpoint.load(run.checkpoints(kind)[-1]) for kind in ("swa", "last"))
     assert swa.meta["weights"] == "swa"
     statistics = [name for name in swa.tensors if name.endswith("running_mean")]
     assert statistics and all(not torch.equal(swa.tensors[name], last.tensors[name]) for name in statistics)
@@ -174,7 +179,7 @@ def test_a_run_that_stops_early_is_finished(capsys):
     words = ("es.patience=1", "es.min_delta=1", "sched.cosine_epochs=6", "data.size_epochs=[1,6]")
     assert toy_project.fit(*words) == 0
     assert len(toy_project.epochs()) == 3  # a first at the new size, then one without a gain of 1
-    end = json.loads(toy_project.run_of().end.read_text())
+    end = toy_project.end()
     assert end["stopped_early"] and end["reason"] == "no gain of 1 in 1 epochs up to epoch 3"
     capsys.readouterr()
     assert toy_project.fit(*words) == 0
@@ -199,7 +204,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
     assert toy_project.fit(*toy_project.ONE) == 0
     (row,) = toy_project.epochs()
     assert row["nonfinite"] == 2 and math.isfinite(row["train_loss"]) and math.isfinite(row["grad_norm"])
-    assert toy_project.last().more["parts"]["ema"]["updates"] == 2
+    assert toy_project.last().training_state["parts"]["ema"]["updates"] == 2
     assert all(bool(tensor.isfinite().all()) for tensor in toy_project.last().tensors.values())
     assert "2 steps were not finite and were skipped" in capsys.readouterr().out
 
@@ -240,14 +245,16 @@ def test_a_flipped_bit_in_a_beton_is_found_before_the_first_step():
     path.write_bytes(data)
     with pytest.raises(errors.CorruptionError, match="run convert again"):
         toy_project.fit()
-    assert toy_project.run_of().files("last") == []
+    assert toy_project.run_of().checkpoints("last") == []
 
 
 def test_two_processes_do_not_train_one_run(monkeypatch):
     recipe = load("tiny.yaml")
     with (
-        ranks.claim(recipe, 0),
-        pytest.raises(errors.EnvironmentFault, match="another process trains fold 0, seed 42"),
+        ranks.lock_run(recipe, 0),
+        pytest.raises(
+            errors.EnvironmentFault, match=rf"another process \({os.getpid()}\) trains fold 0, seed 42"
+        ),
     ):
         toy_project.fit()
     assert toy_project.fit(*toy_project.ONE) == 0
@@ -294,7 +301,7 @@ def launch(
 
 @pytest.mark.dist
 def test_two_ranks_are_one_rank():
-    """50 steps at the same global batch; each validation image counted once on any number of ranks."""
+    """50 steps at the same global batch; each validation image counts once on any number of ranks."""
     still = (
         "model.drop_rate=0",
         "model.drop_path=0",
@@ -307,7 +314,7 @@ def test_two_ranks_are_one_rank():
     assert done.returncode == 0, done.stdout + done.stderr
     toy_project.fit("exp.name=one", "train.batch_per_gpu=8", *still, "eval.batch=7")
     one, two = toy_project.last("one"), toy_project.last("two")
-    assert one.more["time"]["batch"] == two.more["time"]["batch"] == 50
+    assert one.training_state["time"]["batch"] == two.training_state["time"]["batch"] == 50
     for name, tensor in one.tensors.items():
         torch.testing.assert_close(two.tensors[name], tensor, rtol=0, atol=1e-5)
     for a, b in zip(toy_project.epochs("one"), toy_project.epochs("two"), strict=True):
@@ -319,7 +326,8 @@ def test_two_ranks_are_one_rank():
 WATCHED = """
 import os
 import torch
-from fastflower import errors, train
+from fastflower import train
+from fastflower.core import errors
 from fastflower.callbacks.scoring import Scoring
 
 
@@ -340,13 +348,13 @@ def eval_end(self, state, logger):
 
 before_all, end = Scoring.eval_before_all, Scoring.eval_end
 Scoring.eval_before_all, Scoring.eval_end = eval_before_all, eval_end
-errors.run(train.main)
+errors.run_command(train.main)
 """
 
 
 @pytest.mark.dist
 def test_two_ranks_score_and_save_the_same_running_statistics():
-    """Between evaluations each rank has its own; the network that is scored on both is the one that is saved."""
+    """Between evaluations each rank has its own; the scored network is equal on both ranks and is the saved one."""
     Path("watched.py").write_text(WATCHED)
     words = ("model.backbone=test_resnet", "model.drop_path=0", "train.batch_per_gpu=5", "train.world_size=2")
     done = launch(2, *words, script=Path("watched.py"))
@@ -357,15 +365,17 @@ def test_two_ranks_score_and_save_the_same_running_statistics():
         )
         assert len(scored[0]) == 2  # raw and EMA
         assert toy_project.different(*before) and toy_project.different(*scored) == []
-    found = checkpoint.load(runs.Run("tiny", "test_resnet", 0, 42).model_dir / "best_combo.pth")
-    saved = torch.load(f"scored_{found.meta['epoch']}_1.pt")[found.meta["weights"] == "ema"]
-    kept = {name: buffer for name, buffer in saved.items() if name in found.tensors}  # not mean and std
+    member = load_member(
+        runs.Run(exp="tiny", backbone="test_resnet", fold=0, seed=42).model_dir / "best_combo.pth"
+    )
+    saved = torch.load(f"scored_{member.meta.epoch}_1.pt")[member.meta.weights == "ema"]
+    kept = {name: buffer for name, buffer in saved.items() if name in member.tensors}  # not mean and std
     assert any("running_var" in name for name in kept) and not toy_project.different(
-        {name: found.tensors[name] for name in kept}, kept
+        {name: member.tensors[name] for name in kept}, kept
     )
     val = open_fold(load("tiny.yaml"), 0).val
-    own = scores(logits(found, val), val.labels)
-    assert own["top1"] == found.meta["scores"][f"clean_{found.meta['weights']}"]
+    measured = scores(logits(member, val), val.labels)
+    assert measured["top1"] == member.meta.scores[f"clean_{member.meta.weights}"]
 
 
 @pytest.mark.dist

@@ -1,8 +1,8 @@
-"""Betons: FFCV's file format (version 2, fields image, label, index), written so that it is whole or not there.
+"""Betons: FFCV's file format (version 2, fields image, label, index), written atomically.
 
-A row of a pair has a second field of its kind behind image: `image_b`.
+A row that is a pair has a second image field behind the first: `image_b`.
 A beton opens in `ffcv.reader.Reader` and in `ffcv.loader.Loader`. Beside it lies a manifest, `<beton>.json`,
-with a CRC-32 for every row; it is written last, so a beton without one was never finished.
+with a CRC-32 for every image; it is written last, so a beton without one was never finished.
 Layout: header | field descriptors | metadata (32 bytes a row) | row data | allocation table.
 """
 
@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import mmap
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 from isal.isal_zlib import crc32
 
+from fastflower import __version__
 from fastflower.core import files
 from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.core.records import read_record, write_record
+from fastflower.data.betons.manifest import Manifest, Origin, manifest_path, pack_checksums
 
 JPEG, RAW = 0, 1
-PAGE = 1 << 23  # no row crosses a page; grows when a row is larger
+PAGE = 1 << 23  # bytes; no image crosses a page, so the page grows to the largest image
 LARGEST_PAGE = 1 << 31
+VERIFY_CHUNK = 256  # images that a thread checks at a time
 
 HEADER = np.dtype(
     [
@@ -42,21 +44,21 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-FIELDS = (("label", 1), ("index", 1))  # names and FFCV's numbers of IntField; images, its 2, come before
-PLACES = ("image", "image_b")
+IMAGE_TYPE, INTEGER_TYPE = 2, 1  # FFCV's type ids of RGBImageField and IntField
+IMAGE_FIELDS = ("image", "image_b")
+INTEGER_FIELDS = ("label", "index")
 
-ROW = np.dtype(
+# the decoder's description of an image; `Row` in decode.c
+DESCRIPTOR = np.dtype(
     [("offset", "u8"), ("size", "u8"), ("height", "i4"), ("width", "i4"), ("mode", "i4"), ("pad", "i4")]
 )
 
 
-def manifest_path(path: Path) -> Path:
-    """`fold0_train.beton` -> `fold0_train.beton.json`."""
-    return path.with_name(path.name + ".json")
+class EncodedImage(NamedTuple):
+    """An image as a beton stores it; crc is the CRC-32 of data where it is already known.
 
-
-class Picture(NamedTuple):
-    """An encoded image: JPEG or RAW, its bytes, height, width, and the CRC-32 of the bytes where it is known."""
+    mode: JPEG, and data is a file; or RAW, and data is uint8 (height, width, 3).
+    """
 
     mode: int
     data: bytes | memoryview
@@ -65,64 +67,71 @@ class Picture(NamedTuple):
     crc: int | None = None
 
 
-def metadata_type(images: int) -> np.dtype:
-    """The metadata of a row of one image or two, as FFCV lays it out."""
+def metadata_type(images_per_row: int) -> np.dtype:
+    """The metadata of a row, as FFCV lays it out."""
     return np.dtype(
-        [*((name, IMAGE) for name in PLACES[:images]), *((name, "<i8") for name, _ in FIELDS)], align=True
+        [
+            *((name, IMAGE) for name in IMAGE_FIELDS[:images_per_row]),
+            *((name, "<i8") for name in INTEGER_FIELDS),
+        ],
+        align=True,
     )
 
 
 class BetonWriter:
-    """Write `rows` images, or pairs of images, in order; nothing opens as a beton before `commit`.
+    """Writes `rows` images, or pairs of images, in order; no reader sees the file before `commit`.
 
-    The same images give the same bytes. Raises EnvironmentFault when the disk refuses.
+    The same images give the same bytes. Raises EnvironmentFault when the disk refuses a write.
     """
 
-    def __init__(self, path: Path, rows: int, images: int = 1) -> None:
+    def __init__(self, path: Path, rows: int, *, images_per_row: int = 1) -> None:
         if rows < 1:
             raise InputError(f"{path}: a beton needs at least one row")
-        self.path, self.images = Path(path), images
-        self._aside = files.aside_of(self.path)
-        self._metadata = np.zeros(rows, metadata_type(images))
-        self._allocation = np.zeros(rows * images, ALLOCATION)
-        self._crc = np.zeros(rows * images, np.uint32)
+        self.path, self.images_per_row = Path(path), images_per_row
+        self._temporary = files.temporary_path(self.path)
+        self._metadata = np.zeros(rows, metadata_type(images_per_row))
+        self._allocation = np.zeros(rows * images_per_row, ALLOCATION)
+        self._crc = np.zeros(rows * images_per_row, np.uint32)
         self._written = 0  # images
         self._page = PAGE
-        self._offset = _start(images) + self._metadata.nbytes
+        self._offset = _metadata_start(images_per_row) + self._metadata.nbytes
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            files.sweep(self.path.parent, self.path.name)
-            self._file: IO[bytes] = self._aside.open("wb", buffering=1 << 20)
+            files.remove_abandoned(self.path.parent, self.path.name)
+            self._file: IO[bytes] = self._temporary.open("wb", buffering=1 << 20)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._write_error(error) from None
 
-    def jpeg(self, data: bytes, height: int, *, width: int, label: int, index: int) -> None:
+    def append_jpeg(self, data: bytes, *, height: int, width: int, label: int, index: int) -> None:
         """Append a JPEG file; height and width are those in its header."""
-        self.append(label, index, Picture(JPEG, data, height, width))
+        self.append(label, index, EncodedImage(JPEG, data, height=height, width=width))
 
-    def raw(self, pixels: np.ndarray, label: int, index: int) -> None:
+    def append_raw(self, pixels: np.ndarray, label: int, index: int) -> None:
         """Append uint8 pixels (H, W, 3)."""
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise InputError(f"{self.path}: raw rows are uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
         height, width, _ = pixels.shape
-        self.append(label, index, Picture(RAW, np.ascontiguousarray(pixels).data.cast("B"), height, width))
+        data = np.ascontiguousarray(pixels).data.cast("B")
+        self.append(label, index, EncodedImage(RAW, data, height=height, width=width))
 
-    def append(self, label: int, index: int, *pictures: Picture) -> None:
-        """Append a row of as many images as the beton's rows have."""
-        row = self._written // self.images
+    def append(self, label: int, index: int, *images: EncodedImage) -> None:
+        """Append a row of one image, or two for pairs."""
+        row = self._written // self.images_per_row
         if row == len(self._metadata):
             raise InputError(f"{self.path}: more rows than the {row} announced")
-        if len(pictures) != self.images:
-            raise InputError(f"{self.path}: a row of {len(pictures)} images; {self.images} were announced")
-        for name, picture in zip(PLACES, pictures, strict=False):
-            start = self._append(row, picture)
-            self._metadata[name][row] = (picture.mode, picture.width, picture.height, start)
+        if len(images) != self.images_per_row:
+            raise InputError(
+                f"{self.path}: a row of {len(images)} images; {self.images_per_row} were announced"
+            )
+        for name, image in zip(IMAGE_FIELDS, images, strict=False):
+            start = self._append(row, image)
+            self._metadata[name][row] = (image.mode, image.width, image.height, start)
         self._metadata["label"][row], self._metadata["index"][row] = label, index
 
-    def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Finish the file, read back every row from the disk, and put beton and then manifest in place."""
+    def commit(self, origin: Origin | None = None) -> None:
+        """Finish the file, verify every row as the disk returns it, and move the beton, then its manifest, in place."""
         rows = len(self._metadata)
-        written = self._written // self.images
+        written = self._written // self.images_per_row
         if written != rows:
             raise InputError(f"{self.path}: {written} rows written, {rows} announced; nothing was committed")
         head = self._head()
@@ -133,30 +142,31 @@ class BetonWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            size = self._aside.stat().st_size
-            whole = {
-                **manifest,
-                "rows": rows,
-                "images": self.images,
-                "size": size,
-                "head_crc": crc32(self._allocation.data.cast("B"), crc32(head)),
-                "crc": self._crc.tolist(),
-            }
-            self._read_back(whole)
+            size = self._temporary.stat().st_size
+            manifest = Manifest(
+                fastflower=__version__,
+                rows=rows,
+                images_per_row=self.images_per_row,
+                size=size,
+                head_crc=crc32(self._allocation.data.cast("B"), crc32(head)),
+                crc=pack_checksums(self._crc),
+                origin=origin,
+            )
+            self._read_back(manifest)
             # an old manifest must not vouch for the new file
             manifest_path(self.path).unlink(missing_ok=True)
-            files.replace_atomic(self._aside, self.path)
-            files.write_atomic(manifest_path(self.path), json.dumps(whole, ensure_ascii=False) + "\n")
+            files.replace_atomic(self._temporary, self.path)
+            write_record(manifest_path(self.path), manifest)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._write_error(error) from None
         finally:
             self.discard()
 
     def discard(self) -> None:
-        """Drop what is not committed."""
-        with contextlib.suppress(OSError):  # a full disk refuses the last flush too; the file goes anyway
+        """Close and delete the temporary file, if it is not committed."""
+        with contextlib.suppress(OSError):  # a full disk refuses the last flush too
             self._file.close()
-        self._aside.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -166,9 +176,9 @@ class BetonWriter:
     ) -> None:
         self.discard()
 
-    def _append(self, row: int, picture: Picture) -> int:
-        """Write an image's bytes; returns where they begin."""
-        _, data, height, width, crc = picture
+    def _append(self, row: int, image: EncodedImage) -> int:
+        """Write an image's bytes and return their offset in the file."""
+        _, data, height, width, crc = image
         size = len(data)
         if not (0 < height < 1 << 16 and 0 < width < 1 << 16) or not 0 < size <= LARGEST_PAGE:
             raise InputError(
@@ -184,11 +194,11 @@ class BetonWriter:
                 self._file.seek(start)
             self._file.write(data)
             if (start + size) // PAGE != self._offset // PAGE and hasattr(os, "posix_fadvise"):
-                # the disk writes while we work, and fsync finds little left to do
+                # starts writing to the disk now, so that the final fsync is short
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self.discard()
-            raise self._refusal(error) from None
+            raise self._write_error(error) from None
         self._allocation[self._written] = (row, start, size)
         self._crc[self._written] = crc32(data) if crc is None else crc
         self._written += 1
@@ -196,22 +206,23 @@ class BetonWriter:
         return start
 
     def _head(self) -> bytes:
-        header, fields = np.zeros(1, HEADER), np.zeros(self.images + len(FIELDS), FIELD)
+        types = dict.fromkeys(IMAGE_FIELDS[: self.images_per_row], IMAGE_TYPE) | dict.fromkeys(
+            INTEGER_FIELDS, INTEGER_TYPE
+        )
+        header, fields = np.zeros(1, HEADER), np.zeros(len(types), FIELD)
         header[0] = (2, len(fields), self._page, len(self._metadata), self._offset)
-        for field, (name, type_id) in zip(
-            fields, (*((name, 2) for name in PLACES[: self.images]), *FIELDS), strict=True
-        ):
+        for field, (name, type_id) in zip(fields, types.items(), strict=True):
             field["type_id"] = type_id
             field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         return header.tobytes() + fields.tobytes() + self._metadata.tobytes()
 
-    def _read_back(self, manifest: dict[str, Any]) -> None:
-        with open(self._aside, "rb") as file:
-            if hasattr(os, "posix_fadvise"):  # read what the disk holds, not what memory does
+    def _read_back(self, manifest: Manifest) -> None:
+        with open(self._temporary, "rb") as file:
+            if hasattr(os, "posix_fadvise"):  # drops cached pages, so that the disk is read
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        Beton(self._aside, manifest).verify()
+        Beton(self._temporary, manifest).verify()
 
-    def _refusal(self, error: OSError) -> EnvironmentFault:
+    def _write_error(self, error: OSError) -> EnvironmentFault:
         return EnvironmentFault(
             f"{self.path}: cannot write ({error.strerror}); free the disk or choose another data.home"
         )
@@ -220,91 +231,102 @@ class BetonWriter:
 class Beton:
     """An open beton: columns of its rows and read-only access to their bytes.
 
-    rows: their number. labels, index: int64 (N,). heights, widths: int32 (N,). table: ROW (N,) for the decoder.
-    images: 2 for pairs, else 1; the columns are those of the first image, `second` has those of the other.
-    The mapping keeps the file's inode, so replacing the file leaves a running reader alone.
+    rows: number of rows. labels, index: int64 (N,). descriptors: DESCRIPTOR (N,), for the decoder.
+    images_per_row: 2 for pairs, else 1; `descriptors` is of the first image, `second` has those of the other.
+    Readers that are open keep the old content when the file is replaced.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.rows, self.images = int(manifest["rows"]), int(manifest.get("images", 1))
+        self.rows, self.images_per_row = manifest.rows, manifest.images_per_row
         self.data = np.memmap(path, np.uint8, mode="r")
-        if self.data.size != manifest["size"]:
-            raise CorruptionError(
-                f"{path}: {self.data.size} bytes, its manifest says {manifest['size']}; run convert again"
-            )
-        start, kind = _start(self.images), metadata_type(self.images)
+        if self.data.size != manifest.size:
+            raise _wrong_size(path, self.data.size, manifest)
+        start, kind = _metadata_start(self.images_per_row), metadata_type(self.images_per_row)
         self._metadata_end = start + self.rows * kind.itemsize
-        self._allocation_start = self.data.size - self.rows * self.images * ALLOCATION.itemsize
+        self._allocation_start = self.data.size - self.rows * self.images_per_row * ALLOCATION.itemsize
         self._check_head()
         self._metadata = self.data[start : self._metadata_end].view(kind)
         self._allocation = self.data[self._allocation_start :].view(ALLOCATION)
         self.labels = self._metadata["label"].astype(np.int64)
         self.index = self._metadata["index"].astype(np.int64)
-        self._show(0)
+        self.descriptors = self._descriptors(0)
+
+    @property
+    def origin(self) -> Origin:
+        """The data, folds and settings it was converted from."""
+        if self.manifest.origin is None:
+            raise InputError(f"{self.path} was not written by convert; run convert")
+        return self.manifest.origin
 
     @cached_property
     def second(self) -> Beton:
-        """The same rows, seen with the second image of each pair."""
-        if self.images < 2:
+        """The same rows, with the descriptors of the second image of each pair."""
+        if self.images_per_row < 2:
             raise InputError(f"{self.path}: its rows hold one image each; data.form=pairs makes two")
-        other = copy.copy(self)
-        other._show(1)
-        return other
+        view = copy.copy(self)
+        view.descriptors = self._descriptors(1)
+        return view
 
-    def _show(self, place: int) -> None:
-        """Fill the columns of the image at a place of each row."""
-        self.table = np.zeros(self.rows, ROW)
-        allocation = self._allocation[place :: self.images]
-        self.table["offset"], self.table["size"] = allocation["ptr"], allocation["size"]
+    def _descriptors(self, image: int) -> np.ndarray:
+        """Offset, size, shape and mode of the first (0) or second (1) image of each row: DESCRIPTOR (N,)."""
+        descriptors = np.zeros(self.rows, DESCRIPTOR)
+        allocation = self._allocation[image :: self.images_per_row]
+        descriptors["offset"], descriptors["size"] = allocation["ptr"], allocation["size"]
         for name in ("height", "width", "mode"):
-            self.table[name] = self._metadata[PLACES[place]][name]
-        self.heights, self.widths = self.table["height"].copy(), self.table["width"].copy()
+            descriptors[name] = self._metadata[IMAGE_FIELDS[image]][name]
+        return descriptors
 
     def row(self, row: int) -> np.ndarray:
         """The stored bytes of one row: a JPEG file, or pixels; uint8 (size,), a view of the file."""
-        start = int(self.table["offset"][row])
-        return self.data[start : start + int(self.table["size"][row])]
+        start = int(self.descriptors["offset"][row])
+        return self.data[start : start + int(self.descriptors["size"][row])]
 
     def verify(self, threads: int = 4) -> None:
         """Read the whole file against its checksums; raises CorruptionError with the first damaged row."""
         self._check_head()
         starts = self._allocation["ptr"].astype(np.int64)
         ends = starts + self._allocation["size"].astype(np.int64)
-        before = np.concatenate([[self._metadata_end], ends[:-1]])
+        previous_ends = np.concatenate([[self._metadata_end], ends[:-1]])
+        checksums = self.manifest.checksums()
         mapped = cast(mmap.mmap, self.data.base)
 
-        def damaged(part: int) -> bool:
-            gap, data = self.data[before[part] : starts[part]], self.data[starts[part] : ends[part]]
-            return crc32(data.data) != self.manifest["crc"][part] or bool(gap.any())
+        def is_damaged(image: int) -> bool:
+            gap = self.data[previous_ends[image] : starts[image]]
+            data = self.data[starts[image] : ends[image]]
+            return crc32(data.data) != checksums[image] or bool(gap.any())
 
-        def first_damaged(span: range) -> int | None:
-            low, high = int(before[span[0]]) // mmap.PAGESIZE * mmap.PAGESIZE, int(ends[span[-1]])
+        def first_damaged(images: range) -> int | None:
+            low, high = int(previous_ends[images[0]]) // mmap.PAGESIZE * mmap.PAGESIZE, int(ends[images[-1]])
             mapped.madvise(mmap.MADV_WILLNEED, low, high - low)
-            found = next((part for part in span if damaged(part)), None)
-            mapped.madvise(mmap.MADV_DONTNEED, low, high - low)  # the pages read so far go: memory stays flat
-            return found
+            damaged = next((image for image in images if is_damaged(image)), None)
+            mapped.madvise(mmap.MADV_DONTNEED, low, high - low)  # keeps memory flat
+            return damaged
 
-        spans = [range(at, min(at + 256, len(starts))) for at in range(0, len(starts), 256)]
+        spans = [
+            range(first, min(first + VERIFY_CHUNK, len(starts)))
+            for first in range(0, len(starts), VERIFY_CHUNK)
+        ]
         with ThreadPoolExecutor(threads) as pool:
-            for part in pool.map(first_damaged, spans):
-                if part is not None:
-                    row = part // self.images
-                    raise self.damage(row, "its bytes have changed since convert wrote them")
+            for image in pool.map(first_damaged, spans):
+                if image is not None:
+                    raise self.damage(
+                        image // self.images_per_row, "its bytes have changed since convert wrote them"
+                    )
         if ends[-1] != self._allocation_start:
             raise CorruptionError(f"{self.path}: bytes behind the last row; run convert again")
 
-    def damage(self, row: int, what: str) -> CorruptionError:
-        """The error that names a row of this beton and of the label table."""
+    def damage(self, row: int, reason: str) -> CorruptionError:
+        """An error that names a row of this beton and of folds.csv."""
         return CorruptionError(
-            f"{self.path}: row {row} (row {self.index[row]} of folds.csv): {what}; run convert again"
+            f"{self.path}: row {row} (row {self.index[row]} of folds.csv): {reason}; run convert again"
         )
 
     def _check_head(self) -> None:
         head, tail = self.data[: self._metadata_end].data, self.data[self._allocation_start :].data
         fits = self._allocation_start >= self._metadata_end
-        if not fits or crc32(tail, crc32(head)) != self.manifest["head_crc"]:
+        if not fits or crc32(tail, crc32(head)) != self.manifest.head_crc:
             raise CorruptionError(
                 f"{self.path}: header, metadata or allocations are damaged; run convert again"
             )
@@ -315,27 +337,26 @@ def open_beton(path: Path) -> Beton:
 
     Raises InputError when it is missing or convert did not finish, CorruptionError when it is damaged.
     """
-    path, beside = Path(path), manifest_path(Path(path))
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"no beton {path}; run convert")
-    if not beside.is_file():
+    if not manifest_path(path).is_file():
         raise InputError(f"{path} has no manifest: convert did not finish; run convert again")
-    try:
-        manifest = json.loads(beside.read_text(encoding="utf-8"))
-        numbers = [manifest["rows"], manifest["size"], manifest["head_crc"], *manifest["crc"]]
-        parts = manifest["rows"] * manifest.get("images", 1)
-        whole = all(type(n) is int for n in numbers) and parts == len(manifest["crc"]) > 0
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise CorruptionError(f"{beside}: not the manifest of a beton; run convert again")
-    if path.stat().st_size != manifest["size"]:  # before mapping: an empty file cannot be mapped
+    manifest = read_record(manifest_path(path), Manifest)
+    if not manifest.is_consistent:
         raise CorruptionError(
-            f"{path}: {path.stat().st_size} bytes, its manifest says {manifest['size']}; run convert again"
+            f"{manifest_path(path)}: rows and checksums differ in number; run convert again"
         )
+    size = path.stat().st_size
+    if size != manifest.size:  # before mapping: an empty file cannot be mapped
+        raise _wrong_size(path, size, manifest)
     return Beton(path, manifest)
 
 
-def _start(images: int) -> int:
-    """Where the metadata begin."""
-    return HEADER.itemsize + (images + len(FIELDS)) * FIELD.itemsize
+def _wrong_size(path: Path, size: int, manifest: Manifest) -> CorruptionError:
+    return CorruptionError(f"{path}: {size} bytes, its manifest says {manifest.size}; run convert again")
+
+
+def _metadata_start(images_per_row: int) -> int:
+    """Offset of the metadata in the file."""
+    return HEADER.itemsize + (images_per_row + len(INTEGER_FIELDS)) * FIELD.itemsize

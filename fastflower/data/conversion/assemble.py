@@ -1,6 +1,7 @@
-"""A set of betons beside the one in place: assembled from the spool by worker processes, then exchanged in one step.
+"""A set of betons written beside the current one by worker processes, then swapped in atomically.
 
-A conversion that is killed at any moment leaves the old set or the new one, whole; the next removes what it left.
+A conversion that is killed at any moment leaves the complete old set or the complete new one; the next conversion
+removes its temporary files.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastflower.core import files, workers
 from fastflower.core.errors import EnvironmentFault
 from fastflower.data.betons import fold_set
-from fastflower.data.betons.beton_file import JPEG, RAW, BetonWriter, Picture, manifest_path
+from fastflower.data.betons.beton_file import JPEG, RAW, BetonWriter, EncodedImage
+from fastflower.data.betons.manifest import Origin, StorageSettings, manifest_path
 from fastflower.data.conversion import encode
 from fastflower.data.folds import Folds
 from fastflower.data.readers.image_files import encode_jpeg
@@ -25,105 +26,109 @@ from fastflower.data.transforms.corruptions import corrupt, image_key, jpeg_byte
 
 @contextmanager
 def new_set(home: Path) -> Iterator[Path]:
-    """An empty folder in which a set grows; gone afterwards, with what is left of the old set."""
-    place = _place(home)
-    if place.exists() and not place.is_dir():
-        raise EnvironmentFault(f"{home / 'betons'} is no folder; move it away, or choose another data.home")
-    with files.growing(place.with_name(f".{place.name}.new"), place) as folder:
+    """Context manager: an empty temporary folder for a new set of betons.
+
+    On exit it is deleted, with the old set if `replace_set` has put it there.
+    """
+    betons = _betons_folder(home)
+    if betons.exists() and not betons.is_dir():
+        raise EnvironmentFault(
+            f"{home / 'betons'} is not a folder; move it away, or choose another data.home"
+        )
+    with files.temporary_folder(betons.with_name(f".{betons.name}.new"), betons) as folder:
         yield folder
 
 
-def put_in_place(home: Path, folder: Path) -> None:
-    """Make a finished folder the set of `home`."""
-    files.put_in_place(folder, _place(home))
+def replace_set(home: Path, folder: Path) -> None:
+    """Replace the betons of `home` by those in a finished folder."""
+    files.swap_in(folder, _betons_folder(home))
 
 
-def keep(home: Path, folder: Path, wanted: dict[str, Any]) -> bool:
-    """Take over a beton of the set in place that is still what is wanted; a link, not a copy."""
-    if not fold_set.is_current(home / "betons", wanted):
+def reuse(home: Path, folder: Path, origin: Origin) -> bool:
+    """Hard-link a beton of the current set into the new one, if it has this origin; return whether it could."""
+    if not fold_set.is_current(home / "betons", origin):
         return False
-    name = fold_set.beton_name(wanted.get("fold", -1), wanted["split"])
+    beton = home / "betons" / fold_set.beton_name(origin.fold, origin.split)
     try:
-        for path in (home / "betons" / name, manifest_path(home / "betons" / name)):
+        for path in (beton, manifest_path(beton)):
             os.link(path, folder / path.name)
-    except OSError:  # a disk without links
+    except OSError:  # the file system has no hard links
         return False
     return True
 
 
 def write_betons(
     folder: Path,
-    manifests: list[dict[str, Any]],
+    origins: list[Origin],
     *,
     folds: Folds,
-    images: encode.Spool,
-    good: np.ndarray,
-    count: int,
+    spool: encode.Spool,
+    spool_rows: np.ndarray,
+    processes: int,
     meanwhile: Callable[[], object],
 ) -> None:
-    """Write the betons that the manifests describe by `count` processes; `meanwhile` is work for this one.
+    """Write the beton of each origin with worker processes; `meanwhile` runs in this process.
 
-    Corrupted copies are made here: an image validates one fold, so each is made once.
+    spool_rows: int64 (N,), the spool's row of each row of folds. Corrupted copies are computed here: an image
+    validates one fold, so each copy is computed once.
     """
+    columns = {"train": encode.TRAIN, "val": encode.VAL, "val_corrupt": encode.PIXELS}
 
-    def write(wanted: dict[str, Any]) -> None:
-        rows, combos = rows_of(folds, wanted), wanted["combos"] or [None]
-        column = {"train": encode.TRAIN, "val": encode.VAL, "val_corrupt": encode.PIXELS}[wanted["split"]]
-        path = folder / fold_set.beton_name(wanted["fold"], wanted["split"])
-        with BetonWriter(path, len(rows) * len(combos), images.blobs.shape[1]) as writer:
+    def write(origin: Origin) -> None:
+        rows, combos = rows_of(folds, origin), origin.combos or (None,)
+        path = folder / fold_set.beton_name(origin.fold, origin.split)
+        with BetonWriter(path, len(rows) * len(combos), images_per_row=spool.blobs.shape[1]) as writer:
             for combo in combos:
-                stored = images.read(good[rows], column)
-                for row, label, pictures in zip(
+                stored = spool.read(spool_rows[rows], columns[origin.split])
+                for row, label, images in zip(
                     rows.tolist(), folds.class_idx[rows].tolist(), stored, strict=True
                 ):
                     if combo:
-                        pictures = corrupted(
-                            pictures, folds.filenames[row], combo=combo, settings=wanted["settings"]
+                        images = corrupted(
+                            images, folds.filenames[row], combo=combo, settings=origin.settings
                         )
-                    writer.append(label, row, *pictures)
-                    workers.beat()
-            writer.commit(wanted)
+                    writer.append(label, row, *images)
+                    workers.count_done()
+            writer.commit(origin)
 
-    # the longest work first, for an even end
-    manifests = sorted(manifests, key=lambda wanted: ("val_corrupt", "train", "val").index(wanted["split"]))
-    total = sum(len(rows_of(folds, wanted)) * max(1, len(wanted["combos"])) for wanted in manifests)
-    tasks = ((wanted,) for wanted in manifests)
-    for _ in workers.run(
+    # longest tasks first, so that the workers finish together
+    origins = sorted(origins, key=lambda origin: ("val_corrupt", "train", "val").index(origin.split))
+    total = sum(len(rows_of(folds, origin)) * max(1, len(origin.combos)) for origin in origins)
+    for _ in workers.map_ordered(
         write,
-        tasks,
-        count=min(count, len(manifests)),
-        tell=workers.Progress("rows", total),
+        ((origin,) for origin in origins),
+        count=min(processes, len(origins)),
+        on_progress=workers.Progress("rows", total),
         meanwhile=meanwhile,
     ):
         pass
 
 
-def rows_of(folds: Folds, wanted: dict[str, Any]) -> np.ndarray:
-    return folds.train_rows(wanted["fold"]) if wanted["split"] == "train" else folds.val_rows(wanted["fold"])
+def rows_of(folds: Folds, origin: Origin) -> np.ndarray:
+    """Rows of folds.csv in a beton, before corrupted copies: int64, ascending."""
+    return folds.train_rows(origin.fold) if origin.split == "train" else folds.val_rows(origin.fold)
 
 
 def corrupted(
-    pictures: list[Picture], name: str, *, combo: list[str], settings: dict[str, Any]
-) -> list[Picture]:
-    """The disturbed copies of a row's raw pictures, as its settings store them; the two of a pair differ."""
-    (kind, level), made = combo, []
-    for place, picture in enumerate(pictures):
-        pixels = np.frombuffer(picture.data, np.uint8).reshape(picture.height, picture.width, 3)
-        key = image_key(name if place == 0 else f"{name}:{place}")
+    images: list[EncodedImage], name: str, *, combo: tuple[str, str], settings: StorageSettings
+) -> list[EncodedImage]:
+    """Corrupted copies of a row's raw images, stored as the settings ask; the two images of a pair differ."""
+    (kind, level), copies = combo, []
+    for number, image in enumerate(images):
+        pixels = np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
+        key = image_key(name if number == 0 else f"{name}:{number}")
         data: bytes | memoryview
-        if settings["store"] == "raw":
+        if settings.store == "raw":
             mode, data = RAW, corrupt(pixels, kind, level=level, key=key).data.cast("B")
-        elif kind == "jpeg":  # a file as it is
+        elif kind == "jpeg":  # the corruption is a JPEG file already
             mode, data = JPEG, jpeg_bytes(pixels, level)
         else:
-            mode, data = (
-                JPEG,
-                encode_jpeg(corrupt(pixels, kind, level=level, key=key), settings["jpeg_quality"]),
-            )
-        made.append(Picture(mode, data, picture.height, picture.width))
-    return made
+            pixels = corrupt(pixels, kind, level=level, key=key)
+            mode, data = JPEG, encode_jpeg(pixels, settings.jpeg_quality)
+        copies.append(EncodedImage(mode, data, height=image.height, width=image.width))
+    return copies
 
 
-def _place(home: Path) -> Path:
-    """Where the betons really lie: betons/ may be a link to another disk."""
+def _betons_folder(home: Path) -> Path:
+    """The real path of betons/, which may be a link to another disk."""
     return Path(os.path.realpath(home / "betons"))

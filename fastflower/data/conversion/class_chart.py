@@ -1,4 +1,4 @@
-"""The classes by size, drawn: how long the tail is at a glance."""
+"""A chart of the class sizes, which shows the imbalance at a glance."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from fastflower.data.labels import HEAD, TAIL, LabelTable, class_stats
 
 COLOURS = {"head": "#2a6f97", "middle": "#61a5c2", "tail": "#e07a5f"}
-NAMED = 40  # more classes than this have no room for their ids
+MAX_LABELLED = 40  # classes; the axis has no room for more ids
 
 
-def distribution(table: LabelTable) -> bytes:
-    """A PNG of images a class, largest first, on a log scale when the largest is ten times the smallest."""
-    # a second of import that most commands do not need
+def class_chart(table: LabelTable) -> bytes:
+    """A PNG of the images of each class, largest first; log scale when the largest has over ten times the smallest."""
+    # imported here, because it takes a second that most commands do not need
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,11 +32,11 @@ def distribution(table: LabelTable) -> bytes:
         bounds = {"head": f"over {HEAD}", "middle": f"{TAIL} to {HEAD}", "tail": f"under {TAIL}"}[part]
         axes.bar(0, 0, color=COLOURS[part], label=f"{part}, {bounds} images: {classes} classes")
     axes.legend(frameon=False)
-    few = len(counts) <= NAMED
-    axes.set_xticks(np.arange(len(counts)) if few else [])
-    if few:
+    labelled = len(counts) <= MAX_LABELLED
+    axes.set_xticks(np.arange(len(counts)) if labelled else [])
+    if labelled:
         axes.set_xticklabels(_ids(table, order), fontsize=8, rotation=90 if len(counts) > 20 else 0)
-    axes.set_xlabel("category_id" if few else "classes, largest first")
+    axes.set_xlabel("category_id" if labelled else "classes, largest first")
     axes.set_ylabel("images")
     axes.set_xlim(-0.7, len(counts) - 0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -48,6 +48,6 @@ def distribution(table: LabelTable) -> bytes:
 
 
 def _ids(table: LabelTable, order: np.ndarray) -> list[str]:
-    """Ids short enough for an axis; text that its font may lack is left to class_stats.csv."""
+    """Ids cut to ten characters; '?' for text that the chart's font may lack."""
     ids = (table.classes.ids[k] for k in order)
     return [text[:10] if text.isascii() and "$" not in text else "?" for text in ids]

@@ -1,7 +1,7 @@
-"""The one pass over the images: each is read, checked, decoded, hashed and encoded once, into spool files.
+"""Encoding: each image is read, checked, decoded, hashed and encoded once, into spool files.
 
-Every worker process appends to a spool file of its own and hands back places, not pixels, so memory stays flat
-and nothing large crosses a pipe. What is stored depends on the image alone, never on the worker.
+Every worker process appends to its own spool file and returns offsets, not pixels, so memory stays flat and little
+crosses the pipe. The stored bytes depend on the image alone, never on the worker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -21,21 +21,21 @@ from PIL import Image
 from fastflower.core import workers
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.files import digest
-from fastflower.data.betons.beton_file import JPEG, RAW, Picture
+from fastflower.data.betons.beton_file import JPEG, RAW, EncodedImage
 from fastflower.data.decode.kernel import decode_file
 from fastflower.data.duplicates import phash
 from fastflower.data.readers.image_files import (
-    LONGEST,
+    MAX_ASPECT,
     decode,
     encode_jpeg,
     inspect,
+    matches_format,
     stored,
     stored_size,
-    suits,
 )
 from fastflower.data.readers.sources import Source
 
-CHUNK = 16  # images a task: small enough for an even end, large enough to hide the pipe
+CHUNK = 16  # rows a task: small enough for workers to finish together, large enough to hide the pipe
 BLOB = np.dtype(
     [
         ("file", "u4"),
@@ -47,26 +47,35 @@ BLOB = np.dtype(
         ("crc", "u4"),
     ]
 )
-TRAIN, VAL, PIXELS = 0, 1, 2  # columns of Spool.blobs: as trainings see it, as validation does, without loss
+TRAIN, VAL, PIXELS = (
+    0,
+    1,
+    2,
+)  # columns of Spool.blobs: for training, for validation, lossless for corrupted copies
 COLUMNS = 3
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored: all that a worker must know."""
+    """Everything a worker must know to encode an image."""
 
     source: Source
     folder: str  # of the spool files
-    side: int
+    side: int  # stored short side in pixels
     raw: bool
-    quality: int
-    corrupting: bool  # corrupted copies will be made of the pixels of rows that may validate
-    hashing: bool
+    quality: int  # of JPEGs
+    corrupting: bool  # keep the pixels of rows that may validate, for corrupted copies
+    hashing: bool  # compute perceptual hashes
 
 
 @dataclass
 class Spool:
-    """What the pass left, by row: places of the encoded images (N, count, 3), content and perceptual hashes."""
+    """The encoded rows, in the order of their names.
+
+    blobs: BLOB (N, images per row, COLUMNS), the place of each encoded image in the spool files. sha256: content
+    hash. hashes: perceptual hash uint64 (N,), valid where hashed, bool (N,). problems: the reason why a row cannot be
+    used, else ''. misnamed: the format of a file whose name suggests another, else ''.
+    """
 
     folder: Path
     blobs: np.ndarray
@@ -74,44 +83,46 @@ class Spool:
     hashes: np.ndarray
     hashed: np.ndarray
     problems: list[str]
-    misnamed: list[str]  # the format of a file whose name says another, else ''
+    misnamed: list[str]
 
     def __post_init__(self) -> None:
-        self._open: dict[int, int] = {}
+        self._handles: dict[int, int] = {}
 
-    def read(self, rows: np.ndarray, column: int) -> Iterator[list[Picture]]:
-        """The stored image of each of some rows, or the two of a pair."""
-        for at in range(0, len(rows), CHUNK):  # columns of numbers become Python's own some rows at a time
-            for blobs in self.blobs[rows[at : at + CHUNK], :, column].tolist():
+    def read(self, rows: np.ndarray, column: int) -> Iterator[list[EncodedImage]]:
+        """Yield the encoded images of each row: one, or two for pairs."""
+        for first in range(0, len(rows), CHUNK):  # tolist() by chunk: fast, and memory stays flat
+            for blobs in self.blobs[rows[first : first + CHUNK], :, column].tolist():
                 yield [self._read(*blob) for blob in blobs]
 
     def pixels(self, row: int) -> np.ndarray:
-        """What training sees of a row's first image: uint8 (H, W, 3)."""
-        one = self._read(*self.blobs[row, 0, TRAIN].tolist())
-        if one.mode == RAW:
-            return np.frombuffer(one.data, np.uint8).reshape(one.height, one.width, 3)
-        return decode_file(bytes(one.data), (one.height, one.width), (one.height, one.width))
+        """The first image of a row as training sees it: uint8 (H, W, 3)."""
+        image = self._read(*self.blobs[row, 0, TRAIN].tolist())
+        if image.mode == RAW:
+            return np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
+        size = (image.height, image.width)
+        return decode_file(bytes(image.data), size, size)
 
     def _read(
         self, file: int, mode: int, height: int, width: int, offset: int, size: int, crc: int
-    ) -> Picture:
-        if file not in self._open:
-            self._open[file] = os.open(_spool_path(self.folder, file), os.O_RDONLY)
-        data = os.pread(self._open[file], size, offset)
+    ) -> EncodedImage:
+        if file not in self._handles:
+            self._handles[file] = os.open(_spool_path(self.folder, file), os.O_RDONLY)
+        data = os.pread(self._handles[file], size, offset)
         if len(data) != size:
-            raise EnvironmentFault(
-                f"{self.folder}: a spool file is shorter than what was written; run convert again"
-            )
-        return Picture(mode, data, height, width, crc)
+            raise EnvironmentFault(f"{self.folder}: a spool file was truncated; run convert again")
+        return EncodedImage(mode, data, height=height, width=width, crc=crc)
 
     def close(self) -> None:
-        for handle in self._open.values():
+        """Close the spool files."""
+        for handle in self._handles.values():
             os.close(handle)
-        self._open.clear()
+        self._handles.clear()
 
 
 @dataclass
-class _Part:
+class _EncodedChunk:
+    """The fields of Spool for the rows of one task; hashes are None where not computed."""
+
     blobs: np.ndarray
     sha256: list[str]
     hashes: list[int | None]
@@ -119,127 +130,152 @@ class _Part:
     misnamed: list[str]
 
 
-def run(
+def encode_rows(
     encoding: Encoding,
-    filenames: list[str],
+    names: list[str],
     *,
     validating: np.ndarray,
-    count: int,
-    tell: Callable[[int], None],
+    processes: int,
+    on_progress: Callable[[int], None],
 ) -> Spool:
-    """Encode every file; `validating` (bool (N,)) says which may validate.
+    """Encode the rows of these names; `validating` (bool (N,)) marks rows that may validate.
 
-    `tell` hears of rows done.
-
-    Unreadable images are reported in `problems` (else ''), never raised. EnvironmentFault when the disk is full or
-    a worker dies.
+    `on_progress(done)` is called with the rows finished so far. Unreadable images are reported in `problems`, never
+    raised. Raises EnvironmentFault when the disk is full or a worker dies.
     """
-    n = len(filenames)
+    n = len(names)
     spool = Spool(
-        Path(encoding.folder),
-        np.zeros((n, encoding.source.count, COLUMNS), BLOB),
-        [""] * n,
-        np.zeros(n, np.uint64),
-        np.zeros(n, bool),
-        [""] * n,
-        [""] * n,
+        folder=Path(encoding.folder),
+        blobs=np.zeros((n, encoding.source.images_per_row, COLUMNS), BLOB),
+        sha256=[""] * n,
+        hashes=np.zeros(n, np.uint64),
+        hashed=np.zeros(n, bool),
+        problems=[""] * n,
+        misnamed=[""] * n,
     )
-    tasks = ((filenames[at : at + CHUNK], validating[at : at + CHUNK].tolist()) for at in range(0, n, CHUNK))
-    at = 0
+    tasks = (
+        (names[first : first + CHUNK], validating[first : first + CHUNK].tolist())
+        for first in range(0, n, CHUNK)
+    )
     encoding.source.load()
-    work = functools.partial(_encode_files, encoding)
-    for part in workers.run(work, tasks, count=min(count, -(-n // CHUNK)), tell=tell):
-        size = len(part.sha256)
-        span = slice(at, at + size)
-        spool.blobs[span], spool.sha256[span], spool.problems[span] = part.blobs, part.sha256, part.problems
-        spool.misnamed[span] = part.misnamed
-        spool.hashed[span] = [one is not None for one in part.hashes]
-        spool.hashes[span] = [one or 0 for one in part.hashes]
-        at += size
+    work = functools.partial(_encode_chunk, encoding)
+    first = 0
+    for chunk in workers.map_ordered(
+        work, tasks, count=min(processes, -(-n // CHUNK)), on_progress=on_progress
+    ):
+        span = slice(first, first + len(chunk.sha256))
+        spool.blobs[span], spool.sha256[span] = chunk.blobs, chunk.sha256
+        spool.problems[span], spool.misnamed[span] = chunk.problems, chunk.misnamed
+        spool.hashed[span] = [value is not None for value in chunk.hashes]
+        spool.hashes[span] = [value or 0 for value in chunk.hashes]
+        first = span.stop
     return spool
 
 
-def _encode_files(encoding: Encoding, filenames: list[str], validating: list[bool]) -> _Part:
+def _encode_chunk(encoding: Encoding, names: list[str], validating: list[bool]) -> _EncodedChunk:
     path = _spool_path(Path(encoding.folder), os.getpid())
-    n, count = len(filenames), encoding.source.count
-    part = _Part(np.zeros((n, count, COLUMNS), BLOB), [], [None] * n, [""] * n, [""] * n)
+    n, images = len(names), encoding.source.images_per_row
+    chunk = _EncodedChunk(
+        blobs=np.zeros((n, images, COLUMNS), BLOB),
+        sha256=[],
+        hashes=[None] * n,
+        problems=[""] * n,
+        misnamed=[""] * n,
+    )
     try:
         with open(path, "ab") as file:
-            for row, (name, validates) in enumerate(zip(filenames, validating, strict=True)):
-                content = [
+            for row, (name, validates) in enumerate(zip(names, validating, strict=True)):
+                hashes = [
                     _encode_image(
-                        encoding, name, place=place, validates=validates, file=file, part=part, row=row
+                        encoding, name, number=number, validates=validates, file=file, chunk=chunk, row=row
                     )
-                    for place in range(count)
+                    for number in range(images)
                 ]
-                # of a pair's two images in either order
-                part.sha256.append(content[0] if count == 1 else digest(*sorted(content)))
-                workers.beat()
+                # the hash of a pair does not depend on the order of its images
+                chunk.sha256.append(hashes[0] if images == 1 else digest(*sorted(hashes)))
+                workers.count_done()
     except OSError as error:
         raise EnvironmentFault(
             f"{path}: cannot write ({error.strerror}); free the disk or move data.home"
         ) from None
-    return part
+    return chunk
 
 
 def _encode_image(
-    encoding: Encoding, name: str, *, place: int, validates: bool, file: IO[bytes], part: _Part, row: int
+    encoding: Encoding,
+    name: str,
+    *,
+    number: int,
+    validates: bool,
+    file: IO[bytes],
+    chunk: _EncodedChunk,
+    row: int,
 ) -> str:
-    """Everything about one image; returns its hash, taken of the very bytes that are decoded and stored."""
+    """Encode image `number` of a row into `file` and `chunk`; return the hash of the very bytes that were decoded."""
     try:
-        data = encoding.source.read(name, place)
+        data = encoding.source.read(name, number)
         if isinstance(data, np.ndarray):
-            small, content, kept = _numbers(data)
+            decoded = _decode_array(data)
         else:
-            small, content, kept, form = _file(data, encoding.side)
-            part.misnamed[row] = "" if suits(name, form) else form
+            decoded = _decode_file(data, encoding.side)
+            chunk.misnamed[row] = "" if matches_format(name, decoded.format) else decoded.format
     except InputError as error:
-        part.problems[row] = str(error)
+        chunk.problems[row] = str(error)
         return ""
-    small = stored(small, encoding.side)
-    pixels = np.asarray(small)
+    image = stored(decoded.image, encoding.side)
+    pixels = np.asarray(image)
     if encoding.hashing:
-        part.hashes[row] = phash(small)
-    blobs = part.blobs[row, place]
+        chunk.hashes[row] = phash(image)
+    blobs = chunk.blobs[row, number]
     if encoding.raw:
-        blobs[:] = _write(file, RAW, pixels=pixels)
-    elif kept and isinstance(data, bytes):
-        blobs[[TRAIN, VAL]] = _write(file, JPEG, pixels=pixels, data=data)
+        blobs[:] = _append(file, RAW, pixels=pixels)
+    elif decoded.keeps_file and isinstance(data, bytes):
+        blobs[[TRAIN, VAL]] = _append(file, JPEG, pixels=pixels, data=data)
         if validates and encoding.corrupting:
-            blobs[PIXELS] = _write(file, RAW, pixels=pixels)
+            blobs[PIXELS] = _append(file, RAW, pixels=pixels)
     else:
-        blobs[TRAIN] = _write(file, JPEG, pixels=pixels, data=encode_jpeg(pixels, encoding.quality))
-        if validates:  # its pixels are never lossy a second time
-            blobs[[VAL, PIXELS]] = _write(file, RAW, pixels=pixels)
-    return content
+        blobs[TRAIN] = _append(file, JPEG, pixels=pixels, data=encode_jpeg(pixels, encoding.quality))
+        if validates:  # stored without loss: a second JPEG compression would change what is scored
+            blobs[[VAL, PIXELS]] = _append(file, RAW, pixels=pixels)
+    return decoded.sha256
 
 
-def _file(data: bytes, side: int) -> tuple[Image.Image, str, bool, str]:
-    """A file's picture, not larger than it is stored if that is cheap; its hash; whether it is kept; its format.
+class _Decoded(NamedTuple):
+    """A decoded image; sha256: of its content; keeps_file: its file can be stored unchanged."""
 
-    JPEGs go through the training's own decoder, so a beton never holds one that it would refuse.
+    image: Image.Image
+    sha256: str
+    keeps_file: bool = False
+    format: str = ""
+
+
+def _decode_file(data: bytes, side: int) -> _Decoded:
+    """Decode a file; a JPEG is reduced while decoding where that is cheap.
+
+    JPEGs go through the training's own decoder, so a beton never holds one that training would refuse.
     """
-    header, content = inspect(data), hashlib.sha256(data).hexdigest()
-    if not header.jpeg:
-        return decode(data), content, False, header.form
+    header, sha256 = inspect(data), hashlib.sha256(data).hexdigest()
+    if not header.is_jpeg:
+        return _Decoded(decode(data), sha256, format=header.format)
     size = (header.image.height, header.image.width)
     if header.turn is not None:
         upright = Image.fromarray(decode_file(data, size, size)).transpose(header.turn)
-        return upright, content, False, header.form
-    wanted = stored_size(*size, side)
-    kept = wanted == size and max(size) <= LONGEST * side
-    return Image.fromarray(decode_file(data, size, wanted)), content, kept, header.form
+        return _Decoded(upright, sha256, format=header.format)
+    reduced = stored_size(*size, side)
+    keeps_file = reduced == size and max(size) <= MAX_ASPECT * side
+    image = Image.fromarray(decode_file(data, size, reduced))
+    return _Decoded(image, sha256, keeps_file=keeps_file, format=header.format)
 
 
-def _numbers(pixels: np.ndarray) -> tuple[Image.Image, str, bool]:
-    """The picture of an array; its hash, of shape and numbers."""
-    content = hashlib.sha256(str(pixels.shape).encode())
-    content.update(np.ascontiguousarray(pixels).data)
-    return Image.fromarray(pixels).convert("RGB"), content.hexdigest(), False
+def _decode_array(pixels: np.ndarray) -> _Decoded:
+    """An image given as uint8 (H, W) or (H, W, 3); its hash covers shape and pixels."""
+    sha256 = hashlib.sha256(str(pixels.shape).encode())
+    sha256.update(np.ascontiguousarray(pixels).data)
+    return _Decoded(Image.fromarray(pixels).convert("RGB"), sha256.hexdigest())
 
 
-def _write(file: IO[bytes], mode: int, *, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:
-    """Append the file `data`, or the pixels themselves; returns the BLOB record."""
+def _append(file: IO[bytes], mode: int, *, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:
+    """Append the JPEG file `data`, or without it the pixels; return the fields of a BLOB."""
     offset, content = file.tell(), np.ascontiguousarray(pixels).data if data is None else data
     size, crc = file.write(content), crc32(content)
     return os.getpid(), mode, pixels.shape[0], pixels.shape[1], offset, size, crc

@@ -1,4 +1,4 @@
-"""Raw pixels or JPEGs: what memory and disk allow, estimated from a few headers before anything is written."""
+"""The choice between raw pixels and JPEGs, by the memory and disk that an estimate from a few headers needs."""
 
 from __future__ import annotations
 
@@ -10,47 +10,49 @@ import numpy as np
 
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.data.betons import fold_set
-from fastflower.data.folds import candidates
+from fastflower.data.folds import may_validate
 from fastflower.data.labels import LabelTable
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import fold_count
 
-SAMPLE = 200  # files whose headers are read to estimate sizes
-JPEG_BYTES = 0.5  # a pixel at quality 95 without chroma subsampling, measured on photographs
-MARGIN = 1.1  # on the estimate, when the disk is asked for room
+SAMPLE = 200  # files whose headers are read for the estimate
+JPEG_BYTES = 0.5  # bytes a pixel at quality 95 without chroma subsampling, measured on photographs
+MARGIN = 1.1  # factor on the estimate of free disk that is needed
 
 
 def choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
-    """raw or jpeg by memory and disk; refuses what the disk cannot hold. Sizes are estimates from a few headers."""
+    """Choose "raw" or "jpeg", print the reason, and refuse what the disk cannot hold.
+
+    Raises InputError when JPEGs are asked for images that come from arrays, EnvironmentFault for a lack of disk.
+    """
     side, ram, free = fold_set.stored_side(recipe), memory(), shutil.disk_usage(home).free
-    kinds = len(fold_set.settings(recipe, "")["combos"])
-    one_raw, one_jpeg, kept = _mean_bytes(table, side)
-    n, count, held_out = len(table), fold_count(recipe), int(candidates(table, recipe).sum())
-    in_use = one_raw * (n + held_out / count * kinds)
-    corrupt = held_out * kinds
-    # the spool holds each image once, the betons each image once a fold; held-out pixels are never lossy
-    plain = (kinds > 0) if kept else 2
+    combos = len(fold_set.storage_settings(recipe, "").combos)
+    raw_bytes, jpeg_bytes, keeps_files = _mean_bytes(table, side)
+    n, folds, held_out = len(table), fold_count(recipe), int(may_validate(table, recipe).sum())
+    in_use = raw_bytes * (n + held_out / folds * combos)
+    corrupt = held_out * combos
+    # the spool holds each image once, the betons each image once a fold; held-out pixels are stored without loss
+    lossless_copies = (combos > 0) if keeps_files else 2
     disk = {
-        "raw": one_raw * (n * (count + 1) + corrupt),
-        "jpeg": one_jpeg * (n * (count + 1) + corrupt) + plain * one_raw * held_out,
+        "raw": raw_bytes * (n * (folds + 1) + corrupt),
+        "jpeg": jpeg_bytes * (n * (folds + 1) + corrupt) + lossless_copies * raw_bytes * held_out,
     }
-    store = recipe.data.store
-    why = "as data.store says"
-    if table.source.numbers:  # they stay what they are
+    store, reason = recipe.data.store, "as data.store says"
+    if table.source.from_arrays:
         if store == "jpeg":
             raise InputError(
-                f"data.store = jpeg: {recipe.data.root} holds numbers, not JPEGs; use auto or raw"
+                f"data.store = jpeg: {recipe.data.root} holds arrays, not JPEGs; use auto or raw"
             )
-        store, why = "raw", "as the images are numbers"
+        store, reason = "raw", "as the images come from arrays"
     if store == "auto":
-        share = recipe.data.raw_share
-        fits = in_use <= share * ram and disk["raw"] <= share * free
+        fraction = recipe.data.raw_share
+        fits = in_use <= fraction * ram and disk["raw"] <= fraction * free
         store = "raw" if fits else "jpeg"
-        why = (
+        reason = (
             f"{_size(in_use)} of raw pixels a fold {'fit' if fits else 'and the files of all folds do not fit'} "
-            f"in {share:.0%} of memory ({_size(ram)}) and free disk ({_size(free)})"
+            f"in {fraction:.0%} of memory ({_size(ram)}) and free disk ({_size(free)})"
         )
-    print(f"store: {store}, short side {side}; {why}; about {_size(disk[store])} on disk while converting")
+    print(f"store: {store}, short side {side}; {reason}; about {_size(disk[store])} on disk while converting")
     if disk[store] * MARGIN > free:
         raise EnvironmentFault(
             f"{home}: converting needs about {_size(disk[store] * MARGIN)}, {_size(free)} are free; "
@@ -61,8 +63,8 @@ def choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
 
 
 def _mean_bytes(table: LabelTable, side: int) -> tuple[float, float, bool]:
-    """Estimated bytes of a raw and of a JPEG row, and whether most files keep their own bytes."""
-    raw, jpeg, kept = [], [], []
+    """Estimated bytes of a raw row and of a JPEG row, and whether most files can be stored unchanged."""
+    raw, jpeg, unchanged = [], [], []
     for row in range(0, len(table), max(1, len(table) // SAMPLE)):
         size = table.source.size(table.filenames[row])
         if size is None:
@@ -70,16 +72,16 @@ def _mean_bytes(table: LabelTable, side: int) -> tuple[float, float, bool]:
         height, width = size
         scale = min(1.0, side / min(width, height))
         pixels = width * height * scale * scale
-        raw.append(3 * pixels * table.source.count)
-        kept.append(scale == 1.0)
-        jpeg.append(float(table.sizes[row]) if kept[-1] else JPEG_BYTES * pixels)
+        raw.append(3 * pixels * table.source.images_per_row)
+        unchanged.append(scale == 1.0)
+        jpeg.append(float(table.sizes[row]) if scale == 1.0 else JPEG_BYTES * pixels)
     if not raw:
         return 3.0 * side * side, JPEG_BYTES * side * side, False
-    return float(np.mean(raw)), float(np.mean(jpeg)), float(np.mean(kept)) > 0.5
+    return float(np.mean(raw)), float(np.mean(jpeg)), float(np.mean(unchanged)) > 0.5
 
 
 def memory() -> int:
-    """Bytes of memory: the machine's, or the container's share of it."""
+    """Bytes of memory: the machine's, or the container's limit where that is lower."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -89,5 +91,5 @@ def memory() -> int:
     return min(limits)
 
 
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _size(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

@@ -1,9 +1,9 @@
-/* From a beton's rows to a uint8 batch, in one call without Python: decode, crop, flip, resize.
+/* Decodes, crops, flips and resizes rows of a beton into a uint8 batch, in one call without Python.
  *
- * Training rows get a random crop that is a pure function of the row's key (the streams below; the same
- * SplitMix64 as seeding.py). Evaluation rows are Pillow's accurate decode and 8-bit fixed-point resampling,
- * to the bit. Every return code is checked; a libjpeg warning counts as damage. Two of libjpeg's methods are replaced,
- * because a third of its time goes there: Huffman decoding (entropy.h) and what follows the inverse DCT (keep_planes).
+ * Training rows get a random crop that is a pure function of the row's key (the streams below; SplitMix64 as in
+ * core/seeding.py). Evaluation rows are bit-identical to Pillow's accurate decode and 8-bit fixed-point resampling.
+ * Every return code is checked; a libjpeg warning counts as damage. Two of libjpeg's methods are replaced, because
+ * they take a third of its time: Huffman decoding (entropy.h) and the steps after the inverse DCT (keep_planes).
  */
 
 #include <math.h>
@@ -26,7 +26,7 @@ enum { JPEG = 0, RAW = 1 };
 enum { OK = 0, DAMAGED = 1, SHAPE = 2, COLOUR = 3, MEMORY = 4, AGAIN = 5 };
 enum { STREAM_FLIP = 1000, STREAM_AREA = 1010, STREAM_RATIO = 1030, STREAM_TOP = 1050, STREAM_LEFT = 1070 };
 
-typedef struct {
+typedef struct { /* beton_file.DESCRIPTOR */
     uint64_t offset, size;
     int32_t height, width, mode, pad;
 } Row;
@@ -36,13 +36,13 @@ typedef struct {
 } Crop;
 
 typedef struct {
-    int64_t position; /* of the first bad row in the batch; -1: none */
+    int64_t position; /* first bad row in the batch; -1: none */
     int32_t code;
     char text[JMSG_LENGTH_MAX];
 } Fault;
 
 typedef struct {
-    struct jpeg_error_mgr manager; /* first, so that libjpeg's pointer is ours */
+    struct jpeg_error_mgr manager; /* first member: libjpeg's pointer to it is cast back */
     jmp_buf escape;
     char text[JMSG_LENGTH_MAX];
 } Errors;
@@ -55,15 +55,15 @@ typedef struct {
 enum { BUFFERS = 48 };
 
 typedef struct {
-    struct jpeg_decompress_struct jpeg; /* first, so that libjpeg's pointer is ours */
+    struct jpeg_decompress_struct jpeg; /* first member: libjpeg's pointer to it is cast back */
     Errors errors;
     Entropy entropy;
-    int own; /* decode Huffman codes ourselves */
+    int use_entropy; /* decode Huffman codes with entropy.h */
     Buffer buffers[BUFFERS];
-    int used; /* buffers of the row at hand */
+    int used; /* buffers in use by the current row */
 } Scratch;
 
-/* ---- scratch: libjpeg handles and line buffers, kept between calls; slots are taken and put back atomically ---- */
+/* ---- scratch: libjpeg handles and line buffers, kept between calls; slots are taken and returned atomically ---- */
 
 #define SLOTS 256
 static _Atomic(Scratch *) slots[SLOTS];
@@ -75,15 +75,15 @@ static void on_error(j_common_ptr jpeg) {
 }
 
 static void on_message(j_common_ptr jpeg, int level) {
-    if (level < 0) on_error(jpeg); /* a warning: the pixels are guesses from here on */
+    if (level < 0) on_error(jpeg); /* after a warning the pixels are guesses */
 }
 
 static Scratch *scratch_take(void) {
     for (int i = 0; i < SLOTS; i++) {
-        Scratch *kept = atomic_exchange(&slots[i], NULL);
-        if (kept) return kept;
+        Scratch *scratch = atomic_exchange(&slots[i], NULL);
+        if (scratch) return scratch;
     }
-    Scratch *volatile scratch = calloc(1, sizeof *scratch); /* volatile: it is freed after a longjmp */
+    Scratch *volatile scratch = calloc(1, sizeof *scratch); /* volatile: freed after a longjmp */
     if (!scratch) return NULL;
     scratch->jpeg.err = jpeg_std_error(&scratch->errors.manager);
     scratch->errors.manager.error_exit = on_error;
@@ -106,7 +106,7 @@ static void scratch_put(Scratch *scratch) {
     free(scratch);
 }
 
-/* The next buffer of the row at hand, aligned, with room to read and write 64 bytes past its end. */
+/* The next buffer of the current row, 64-byte aligned; 64 bytes past its end may be read and written. */
 static void *take(Scratch *s, size_t size) {
     Buffer *b = &s->buffers[s->used++];
     if (b->size < size) {
@@ -121,14 +121,14 @@ static void *take(Scratch *s, size_t size) {
     return b->data;
 }
 
-/* Not aligned: to a line that is, libjpeg-turbo writes past the cache, and who reads it waits for memory. */
+/* A buffer that is not aligned: into aligned lines libjpeg-turbo writes around the cache, which slows the reader. */
 static uint8_t *take_line(Scratch *s, size_t size) {
     return (uint8_t *)take(s, size + 8) + 8;
 }
 
-/* ---- random numbers: seeding.py's, to the bit ---- */
+/* ---- random numbers: those of core/seeding.py, bit for bit ---- */
 
-static uint64_t mix(uint64_t x) {
+static uint64_t hash64(uint64_t x) {
     uint64_t z = x + 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -136,14 +136,14 @@ static uint64_t mix(uint64_t x) {
 }
 
 static double uniform(uint64_t key, uint64_t stream) {
-    return (double)(mix(key ^ mix(stream)) >> 11) * 0x1p-53;
+    return (double)(hash64(key ^ hash64(stream)) >> 11) * 0x1p-53;
 }
 
 typedef struct {
     int top, left, height, width, flip;
 } Box;
 
-/* torchvision's RandomResizedCrop.get_params; the ratios are those of the crop over the target's own aspect. */
+/* torchvision's RandomResizedCrop.get_params; ratios are the crop's aspect over the target's. */
 API void ff_crop_box(uint64_t key, int height, int width, int out_h, int out_w, const Crop *crop, Box *box) {
     double aspect = (double)out_w / out_h, low = crop->ratio[0] * aspect, high = crop->ratio[1] * aspect;
     double log_low = log(low), log_high = log(high), area = (double)height * width;
@@ -173,15 +173,15 @@ API void ff_crop_box(uint64_t key, int height, int width, int out_h, int out_w, 
 #include "resample_fast.h"
 #include "resample_exact.h"
 
-static int fast, bmi2, own; /* AVX2; BMI2; our own Huffman decoding */
+static int fast, bmi2, use_entropy; /* AVX2; BMI2; Huffman decoding with entropy.h */
 
-/* ---- rows of an image, one after the other ---- */
+/* ---- lines of an image, one after another ---- */
 
 typedef struct {
-    const uint8_t *pixels; /* raw rows; NULL: from libjpeg */
+    const uint8_t *pixels; /* raw pixels; NULL: lines come from libjpeg */
     uint8_t *line;
-    int left, stride;       /* column of a line's first pixel; bytes of a raw row */
-    int64_t more, past;     /* bytes to the image's end; how far wide loads may run over a line's */
+    int left, stride;             /* column of a line's first pixel; bytes of a raw line */
+    int64_t remaining, wide_load; /* bytes to the image's end; bytes that wide loads of a line may touch */
 } Lines;
 
 static void check_header(Scratch *s, const uint8_t *bytes, const Row *row) {
@@ -199,7 +199,7 @@ static void check_header(Scratch *s, const uint8_t *bytes, const Row *row) {
     }
 }
 
-/* libjpeg's entropy decoder, whose method we replace. Its first two members have been these in every version. */
+/* libjpeg's entropy decoder, whose method is replaced. Its first two members are the same in every version. */
 struct jpeg_entropy_decoder {
     void (*start_pass)(j_decompress_ptr);
     boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
@@ -225,17 +225,17 @@ static void start_decompress(Scratch *s) {
     struct jpeg_decompress_struct *j = &s->jpeg;
     jpeg_start_decompress(j);
     int baseline = !j->progressive_mode && !j->arith_code && j->data_precision == 8 && !j->Ss && j->Se == DCTSIZE2 - 1;
-    s->own = s->own && baseline && !jpeg_has_multiple_scans(j) && entropy_start(&s->entropy, j);
-    if (s->own) j->entropy->decode_mcu = bmi2 ? decode_mcu_bmi2 : decode_mcu;
+    s->use_entropy = s->use_entropy && baseline && !jpeg_has_multiple_scans(j) && entropy_start(&s->entropy, j);
+    if (s->use_entropy) j->entropy->decode_mcu = bmi2 ? decode_mcu_bmi2 : decode_mcu;
 }
 
-/* Damaged codes often meet again, and leave bytes over: those before the end are damage too. After the last line. */
+/* Call after the last line. Damaged codes often resynchronise and leave bytes over; bytes before the end are damage. */
 static void finish_decompress(Scratch *s) {
-    if (!s->own) jpeg_finish_decompress(&s->jpeg);
-    else if (!entropy_at(&s->entropy, JPEG_EOI)) longjmp(s->errors.escape, AGAIN);
+    if (!s->use_entropy) jpeg_finish_decompress(&s->jpeg);
+    else if (!entropy_ends_at(&s->entropy, JPEG_EOI)) longjmp(s->errors.escape, AGAIN);
 }
 
-/* From row `top` on, columns left to right at least; wide loads may run `past` pixels over a line's end. */
+/* Lines from `top` on, at least columns left to right; wide loads may run `past` pixels over a line's end. */
 static Lines lines_open(Scratch *s, const uint8_t *bytes, const Row *row, int top, int left, int right, int past) {
     uint8_t *line = take_line(s, 3 * ((size_t)row->width + past));
     if (row->mode == RAW) {
@@ -249,7 +249,7 @@ static Lines lines_open(Scratch *s, const uint8_t *bytes, const Row *row, int to
     j->dct_method = JDCT_ISLOW;
     j->do_fancy_upsampling = TRUE;
     start_decompress(s);
-    int block = j->max_h_samp_factor * DCTSIZE; /* one block more on each side: fancy upsampling looks across */
+    int block = j->max_h_samp_factor * DCTSIZE; /* one more block on each side, which fancy upsampling reads */
     JDIMENSION x = left / block * block, width;
     x = x > (JDIMENSION)block ? x - block : 0;
     width = (right + block < row->width ? (JDIMENSION)(right + block) : (JDIMENSION)row->width) - x;
@@ -262,8 +262,9 @@ static const uint8_t *lines_next(Scratch *s, Lines *lines) {
     if (lines->pixels) {
         const uint8_t *line = lines->pixels;
         lines->pixels += lines->stride;
-        if (lines->more < lines->past) line = memcpy(lines->line, line, lines->stride); /* nothing may lie behind */
-        lines->more -= lines->stride;
+        /* a copy, where a wide load would pass the image's end */
+        if (lines->remaining < lines->wide_load) line = memcpy(lines->line, line, lines->stride);
+        lines->remaining -= lines->stride;
         return line;
     }
     jpeg_read_scanlines(&s->jpeg, &lines->line, 1);
@@ -295,7 +296,7 @@ static void down(const uint8_t *const *lines, int count, const int32_t *w, int l
     down_portable(lines, count, w, length, out);
 }
 
-/* Resize the box (left, top, right, bottom) of a row to out (h, w, 3), as Pillow does. */
+/* Resize the box (left, top, right, bottom) of an image to out (h, w, 3), as Pillow does. */
 static void resample(Scratch *s, const uint8_t *bytes, const Row *row, const float box[4], int cubic, int h, int w,
                      uint8_t *out) {
     Kernel kx = kernel(s, row->width, box[0], box[2], w, cubic);
@@ -328,7 +329,7 @@ static void resample(Scratch *s, const uint8_t *bytes, const Row *row, const flo
 
 typedef struct {
     const uint8_t *data;
-    const Row *table;
+    const Row *descriptors;
     const int64_t *rows;
     const uint64_t *keys;
     const Crop *crop; /* NULL: evaluation */
@@ -341,7 +342,7 @@ typedef struct {
     atomic_flag writing;
 } Job;
 
-/* The largest centred box of the target's aspect, less the margin of `factor`; factor 0: the whole image. */
+/* The largest centred box of the target's aspect, shrunk by `factor`; factor 0: the whole image. */
 API void ff_eval_box(int height, int width, int h, int w, double factor, float *box) {
     if (factor == 0) {
         box[0] = box[1] = 0;
@@ -364,10 +365,10 @@ static void train_row(Scratch *s, const Job *job, const uint8_t *bytes, const Ro
 }
 
 static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *row, uint64_t key, uint8_t *out) {
-    s->own = own;
+    s->use_entropy = use_entropy;
     int code = setjmp(s->errors.escape);
     if (code) jpeg_abort_decompress(&s->jpeg);
-    if (code == AGAIN) s->own = 0; /* whether it is damage, libjpeg decides */
+    if (code == AGAIN) s->use_entropy = 0; /* libjpeg decides whether this is damage */
     else if (code) return code;
     s->used = 0;
     if (row->mode == RAW && row->size != (uint64_t)row->height * row->width * 3) {
@@ -382,7 +383,8 @@ static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *
         ff_eval_box(row->height, row->width, job->h, job->w, job->factor, box);
         resample(s, bytes, row, box, job->cubic, job->h, job->w, out);
     }
-    if (row->mode == JPEG && !job->crop && job->factor == 0) finish_decompress(s); /* a file, not a row of a beton */
+    int is_whole_file = row->mode == JPEG && !job->crop && job->factor == 0; /* not a row of a beton */
+    if (is_whole_file) finish_decompress(s);
     jpeg_abort_decompress(&s->jpeg);
     return OK;
 }
@@ -397,7 +399,7 @@ static void report(Job *job, int64_t position, int code, const char *text) {
     atomic_flag_clear(&job->writing);
 }
 
-/* ---- a batch on several threads; rows are taken one by one, so a slow one delays nobody ---- */
+/* ---- a batch on several threads; each takes the next row, so a slow row delays no thread but its own ---- */
 
 static void *worker(void *argument) {
     Job *job = argument;
@@ -409,7 +411,7 @@ static void *worker(void *argument) {
             report(job, i, MEMORY, "out of memory");
             continue;
         }
-        const Row *row = &job->table[job->rows[i]];
+        const Row *row = &job->descriptors[job->rows[i]];
         uint8_t *out = job->out + (size_t)i * job->h * job->w * 3;
         int code = guarded(s, job, job->data + row->offset, row, job->keys ? job->keys[i] : 0, out);
         if (code) report(job, i, code, s->errors.text);
@@ -419,57 +421,33 @@ static void *worker(void *argument) {
 }
 
 static void batch(Job *job, int threads) {
-    pthread_t others[64];
+    pthread_t helpers[64];
     int started = 0;
     job->fault->position = -1;
     atomic_init(&job->next, 0);
     atomic_flag_clear(&job->writing);
     if (threads > 65) threads = 65;
     if (threads > job->n) threads = (int)job->n;
-    while (started < threads - 1 && !pthread_create(&others[started], NULL, worker, job)) started++;
+    while (started < threads - 1 && !pthread_create(&helpers[started], NULL, worker, job)) started++;
     worker(job);
-    for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
+    for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
 }
 
-API void ff_train(const uint8_t *data, const Row *table, const int64_t *rows, const uint64_t *keys, int64_t n,
+API void ff_train(const uint8_t *data, const Row *descriptors, const int64_t *rows, const uint64_t *keys, int64_t n,
                   uint8_t *out, int h, int w, const Crop *crop, int threads, Fault *fault) {
-    Job job = {.data = data, .table = table, .rows = rows, .keys = keys, .n = n, .out = out,
+    Job job = {.data = data, .descriptors = descriptors, .rows = rows, .keys = keys, .n = n, .out = out,
                .h = h, .w = w, .crop = crop, .fault = fault};
     batch(&job, threads);
 }
 
-API void ff_eval(const uint8_t *data, const Row *table, const int64_t *rows, int64_t n, uint8_t *out, int h, int w,
-                 double factor, int cubic, int threads, Fault *fault) {
-    Job job = {.data = data, .table = table, .rows = rows, .n = n, .out = out, .h = h, .w = w,
+API void ff_eval(const uint8_t *data, const Row *descriptors, const int64_t *rows, int64_t n, uint8_t *out, int h,
+                 int w, double factor, int cubic, int threads, Fault *fault) {
+    Job job = {.data = data, .descriptors = descriptors, .rows = rows, .n = n, .out = out, .h = h, .w = w,
                .factor = factor, .cubic = cubic, .fault = fault};
     batch(&job, threads);
 }
 
-/* ---- one row, for FFCV's own loader: an undecodable one becomes black and is noted in `failed` ---- */
-
-typedef struct {
-    Crop crop;
-    double factor;
-    uint64_t base;          /* of the epoch's keys; see seeding.row_keys */
-    int64_t train, cubic;
-    _Atomic int64_t failed; /* 1 + the last undecodable row; 0: none */
-} Settings;
-
-API void ff_one(const uint8_t *bytes, uint64_t size, int64_t height, int64_t width, int64_t mode, uint64_t index,
-                Settings *settings, uint8_t *out, int64_t h, int64_t w) {
-    uint64_t position = index >> 32, number = index & 0xFFFFFFFFu;
-    Row row = {0, size, (int32_t)height, (int32_t)width, (int32_t)mode, 0};
-    Job job = {.h = (int)h, .w = (int)w, .crop = settings->train ? &settings->crop : NULL,
-               .factor = settings->factor, .cubic = (int)settings->cubic};
-    Scratch *s = scratch_take();
-    if (!s || guarded(s, &job, bytes, &row, mix(mix(settings->base ^ position) ^ number), out)) {
-        settings->failed = (int64_t)number + 1;
-        memset(out, 0, 3 * (size_t)(h * w));
-    }
-    if (s) scratch_put(s);
-}
-
-/* ---- limits, for the benchmark: libjpeg's full decode (0) and little but its entropy decoding (1) ---- */
+/* ---- lower bounds for the benchmark: libjpeg's full decode (0), or almost only its entropy decoding (1) ---- */
 
 API int64_t ff_limit(const uint8_t *bytes, uint64_t size, int64_t entropy_only) {
     Scratch *s = scratch_take();
@@ -493,12 +471,12 @@ API int64_t ff_limit(const uint8_t *bytes, uint64_t size, int64_t entropy_only) 
     return code;
 }
 
-/* ---- what this processor and this libjpeg allow ---- */
+/* ---- features of this processor and this libjpeg ---- */
 
-/* Whether our Huffman decoder, in place of libjpeg's, runs and gives the same pixels. */
-static int own_agrees(void) {
+/* Whether entropy.h runs in place of libjpeg's Huffman decoder and gives the same pixels. */
+static int entropy_agrees(void) {
     enum { SIDE = 61 };
-    uint8_t pixels[3 * SIDE * SIDE], seen[2][sizeof pixels], *bytes = NULL, *line = pixels;
+    uint8_t pixels[3 * SIDE * SIDE], decoded[2][sizeof pixels], *bytes = NULL, *line = pixels;
     unsigned long size = 0;
     struct jpeg_compress_struct c;
     Errors errors;
@@ -506,7 +484,7 @@ static int own_agrees(void) {
     c.err = jpeg_std_error(&errors.manager);
     errors.manager.error_exit = on_error;
     if (!s || setjmp(errors.escape)) return 0;
-    for (unsigned i = 0; i < sizeof pixels; i++) pixels[i] = (uint8_t)(i / SIDE + (mix(i) >> 58));
+    for (unsigned i = 0; i < sizeof pixels; i++) pixels[i] = (uint8_t)(i / SIDE + (hash64(i) >> 58));
     jpeg_create_compress(&c);
     jpeg_mem_dest(&c, &bytes, &size);
     c.image_width = c.image_height = SIDE;
@@ -521,8 +499,9 @@ static int own_agrees(void) {
     Row row = {0, size, SIDE, SIDE, JPEG, 0};
     Job job = {.factor = 1, .h = SIDE, .w = SIDE};
     int agrees = 1;
-    for (own = 0; own < 2; own++) agrees &= guarded(s, &job, bytes, &row, 0, seen[own]) == OK;
-    agrees &= s->own && s->entropy.restart == 3 && !memcmp(seen[0], seen[1], sizeof pixels);
+    for (use_entropy = 0; use_entropy < 2; use_entropy++)
+        agrees &= guarded(s, &job, bytes, &row, 0, decoded[use_entropy]) == OK;
+    agrees &= s->use_entropy && s->entropy.restart == 3 && !memcmp(decoded[0], decoded[1], sizeof pixels);
     free(bytes);
     scratch_put(s);
     return agrees;
@@ -533,12 +512,12 @@ __attribute__((constructor)) static void detect(void) {
     fast = __builtin_cpu_supports("avx2") != 0;
     bmi2 = fast && __builtin_cpu_supports("bmi2");
 #endif
-    own = own_agrees();
+    use_entropy = entropy_agrees();
 }
 
-/* For tests: use portable code and libjpeg's entropy decoding (1), or the best there is (0). 1: with our own. */
+/* For tests: portable code and libjpeg's entropy decoding (1), or the fastest (0). Returns 1 if entropy.h is in use. */
 API int ff_portable(int on) {
-    fast = bmi2 = own = 0;
+    fast = bmi2 = use_entropy = 0;
     if (!on) detect();
-    return own;
+    return use_entropy;
 }

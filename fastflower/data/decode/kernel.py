@@ -1,4 +1,4 @@
-"""Rows of a beton to a uint8 batch: thin ctypes calls into decode.c, which runs on its own threads without the GIL."""
+"""Decodes rows of a beton to a uint8 batch: ctypes calls into decode.c, which runs its own threads without the GIL."""
 
 from __future__ import annotations
 
@@ -11,21 +11,34 @@ import numpy as np
 
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.workers import cores
-from fastflower.data.betons.beton_file import JPEG, ROW, Beton
+from fastflower.data.betons.beton_file import DESCRIPTOR, JPEG, Beton
+from fastflower.recipe.schema import Aug
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
 class Crop:
-    """RandomResizedCrop and horizontal flip: share of the area, aspect over the target's own, probability."""
+    """RandomResizedCrop and horizontal flip.
+
+    scale: fraction of the image's area. ratio: aspect of the crop over the target's. hflip_p: probability.
+    """
 
     scale: tuple[float, float] = (0.8, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip_p: float = 0.5
 
+    @classmethod
+    def of(cls, aug: Aug) -> Crop:
+        """The training crop that a recipe asks for; aug.strength scales the flips."""
+        return cls(
+            scale=(aug.rrc_scale[0], aug.rrc_scale[1]),
+            ratio=(aug.rrc_ratio[0], aug.rrc_ratio[1]),
+            hflip_p=min(1.0, aug.hflip_p * aug.strength),
+        )
+
     def pack(self) -> np.ndarray:
-        """As decode.c takes it: float64 (5,)."""
+        """The `Crop` struct of decode.c: float64 (5,)."""
         return np.array([*self.scale, *self.ratio, self.hflip_p], np.float64)
 
 
@@ -36,20 +49,18 @@ class _Fault(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel. Raises EnvironmentFault when it was not built."""
-    found = importlib.util.find_spec("fastflower.data.decode._decode")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("fastflower.data.decode._decode")
+    if spec is None or spec.origin is None:
         raise EnvironmentFault("fastflower/data/decode/decode.c is not compiled; run make setup")
-    kernel = ctypes.CDLL(found.origin)
+    kernel = ctypes.CDLL(spec.origin)
     pointer, i32, i64, f64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
     fault = ctypes.POINTER(_Fault)
     kernel.ff_train.argtypes = [pointer] * 4 + [i64, pointer, i32, i32, pointer, i32, fault]
     kernel.ff_eval.argtypes = [pointer] * 3 + [i64, pointer, i32, i32, f64, i32, i32, fault]
     kernel.ff_crop_box.argtypes = [ctypes.c_uint64, i32, i32, i32, i32, pointer, pointer]
     kernel.ff_eval_box.argtypes = [i32, i32, i32, i32, f64, pointer]
-    u64 = ctypes.c_uint64
-    kernel.ff_one.argtypes = [pointer, u64, i64, i64, i64, u64, pointer, pointer, i64, i64]
-    kernel.ff_limit.argtypes, kernel.ff_limit.restype = [pointer, u64, i64], i64
-    for name in ("ff_train", "ff_eval", "ff_crop_box", "ff_eval_box", "ff_one"):
+    kernel.ff_limit.argtypes, kernel.ff_limit.restype = [pointer, ctypes.c_uint64, i64], i64
+    for name in ("ff_train", "ff_eval", "ff_crop_box", "ff_eval_box"):
         getattr(kernel, name).restype = None
     return kernel
 
@@ -57,18 +68,18 @@ def library() -> ctypes.CDLL:
 def decode_train(
     beton: Beton, rows: np.ndarray, *, keys: np.ndarray, out: np.ndarray, crop: Crop, threads: int
 ) -> None:
-    """Decode, crop, flip and resize rows (B,) by their keys uint64 (B,) into out uint8 (B, h, w, 3).
+    """Decode, crop, flip and resize rows (B,) into out, uint8 (B, h, w, 3); keys uint64 (B,) draw crop and flip.
 
-    The pixels depend on the row, its key, the crop and the size, on nothing else. A JPEG is decoded at the DCT
+    The pixels are a pure function of the row, its key, the crop and the size. A JPEG is decoded at the DCT
     scale (1, 1/2, 1/4, 1/8) that still covers the target, and resized with an antialiased triangle filter.
     PSNR on photographs of about 500 x 650 (109 of flowers17), median and lowest:
 
         to                                              224               320
         full decode, Pillow's antialiased bilinear      45 dB, 37 dB      51 dB, 45 dB
         full decode, area averaging                     41 dB, 32 dB      47 dB, 39 dB
-        (these two exact ways to each other             45 dB, 37 dB      48 dB, 39 dB)
+        (one full decode to the other                   45 dB, 37 dB      48 dB, 39 dB)
 
-    Small networks trained through this and through the exact bilinear way (`bench decoder`, 6 seeds each) differ in
+    Small networks trained on these pixels and on the exact bilinear ones (`bench decoder`, 6 seeds each) differ in
     top-1 by +0.0005 [-0.0029, +0.0039] on digits (n = 360) and +0.0008 [-0.017, +0.018] on flowers17 (n = 218).
     Raises CorruptionError naming the beton and the row that cannot be decoded.
     """
@@ -78,7 +89,7 @@ def decode_train(
         raise InputError(f"decode_train: {keys.size} keys for {rows.size} rows")
     fault, packed = _Fault(), crop.pack()
     library().ff_train(
-        *_pointers(beton.data, beton.table, rows, keys), rows.size, out.ctypes.data,
+        *_pointers(beton.data, beton.descriptors, rows, keys), rows.size, out.ctypes.data,
         *out.shape[1:3], packed.ctypes.data, cores(threads), ctypes.byref(fault),
     )  # fmt: skip
     _raise(beton, rows, fault)
@@ -87,29 +98,32 @@ def decode_train(
 def decode_eval(
     beton: Beton, rows: np.ndarray, *, out: np.ndarray, factor: float, interpolation: str, threads: int
 ) -> None:
-    """Decode the centred view of rows (B,) into out uint8 (B, h, w, 3), equal to Pillow's to the bit.
+    """Decode the centred view of rows (B,) into out, uint8 (B, h, w, 3), bit-identical to Pillow.
 
-    The view is `eval_box`, resampled by "bicubic" or "bilinear". Raises CorruptionError as decode_train.
+    The view is `eval_box`, resampled "bicubic" or "bilinear". Raises CorruptionError as decode_train does.
     """
     if interpolation not in INTERPOLATIONS:
         raise InputError(f"interpolation = {interpolation}: must be one of {', '.join(INTERPOLATIONS)}")
     rows, fault = _rows(beton, rows, out), _Fault()
     library().ff_eval(
-        *_pointers(beton.data, beton.table, rows), rows.size, out.ctypes.data,
+        *_pointers(beton.data, beton.descriptors, rows), rows.size, out.ctypes.data,
         *out.shape[1:3], factor, interpolation == "bicubic", cores(threads), ctypes.byref(fault),
     )  # fmt: skip
     _raise(beton, rows, fault)
 
 
 def decode_file(data: bytes, stored: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Decode a whole JPEG file of `stored` (height, width) and resize it to `size`, bicubic as Pillow: uint8 (h, w, 3).
+    """Decode a JPEG file of `stored` (height, width) and resize it to `size`, bicubic as Pillow does: uint8 (h, w, 3).
 
-    Raises InputError for all that libjpeg warns of, where Pillow keeps silent and most pictures show garbage.
+    Raises InputError for every libjpeg warning; Pillow ignores them, and most such pictures show garbage.
     """
-    table, out = np.array([(0, len(data), *stored, JPEG, 0)], ROW), np.empty((1, *size, 3), np.uint8)
+    descriptors, out = (
+        np.array([(0, len(data), *stored, JPEG, 0)], DESCRIPTOR),
+        np.empty((1, *size, 3), np.uint8),
+    )
     fault, rows = _Fault(), np.zeros(1, np.int64)
     library().ff_eval(
-        *_pointers(np.frombuffer(data, np.uint8), table, rows), 1, out.ctypes.data, *size, 0.0, True, 1,
+        *_pointers(np.frombuffer(data, np.uint8), descriptors, rows), 1, out.ctypes.data, *size, 0.0, True, 1,
         ctypes.byref(fault),
     )  # fmt: skip
     if fault.position >= 0:
@@ -121,7 +135,7 @@ def decode_file(data: bytes, stored: tuple[int, int], size: tuple[int, int]) -> 
 def eval_box(
     height: int, width: int, *, size: tuple[int, int], factor: float
 ) -> tuple[float, float, float, float]:
-    """The largest centred box of the aspect of size (h, w), less the margin of `factor`: left, top, right, bottom."""
+    """The largest centred box of the aspect of size (h, w), shrunk by `factor`: left, top, right, bottom in pixels."""
     box = np.zeros(4, np.float32)
     library().ff_eval_box(height, width, *size, factor, box.ctypes.data)
     left, top, right, bottom = map(float, box)
@@ -131,7 +145,7 @@ def eval_box(
 def crop_box(
     key: int, height: int, *, width: int, size: tuple[int, int], crop: Crop
 ) -> tuple[int, int, int, int, bool]:
-    """What a key crops from an image for a target of size (h, w): top, left, height, width, flip."""
+    """The crop that a key draws from an image for a target of size (h, w): top, left, height, width, flip."""
     box, packed = np.zeros(5, np.int32), crop.pack()
     library().ff_crop_box(key, height, width, *size, packed.ctypes.data, box.ctypes.data)
     top, left, h, w, flip = map(int, box)

@@ -3,9 +3,9 @@
 #define PRECISION 22
 
 typedef struct {
-    int size, needed, *bounds; /* bounds: first source sample and count, by output sample */
-    int32_t *weights;          /* `size` of them by output sample */
-    int16_t *halves;           /* for across_avx2: the weights in two halves; NULL: the portable way */
+    int size, needed, *bounds; /* bounds: first source sample and count of each output sample */
+    int32_t *weights;          /* `size` for each output sample */
+    int16_t *halves;           /* for across_avx2: the weights in two halves; NULL: use across_portable */
 } Kernel;
 
 static double bicubic(double x) {
@@ -29,7 +29,7 @@ static int kernel_size(float in0, float in1, int out, int cubic) {
     return (int)ceil(kernel_support(in0, in1, out, cubic)) * 2 + 1;
 }
 
-/* Fill k->bounds (2 x out) and k->weights (out x size); exact is room for `size` doubles. */
+/* Fill k->bounds (2 x out) and k->weights (out x size); `exact` is a buffer of `size` doubles. */
 static void kernel_fill(Kernel *k, int in, float in0, float in1, int out, int cubic, double *exact) {
     double scale = (double)(in1 - in0) / out, support = kernel_support(in0, in1, out, cubic);
     double ss = 1.0 / (scale < 1.0 ? 1.0 : scale);
@@ -41,8 +41,8 @@ static void kernel_fill(Kernel *k, int in, float in0, float in1, int out, int cu
         if (first < 0) first = 0;
         if (end > in) end = in;
         for (int i = 0; i < end - first; i++) {
-            double at = (i + first - center + 0.5) * ss;
-            exact[i] = cubic ? bicubic(at) : triangle(at);
+            double distance = (i + first - center + 0.5) * ss;
+            exact[i] = cubic ? bicubic(distance) : triangle(distance);
             total += exact[i];
         }
         for (int i = 0; i < end - first; i++) {
@@ -59,7 +59,7 @@ static inline uint8_t clip8(int32_t value) {
     return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
-/* One line: RGB pixels at the kernel's bounds to `width` of them. */
+/* Resample one line of RGB pixels to `width` pixels. */
 static void across_portable(const uint8_t *in, uint8_t *restrict out, int width, const Kernel *k) {
     for (int x = 0; x < width; x++) {
         const uint8_t *from = in + 3 * k->bounds[2 * x];
@@ -76,27 +76,27 @@ static void across_portable(const uint8_t *in, uint8_t *restrict out, int width,
     }
 }
 
-/* One output line from `count` lines. */
+/* Weighted sum of `count` lines. */
 static void down_portable(const uint8_t *const *lines, int count, const int32_t *w, int length,
                           uint8_t *restrict out) {
     for (int x = 0; x < length; x += 64) {
         int32_t sum[64];
-        int part = length - x < 64 ? length - x : 64;
-        for (int i = 0; i < part; i++) sum[i] = 1 << (PRECISION - 1);
+        int block = length - x < 64 ? length - x : 64;
+        for (int i = 0; i < block; i++) sum[i] = 1 << (PRECISION - 1);
         for (int r = 0; r < count; r++) {
-            for (int i = 0; i < part; i++) sum[i] += lines[r][x + i] * w[r];
+            for (int i = 0; i < block; i++) sum[i] += lines[r][x + i] * w[r];
         }
-        for (int i = 0; i < part; i++) out[x + i] = clip8(sum[i]);
+        for (int i = 0; i < block; i++) out[x + i] = clip8(sum[i]);
     }
 }
 
 #ifdef AVX2
-/* A weight of 24 bits is high << HALF plus low, so that 16-bit multiply-adds give the same 32-bit sums. */
+/* A 24-bit weight is split into high << HALF plus low, so that 16-bit multiply-adds give the same 32-bit sums. */
 #define HALF 11
 #define HALF_MASK ((1 << HALF) - 1)
 #define MOST_COUNT 64
 
-/* (groups of 8 outputs, quads of taps, 4, 2 pairs, high and low, 16): outputs i and i + 4 side by side. */
+/* Layout: (groups of 8 outputs, quads of taps, 4, 2 pairs, high and low, 16), outputs i and i + 4 side by side. */
 static size_t halves_size(const Kernel *k, int out) {
     return (size_t)((out + 7) / 8) * ((k->size + 3) / 4) * 4 * 64;
 }

@@ -1,16 +1,16 @@
 /* Antialiased bilinear resampling for training: lines first (16-bit multiply-high), then columns (pairwise
- * multiply-add). Each step exists twice, portable and AVX2, with the same integers; tests hold them equal.
+ * multiply-add). Each step has a portable and an AVX2 version with the same integers; tests compare them.
  */
 
-#define LINE_TOTAL 65535 /* weights of a column of lines add up to this */
-#define PIXEL_BITS 14    /* weights along a line add up to 1 << 14 */
-#define FRACTION 4       /* bits that a plane's samples keep until the colour conversion */
+#define LINE_TOTAL 65535 /* sum of the weights of the lines */
+#define PIXEL_BITS 14    /* weights along a line sum to 1 << 14 */
+#define FRACTION 4       /* extra bits of a plane's samples until the colour conversion */
 
 /* One axis: output i is the weighted sum of taps samples from first[i] on; samples may lie past the end of
  * the source, with weight 0. */
 typedef struct {
-    int out, taps, low, high; /* low, high: the samples that weigh anything */
-    int32_t *first;           /* (out,), and 0 up to a multiple of 16 */
+    int out, taps, low, high; /* low, high: range of samples with a weight */
+    int32_t *first;           /* (out,), padded with 0 to a multiple of 16 */
     int32_t *weights;         /* (out, taps) */
 } Axis;
 
@@ -19,7 +19,7 @@ static int axis_taps(double span, int out) {
     return (int)ceil(2.0 * (scale < 1.0 ? 1.0 : scale));
 }
 
-/* The triangle filter over [start, start + span) of a source; flipped: output 0 is the last. */
+/* Fill the weights of the triangle filter over [start, start + span) of a source; flip: in reverse order. */
 static void axis_fill(Axis *a, double start, double span, int out, int flip, int total) {
     double scale = span / out, support = scale < 1.0 ? 1.0 : scale, inverse = 1.0 / support;
     a->out = out;
@@ -27,7 +27,7 @@ static void axis_fill(Axis *a, double start, double span, int out, int flip, int
     a->low = (int)floor(start + 1e-6);
     a->high = (int)ceil(start + span - 1e-6);
     for (int i = 0; i < out; i++) {
-        int to = flip ? out - 1 - i : i, best = 0, left = total;
+        int to = flip ? out - 1 - i : i, largest = 0, rest = total;
         double centre = start + (i + 0.5) * scale - 0.5, sum = 0.0;
         int first = (int)(centre - support + 65537.0) - 65536, /* floor() + 1, without a call */
             end = first + a->taps;
@@ -40,13 +40,13 @@ static void axis_fill(Axis *a, double start, double span, int out, int flip, int
             exact[t] = first + t < end && x > 0 ? x : 0.0;
             sum += exact[t];
         }
-        double share = total / sum;
+        double factor = total / sum;
         for (int t = 0; t < a->taps; t++) {
-            w[t] = (int32_t)(exact[t] * share + 0.5);
-            left -= w[t];
-            if (w[t] > w[best]) best = t;
+            w[t] = (int32_t)(exact[t] * factor + 0.5);
+            rest -= w[t];
+            if (w[t] > w[largest]) largest = t;
         }
-        w[best] += left;
+        w[largest] += rest; /* so that the weights sum to the total */
         a->first[to] = first;
     }
 }
@@ -64,18 +64,18 @@ static void lines_portable(const uint8_t *const *lines, const int32_t *w, int ta
 /* ---- planes: one line of samples to int16 with FRACTION bits ---- */
 
 typedef struct {
-    int groups, pairs; /* of 16 outputs; of taps */
-    int32_t *base;     /* (groups, 4): first sample of each 4 outputs */
-    uint8_t *mask;     /* (groups, 64): where in 16 samples each output's pair lies */
+    int groups, pairs; /* groups of 16 outputs; pairs of taps */
+    int32_t *base;     /* (groups, 4): first sample of every 4 outputs */
+    uint8_t *mask;     /* (groups, 64): position of each output's pair among 16 samples */
     int16_t *weights;  /* (groups, pairs, 32) */
 } Plan;
 
-#define SPREAD 14 /* the farthest that the pairs of 4 outputs may lie apart in 16 bytes */
+#define SPREAD 14 /* largest distance of the pairs of 4 outputs in 16 bytes */
 
-/* 0: the 4 outputs of a shuffle lie too far apart, at a scale above 4. */
+/* Returns 0 when the 4 outputs of a shuffle lie too far apart, at scales above 4. */
 static int plan_fill(Plan *p, const Axis *a) {
     for (int quad = 0; quad < 4 * p->groups; quad++) {
-        int g = quad / 4, lane = quad % 4 / 2, half = quad % 2; /* outputs 0-3 8-11 | 4-7 12-15: as packs leaves them */
+        int g = quad / 4, lane = quad % 4 / 2, half = quad % 2; /* outputs 0-3 8-11 | 4-7 12-15, the order of packs */
         int x = 16 * g + 8 * lane + 4 * half, count = a->out - x < 4 ? a->out - x : 4, base = INT32_MAX;
         for (int i = 0; i < count; i++)
             if (a->first[x + i] < base) base = a->first[x + i];
@@ -160,7 +160,7 @@ static void pixels_portable(const Axis *a, const uint8_t *line, int from, uint8_
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2")))
 
-/* 4 pixels at `low` and 4 at `high`; the masks widen their taps (0, 1) and (2, 3) to pairs R R G G B B. */
+/* 4 pixels at `low` and 4 at `high`; the masks widen taps (0, 1) and (2, 3) to pairs R R G G B B. */
 #define PIXEL_PAIRS_0 _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1)
 #define PIXEL_PAIRS_1 _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1)
 
@@ -169,17 +169,17 @@ AVX2 static inline __m256i two_pixels(const uint8_t *low, const uint8_t *high) {
                                    _mm_loadu_si128((const __m128i *)high), 1);
 }
 
-/* Write min(8, left) pixels: sum[i] holds those of outputs i and i + 4 as R G B 0 in 32 bits. */
-AVX2 static inline void store_pixels(const __m256i *sum, uint8_t *out, int left) {
+/* Write min(8, remaining) pixels; sum[i] holds outputs i and i + 4 as R G B 0, 32 bits each. */
+AVX2 static inline void store_pixels(const __m256i *sum, uint8_t *out, int remaining) {
     const __m256i tight =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
     __m256i all = _mm256_packus_epi16(_mm256_packs_epi32(sum[0], sum[1]), _mm256_packs_epi32(sum[2], sum[3]));
     all = _mm256_shuffle_epi8(all, tight);
-    uint8_t done[32]; /* the stores write 28 bytes for 24, which past the end is another image's place */
-    uint8_t *to = left >= 10 ? out : done;
+    uint8_t buffer[32]; /* the stores write 28 bytes for 24, which at the end would overwrite the next image */
+    uint8_t *to = remaining >= 10 ? out : buffer;
     _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(all));
     _mm_storeu_si128((__m128i *)(to + 12), _mm256_extracti128_si256(all, 1));
-    if (to == done) memcpy(out, done, left < 8 ? 3 * (size_t)left : 24);
+    if (to == buffer) memcpy(out, buffer, remaining < 8 ? 3 * (size_t)remaining : 24);
 }
 
 AVX2 static inline __attribute__((always_inline)) __m256i lines_block(
@@ -206,7 +206,7 @@ AVX2 static inline __attribute__((always_inline)) void lines_all(
 AVX2 static void lines_avx2(const uint8_t *const *lines, const int32_t *weights, int taps, int n, uint8_t *out) {
     __m256i w[MOST_LINES];
     for (int t = 0; t < taps; t++) w[t] = _mm256_set1_epi16((short)weights[t]);
-    switch (taps) { /* the counts that matter, unrolled */
+    switch (taps) { /* the common counts, unrolled */
     case 2: lines_all(lines, w, 2, n, out); break;
     case 3: lines_all(lines, w, 3, n, out); break;
     case 4: lines_all(lines, w, 4, n, out); break;
@@ -240,7 +240,7 @@ AVX2 static void plane_avx2(const Plan *p, const uint8_t *line, int16_t *out) {
     }
 }
 
-/* 16 samples with FRACTION bits to bytes */
+/* 16 samples with FRACTION extra bits, rounded to bytes */
 AVX2 static inline __m128i bytes_of(__m256i v) {
     v = _mm256_srai_epi16(_mm256_add_epi16(v, _mm256_set1_epi16(1 << (FRACTION - 1))), FRACTION);
     return _mm_packus_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -284,7 +284,7 @@ AVX2 static void colour_avx2(const int16_t *py, const int16_t *pu, const int16_t
     }
 }
 
-/* `quads` of taps for each output: a constant to the compiler, if it is the usual 1. */
+/* `quads` of taps for each output; the caller passes the usual 1 as a constant. */
 AVX2 static inline __attribute__((always_inline)) void pixels_all(const Axis *a, const int16_t *weights, int quads,
                                                                   const uint8_t *line, uint8_t *out) {
     const __m256i first = _mm256_broadcastsi128_si256(PIXEL_PAIRS_0), second = _mm256_broadcastsi128_si256(PIXEL_PAIRS_1);

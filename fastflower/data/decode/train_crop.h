@@ -1,4 +1,4 @@
-/* Training: only the rows and columns of the crop, as planes, at a DCT scale that still covers the target; or raw. */
+/* Training crops. From JPEGs: only the crop's lines and columns, as planes, at a DCT scale that covers the target. */
 
 #if JPEG_LIB_VERSION >= 70
 #define DCT_WIDTH(c) (c)->DCT_h_scaled_size
@@ -12,8 +12,8 @@
 #define MIN_HEIGHT(j) (j)->min_DCT_scaled_size
 #endif
 
-/* libjpeg's own post-processing object, whose method we replace: it upsamples and converts colours, at the
- * decoded size, and we want the planes. Its first two members have been these in every version. */
+/* libjpeg's post-processing object, whose method is replaced: it upsamples and converts colours at the decoded
+ * size, but the planes are needed. Its first two members are the same in every version. */
 struct jpeg_d_post_controller {
     void (*start_pass)(j_decompress_ptr, int);
     void (*post_process_data)(j_decompress_ptr, JSAMPIMAGE, JDIMENSION *, JDIMENSION, JSAMPARRAY, JDIMENSION *, JDIMENSION);
@@ -21,11 +21,11 @@ struct jpeg_d_post_controller {
 
 typedef struct {
     Axis x, y;
-    Plan plan;     /* of x; groups 0: the portable way */
-    uint8_t *ring; /* lines that have arrived and may still weigh something */
-    int stride, lines, left, width, arrived;
+    Plan plan;     /* of x; groups 0: use plane_portable */
+    uint8_t *ring; /* decoded lines that later output lines may need */
+    int stride, lines, left, width, decoded_lines;
     uint8_t *line;
-    int16_t *done; /* one resized line */
+    int16_t *resized; /* one line */
 } Plane;
 
 static void weigh_lines(const uint8_t *const *lines, const int32_t *w, int taps, int n, uint8_t *out) {
@@ -64,10 +64,10 @@ static void plane_rings(Scratch *s, Plane *p, int group, int w) {
     for (p->lines = 1; p->lines < p->y.taps + group;) p->lines *= 2;
     p->ring = take(s, (size_t)p->stride * p->lines);
     p->line = take(s, p->stride + 2 * (size_t)p->x.taps);
-    p->done = take(s, sizeof(int16_t) * ((size_t)w + 15) / 16 * 16);
+    p->resized = take(s, sizeof(int16_t) * ((size_t)w + 15) / 16 * 16);
 }
 
-/* In place of libjpeg's post-processing: keep the crop's columns of each plane. */
+/* Replaces libjpeg's post-processing: copies the crop's columns of each plane to its ring. */
 static void keep_planes(j_decompress_ptr j, JSAMPIMAGE in, JDIMENSION *group, JDIMENSION groups, JSAMPARRAY out,
                         JDIMENSION *lines, JDIMENSION room) {
     Plane *planes = j->client_data;
@@ -76,15 +76,15 @@ static void keep_planes(j_decompress_ptr j, JSAMPIMAGE in, JDIMENSION *group, JD
         Plane *p = &planes[c];
         jpeg_component_info *info = &j->comp_info[c];
         int each = info->v_samp_factor * DCT_HEIGHT(info) / MIN_HEIGHT(j);
-        for (JDIMENSION i = *group * each; i < groups * each; i++, p->arrived++)
-            memcpy(p->ring + (size_t)(p->arrived & (p->lines - 1)) * p->stride, in[c][i] + p->left, p->width);
+        for (JDIMENSION i = *group * each; i < groups * each; i++, p->decoded_lines++)
+            memcpy(p->ring + (size_t)(p->decoded_lines & (p->lines - 1)) * p->stride, in[c][i] + p->left, p->width);
     }
-    JDIMENSION left = j->output_height - j->output_scanline, more = (groups - *group) * j->max_v_samp_factor;
+    JDIMENSION remaining = j->output_height - j->output_scanline, decoded = (groups - *group) * j->max_v_samp_factor;
     *group = groups;
-    *lines += more < left ? more : left;
+    *lines += decoded < remaining ? decoded : remaining;
 }
 
-/* Output line y of a plane, once its lines have arrived. */
+/* Compute output line y of a plane, whose lines have been decoded. */
 static void plane_line(Plane *p, int y) {
     const Axis *a = &p->y;
     const uint8_t *lines[a->taps];
@@ -94,9 +94,9 @@ static void plane_line(Plane *p, int y) {
     }
     weigh_lines(lines, a->weights + (size_t)y * a->taps, a->taps, p->width, p->line);
 #ifdef AVX2
-    if (p->plan.groups) return plane_avx2(&p->plan, p->line, p->done);
+    if (p->plan.groups) return plane_avx2(&p->plan, p->line, p->resized);
 #endif
-    plane_portable(&p->x, p->line, p->done);
+    plane_portable(&p->x, p->line, p->resized);
 }
 
 static void train_jpeg(Scratch *s, const uint8_t *bytes, const Row *row, const Box *b, int h, int w, uint8_t *out) {
@@ -129,18 +129,18 @@ static void train_jpeg(Scratch *s, const uint8_t *bytes, const Row *row, const B
         plane_open(s, &planes[c], b, sx, sy, h, w);
         plane_rings(s, &planes[c], info->v_samp_factor * DCT_HEIGHT(info), w);
         planes[c].left -= x * info->h_samp_factor * DCT_WIDTH(info) / (j->max_h_samp_factor * MIN_WIDTH(j));
-        planes[c].arrived = skip * info->v_samp_factor * DCT_HEIGHT(info);
+        planes[c].decoded_lines = skip * info->v_samp_factor * DCT_HEIGHT(info);
     }
-    JSAMPROW nowhere[1] = {NULL};
+    JSAMPROW no_output[1] = {NULL};
     for (int y = 0; y < h; y++, out += 3 * (size_t)w) {
         for (int c = 0; c < count; c++) {
             Plane *p = &planes[c];
             int need = p->y.first[y] + p->y.taps < p->y.high ? p->y.first[y] + p->y.taps : p->y.high;
-            while (p->arrived < need) jpeg_read_scanlines(j, nowhere, j->output_height);
+            while (p->decoded_lines < need) jpeg_read_scanlines(j, no_output, j->output_height);
         }
         for (int c = 0; c < count; c++) plane_line(&planes[c], y);
-        const int16_t *first = planes[0].done, *second = first, *third = first;
-        if (count == 3) second = planes[1].done, third = planes[2].done;
+        const int16_t *first = planes[0].resized, *second = first, *third = first;
+        if (count == 3) second = planes[1].resized, third = planes[2].resized;
 #ifdef AVX2
         if (fast) {
             colour_avx2(first, second, third, w, ycc, out);
@@ -153,8 +153,8 @@ static void train_jpeg(Scratch *s, const uint8_t *bytes, const Row *row, const B
 
 enum { LINES_AHEAD = 10 };
 
-/* Lines of a raw row lie far apart, and no prefetcher of a processor knows where the next one begins. */
-static inline void announce(const uint8_t *line, int length) {
+/* The lines of a raw crop lie far apart, so the processor's prefetcher cannot predict the next one. */
+static inline void prefetch(const uint8_t *line, int length) {
     for (int x = 0; x < length; x += 64) __builtin_prefetch(line + x);
 }
 
@@ -173,7 +173,7 @@ static void train_raw(Scratch *s, const uint8_t *bytes, const Row *row, const Bo
             int from = y.first[i] + t < y.high ? y.first[i] + t : y.high - 1;
             lines[t] = first + stride * from;
         }
-        if (y.first[i] + LINES_AHEAD < y.high) announce(first + stride * (y.first[i] + LINES_AHEAD), 3 * b->width);
+        if (y.first[i] + LINES_AHEAD < y.high) prefetch(first + stride * (y.first[i] + LINES_AHEAD), 3 * b->width);
         weigh_lines(lines, y.weights + (size_t)i * y.taps, y.taps, 3 * b->width, line);
 #ifdef AVX2
         if (fast) {

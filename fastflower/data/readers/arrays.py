@@ -1,6 +1,6 @@
-"""Images that come as numbers, from .npz and .npy files and tables of pixels, checked and brought to uint8.
+"""Images in arrays, from .npz and .npy files and tables of pixels, checked and converted to uint8.
 
-What a training must know (rows, labels, sizes) is read at once; the pixels only when somebody asks for them.
+Rows, labels and sizes are read at once, the pixels only on first use.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from fastflower.core.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-ROWS = 4096  # converted at a time, so that memory holds the file's own numbers once
-FEWEST = 16  # columns of numbers that make a table one of pixels
+ROWS = 4096  # rows converted at a time, so that memory holds only one copy of the original numbers
+MIN_PIXELS = 16  # a table of pixels has more columns than this
 REMEDY = "name them by data.arrays=[images, labels], or [first, second, labels] for pairs"
 
 
 @dataclass(frozen=True)
 class Stack:
-    """`rows` of one image, or of the two of a pair, all of one height and width; labels as text, if there are any.
+    """`rows` of single images or of pairs, all of one height and width; labels as text, or None.
 
-    `names` are those of the images' arrays in a .npz.
+    load: reads the pixels. names: the image arrays in a .npz.
     """
 
     rows: int
     height: int
     width: int
-    count: int
+    images_per_row: int
     labels: list[str] | None
     load: Callable[[], tuple[np.ndarray, ...]]
     names: tuple[str, ...] = ()
 
     @cached_property
     def images(self) -> tuple[np.ndarray, ...]:
-        """`count` arrays, each uint8 (N, H, W) or (N, H, W, 3)."""
+        """One array for each image of a row, each uint8 (N, H, W) or (N, H, W, 3)."""
         return self.load()
 
 
 def open_npz(path: Path, wanted: Any, *, shape: Any, labelled: bool) -> Stack:
-    """Images and labels of a .npz: `wanted` names the arrays as [images, labels] or [first, second, labels].
+    """Open the images and labels of a .npz; `wanted` names the arrays: [images, labels] or [first, second, labels].
 
-    "auto" finds them by shape: images are the one or two arrays of pictures, labels the one array with a single
-    value for each of them. InputError lists what there is when that is not clear.
+    "auto" detects them by shape: the one or two arrays of images, and the only array with a single value per image.
+    Raises InputError with a list of the arrays if that is ambiguous.
     """
     try:
         shapes = _shapes(path)
@@ -70,58 +70,73 @@ def open_npz(path: Path, wanted: Any, *, shape: Any, labelled: bool) -> Stack:
 
     rows, height, width, _ = layouts[0]
     labels = None if values is None else _labels(values, f"{path}: {label}", rows)
-    return Stack(rows, height, width, len(names), labels, load, tuple(names))
+    return Stack(
+        rows=rows,
+        height=height,
+        width=width,
+        images_per_row=len(names),
+        labels=labels,
+        load=load,
+        names=tuple(names),
+    )
 
 
 def open_npy(path: Path, shape: Any, labels: Callable[[int], list[str]] | None) -> Stack:
-    """Images of a .npy; `labels` gives those of so many rows."""
+    """Open the images of a .npy; `labels(rows)` reads their labels, given the number of images."""
     mapped = _npy(path)
     rows, height, width, _ = _layout(mapped.shape, str(path), shape)
     return Stack(
-        rows,
-        height,
-        width,
-        1,
-        labels(rows) if labels else None,
-        lambda: (as_uint8(mapped, str(path), shape),),
+        rows=rows,
+        height=height,
+        width=width,
+        images_per_row=1,
+        labels=labels(rows) if labels else None,
+        load=lambda: (as_uint8(mapped, str(path), shape),),
     )
 
 
 def npy_labels(path: Path, rows: int) -> list[str]:
-    """Labels of a .npy, one for each of `rows` images."""
+    """Read the labels in a .npy, one for each of `rows` images."""
     return _labels(np.array(_npy(path)), str(path), rows)
 
 
 def open_pixels(path: Path, label_col: str, *, shape: Any, labelled: bool) -> Stack:
-    """A table with a column of labels (label_col, or else `label`) in which every other one is a pixel, 0..255."""
+    """Open a table with a column of labels (label_col, or else `label`) whose other columns are pixels, 0..255."""
     header = pixel_columns(path)
     label = next((name for name in (label_col, "label") if name in header), None)
     if labelled and label is None:
         raise InputError(f"{path}: no column {label_col} or label; name yours by data.label_col")
-    # without labels some other column is read all the same: it counts the rows
-    place = header.index(label or header[0])
-    column = [text for _, table in _tables(path, place) for text in table.iloc[:, 0]]
-    rows, height, width, _ = _layout((len(column), len(header) - bool(label)), str(path), shape)
+    # without labels the first column is read instead, to count the rows
+    column = header.index(label or header[0])
+    texts = [text for _, table in _tables(path, column) for text in table.iloc[:, 0]]
+    rows, height, width, _ = _layout((len(texts), len(header) - bool(label)), str(path), shape)
 
     def load() -> tuple[np.ndarray, ...]:
-        parts = [
+        blocks = [
             _whole_numbers(table.drop(columns=[label] if label else []), f"{path}: lines from {line}")
             for line, table in _tables(path, None)
         ]
-        return (as_uint8(np.concatenate(parts), str(path), shape),)
+        return (as_uint8(np.concatenate(blocks), str(path), shape),)
 
-    return Stack(rows, height, width, 1, [text.strip() for text in column] if labelled else None, load)
+    return Stack(
+        rows=rows,
+        height=height,
+        width=width,
+        images_per_row=1,
+        labels=[text.strip() for text in texts] if labelled else None,
+        load=load,
+    )
 
 
 def pixel_columns(path: Path) -> list[str]:
-    """The column names of a table of pixels; InputError when it is none."""
+    """The column names of a table of pixels; InputError if the file is no such table."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header, first = [name.strip() for name in next(reader, [])], next(reader, None)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a table of pixels ({_one_line(error)})") from None
-    if len(header) <= FEWEST:
+    if len(header) <= MIN_PIXELS:
         raise InputError(
             f"{path}: has {len(header)} columns; a table of pixels has one for each pixel and one for the label"
         )
@@ -133,9 +148,10 @@ def pixel_columns(path: Path) -> list[str]:
 
 
 def as_uint8(values: np.ndarray, what: str, shape: Any) -> np.ndarray:
-    """Numbers as images: uint8 (N, H, W) or (N, H, W, 3), channels last, flat rows as `shape` or else square.
+    """Convert an array of images to uint8 (N, H, W) or (N, H, W, 3), channels last.
 
-    Floats within 0..1 and booleans are scaled by 255; other numbers must be whole and within 0..255.
+    Flat rows become images of `shape`, or square ones for "auto". Floats within 0..1 and booleans are scaled by 255;
+    other numbers must be whole and within 0..255. `what` names the array in an InputError.
     """
     rows, height, width, channels = _layout(values.shape, what, shape)
     if values.dtype.kind not in "biuf":
@@ -143,33 +159,35 @@ def as_uint8(values: np.ndarray, what: str, shape: Any) -> np.ndarray:
     last = (rows, height, width, channels)[: 3 + (channels > 1)]
     if values.ndim == 2:
         values = values.reshape(rows, *(shape if shape != "auto" else (height, width)))
-    if values.shape[1:] == (channels, height, width):  # channels first, as torch has them
+    if values.shape[1:] == (channels, height, width):  # channels first, as in torch
         values = np.moveaxis(values, 1, -1)
     values = values.reshape(last) if channels == 1 else values
     if values.dtype == np.uint8:
         return values
-    parts = [values[at : at + ROWS] for at in range(0, rows, ROWS)]
-    low, high = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
+    starts = range(0, rows, ROWS)
+    blocks = [values[start : start + ROWS] for start in starts]
+    low, high = min(float(block.min()) for block in blocks), max(float(block.max()) for block in blocks)
     unit = values.dtype.kind == "b" or (values.dtype.kind == "f" and low >= 0 and high <= 1)
     out = np.empty(last, np.uint8)
-    for at, part in zip(range(0, rows, ROWS), parts, strict=True):
-        scaled = part.astype(np.float32) * 255 if unit else part
-        if not unit and not (low >= 0 and high <= 255 and bool((part == np.rint(part)).all())):
+    for start, block in zip(starts, blocks, strict=True):
+        scaled = block.astype(np.float32) * 255 if unit else block
+        if not unit and not (low >= 0 and high <= 255 and bool((block == np.rint(block)).all())):
             raise InputError(
                 f"{what}: {values.dtype} from {low:g} to {high:g}; images are whole numbers 0..255, or floats 0..1"
             )
-        out[at : at + ROWS] = np.rint(scaled)
+        out[start : start + ROWS] = np.rint(scaled)
     return out
 
 
+# twin of code/inputs.py, layout
 def _layout(shape: tuple[int, ...], what: str, wanted: Any) -> tuple[int, int, int, int]:
     """Rows, height, width and channels of an array of images; `wanted` is data.shape, for flat rows."""
     sides = list(shape[1:])
     if len(shape) == 2:
         side = round(shape[1] ** 0.5)
         sides = [side, side] if wanted == "auto" else wanted
-        good = isinstance(sides, list) and len(sides) in (2, 3) and all(type(side) is int for side in sides)
-        if not good or int(np.prod(sides)) != shape[1]:
+        valid = isinstance(sides, list) and len(sides) in (2, 3) and all(type(side) is int for side in sides)
+        if not valid or int(np.prod(sides)) != shape[1]:
             raise InputError(
                 f"{what}: rows of {shape[1]} pixels are no images of data.shape = {wanted}; "
                 "give [height, width] or [height, width, 3]"
@@ -186,49 +204,50 @@ def _layout(shape: tuple[int, ...], what: str, wanted: Any) -> tuple[int, int, i
 
 
 def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and kind of each array, from the headers alone."""
-    found = {}
+    """Shape and dtype of each array, from the headers alone."""
+    shapes = {}
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            with archive.open(name) as member:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0
-                shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
-                found[name.removesuffix(".npy")] = (shape, dtype)
-    return found
+            with archive.open(name) as file:
+                version = np.lib.format.read_magic(file)
+                read_1, read_2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+                shape, _, dtype = (read_1 if version == (1, 0) else read_2)(file)
+                shapes[name.removesuffix(".npy")] = (shape, dtype)
+    return shapes
 
 
 def _choose(
     path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], *, wanted: Any, labelled: bool
 ) -> tuple[list[str], str | None]:
-    """The names of the images and of the labels."""
-    there = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in shapes.items())
+    """The names of the image arrays and of the labels' array."""
+    listing = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in shapes.items())
     if wanted != "auto":
-        good = isinstance(wanted, list) and len(wanted) in (2, 3)
-        names = list(wanted if labelled else wanted[:-1]) if good else []
-        lacking = [str(name) for name in names if name not in shapes]
-        if not good or lacking:
-            fault = f"no array {', '.join(lacking)}" if good else f"data.arrays = {wanted}"
-            raise InputError(f"{path}: {fault}; it has {there}; {REMEDY}")
+        valid = isinstance(wanted, list) and len(wanted) in (2, 3)
+        names = list(wanted if labelled else wanted[:-1]) if valid else []
+        missing = [str(name) for name in names if name not in shapes]
+        if not valid or missing:
+            fault = f"no array {', '.join(missing)}" if valid else f"data.arrays = {wanted}"
+            raise InputError(f"{path}: {fault}; it has {listing}; {REMEDY}")
         return (names[:-1], names[-1]) if labelled else (names, None)
-    pictures = [name for name, (shape, dtype) in shapes.items() if len(shape) > 2 and dtype.kind in "biuf"]
-    flat = [name for name, (shape, _) in shapes.items() if len(shape) == 2 and shape[1] > FEWEST]
-    pictures = sorted(pictures or flat)
-    rows = {shapes[name][0][0] for name in pictures}
+    images = [name for name, (shape, dtype) in shapes.items() if len(shape) > 2 and dtype.kind in "biuf"]
+    flat = [name for name, (shape, _) in shapes.items() if len(shape) == 2 and shape[1] > MIN_PIXELS]
+    images = sorted(images or flat)
+    rows = {shapes[name][0][0] for name in images}
     labels = [
         name for name, (shape, _) in shapes.items() if shape[:1] == (*rows,) and shape[1:] in ((), (1,))
     ]
-    if len(pictures) not in (1, 2) or len(rows) != 1 or (labelled and len(labels) != 1):
+    if len(images) not in (1, 2) or len(rows) != 1 or (labelled and len(labels) != 1):
         raise InputError(
-            f"{path}: it is not clear which arrays are images and labels; it has {there}; {REMEDY}"
+            f"{path}: it is not clear which arrays are images and labels; it has {listing}; {REMEDY}"
         )
-    return pictures, labels[0] if labelled else None
+    return images, labels[0] if labelled else None
 
 
 def _labels(values: np.ndarray, what: str, rows: int) -> list[str]:
+    """The labels as text, one per row; `what` names the array in an InputError."""
     if values.shape not in ((rows,), (rows, 1)) or values.dtype.kind not in "biufU":
         raise InputError(
-            f"{what}: {values.dtype} {values.shape} for {rows} images; labels are one number or word an image"
+            f"{what}: {values.dtype} {values.shape} for {rows} images; labels are one number or word per image"
         )
     values = values.astype(np.int64) if values.dtype.kind == "b" else values
     return [str(value) for value in values.ravel().tolist()]
@@ -243,12 +262,12 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def _tables(path: Path, column: int | None) -> Iterator[tuple[int, pd.DataFrame]]:
-    """(line of its first row, table) for ROWS rows at a time; one column as text, or all of them."""
+    """Tables of ROWS rows with the line of their first row: one column, as text, or all columns as numbers."""
     import pandas as pd  # a second of import, for tables of pixels only
 
-    one: dict[str, Any] = {} if column is None else {"usecols": [column], "dtype": str}
+    options: dict[str, Any] = {} if column is None else {"usecols": [column], "dtype": str}
     try:
-        with pd.read_csv(path, na_filter=False, chunksize=ROWS, **one) as reader:
+        with pd.read_csv(path, na_filter=False, chunksize=ROWS, **options) as reader:
             for table in reader:
                 table.columns = [str(name).strip() for name in table.columns]
                 yield int(table.index[0]) + 2, table
@@ -257,6 +276,7 @@ def _tables(path: Path, column: int | None) -> Iterator[tuple[int, pd.DataFrame]
 
 
 def _whole_numbers(table: pd.DataFrame, what: str) -> np.ndarray:
+    """The numbers of a table as uint8; InputError if one is not a whole number within 0..255."""
     try:
         numbers = table.to_numpy(np.float32)
     except (TypeError, ValueError) as error:

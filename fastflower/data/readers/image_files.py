@@ -1,7 +1,7 @@
-"""Photographs as pixels: one way of reading a file, and one stored size, for betons, evaluation and hand-in alike.
+"""Image files as pixels: the one way to read and shrink an image, for betons, evaluation and bundle alike.
 
-Pillow decodes (accurate DCT, smooth chroma); formats are chosen by content, from a short list, and everything
-odd about a file is said in one line before it can cost memory or time.
+Pillow decodes (accurate DCT, smooth chroma). The format is detected by content, from a short list, and a suspicious
+file is refused in one line before it can cost memory or time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from PIL import Image, UnidentifiedImageError
 
 from fastflower.core.errors import InputError
 
+# twin of code/pictures.py: limits, orientation, RGB conversion, stored size
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
-MOST_PIXELS = 64_000_000  # a header that claims more is refused before anything is allocated
-MOST_SCANS = 500  # a progressive JPEG of 40 kB can hold thousands and cost a minute
-LONGEST = 4  # stored images are at most this many stored sides long; views nearer to square never see the cut
-ORIENTATION = 0x0112
+MAX_PIXELS = 64_000_000  # a header that claims more is refused before anything is allocated
+MAX_SCANS = 500  # a progressive JPEG of 40 kB can hold thousands and cost a minute
+MAX_ASPECT = 4  # a long stored side is cropped to this many short ones, outside every view nearer to square
+THUMBNAIL_SIDE = 144  # short side of an image on a page
+ORIENTATION = 0x0112  # the Exif tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,7 +38,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-STRANGERS = (
+FOREIGN_SIGNATURES = (
     (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
     (b"<", "a web page or other markup"),
     (b"%PDF", "a PDF"),
@@ -49,7 +51,7 @@ STRANGERS = (
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """A regular file's bytes; a pipe or device is refused without waiting for it."""
+    """Read a regular file; a pipe or device is refused without waiting for it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -66,33 +68,33 @@ def read_bytes(path: Path | str) -> bytes:
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says before it is decoded: the image, not yet read, and how it must be turned."""
+    """An image file before it is decoded: Pillow's lazy image, and the transpose that turns it upright."""
 
     image: Image.Image
     turn: Image.Transpose | None
 
     @property
-    def form(self) -> str:
-        """Which of FORMATS it is; an MPO is several JPEGs, of which the first counts."""
+    def format(self) -> str:
+        """One of FORMATS; an MPO holds several JPEGs, of which the first is read."""
         return "JPEG" if self.image.format == "MPO" else str(self.image.format)
 
     @property
-    def jpeg(self) -> bool:
-        """Whether it is a JPEG of colours or greys, which betons can hold as it is."""
-        return self.form == "JPEG" and self.image.mode in ("RGB", "L")
+    def is_jpeg(self) -> bool:
+        """True for an RGB or greyscale JPEG, whose bytes a beton can hold unchanged."""
+        return self.format == "JPEG" and self.image.mode in ("RGB", "L")
 
 
 @contextmanager
 def _explained(data: bytes) -> Iterator[None]:
-    """Pillow's many exceptions as one line."""
+    """Turn Pillow's many exceptions into an InputError of one line."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of broken EXIF and large files; what matters raises here
+        warnings.simplefilter("ignore")  # about broken EXIF and large files; serious faults raise below
         try:
             yield
         except UnidentifiedImageError:
-            raise InputError(f"is no image of {', '.join(FORMATS)}{_stranger(data)}") from None
+            raise InputError(f"is not an image of type {', '.join(FORMATS)}{_foreign_kind(data)}") from None
         except Image.DecompressionBombError:
-            raise InputError(f"has more than {MOST_PIXELS // 1_000_000} million pixels") from None
+            raise InputError(f"has more than {MAX_PIXELS // 1_000_000} million pixels") from None
         except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
             raise InputError(
                 f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"
@@ -100,37 +102,38 @@ def _explained(data: bytes) -> Iterator[None]:
 
 
 def inspect(data: bytes) -> Header:
-    """Look at an image file without decoding it; InputError when it cannot be an image or asks for too much."""
+    """Parse an image file's header without decoding; InputError if it is no image or would cost too much to decode."""
     if not data:
         raise InputError("is empty")
-    if data.count(b"\xff\xda") > MOST_SCANS and data[:2] == b"\xff\xd8":
-        raise InputError(f"is a JPEG of more than {MOST_SCANS} scans")
+    if data.count(b"\xff\xda") > MAX_SCANS and data[:2] == b"\xff\xd8":
+        raise InputError(f"is a JPEG of more than {MAX_SCANS} scans")
     with _explained(data):
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise InputError(f"has {width} x {height} pixels, more than {MOST_PIXELS // 1_000_000} million")
+        if width * height > MAX_PIXELS:
+            raise InputError(f"has {width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million")
         if image.format not in ("JPEG", "MPO"):
-            image.load()  # others may keep their orientation behind the pixels
+            image.load()  # other formats may store the orientation after the pixels
         return Header(image, TURNS.get(_orientation(image)))
 
 
-def suits(name: str, form: str) -> bool:
-    """Whether a file's name says its format, or none."""
-    said = Path(name).suffix[1:].upper().replace("JPG", "JPEG")
-    return said == form or said not in FORMATS
+def matches_format(name: str, detected: str) -> bool:
+    """True unless a file's suffix names one of FORMATS other than the detected one."""
+    named = Path(name).suffix[1:].upper().replace("JPG", "JPEG")
+    return named == detected or named not in FORMATS
 
 
 def header_size(path: str) -> tuple[int, int]:
-    """(height, width) of an image file by its header alone. InputError when it is no image."""
+    """(height, width) from an image file's header alone; InputError if it is no image."""
     with _explained(b""), Image.open(path, formats=FORMATS) as image:
         return image.height, image.width
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame as an upright RGB picture.
+    """Decode the first frame as an upright RGB image.
 
-    Alpha lies over white; 16 bits become 8 by / 257; a broken orientation note is ignored. InputError otherwise.
+    Alpha is composited over white, 16 bits become 8 by / 257, and a broken orientation tag is ignored. Raises
+    InputError if the file cannot be decoded.
     """
     header = inspect(data)
     with _explained(data):
@@ -140,29 +143,29 @@ def decode(data: bytes) -> Image.Image:
 
 
 def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) with the short side brought down to `side`; smaller images stay as they are."""
+    """(height, width) with the short side reduced to `side`; smaller images keep their size."""
     short = min(width, height)
     return (height, width) if short <= side else (round(height * side / short), round(width * side / short))
 
 
 def stored(image: Image.Image, side: int) -> Image.Image:
-    """What a beton holds of a picture: the short side brought down to `side`, smaller ones left as they are.
+    """The image as a beton holds it: its short side reduced to `side` (smaller images keep their size).
 
-    Beyond 4 x `side` the long one is cut, evenly so that the centre stays where it was.
+    A long side over MAX_ASPECT x `side` is cropped by the same even amount at both ends, so the centre stays.
     """
     height, width = stored_size(image.height, image.width, side)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (max(0, -(-(length - LONGEST * side) // 2)) for length in (width, height))
+    left, top = (max(0, -(-(length - MAX_ASPECT * side) // 2)) for length in (width, height))
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
-    """A JPEG without chroma subsampling of uint8 (H, W, 3)."""
+    """Encode uint8 (H, W, 3) as a JPEG without chroma subsampling."""
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    words = [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling]
-    _, file = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), words)
-    return file.tobytes()
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling]
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
+    return data.tobytes()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -170,7 +173,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a broken block raises many kinds; the picture is taken as it lies
+    except Exception:  # a broken EXIF block raises many types; the image is then taken as upright
         return 1
 
 
@@ -183,26 +186,24 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _stranger(data: bytes) -> str:
+def _foreign_kind(data: bytes) -> str:
+    """The kind of a file that is no image, by its first bytes, as the end of a message; empty if unknown."""
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
-    for mark, kind in STRANGERS:
+    for mark, kind in FOREIGN_SIGNATURES:
         if start.startswith(mark):
             return f", but {kind}"
     return ", but text" if start.isascii() and start.decode("ascii").isprintable() else ""
 
 
-SIDE = 144
-
-
-def jpeg(pixels: np.ndarray, quality: int = 80) -> bytes:
-    """uint8 (H, W, 3) as JPEG."""
+def thumbnail_jpeg(pixels: np.ndarray, quality: int = 80) -> bytes:
+    """Encode uint8 (H, W, 3) as a JPEG for a page."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.getvalue()
 
 
-def small(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) with its short side brought to SIDE."""
-    scale = SIDE / min(pixels.shape[:2])
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """Resize uint8 (H, W, 3) to a short side of THUMBNAIL_SIDE."""
+    scale = THUMBNAIL_SIDE / min(pixels.shape[:2])
     size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))

@@ -1,6 +1,6 @@
-"""Tables of text: label files as people write them, and the project's own CSVs.
+"""Label files as people write them, and folders whose names are the labels.
 
-Encoding, delimiter and line ends are told from the file; what cannot be told is refused with the line it is in.
+Encoding, delimiter and line ends are detected; a file that cannot be parsed is refused with its line.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastflower.core.errors import InputError
-from fastflower.core.tables import shown
+from fastflower.core.tables import escaped
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-Names = dict[str, dict[str, str]]  # column -> category_id -> name
+ClassNames = dict[str, dict[str, str]]  # column -> category_id -> name
 
 
 @dataclass(slots=True)
-class Row:
-    """A row of a label file: where it stands, what it says, and what is wrong with it."""
+class LabelRow:
+    """A row of a label file: its location, such as "line 3", its cells, and its problem or ''."""
 
     where: str
     filename: str = ""
@@ -28,11 +28,14 @@ class Row:
     problem: str = ""
 
 
-def csv_rows(path: Path, root: Path, *, image_col: str, label_col: str) -> tuple[list[Row], Names, list[str]]:
-    """The rows of a label file in its order, each further column that is constant within classes, and notices.
+def csv_rows(
+    path: Path, root: Path, *, image_col: str, label_col: str
+) -> tuple[list[LabelRow], ClassNames, list[str]]:
+    """Read a label file: its rows in order, the columns of class names, and notices.
 
-    UTF-8 with or without its mark; else, if then every file name exists below `root`, GB18030 or UTF-8 with file
-    names of other bytes.
+    A column names the classes if it is constant within each of them. The encoding is UTF-8, with or without a byte
+    order mark. Failing that, GB18030 and UTF-8 with arbitrary bytes in file names are tried, and accepted only if
+    every file then exists below `root`. Raises InputError.
     """
     try:
         data = path.read_bytes()
@@ -53,52 +56,44 @@ def csv_rows(path: Path, root: Path, *, image_col: str, label_col: str) -> tuple
             rows, names = _parse(
                 data.decode(encoding, errors), path, image_col=image_col, label_col=label_col
             )
-            # only names of files may be other than text
+            # raises where anything but a file name has bytes that are no text
             json.dumps([[row.category_id for row in rows], names], ensure_ascii=False).encode()
         except (UnicodeError, InputError):
             continue
         if all((root / row.filename).is_file() for row in rows if not row.problem):
-            read = "GB18030" if errors == "strict" else "UTF-8 with file names of other bytes"
-            return rows, names, [f"{path} is not UTF-8; it was read as {read}, and so every file exists"]
-    raise InputError(f"{fault} (read otherwise, its file names do not exist)")
+            detected = "GB18030" if errors == "strict" else "UTF-8 with other bytes in file names"
+            return (
+                rows,
+                names,
+                [f"{path} is not UTF-8; it was read as {detected}, in which every file exists"],
+            )
+    raise InputError(f"{fault} (in other encodings, its file names do not exist)")
 
 
-def _parse(text: str, path: Path, *, image_col: str, label_col: str) -> tuple[list[Row], Names]:
-    wanted = (image_col, label_col)
-    first = text.lstrip("\r\n").splitlines()[:1]
-    if not first:
-        raise InputError(f"{path}: empty; its first line must name the columns {', '.join(wanted)}")
-    headers = {mark: [name.strip() for name in next(csv.reader(first, delimiter=mark))] for mark in ",;\t"}
-    fitting = [mark for mark, header in headers.items() if all(name in header for name in wanted)]
-    if not fitting:
-        mark = max(headers, key=lambda mark: len(headers[mark]))
-        found = ", ".join(shown(name) for name in headers[mark])
-        remedy = "name yours by data.image_col and data.label_col"
-        if len(headers[mark]) == 1:
-            remedy = "separate columns by ',', ';' or a tab"
-        raise InputError(
-            f"{path}: no column {' or '.join(n for n in wanted if n not in headers[mark])}; it has {found}; {remedy}"
-        )
-    header = headers[fitting[0]]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=fitting[0], strict=True)
+def _parse(text: str, path: Path, *, image_col: str, label_col: str) -> tuple[list[LabelRow], ClassNames]:
+    required = (image_col, label_col)
+    delimiter, header = _header(text, path, required)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     image, label = header.index(image_col), header.index(label_col)
-    rows: list[Row] = []
-    names: Names = {name: {} for name in header if name not in wanted and name}
-    line, headed = 1, False
+    rows: list[LabelRow] = []
+    names: ClassNames = {name: {} for name in header if name not in required and name}
+    line, past_header = 1, False
     try:
         for cells in reader:
             where, line = f"line {line}", reader.line_num + 1
             if not cells:
                 continue
-            if not headed:
-                headed = True
+            if not past_header:
+                past_header = True
             elif len(cells) != len(header):
-                rows.append(Row(where, problem=f"{where}: {len(cells)} fields, the header has {len(header)}"))
+                rows.append(
+                    LabelRow(where, problem=f"{where}: {len(cells)} fields, the header has {len(header)}")
+                )
             else:
-                rows.append(Row(where, cells[image], cells[label]))
+                rows.append(LabelRow(where, cells[image], cells[label]))
                 for name, cell in zip(header, cells, strict=True):
                     if name in names and names[name].setdefault(cells[label].strip(), cell) != cell:
-                        del names[name]  # differs within a class, so it names no class
+                        del names[name]  # the column differs within a class, so it holds no class names
     except csv.Error as error:
         raise InputError(
             f"{path}: line {reader.line_num}: {error}; quotes must be closed and doubled inside"
@@ -108,15 +103,33 @@ def _parse(text: str, path: Path, *, image_col: str, label_col: str) -> tuple[li
     return rows, names
 
 
-def folder_rows(root: Path) -> list[Row]:
-    """A row for every image below a folder of `root`, whose name is its class."""
-    rows = [Row(name, name, name.partition("/")[0]) for name in image_files(root) if "/" in name]
+def _header(text: str, path: Path, required: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The delimiter with which the first line has the required columns, and all its column names."""
+    first = text.lstrip("\r\n").splitlines()[:1]
+    if not first:
+        raise InputError(f"{path}: empty; its first line must name the columns {', '.join(required)}")
+    headers = {mark: [name.strip() for name in next(csv.reader(first, delimiter=mark))] for mark in ",;\t"}
+    for delimiter, header in headers.items():
+        if all(name in header for name in required):
+            return delimiter, header
+    header = max(headers.values(), key=len)
+    missing = " or ".join(name for name in required if name not in header)
+    remedy = "name yours by data.image_col and data.label_col"
+    if len(header) == 1:
+        remedy = "separate columns by ',', ';' or a tab"
+    columns = ", ".join(escaped(name) for name in header)
+    raise InputError(f"{path}: no column {missing}; it has {columns}; {remedy}")
+
+
+def folder_rows(root: Path) -> list[LabelRow]:
+    """A row for every image in a folder below `root`; the name of the topmost folder is the class."""
+    rows = [LabelRow(name, name, name.partition("/")[0]) for name in image_files(root) if "/" in name]
     if not rows:
         raise InputError(f"{root}: no folder with images ({' '.join(SUFFIXES)}) below it")
     return rows
 
 
 def image_files(root: Path) -> list[str]:
-    """Every image file below a folder, at any depth, as a path relative to it, in order."""
+    """The image files below a folder, at any depth, as sorted paths relative to it."""
     files = sorted(file for file in root.rglob("*") if file.suffix.lower().rstrip() in SUFFIXES)
     return [str(file.relative_to(root)) for file in files]

@@ -1,14 +1,14 @@
 """Sources: the forms in which labels and images come, each behind the same small interface.
 
-| data.form | data.root                                | labels                                                     |
-| --------- | ---------------------------------------- | ---------------------------------------------------------- |
-| csv       | folder of image files                    | data.csv, columns data.image_col and data.label_col        |
-| folders   | folder of one folder for each class      | the folders' names                                         |
-| pixels    | a .csv: a row an image, a column a pixel | its column data.label_col, or `label`                      |
-| arrays    | a .npz, or a .npy of images              | in the .npz; for a .npy data.csv, a .npy with as many rows |
-| pairs     | a .npz with two arrays of images         | in it: one label for the two                               |
+| data.form | data.root                                   | labels                                                     |
+| --------- | ------------------------------------------- | ---------------------------------------------------------- |
+| csv       | folder of image files                       | data.csv, columns data.image_col and data.label_col        |
+| folders   | folder with one folder per class            | the folders' names                                         |
+| pixels    | a .csv: a row per image, a column per pixel | its column data.label_col, or `label`                      |
+| arrays    | a .npz, or a .npy of images                 | in the .npz; for a .npy data.csv, a .npy with as many rows |
+| pairs     | a .npz with two arrays of images            | in the .npz: one label per pair                            |
 
-`auto` goes by what data.root is; a folder is `csv` where data.csv exists or no folders are in it.
+With `auto`, the type of data.root decides; a folder is `csv` if data.csv exists or it has no subfolders.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import stat
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,191 +27,227 @@ from fastflower.core.errors import InputError
 from fastflower.data.readers import arrays
 from fastflower.data.readers.arrays import Stack
 from fastflower.data.readers.image_files import header_size, read_bytes
-from fastflower.data.readers.label_files import Names, Row, csv_rows, folder_rows, image_files
+from fastflower.data.readers.label_files import ClassNames, LabelRow, csv_rows, folder_rows, image_files
 from fastflower.recipe import Recipe
 
 
+class Check(NamedTuple):
+    """The result of checking an image without opening it.
+
+    problem: empty if there is none. size: in bytes. identity: equal for two names of one file, such as a link and its
+    target.
+    """
+
+    problem: str
+    size: int = 0
+    identity: str = ""
+
+
 class Source(Protocol):
-    """Where the images of named rows come from; `count` is 2 for pairs, else 1; `numbers`: they are no files."""
+    """Reads images by row name.
+
+    images_per_row: 2 for pairs, else 1. from_arrays: pixels come from arrays, not from image files.
+    """
 
     @property
-    def count(self) -> int: ...
+    def images_per_row(self) -> int: ...
 
     @property
-    def numbers(self) -> bool: ...
+    def from_arrays(self) -> bool: ...
 
-    def look(self, name: str) -> tuple[str, int, str]:
-        """(what is wrong with a row or '', its bytes, what it really is); nothing is opened."""
+    def check(self, name: str) -> Check:
+        """Check a row's image without opening it."""
 
     def load(self) -> None:
-        """Read what is needed to read single images; processes that are forked later share it."""
+        """Load the data that `read` needs; worker processes forked later share it."""
 
-    def read(self, name: str, place: int) -> bytes | np.ndarray:
-        """A file's bytes, or pixels: uint8 (H, W) or (H, W, 3); place 1 is the second image of a pair."""
+    def read(self, name: str, number: int) -> bytes | np.ndarray:
+        """The bytes of a file, or pixels: uint8 (H, W) or (H, W, 3); number 1 is the second image of a pair."""
 
     def size(self, name: str) -> tuple[int, int] | None:
-        """(height, width) from a header alone; None when it cannot be told."""
+        """(height, width) from the header alone; None if it cannot be read."""
 
 
 @dataclass(frozen=True)
-class Files:
-    """Image files below a folder; names are paths relative to it, behind a prefix."""
+class FileSource:
+    """Image files below a folder; a name is `prefix` and the path relative to the folder."""
 
     root: Path
     prefix: str = ""
-    count: int = 1
-    numbers: bool = False
+    images_per_row: int = 1
+    from_arrays: bool = False
 
     @cached_property
-    def _inside(self) -> str:
+    def _real_root(self) -> str:
         return os.path.realpath(self.root)
 
-    def look(self, name: str) -> tuple[str, int, str]:
+    def _path(self, name: str) -> str:
+        return os.path.join(self._real_root, name.removeprefix(self.prefix))
+
+    def check(self, name: str) -> Check:
+        """Check that a name is a regular file below the root; links that leave the root are refused."""
         name = name.removeprefix(self.prefix)
-        parts = name.split("/")
         if not name or "\0" in name:
-            return "is no file name", 0, ""
+            return Check("is not a file name")
         if (
             name.startswith(("/", "~"))
-            or ".." in parts
+            or ".." in name.split("/")
             or "\\" in name
             or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
         ):
-            return "must be a path below data.root, parts joined by '/'", 0, ""
+            return Check("must be a path below data.root, parts joined by '/'")
         try:
-            real = os.path.realpath(os.path.join(self._inside, name), strict=True)
+            real = os.path.realpath(os.path.join(self._real_root, name), strict=True)
             state = os.stat(real)
         except FileNotFoundError:
-            return "does not exist", 0, ""
+            return Check("does not exist")
         except OSError as error:
-            return f"cannot be read: {error.strerror}", 0, ""
-        if os.path.commonpath([self._inside, real]) != self._inside:
-            return "is a link that leaves data.root", 0, ""
+            return Check(f"cannot be read: {error.strerror}")
+        if os.path.commonpath([self._real_root, real]) != self._real_root:
+            return Check("is a link that leaves data.root")
         if not stat.S_ISREG(state.st_mode):
-            return "is not a regular file", 0, ""
-        return "", state.st_size, real
+            return Check("is not a regular file")
+        return Check("", state.st_size, real)
 
     def load(self) -> None:
-        pass
+        """Do nothing: every image is a file."""
 
-    def read(self, name: str, place: int) -> bytes:
-        return read_bytes(os.path.join(self._inside, name.removeprefix(self.prefix)))
+    def read(self, name: str, number: int) -> bytes:
+        """The bytes of a file."""
+        return read_bytes(self._path(name))
 
     def size(self, name: str) -> tuple[int, int] | None:
+        """(height, width) from the file's header; None if it cannot be read."""
         try:
-            return header_size(os.path.join(self._inside, name.removeprefix(self.prefix)))
-        except Exception:  # the pass over the images will say what is wrong with it
+            return header_size(self._path(name))
+        except Exception:  # any parser error; the conversion reports it when it reads the file
             return None
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """Images of one file of numbers; names are `<its stem>/<row>`, rows from 0 with leading zeros."""
+class ArraySource:
+    """Images of one file of arrays; names are `<file stem>/<row>`, rows from 0 with leading zeros."""
 
     stem: str
     stack: Stack
-    numbers: bool = True
+    from_arrays: bool = True
 
     @property
-    def count(self) -> int:
-        return self.stack.count
+    def images_per_row(self) -> int:
+        """Two for pairs, else one."""
+        return self.stack.images_per_row
 
     def name(self, row: int) -> str:
+        """The name of a row."""
         return f"{self.stem}/{row:0{len(str(self.stack.rows - 1))}d}"
 
-    def look(self, name: str) -> tuple[str, int, str]:
-        return "", self.stack.height * self.stack.width * self.count, name
+    def check(self, name: str) -> Check:
+        """A check that always passes: the names come from the file itself."""
+        return Check("", self.stack.height * self.stack.width * self.images_per_row, name)
 
     def load(self) -> None:
+        """Load the pixels of all rows."""
         _ = self.stack.images
 
-    def read(self, name: str, place: int) -> np.ndarray:
-        pixels: np.ndarray = self.stack.images[place][int(name.removeprefix(f"{self.stem}/"))]
+    def read(self, name: str, number: int) -> np.ndarray:
+        """The pixels of a row: uint8 (H, W) or (H, W, 3)."""
+        pixels: np.ndarray = self.stack.images[number][int(name.removeprefix(f"{self.stem}/"))]
         return pixels
 
     def size(self, name: str) -> tuple[int, int]:
+        """(height, width), the same for all rows."""
         return self.stack.height, self.stack.width
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Two sources: the second one has the names that start with `prefix`."""
+class JoinedSource:
+    """Two sources as one; names that start with `prefix` belong to the second."""
 
     first: Source
     second: Source
     prefix: str
 
     @property
-    def count(self) -> int:
-        return self.first.count
+    def images_per_row(self) -> int:
+        """Two for pairs, else one; equal in both sources."""
+        return self.first.images_per_row
 
     @property
-    def numbers(self) -> bool:
-        return self.first.numbers
+    def from_arrays(self) -> bool:
+        """True if the pixels come from arrays; equal in both sources."""
+        return self.first.from_arrays
 
-    def of(self, name: str) -> Source:
+    def _source_of(self, name: str) -> Source:
         return self.second if name.startswith(self.prefix) else self.first
 
-    def look(self, name: str) -> tuple[str, int, str]:
-        return self.of(name).look(name)
+    def check(self, name: str) -> Check:
+        """The check of the source that has the name."""
+        return self._source_of(name).check(name)
 
     def load(self) -> None:
+        """Load both sources."""
         self.first.load()
         self.second.load()
 
-    def read(self, name: str, place: int) -> bytes | np.ndarray:
-        return self.of(name).read(name, place)
+    def read(self, name: str, number: int) -> bytes | np.ndarray:
+        """The image from the source that has the name."""
+        return self._source_of(name).read(name, number)
 
     def size(self, name: str) -> tuple[int, int] | None:
-        return self.of(name).size(name)
+        """(height, width) from the source that has the name."""
+        return self._source_of(name).size(name)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a source as they were written; `held_out` are the names of those from data.val."""
+class LabelledRows:
+    """The rows of a source as written.
+
+    origin: the file or folder that error messages name. held_out: names of the rows from data.val.
+    """
 
     source: Source
-    rows: list[Row]
+    rows: list[LabelRow]
     origin: str
-    names: Names = field(default_factory=dict)
+    names: ClassNames = field(default_factory=dict)
     held_out: frozenset[str] = frozenset()
     notices: list[str] = field(default_factory=list)
 
 
 def form_of(recipe: Recipe) -> str:
-    """data.form, or what auto means for this data.root; InputError when the two do not fit."""
-    root, said = Path(recipe.data.root), recipe.data.form
+    """data.form, with auto resolved by the type of data.root; InputError if the form does not fit the root."""
+    root, requested = Path(recipe.data.root), recipe.data.form
     if not root.exists():
         raise InputError(
             f"data.root = {root}: no such folder or file; give the folder that holds the training images, "
             "or the .npz, .npy or table of pixels"
         )
-    fits: tuple[str, ...] = ("csv", "folders")
+    possible: tuple[str, ...] = ("csv", "folders")
     if root.is_dir():
-        labelled = Path(recipe.data.csv).exists() or not any(entry.is_dir() for entry in root.iterdir())
-        found = "csv" if labelled else "folders"
+        has_csv = Path(recipe.data.csv).exists() or not any(entry.is_dir() for entry in root.iterdir())
+        detected = "csv" if has_csv else "folders"
     elif root.suffix == ".npz":
-        fits, found = ("arrays", "pairs"), "arrays"
-        if said == "auto":
-            found = ("arrays", "pairs")[_open_arrays(recipe, root, labelled=True).count - 1]
+        possible, detected = ("arrays", "pairs"), "arrays"
+        if requested == "auto":
+            detected = ("arrays", "pairs")[_open_arrays(recipe, root, labelled=True).images_per_row - 1]
     else:
-        found = "arrays" if root.suffix == ".npy" else "pixels"
-        fits = (found,)
-    if said not in ("auto", *fits):
+        detected = "arrays" if root.suffix == ".npy" else "pixels"
+        possible = (detected,)
+    if requested not in ("auto", *possible):
         raise InputError(
-            f"data.form = {said}: data.root = {root} can be {' or '.join(fits)}; use auto, or give another root"
+            f"data.form = {requested}: data.root = {root} can be {' or '.join(possible)}; use auto, "
+            "or give another root"
         )
-    return found if said == "auto" else said
+    return detected if requested == "auto" else requested
 
 
-def present(recipe: Recipe) -> bool:
-    """Whether images and labels are on this machine; a training can do without them."""
+def is_present(recipe: Recipe) -> bool:
+    """True if the images and labels are on this machine; training needs only the betons."""
     root = Path(recipe.data.root)
     return root.is_file() or (root.is_dir() and (form_of(recipe) != "csv" or Path(recipe.data.csv).is_file()))
 
 
-def open_labelled(recipe: Recipe) -> Rows:
-    """The training rows in any form, and behind them those of data.val."""
+def open_labelled(recipe: Recipe) -> LabelledRows:
+    """The training rows in any form, followed by those of data.val."""
     form = form_of(recipe)
     first = _rows(recipe, form, path=Path(recipe.data.root), prefix="")
     if not recipe.data.val:
@@ -219,7 +255,7 @@ def open_labelled(recipe: Recipe) -> Rows:
     path = Path(recipe.data.val)
     if form == "csv":
         raise InputError(
-            f"data.val = {path}: a label file says which rows validate by data.split=given and data.fold_col"
+            f"data.val = {path}: with a label file, choose the validation rows by data.split=given and data.fold_col"
         )
     if not path.exists():
         raise InputError(f"data.val = {path}: no such folder or file; give images in the form of data.root")
@@ -229,60 +265,69 @@ def open_labelled(recipe: Recipe) -> Rows:
         raise InputError(
             f"data.val = {path}: data.root = {recipe.data.root} has images below the same name; rename one"
         )
-    if first.source.count != second.source.count:
-        raise InputError(f"data.val = {path}: holds other than the pairs of data.root = {recipe.data.root}")
-    joined = Joined(first.source, second.source, prefix)
+    if first.source.images_per_row != second.source.images_per_row:
+        raise InputError(
+            f"data.val = {path}: one of it and data.root = {recipe.data.root} holds pairs, the other single images; "
+            "give both in one form"
+        )
+    joined = JoinedSource(first.source, second.source, prefix)
     held_out = frozenset(row.filename for row in second.rows)
-    return Rows(joined, first.rows + second.rows, f"{first.origin} and {path}", first.names, held_out)
+    return LabelledRows(
+        source=joined,
+        rows=first.rows + second.rows,
+        origin=f"{first.origin} and {path}",
+        names=first.names,
+        held_out=held_out,
+    )
 
 
 def open_unlabelled(recipe: Recipe) -> tuple[Source, list[str]]:
-    """Images of data.unlabelled and their names in order: a folder of files at any depth, or a file of numbers."""
+    """Open data.unlabelled, a folder of image files at any depth or a file of arrays; returns the names in order."""
     path = Path(recipe.data.unlabelled)
     if path.is_dir():
         names = image_files(path)
         if not names:
             raise InputError(f"data.unlabelled = {path}: no images below it")
-        return Files(path), names
+        return FileSource(path), names
     if not path.is_file():
         raise InputError(f"data.unlabelled = {path}: no such folder or file")
-    source = Arrays(path.stem, _open_arrays(recipe, path, labelled=False))
+    source = ArraySource(path.stem, _open_arrays(recipe, path, labelled=False))
     return source, [source.name(row) for row in range(source.stack.rows)]
 
 
 def pair_arrays(recipe: Recipe, path: str = "") -> list[str]:
-    """The names of the two arrays in data.root, or another .npz like it; none for single images."""
+    """The names of the two image arrays in data.root, or in another .npz like it; empty for single images."""
     file = Path(path or recipe.data.root)
     if file.suffix != ".npz" or recipe.data.form == "arrays":
         return []
     if not file.is_file():
-        raise InputError(f"{file}: no such file, and it says whether its images are pairs; bring it here")
+        raise InputError(f"{file}: no such file; it is needed to tell pairs from single images, copy it here")
     stack = _open_arrays(recipe, file, labelled=True)
-    return list(stack.names) if stack.count == 2 else []
+    return list(stack.names) if stack.images_per_row == 2 else []
 
 
-def _rows(recipe: Recipe, form: str, *, path: Path, prefix: str) -> Rows:
+def _rows(recipe: Recipe, form: str, *, path: Path, prefix: str) -> LabelledRows:
     data = recipe.data
     if form == "csv":
         rows, names, notices = csv_rows(
             Path(data.csv), path, image_col=data.image_col, label_col=data.label_col
         )
-        return Rows(Files(path), rows, data.csv, names, notices=notices)
+        return LabelledRows(FileSource(path), rows, origin=data.csv, names=names, notices=notices)
     if form == "folders":
         rows = folder_rows(path)
         for row in rows:
             row.filename = prefix + row.filename
-        return Rows(Files(path, prefix), rows, str(path))
+        return LabelledRows(FileSource(path, prefix), rows, origin=str(path))
     stack = _open_arrays(recipe, path, labelled=True)
-    if form == "pairs" and stack.count != 2:
+    if form == "pairs" and stack.images_per_row != 2:
         raise InputError(f"data.form = pairs: {path} has one array of images; {arrays.REMEDY}")
-    if form != "pairs" and stack.count == 2:
+    if form != "pairs" and stack.images_per_row == 2:
         raise InputError(
             f"data.form = {form}: {path} has two arrays of images; use pairs, or {arrays.REMEDY}"
         )
-    source = Arrays(path.stem, stack)
-    rows = [Row(f"row {k}", source.name(k), label) for k, label in enumerate(stack.labels or [])]
-    return Rows(source, rows, str(path))
+    source = ArraySource(path.stem, stack)
+    rows = [LabelRow(f"row {k}", source.name(k), label) for k, label in enumerate(stack.labels or [])]
+    return LabelledRows(source, rows, origin=str(path))
 
 
 def _open_arrays(recipe: Recipe, path: Path, *, labelled: bool) -> Stack:
@@ -292,7 +337,9 @@ def _open_arrays(recipe: Recipe, path: Path, *, labelled: bool) -> Stack:
     if path.suffix == ".npy":
         csv = Path(data.csv)
         if labelled and csv.suffix != ".npy":
-            raise InputError(f"data.csv = {csv}: the labels of {path} are a .npy with a label a row; name it")
+            raise InputError(
+                f"data.csv = {csv}: the labels of {path} must be a .npy with one label per row; give its path"
+            )
         return arrays.open_npy(
             path, data.shape, (lambda rows: arrays.npy_labels(csv, rows)) if labelled else None
         )

@@ -1,6 +1,6 @@
-"""Pairs of handwritten digits from scikit-learn's: do both show the same digit? As .npz, with arrays xa, xb and y.
+"""Pairs of scikit-learn's handwritten digits, labelled 1 if both show the same digit: .npz with xa, xb and y.
 
-The 1797 images are parted first, so that no image trains and validates, in whatever pair.
+The 1797 images are split before they are paired, so that no image is in two splits.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from fastflower.core import seeding
 from fastflower.core.errors import InputError
 
 SIDE = 32
-PARTS = {"train": 0.6, "val": 0.2, "test": 0.2}  # of the images
+SPLITS = {"train": 0.6, "val": 0.2, "test": 0.2}  # fractions of the images
 
 
-def write(home: Path, rows: int = 8000, held_out: int = 2000, seed: int = 0) -> None:
-    """train.npz with `rows` pairs, val.npz and test.npz with `held_out` each: xa, xb uint8 (N, 32, 32), y int64 (N,).
+def write(home: Path, *, rows: int = 8000, held_out: int = 2000, seed: int = 0) -> None:
+    """Write train.npz with `rows` pairs, val.npz and test.npz with `held_out` pairs each.
 
-    InputError when something lies there already.
+    Arrays: xa, xb uint8 (N, 32, 32), y int64 (N,). InputError when `home` is not empty.
     """
     if home.exists() and any(home.iterdir()):
         raise InputError(f"{home} is not empty; remove it, or give another home=")
     home.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
     images = np.stack([_enlarged(image) for image in digits.images])
-    ends = np.cumsum([round(share * len(images)) for share in PARTS.values()])
-    order = np.split(seeding.generator(seed, 1).permutation(len(images)), ends[:-1])
-    for number, (part, own) in enumerate(zip(PARTS, order, strict=True)):
-        count = rows if part == "train" else held_out
-        one, other, same = draw(digits.target[own], count, seeding.generator(seed, 2, number))
-        np.savez(home / f"{part}.npz", xa=images[own[one]], xb=images[own[other]], y=same)
+    ends = np.cumsum([round(fraction * len(images)) for fraction in SPLITS.values()])
+    chunks = np.split(seeding.generator(seed, 1).permutation(len(images)), ends[:-1])
+    for number, (split, indices) in enumerate(zip(SPLITS, chunks, strict=True)):
+        count = rows if split == "train" else held_out
+        first, second, agree = draw(digits.target[indices], count, seeding.generator(seed, 2, number))
+        np.savez(home / f"{split}.npz", xa=images[indices[first]], xb=images[indices[second]], y=agree)
 
 
 def draw(
     labels: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` pairs of different rows of labels (N,): first and second row, and whether they agree, in half of them."""
-    one, other = rng.integers(0, len(labels), (2, count))
-    same = rng.permutation(np.arange(count) % 2)
+    """`count` pairs of different rows of labels (N,): first rows, second rows, and 1 where labels agree, in half."""
+    first, second = rng.integers(0, len(labels), (2, count))
+    agree = rng.permutation(np.arange(count) % 2)
     while True:
-        wrong = ((labels[one] == labels[other]) != (same == 1)) | (one == other)
+        wrong = ((labels[first] == labels[second]) != (agree == 1)) | (first == second)
         if not wrong.any():
-            return one, other, same.astype(np.int64)
-        other[wrong] = rng.integers(0, len(labels), int(wrong.sum()))
+            return first, second, agree.astype(np.int64)
+        second[wrong] = rng.integers(0, len(labels), int(wrong.sum()))
 
 
 def _enlarged(image: np.ndarray) -> np.ndarray:

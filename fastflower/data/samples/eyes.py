@@ -1,8 +1,8 @@
-"""Drawn eyes, open and closed: a contest of two classes that costs no download and may have any number of images.
+"""Drawn eyes, open and closed: a contest of two classes of any size, without any download.
 
-`draw` is a pure function of (seed, index) that works on whole batches, thousands of images a second. An eye is
-open when its lids leave a gap, of two pixels at the least. Skin, gaze, lashes, brows, glasses, light, focus and
-resolution vary alike in both classes.
+`draw` is a pure function of (seed, index) on whole batches, thousands of images a second. An eye is open if its lids
+leave a gap of at least two pixels. Skin, gaze, lashes, brows, glasses, light, focus and resolution vary alike in
+both classes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastflower.core import seeding, workers
 from fastflower.core.errors import InputError
 
 HEIGHT, WIDTH = 32, 64
-OPEN = 0.532  # the share of open eyes in seed 001's data
-CHUNK = 32  # images drawn at once: 0.8 MB of floats, which stay in the cache
+OPEN = 0.532  # fraction of open eyes
+CHUNK = 32  # images drawn at once: 0.8 MB of floats stay in the cache
 FOLDER = 1000  # images in one folder
 SKIN = ((0.95, 0.80, 0.70), (0.31, 0.20, 0.15))  # the fairest and the darkest
 IRIS = ((0.22, 0.12, 0.07), (0.45, 0.62, 0.75))
@@ -29,7 +29,7 @@ DARK = np.array([0.09, 0.06, 0.06], np.float32)[:, None, None]
 
 
 class _Dice:
-    """Numbers (N, 1, 1) for N images, a new stream of the counter-based generator with each throw."""
+    """Random numbers (N, 1, 1) for N images; every call uses a new stream of the counter-based generator."""
 
     def __init__(self, keys: np.ndarray) -> None:
         self.keys, self.stream = keys, 0
@@ -40,18 +40,18 @@ class _Dice:
             :, None, None
         ]
 
-    def happens(self, share: float) -> np.ndarray:
-        return (self(0, 1) < share).astype(np.float32)
+    def happens(self, probability: float) -> np.ndarray:
+        return (self(0, 1) < probability).astype(np.float32)
 
     def mixture(self, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> np.ndarray:
-        """A colour between two, (N, 3, 1, 1)."""
+        """A random colour between two, (N, 3, 1, 1)."""
         first, second = np.array(colours, np.float32)[:, :, None, None]
         return first + (second - first) * self(0, 1)[:, None]
 
 
 def draw(seed: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 32, 64, 3) of the given numbers, and whether each eye is open, bool (N,)."""
-    keys = seeding.mix(seeding.mix(np.uint64(seed)) ^ np.asarray(indices, np.uint64))
+    """Images uint8 (N, 32, 64, 3) of the given indices, and bool (N,), true for open eyes."""
+    keys = seeding.hash64(seeding.hash64(np.uint64(seed)) ^ np.asarray(indices, np.uint64))
     dice = _Dice(keys)
     is_open = dice.happens(OPEN)
     gap = np.where(is_open > 0, dice(0.3, 1), dice(0, 0.05))
@@ -62,7 +62,7 @@ def draw(seed: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _axes(dice: _Dice) -> tuple[np.ndarray, np.ndarray]:
-    """Place of each pixel in the eye's own units, whose corners lie at -1 and 1: along it, and downwards."""
+    """Coordinates of each pixel in eye units, whose corners lie at -1 and 1: along the eye, and downwards."""
     x = (np.arange(WIDTH, dtype=np.float32) - (WIDTH - 1) / 2) / (WIDTH / 2)
     y = (np.arange(HEIGHT, dtype=np.float32) - (HEIGHT - 1) / 2) / (WIDTH / 2)
     half, tilt = dice(0.58, 0.86), dice(-0.22, 0.22)
@@ -72,7 +72,7 @@ def _axes(dice: _Dice) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cover(distance: np.ndarray) -> np.ndarray:
-    """How much of a pixel lies inside an edge, from the signed distance to it in the eye's units."""
+    """The fraction of a pixel inside an edge, from the signed distance to it in eye units."""
     return np.clip(distance * (WIDTH * 0.36) + 0.5, 0, 1)
 
 
@@ -81,7 +81,7 @@ def _line(distance: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 
 def _paint(image: np.ndarray, colour: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """An image (N, 3, H, W) with `colour`, of a shape like it, where `cover` (N, H, W) is 1."""
+    """Blend `colour` over an image (N, 3, H, W) with opacity `cover` (N, H, W)."""
     return image + (colour - image) * cover[:, None]
 
 
@@ -124,7 +124,7 @@ def _eyeball(dice: _Dice, along: np.ndarray, *, down: np.ndarray, lid: np.ndarra
 
 
 def _surroundings(dice: _Dice, along: np.ndarray, *, down: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Brow, glasses and their glare, of some."""
+    """Add a brow, and to some images glasses with their glare."""
     brow = _line(down + dice(0.62, 0.85) - dice(0, 0.15) * along**2, dice(0.05, 0.12))
     image = _paint(image, DARK * 2, dice.happens(0.6) * dice(0.4, 0.9) * brow * (np.abs(along) < 1.3))
     ring = np.hypot(along / dice(1.25, 1.45), down / dice(0.55, 0.8))
@@ -135,7 +135,7 @@ def _surroundings(dice: _Dice, along: np.ndarray, *, down: np.ndarray, image: np
 
 
 def _photograph(dice: _Dice, image: np.ndarray) -> np.ndarray:
-    """Light, white balance, infra-red cameras, low resolution, focus and grain; uint8."""
+    """Apply light, white balance, infra-red cameras, low resolution, focus and grain; uint8 (N, H, W, 3)."""
     count = len(image)
     balance = np.stack([dice(-0.06, 0.06) for _ in range(3)], axis=1)
     image = image * (dice(0.4, 1.2)[:, None] + balance)
@@ -148,43 +148,45 @@ def _photograph(dice: _Dice, image: np.ndarray) -> np.ndarray:
         side = image.shape[axis]
         near, after = (image.take(np.clip(np.arange(side) + step, 0, side - 1), axis) for step in (-1, 1))
         image = image + (near + after - 2 * image) * soft
-    places = np.arange(HEIGHT * WIDTH, dtype=np.uint64)
-    bits = seeding.mix(dice.keys[:, None] ^ seeding.mix(places))
-    total = bits.view(np.uint16).reshape(count, -1, 4).sum(2, dtype=np.float32)  # of each hash's four parts
+    positions = np.arange(HEIGHT * WIDTH, dtype=np.uint64)
+    bits = seeding.hash64(dice.keys[:, None] ^ seeding.hash64(positions))
+    total = bits.view(np.uint16).reshape(count, -1, 4).sum(2, dtype=np.float32)  # of four 16-bit words
     grain = (total / 0x8000 - 4).reshape(count, HEIGHT, WIDTH) * dice(0, 0.03)  # nearly normal
     pixels = np.clip(image + grain[:, None], 0, 1) * np.float32(255) + np.float32(0.5)
     return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def write(home: Path, rows: int = 20000, held_out: int = 1000, seed: int = 0) -> None:
-    """Draw a contest below `home`: train/, train_labels.csv, and, held out of it, test/ and truth.csv.
+def write(home: Path, *, rows: int = 20000, held_out: int = 1000, seed: int = 0) -> None:
+    """Draw a contest in `home`: train/ and train_labels.csv, and held-out images in test/ with truth.csv.
 
-    category_id is 0 for closed and 1 for open eyes. InputError when something lies there already.
+    category_id is 0 for closed and 1 for open eyes. InputError when `home` is not empty.
     """
     if home.exists() and any(home.iterdir()):
         raise InputError(f"{home} is not empty; remove it, or give another home=")
-    parts = [("train", "train_labels.csv", 0, rows), ("test", "truth.csv", rows, held_out)]
-    for part, labels, first, count in parts:
-        (home / part).mkdir(parents=True, exist_ok=True)
-        chunks = [range(first + at, first + min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
-        draw_chunk, progress = partial(_write, home / part, seed), workers.Progress(part, count)
+    splits = [("train", "train_labels.csv", 0, rows), ("test", "truth.csv", rows, held_out)]
+    for split, labels, first, count in splits:
+        (home / split).mkdir(parents=True, exist_ok=True)
+        chunks = [range(first + start, first + min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+        draw_chunk, progress = partial(_write, home / split, seed), workers.Progress(split, count)
         with (home / labels).open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(("filename", "category_id"))
-            for made in workers.run(draw_chunk, zip(chunks), count=workers.cores(0), tell=progress):
-                table.writerows(made)
+            writer = csv.writer(file)
+            writer.writerow(("filename", "category_id"))
+            for chunk_rows in workers.map_ordered(
+                draw_chunk, zip(chunks), count=workers.cores(0), on_progress=progress
+            ):
+                writer.writerows(chunk_rows)
 
 
 def _write(folder: Path, seed: int, numbers: range) -> list[tuple[str, int]]:
-    """One chunk as JPEG files; returns its rows of the label file."""
+    """Write one chunk as JPEG files; returns its rows of the label file."""
     images, is_open = draw(seed, np.arange(numbers.start, numbers.stop))
     names = list(_names(numbers))
-    for above in {Path(name).parent for name in names}:
-        (folder / above).mkdir(exist_ok=True)
+    for subfolder in {Path(name).parent for name in names}:
+        (folder / subfolder).mkdir(exist_ok=True)
     qualities = 70 + (seeding.uniform(np.asarray(numbers, np.uint64), seed) * 26).astype(int)
     for name, image, quality in zip(names, images, qualities.tolist(), strict=True):
         Image.fromarray(image).save(folder / name, "JPEG", quality=quality)
-    workers.beat(len(numbers))
+    workers.count_done(len(numbers))
     return list(zip(names, is_open.astype(int).tolist(), strict=True))
 
 

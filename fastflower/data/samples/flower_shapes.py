@@ -1,4 +1,4 @@
-"""Single flowers as polygons: petals, centres and habits, in the flower's own units and at any resolution."""
+"""Drawing of single flowers: petals, centres and habits as polygons in flower units (centre 0, radius 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Petal:
-    """From base 0 to tip 1: widest at `broad`; a small `point` is blunt and 1 sharp; `notch` cuts the tip."""
+    """A petal from base 0 to tip 1: widest at `broad`, blunt for a small `point` and sharp at 1, tip cut by `notch`."""
 
     width: float
     broad: float = 0.6
@@ -25,7 +25,7 @@ class Petal:
 
 @dataclass(frozen=True)
 class Species:
-    """One class: petals of which number, form and colours (tip, base), which centre, which habit."""
+    """One class: range of the number of petals, their form, palettes of (tip, base) colours, centre and habit."""
 
     name: str
     petals: tuple[int, int]
@@ -46,57 +46,66 @@ VIOLET, PURPLE, BLUE = (0.74, 0.5, 0.84), (0.78, 0.68, 0.55), (0.63, 0.62, 0.9)
 SKY, LIME, BROWN, DARK = (0.58, 0.36, 0.97), (0.2, 0.7, 0.75), (0.07, 0.72, 0.32), (0.8, 0.5, 0.14)
 
 SPECIES = (
-    Species("daisy", (15, 23), Petal(0.2, 0.7), ((WHITE, WHITE), (PINK, WHITE), (VIOLET, WHITE)),
-            "disc", 0.25, GOLD),
-    Species("sunflower", (18, 26), Petal(0.24, 0.5, 0.9), ((YELLOW, GOLD), (GOLD, ORANGE)),
-            "disc", 0.44, BROWN, rows=2),
-    Species("dandelion", (30, 40), Petal(0.09, 0.8, 0.3), ((YELLOW, GOLD), (GOLD, ORANGE)), rows=4),
-    Species("buttercup", (5, 5), Petal(0.95, 0.66), ((YELLOW, GOLD), (GOLD, YELLOW)),
-            "stamens", 0.34, LIME, habit="few", radius=(0.12, 0.19)),
-    Species("cherry", (5, 5), Petal(0.82, 0.7, 0.4, 0.14), ((PINK, ROSE), (WHITE, PINK), (PINK, WHITE)),
-            "stamens", 0.42, MAGENTA, habit="cluster", radius=(0.11, 0.16)),
-    Species("forget-me-not", (5, 5), Petal(0.98, 0.66, 0.5), ((SKY, BLUE), (BLUE, VIOLET), (PINK, WHITE)),
-            "eye", 0.24, YELLOW, habit="cluster", radius=(0.07, 0.11)),
-    Species("poppy", (4, 6), Petal(1.35, 0.74, 0.34), ((RED, DARK), (ORANGE, RED), (PINK, DARK)),
-            "stamens", 0.34, DARK),
-    Species("pansy", (5, 5), Petal(1.2, 0.66, 0.4),
-            ((VIOLET, DARK), (YELLOW, DARK), (PURPLE, YELLOW), (WHITE, PURPLE), (ORANGE, DARK)), "face"),
-    Species("lily", (6, 6), Petal(0.5, 0.45, 0.95),
-            ((WHITE, PINK), (ORANGE, RED), (PINK, WHITE), (YELLOW, LIME)),
-            "anthers", 0.5, BROWN, radius=(0.26, 0.4)),
-    Species("daffodil", (6, 6), Petal(0.68, 0.46, 0.7),
-            ((YELLOW, YELLOW), (WHITE, CREAM), (CREAM, YELLOW)), "trumpet", 0.38, ORANGE),
-    Species("cornflower", (9, 12), Petal(0.42, 0.86, 0.16, 0.34),
-            ((BLUE, VIOLET), (VIOLET, PURPLE), (PINK, ROSE)), "tuft", 0.36, PURPLE),
-    Species("rose", (5, 5), Petal(1.3, 0.68, 0.34),
-            ((RED, RED), (PINK, ROSE), (CREAM, YELLOW), (WHITE, PINK)), "whorl", rows=4),
-    Species("tulip", (3, 3), Petal(0.62, 0.42, 0.6),
-            ((RED, YELLOW), (YELLOW, RED), (MAGENTA, WHITE), (WHITE, PINK), (ORANGE, RED)), habit="cup"),
-    Species("bluebell", (6, 10), Petal(0.6), ((BLUE, VIOLET), (VIOLET, SKY), (PINK, WHITE)), habit="bells"),
-    Species("lupin", (40, 64), Petal(0.8),
-            ((VIOLET, WHITE), (PURPLE, VIOLET), (PINK, ROSE), (BLUE, SKY), (YELLOW, ORANGE)), habit="spike"),
+    Species("daisy", (15, 23), petal=Petal(0.2, 0.7), palettes=((WHITE, WHITE), (PINK, WHITE), (VIOLET, WHITE)),
+            centre="disc", centre_size=0.25, centre_colour=GOLD),
+    Species("sunflower", (18, 26), petal=Petal(0.24, 0.5, point=0.9), palettes=((YELLOW, GOLD), (GOLD, ORANGE)),
+            centre="disc", centre_size=0.44, centre_colour=BROWN, rows=2),
+    Species("dandelion", (30, 40), petal=Petal(0.09, 0.8, point=0.3), palettes=((YELLOW, GOLD), (GOLD, ORANGE)),
+            rows=4),
+    Species("buttercup", (5, 5), petal=Petal(0.95, 0.66), palettes=((YELLOW, GOLD), (GOLD, YELLOW)),
+            centre="stamens", centre_size=0.34, centre_colour=LIME, habit="few", radius=(0.12, 0.19)),
+    Species("cherry", (5, 5), petal=Petal(0.82, 0.7, point=0.4, notch=0.14),
+            palettes=((PINK, ROSE), (WHITE, PINK), (PINK, WHITE)),
+            centre="stamens", centre_size=0.42, centre_colour=MAGENTA, habit="cluster", radius=(0.11, 0.16)),
+    Species("forget-me-not", (5, 5), petal=Petal(0.98, 0.66, point=0.5),
+            palettes=((SKY, BLUE), (BLUE, VIOLET), (PINK, WHITE)),
+            centre="eye", centre_size=0.24, centre_colour=YELLOW, habit="cluster", radius=(0.07, 0.11)),
+    Species("poppy", (4, 6), petal=Petal(1.35, 0.74, point=0.34),
+            palettes=((RED, DARK), (ORANGE, RED), (PINK, DARK)),
+            centre="stamens", centre_size=0.34, centre_colour=DARK),
+    Species("pansy", (5, 5), petal=Petal(1.2, 0.66, point=0.4),
+            palettes=((VIOLET, DARK), (YELLOW, DARK), (PURPLE, YELLOW), (WHITE, PURPLE), (ORANGE, DARK)),
+            centre="face"),
+    Species("lily", (6, 6), petal=Petal(0.5, 0.45, point=0.95),
+            palettes=((WHITE, PINK), (ORANGE, RED), (PINK, WHITE), (YELLOW, LIME)),
+            centre="anthers", centre_size=0.5, centre_colour=BROWN, radius=(0.26, 0.4)),
+    Species("daffodil", (6, 6), petal=Petal(0.68, 0.46, point=0.7),
+            palettes=((YELLOW, YELLOW), (WHITE, CREAM), (CREAM, YELLOW)),
+            centre="trumpet", centre_size=0.38, centre_colour=ORANGE),
+    Species("cornflower", (9, 12), petal=Petal(0.42, 0.86, point=0.16, notch=0.34),
+            palettes=((BLUE, VIOLET), (VIOLET, PURPLE), (PINK, ROSE)),
+            centre="tuft", centre_size=0.36, centre_colour=PURPLE),
+    Species("rose", (5, 5), petal=Petal(1.3, 0.68, point=0.34),
+            palettes=((RED, RED), (PINK, ROSE), (CREAM, YELLOW), (WHITE, PINK)), centre="whorl", rows=4),
+    Species("tulip", (3, 3), petal=Petal(0.62, 0.42, point=0.6),
+            palettes=((RED, YELLOW), (YELLOW, RED), (MAGENTA, WHITE), (WHITE, PINK), (ORANGE, RED)), habit="cup"),
+    Species("bluebell", (6, 10), petal=Petal(0.6), palettes=((BLUE, VIOLET), (VIOLET, SKY), (PINK, WHITE)),
+            habit="bells"),
+    Species("lupin", (40, 64), petal=Petal(0.8),
+            palettes=((VIOLET, WHITE), (PURPLE, VIOLET), (PINK, ROSE), (BLUE, SKY), (YELLOW, ORANGE)),
+            habit="spike"),
 )  # fmt: skip
 
 
 class Pen:
-    """Draws in a flower's own units: centre (0, 0), radius 1, y up, turned and foreshortened with it."""
+    """Draws in flower units: centre (0, 0), radius 1, y up; rotated by `turn`, foreshortened by `squash`."""
 
     def __init__(
         self, image: Image.Image, x: float, *, y: float, radius: float, turn: float, squash: float = 1.0
     ) -> None:
         self.draw = ImageDraw.Draw(image)
-        self.at = np.array([x, y]) * image.width
+        self.centre = np.array([x, y]) * image.width
         self.radius = radius * image.width
-        lean = turn * 1.7 + 0.6  # the direction of the tilt, far enough from that of the turn
+        lean = turn * 1.7 + 0.6  # direction of the tilt, different from that of the turn
         tilt = rotation(lean) @ np.diag([1.0, squash]) @ rotation(-lean)
         self.matrix = (np.diag([1.0, -1.0]) @ tilt @ rotation(turn)) * self.radius
 
     def fill(self, points: np.ndarray, colour: Colour) -> None:
-        """A polygon of (N, 2) points."""
-        self.draw.polygon((points @ self.matrix.T + self.at).ravel().tolist(), fill=rgb(colour))
+        """Fill a polygon of (N, 2) points."""
+        self.draw.polygon((points @ self.matrix.T + self.centre).ravel().tolist(), fill=rgb(colour))
 
     def line(self, points: np.ndarray, colour: Colour, width: float) -> None:
-        pixels = (points @ self.matrix.T + self.at).ravel().tolist()
+        pixels = (points @ self.matrix.T + self.centre).ravel().tolist()
         self.draw.line(pixels, fill=rgb(colour), width=max(1, round(width * self.radius)), joint="curve")
 
     def dot(self, x: float, y: float, *, radius: float, colour: Colour) -> None:
@@ -118,11 +127,11 @@ def shade(colour: Colour, value: float, saturation: float = 1.0) -> Colour:
     return colour[0], colour[1] * saturation, colour[2] * value
 
 
-def between(a: Colour, b: Colour, share: float) -> Colour:
-    """From a to b the short way around the circle of hues; a colour without hue takes the other's."""
+def blend(a: Colour, b: Colour, fraction: float) -> Colour:
+    """Colour between a (0) and b (1), the short way around the hue circle; a grey takes the hue of the other."""
     from_hue, to_hue = (b[0], b[0]) if a[1] < 0.1 else (a[0], a[0] if b[1] < 0.1 else b[0])
     turn = (to_hue - from_hue + 0.5) % 1.0 - 0.5
-    return from_hue + turn * share, a[1] + (b[1] - a[1]) * share, a[2] + (b[2] - a[2]) * share
+    return from_hue + turn * fraction, a[1] + (b[1] - a[1]) * fraction, a[2] + (b[2] - a[2]) * fraction
 
 
 def vary(colour: Colour, rng: Rng) -> Colour:
@@ -131,7 +140,7 @@ def vary(colour: Colour, rng: Rng) -> Colour:
 
 
 def outline(petal: Petal) -> np.ndarray:
-    """A closed outline along +x with length 1: width t^a (1-t)^b, whose maximum lies at a / (a + b)."""
+    """Closed outline (N, 2) along +x with length 1: width t^a (1-t)^b, with its maximum at a / (a + b)."""
     t = (1 - np.cos(np.linspace(0, np.pi, 15))) / 2
     a, b = petal.point * petal.broad / (1 - petal.broad), petal.point
     half = t**a * (1 - t) ** b
@@ -141,18 +150,18 @@ def outline(petal: Petal) -> np.ndarray:
     return np.concatenate([np.stack([x, half], axis=1), np.stack([x, -half], axis=1)[-2:0:-1]])
 
 
-def _petal(pen: Pen, shape: np.ndarray, angle: float, length: float, tip: Colour, base: Colour) -> None:
+def _petal(pen: Pen, shape: np.ndarray, *, angle: float, length: float, tip: Colour, base: Colour) -> None:
     """One petal as nested outlines from its dark rim to its base, with a rib."""
     turn = rotation(angle).T
-    steps = ((1.0, 1.0, shade(tip, 0.78)), (0.965, 0.93, tip), (0.8, 0.72, between(tip, base, 0.25)),
-             (0.6, 0.56, between(tip, base, 0.6)), (0.4, 0.42, base))  # fmt: skip
+    steps = ((1.0, 1.0, shade(tip, 0.78)), (0.965, 0.93, tip), (0.8, 0.72, blend(tip, base, 0.25)),
+             (0.6, 0.56, blend(tip, base, 0.6)), (0.4, 0.42, base))  # fmt: skip
     for along, across, colour in steps:
         pen.fill((shape * [along * length, across * length]) @ turn, colour)
     rib = np.array([[0.15 * length, 0.0], [0.8 * length, 0.0]]) @ turn
-    pen.line(rib, shade(between(tip, base, 0.4), 0.9), 0.012)
+    pen.line(rib, shade(blend(tip, base, 0.4), 0.9), 0.012)
 
 
-def _radial(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> None:
+def _radial(pen: Pen, species: Species, *, tip: Colour, base: Colour, rng: Rng) -> None:
     """Rows of petals around a centre, the outer rows first."""
     count = int(rng.integers(species.petals[0], species.petals[1] + 1))
     shape = outline(species.petal)
@@ -164,13 +173,14 @@ def _radial(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> 
         jitter = rng.normal(0, 0.25 / count, count)
         for angle, off in zip(angles, jitter, strict=True):
             long, bright = length * rng.uniform(0.92, 1.04), light * rng.uniform(0.94, 1.04)
-            _petal(pen, shape, angle + off, long, shade(tip, bright), base)
+            _petal(pen, shape, angle=angle + off, length=long, tip=shade(tip, bright), base=base)
     if species.centre in CENTRES:
-        CENTRES[species.centre](pen, species.centre_size, vary(species.centre_colour, rng), tip, rng)
+        colour = vary(species.centre_colour, rng)
+        CENTRES[species.centre](pen, species.centre_size, colour=colour, tip=tip, rng=rng)
 
 
-def _disc(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
-    """Florets in the golden angle's spiral."""
+def _disc(pen: Pen, size: float, *, colour: Colour, tip: Colour, rng: Rng) -> None:
+    """Florets in a golden-angle spiral."""
     pen.dot(0, 0, radius=size, colour=shade(colour, 0.7))
     pen.dot(0, 0, radius=size * 0.9, colour=colour)
     steps = np.arange(70)
@@ -181,7 +191,7 @@ def _disc(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
         pen.dot(x, y, radius=size * 0.06, colour=shade(colour, light))
 
 
-def _stamens(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
+def _stamens(pen: Pen, size: float, *, colour: Colour, tip: Colour, rng: Rng) -> None:
     for angle in np.linspace(0, 2 * math.pi, 18, endpoint=False) + rng.uniform(0, 1):
         end = size * rng.uniform(0.7, 1.1) * np.array([math.cos(angle), math.sin(angle)])
         pen.line(np.array([[0.0, 0.0], end]), shade(colour, 0.9, 0.8), 0.02)
@@ -190,7 +200,7 @@ def _stamens(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> No
     pen.dot(0, 0, radius=size * 0.25, colour=LIME)
 
 
-def _eye(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
+def _eye(pen: Pen, size: float, *, colour: Colour, tip: Colour, rng: Rng) -> None:
     pen.dot(0, 0, radius=size * 1.25, colour=WHITE)
     pen.dot(0, 0, radius=size, colour=colour)
     pen.dot(0, 0, radius=size * 0.4, colour=shade(colour, 0.4))
@@ -205,7 +215,7 @@ def _face(pen: Pen, rng: Rng) -> None:
     pen.dot(0, -0.03, radius=0.05, colour=LIME)
 
 
-def _anthers(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
+def _anthers(pen: Pen, size: float, *, colour: Colour, tip: Colour, rng: Rng) -> None:
     """A lily's freckles and six long stamens."""
     for _ in range(40):
         angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.15, 0.5)
@@ -219,27 +229,28 @@ def _anthers(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> No
         pen.line(np.array([end - across, end + across]), colour, 0.045)
 
 
-def _trumpet(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
+def _trumpet(pen: Pen, size: float, *, colour: Colour, tip: Colour, rng: Rng) -> None:
     """A daffodil's frilled corona, with its depth."""
     angle = np.linspace(0, 2 * np.pi, 72, endpoint=False)
     frill = 1 + 0.09 * np.sin(12 * angle + rng.uniform(0, 6))
     ring = np.stack([np.cos(angle) * frill, np.sin(angle) * frill], axis=1)
-    for share, light in ((1.0, 0.8), (0.93, 1.0), (0.72, 0.85), (0.5, 0.6)):
-        pen.fill(ring * size * share, shade(colour, light))
+    for scale, light in ((1.0, 0.8), (0.93, 1.0), (0.72, 0.85), (0.5, 0.6)):
+        pen.fill(ring * size * scale, shade(colour, light))
     for k in range(6):
         pen.dot(0.09 * math.cos(k), 0.09 * math.sin(k), radius=0.03, colour=YELLOW)
 
 
-def _tuft(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
+def _tuft(pen: Pen, size: float, *, colour: Colour, tip: Colour, rng: Rng) -> None:
     """Upright inner florets: short dark strokes."""
     for _ in range(34):
         angle, far = rng.uniform(0, 2 * math.pi), size * rng.uniform(0.2, 1.0)
-        way = np.array([math.cos(angle), math.sin(angle)])
-        pen.line(np.array([way * far * 0.4, way * far]), shade(colour, rng.uniform(0.8, 1.5)), 0.03)
-        pen.dot(way[0] * far, way[1] * far, radius=0.022, colour=(0.86, 0.35, 0.95))
+        direction = np.array([math.cos(angle), math.sin(angle)])
+        stroke = np.array([direction * far * 0.4, direction * far])
+        pen.line(stroke, shade(colour, rng.uniform(0.8, 1.5)), 0.03)
+        pen.dot(direction[0] * far, direction[1] * far, radius=0.022, colour=(0.86, 0.35, 0.95))
 
 
-def _whorl(pen: Pen, size: float, colour: Colour, tip: Colour, rng: Rng) -> None:
+def _whorl(pen: Pen, size: float, *, colour: Colour, tip: Colour, rng: Rng) -> None:
     """A rose's rolled heart: arcs of a spiral, darker inside."""
     pen.dot(0, 0, radius=0.3, colour=shade(tip, 0.72))
     for turn in range(9):
@@ -256,7 +267,7 @@ CENTRES = {
 }  # fmt: skip
 
 
-def _cup(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> None:
+def _cup(pen: Pen, species: Species, *, tip: Colour, base: Colour, rng: Rng) -> None:
     """A tulip from the side: three petals behind, two beside, one in front."""
     shape = outline(species.petal)
     spread = rng.uniform(0.16, 0.34)
@@ -264,35 +275,35 @@ def _cup(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> Non
     steps = ((1.0, 1.0, 0.0), (0.96, 0.9, 0.0), (0.7, 0.74, 0.2), (0.45, 0.6, 0.55), (0.25, 0.45, 0.9))
     for lean, light, length in petals:
         turn = rotation(math.pi / 2 + lean * spread).T
-        for along, across, share in steps:
-            colour = shade(between(tip, base, share), light * (0.8 if along == 1.0 else 1.0))
+        for along, across, fraction in steps:
+            colour = shade(blend(tip, base, fraction), light * (0.8 if along == 1.0 else 1.0))
             pen.fill((shape * [length * along, length * across * 0.95]) @ turn + [0, -0.85], colour)
 
 
-def _bells(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> None:
+def _bells(pen: Pen, species: Species, *, tip: Colour, base: Colour, rng: Rng) -> None:
     """Bells hanging to one side of an arching stem."""
     count = int(rng.integers(*species.petals))
     side = 1 if rng.random() < 0.5 else -1
     t = np.linspace(0, 1, 24)
     stem = np.stack([side * 0.75 * t**2.2, -1.6 + 2.5 * t - 0.35 * t**4], axis=1)
     pen.line(stem, (0.27, 0.6, 0.42), 0.05)
-    left = np.stack([[0.05, 0.15, 0.19, 0.2, 0.2, 0.22, 0.3], np.linspace(0, -0.52, 7)], axis=1)
+    half = np.stack([[0.05, 0.15, 0.19, 0.2, 0.2, 0.22, 0.3], np.linspace(0, -0.52, 7)], axis=1)
     rim = np.array([[0.2, -0.57], [0.1, -0.5], [0, -0.58], [-0.1, -0.5], [-0.2, -0.57]])
-    bell = np.concatenate([left, rim, (left * [-1, 1])[::-1]])
+    bell = np.concatenate([half, rim, (half * [-1, 1])[::-1]])
     for k in range(count):
         x, y = stem[int(23 - k * 16 / count)]
         size = 0.72 + 0.35 * k / count
         swing = rng.normal(side * 0.25 * (1 if k % 2 else -0.8), 0.12)
-        at = np.array([x + swing * 0.5, y - 0.05])
+        top = np.array([x + swing * 0.5, y - 0.05])
         turned = bell * size @ rotation(swing).T
-        pen.line(np.array([[x, y], at]), (0.27, 0.5, 0.4), 0.025)
+        pen.line(np.array([[x, y], top]), (0.27, 0.5, 0.4), 0.025)
         light = rng.uniform(0.88, 1.05)
-        pen.fill(turned + at, shade(tip, 0.75 * light))
-        pen.fill(turned * 0.92 + at, shade(tip, light))
-        pen.fill(turned * [0.5, 0.85] + at, shade(between(tip, base, 0.4), 1.05 * light))
+        pen.fill(turned + top, shade(tip, 0.75 * light))
+        pen.fill(turned * 0.92 + top, shade(tip, light))
+        pen.fill(turned * [0.5, 0.85] + top, shade(blend(tip, base, 0.4), 1.05 * light))
 
 
-def _spike(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> None:
+def _spike(pen: Pen, species: Species, *, tip: Colour, base: Colour, rng: Rng) -> None:
     """Whorls of small pea flowers on a straight stem, smaller towards the top."""
     count = int(rng.integers(*species.petals))
     pen.line(np.array([[0.0, -1.8], [0.0, 1.1]]), (0.27, 0.6, 0.4), 0.06)
@@ -307,20 +318,20 @@ def _spike(pen: Pen, species: Species, tip: Colour, base: Colour, rng: Rng) -> N
             pen.dot(x, y - size * 0.2, radius=size * 0.42, colour=base)
 
 
-def head(pen: Pen, species: Species, palette: tuple[Colour, Colour], rng: Rng) -> None:
-    """One flower head of any habit."""
+def draw_head(pen: Pen, species: Species, *, palette: tuple[Colour, Colour], rng: Rng) -> None:
+    """Draw one flower head of any habit."""
     tip, base = vary(palette[0], rng), vary(palette[1], rng)
     if species.habit in SIDEWAYS:
-        SIDEWAYS[species.habit](pen, species, tip, base, rng)
+        SIDEWAYS[species.habit](pen, species, tip=tip, base=base, rng=rng)
     elif species.centre == "face":
         shape = outline(species.petal)
-        upper = between(tip, palette[1], rng.uniform(0, 0.5))
+        upper = blend(tip, palette[1], rng.uniform(0, 0.5))
         lower = ((-0.15, 0.9, tip), (3.29, 0.9, tip), (-1.57, 0.95, tip))
         for angle, length, colour in ((1.05, 1.0, upper), (2.09, 1.0, upper), *lower):
-            _petal(pen, shape, angle, length, colour, base)
+            _petal(pen, shape, angle=angle, length=length, tip=colour, base=base)
         _face(pen, rng)
     else:
-        _radial(pen, species, tip, base, rng)
+        _radial(pen, species, tip=tip, base=base, rng=rng)
 
 
 SIDEWAYS = {"cup": _cup, "bells": _bells, "spike": _spike}

@@ -1,7 +1,7 @@
-"""Drawn flowers: the demo's photographs, which need no download and are the same every time.
+"""Drawn flowers: reproducible photographs for the demo, without any download.
 
 `draw` is a pure function of (species, seed, index). Fifteen species differ in petals, centre and habit, and
-overlap in colour, size, place, light and background, so that no single colour or texture gives one away.
+overlap in colour, size, position, light and background, so that no single colour or texture identifies one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastflower.data.samples.flower_shapes import (
     Petal,
     Rng,
     Species,
-    head,
+    draw_head,
     outline,
     rgb,
     rotation,
@@ -37,25 +37,10 @@ from fastflower.data.transforms import corruptions
 from fastflower.recipe import derived
 
 SIZE = 600
-OVER = 2  # drawn twice as large, then halved: Pillow's polygons have no smooth edges of their own
-BACKDROP = 150  # the background is out of focus, so few pixels carry it
-CATEGORY_IDS = (
-    245,
-    1734,
-    169,
-    1833,
-    173,
-    180,
-    1740,
-    191,
-    205,
-    1759,
-    164,
-    218,
-    1788,
-    233,
-    166,
-)  # the organiser's
+OVERSAMPLING = 2  # drawn twice as large, then halved: Pillow draws polygons without antialiasing
+BACKDROP = 150  # side of the background in pixels: it is out of focus
+# ids as an organiser's label file has them: neither sorted nor contiguous
+CATEGORY_IDS = (245, 1734, 169, 1833, 173, 180, 1740, 191, 205, 1759, 164, 218, 1788, 233, 166)
 CHINESE = (
     *("雏菊", "向日葵", "蒲公英", "毛茛", "樱花", "勿忘我", "虞美人", "三色堇"),
     *("百合", "水仙", "矢车菊", "玫瑰", "郁金香", "蓝铃花", "羽扇豆"),
@@ -63,19 +48,19 @@ CHINESE = (
 
 
 def draw(species: int, seed: int, index: int) -> Image.Image:
-    """One 600x600 RGB picture of SPECIES[species]; the same three numbers give the same pixels."""
+    """One 600x600 RGB image of SPECIES[species]; equal arguments give equal pixels."""
     rng = seeding.generator(seed, species, index)
     image = _backdrop(rng, species).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    image = image.resize((SIZE * OVER, SIZE * OVER), Image.Resampling.NEAREST)  # halved again below
+    image = image.resize((SIZE * OVERSAMPLING,) * 2, Image.Resampling.NEAREST)  # halved again below
     _plants(image, SPECIES[species], rng)
     if rng.random() < 0.35:
         _blades(ImageDraw.Draw(image), image.width, rng=rng, count=int(rng.integers(1, 4)))
-    return _photograph(image.reduce(OVER), rng)
+    return _photograph(image.reduce(OVERSAMPLING), rng)
 
 
 @dataclass(frozen=True)
-class DrawnSet:
-    """Where a drawn contest lies: its training part, its held-out photographs and, apart from them, the truth."""
+class DrawnContest:
+    """Paths of a drawn contest: training images and labels, held-out images, and their true labels."""
 
     home: Path
 
@@ -93,7 +78,7 @@ class DrawnSet:
 
     @property
     def disturbed(self) -> Path:
-        """The held-out photographs again under the same names, each with one corruption."""
+        """The held-out images under the same names, each with one corruption."""
         return self.home / "test_disturbed"
 
     @property
@@ -102,17 +87,17 @@ class DrawnSet:
 
 
 def class_sizes(head: int, tail: int) -> list[int]:
-    """A long tail: sizes fall by a constant factor from head to tail, in an order unrelated to the species'."""
+    """A long tail: sizes fall geometrically from head to tail, in a random order of the species."""
     ranks = seeding.generator(17).permutation(len(SPECIES)) / (len(SPECIES) - 1)
     return [round(head * (tail / head) ** rank) for rank in ranks]
 
 
 class Shot(NamedTuple):
-    """One photograph to be taken."""
+    """One photograph to draw."""
 
     name: str
     species: int
-    number: int  # within the species; held-out photographs come after those for training
+    number: int  # within the species; the held-out photographs come last
     held_out: bool
 
 
@@ -124,37 +109,40 @@ def write(
     tail: int = 18,
     held_out: int = 24,
     shuffle_labels: bool = False,
-) -> DrawnSet:
-    """Draw a contest: a long-tailed training part and `held_out` photographs of each class, clean and disturbed.
+) -> DrawnContest:
+    """Draw a contest: a long-tailed training split and `held_out` photographs per class, clean and corrupted.
 
-    shuffle_labels deals the training labels out at random: whatever then scores above chance was not learned.
+    `shuffle_labels` permutes the training labels: any score above chance then comes from a leak.
     """
-    made = DrawnSet(home)
-    for folder in (made.train, made.test, made.disturbed):
+    contest = DrawnContest(home)
+    for folder in (contest.train, contest.test, contest.disturbed):
         folder.mkdir(parents=True, exist_ok=True)
     sizes = class_sizes(head, tail)
-    drafts = [(k, index, index >= size) for k, size in enumerate(sizes) for index in range(size + held_out)]
-    rng = seeding.generator(seed, len(drafts))
-    numbers = rng.permutation(len(drafts)) + 1
-    shots = sorted(Shot(f"img_{n:06d}.jpg", *draft) for n, draft in zip(numbers, drafts, strict=True))
-    take, progress = partial(_take, made, seed), workers.Progress("photographs", len(shots))
-    for _ in workers.run(take, zip(shots), count=workers.cores(0), tell=progress):
+    planned = [(k, index, index >= size) for k, size in enumerate(sizes) for index in range(size + held_out)]
+    rng = seeding.generator(seed, len(planned))
+    numbers = rng.permutation(len(planned)) + 1
+    shots = sorted(
+        Shot(f"img_{n:06d}.jpg", species=species, number=index, held_out=is_held_out)
+        for n, (species, index, is_held_out) in zip(numbers, planned, strict=True)
+    )
+    take, progress = partial(_take, contest, seed), workers.Progress("photographs", len(shots))
+    for _ in workers.map_ordered(take, zip(shots), count=workers.cores(0), on_progress=progress):
         pass
-    known = [shot for shot in shots if not shot.held_out]
-    classes = [shot.species for shot in known]
+    training = [shot for shot in shots if not shot.held_out]
+    classes = [shot.species for shot in training]
     if shuffle_labels:
         classes = rng.permutation(classes).tolist()
-    _write_labels(made.labels, known, classes)
+    _write_labels(contest.labels, training, classes)
     hidden = [shot for shot in shots if shot.held_out]
-    _write_labels(made.truth, hidden, [shot.species for shot in hidden])
-    return made
+    _write_labels(contest.truth, hidden, [shot.species for shot in hidden])
+    return contest
 
 
-def _take(made: DrawnSet, seed: int, shot: Shot) -> None:
+def _take(contest: DrawnContest, seed: int, shot: Shot) -> None:
     buffer = io.BytesIO()
     picture = draw(shot.species, seed, shot.number)
     picture.save(buffer, "JPEG", quality=82 + (shot.species + shot.number) % 12)
-    (made.test if shot.held_out else made.train).joinpath(shot.name).write_bytes(buffer.getvalue())
+    (contest.test if shot.held_out else contest.train).joinpath(shot.name).write_bytes(buffer.getvalue())
     if shot.held_out:
         combos = derived.combos(list(corruptions.STRENGTHS), "low")
         kind, level = combos[shot.number % len(combos)]
@@ -162,21 +150,21 @@ def _take(made: DrawnSet, seed: int, shot: Shot) -> None:
             pixels = corruptions.corrupt(
                 np.array(stored), kind, level=level, key=corruptions.image_key(shot.name)
             )
-        Image.fromarray(pixels).save(made.disturbed / shot.name, "JPEG", quality=95, subsampling=0)
-    workers.beat()
+        Image.fromarray(pixels).save(contest.disturbed / shot.name, "JPEG", quality=95, subsampling=0)
+    workers.count_done()
 
 
 def _write_labels(path: Path, shots: list[Shot], classes: list[int]) -> None:
-    """As the contest's file: with a byte order mark, the organiser's ids, and names that training ignores."""
+    """Write a contest's label file: with a byte order mark, category ids, and names that training ignores."""
     with path.open("w", encoding="utf-8-sig", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["filename", "category_id", "chinese_name", "english_name"])
+        writer = csv.writer(file)
+        writer.writerow(["filename", "category_id", "chinese_name", "english_name"])
         for shot, k in zip(shots, classes, strict=True):
-            table.writerow([shot.name, CATEGORY_IDS[k], CHINESE[k], SPECIES[k].name])
+            writer.writerow([shot.name, CATEGORY_IDS[k], CHINESE[k], SPECIES[k].name])
 
 
 def _plants(image: Image.Image, species: Species, rng: Rng) -> None:
-    """Stems and leaves first, then every head of the picture."""
+    """Draw stems and leaves first, then all flower heads."""
     palette = species.palettes[rng.integers(len(species.palettes))]
     heads = {"few": (2, 4), "cluster": (5, 11), "single": (1, 2)}.get(species.habit, (1, 2))
     count = int(rng.integers(heads[0], heads[1] + 1)) if heads[1] > 2 or rng.random() < 0.3 else 1
@@ -185,18 +173,19 @@ def _plants(image: Image.Image, species: Species, rng: Rng) -> None:
     middle = rng.uniform(0.36, 0.64, 2)
     spread = radius * (1.25 if species.habit == "cluster" else 1.7) * math.sqrt(count) / 2
     green = _leaf_green(rng)
-    placed = []
+    flowers = []
     for k in range(count):
         angle = 2.39996 * k + rng.uniform(0, 0.8)
         far = 0.0 if count == 1 else spread * math.sqrt((k + 0.5) / count) * 1.3
         x, y = middle + far * np.array([math.cos(angle), math.sin(angle)])
         turn = rng.normal(0, 0.2) if upright or species.centre == "face" else rng.uniform(0, 2 * math.pi)
         squash = 1.0 if upright else rng.uniform(0.68, 1.0)
-        placed.append((x, y, radius * rng.uniform(0.88, 1.12), turn, squash))
-    for x, y, size, _, _ in placed:
+        flowers.append((x, y, radius * rng.uniform(0.88, 1.12), turn, squash))
+    for x, y, size, _, _ in flowers:
         _stem(image, x, y=y, size=size, green=green, rng=rng)
-    for x, y, size, turn, squash in placed:
-        head(Pen(image, x, y=y, radius=size, turn=turn, squash=squash), species, palette, rng)
+    for x, y, size, turn, squash in flowers:
+        pen = Pen(image, x, y=y, radius=size, turn=turn, squash=squash)
+        draw_head(pen, species, palette=palette, rng=rng)
 
 
 def _leaf_green(rng: Rng) -> Colour:
@@ -209,21 +198,21 @@ def _stem(image: Image.Image, x: float, *, y: float, size: float, green: Colour,
     bend = rng.normal(0, 0.06)
     path = np.stack([x + (foot - x) * t + bend * np.sin(np.pi * t), y + (1.1 - y) * t], axis=1)
     pen = Pen(image, 0, y=0, radius=1, turn=0)
-    pen.matrix = np.eye(2) * image.width  # picture units, y down
+    pen.matrix = np.eye(2) * image.width  # image units, y down
     pen.line(path, shade(green, 0.85), 0.012 + 0.02 * size)
     shape = outline(Petal(rng.uniform(0.25, 0.5), 0.4, 0.8))
     for _ in range(int(rng.integers(0, 4))):
         k = int(rng.integers(4, 13))
-        way = rng.choice([-1, 1]) * rng.uniform(0.5, 1.2) - math.pi / 2
+        angle = rng.choice([-1, 1]) * rng.uniform(0.5, 1.2) - math.pi / 2
         length = rng.uniform(0.12, 0.3)
-        for share, light in ((1.0, 0.75), (0.94, 1.0)):
-            pen.fill((shape * length * share) @ rotation(way).T + path[k], shade(green, light))
-        tip = path[k] + 0.9 * length * np.array([math.cos(way), math.sin(way)])
+        for scale, light in ((1.0, 0.75), (0.94, 1.0)):
+            pen.fill((shape * length * scale) @ rotation(angle).T + path[k], shade(green, light))
+        tip = path[k] + 0.9 * length * np.array([math.cos(angle), math.sin(angle)])
         pen.line(np.stack([path[k], tip]), shade(green, 1.3, 0.8), 0.004)
 
 
 def _blades(draw: ImageDraw.ImageDraw, side: int, *, rng: Rng, count: int) -> None:
-    """Grass in front of the flowers."""
+    """Draw blades of grass in front of the flowers."""
     for _ in range(count):
         x, lean = rng.uniform(0, 1), rng.normal(0, 0.2)
         width, top = rng.uniform(0.01, 0.03), rng.uniform(0.2, 0.75)
@@ -235,7 +224,7 @@ def _blades(draw: ImageDraw.ImageDraw, side: int, *, rng: Rng, count: int) -> No
 
 
 def _backdrop(rng: Rng, species: int) -> Image.Image:
-    """Meadow, sky, shade or soil, out of focus, often with other flowers in it."""
+    """A background of meadow, sky, shade or soil, out of focus, often with other flowers in it."""
     scene = rng.integers(4)
     top, bottom = (
         ((0.3, 0.5, 0.45), (0.27, 0.65, 0.25)),  # meadow
@@ -243,8 +232,8 @@ def _backdrop(rng: Rng, species: int) -> Image.Image:
         ((0.33, 0.5, 0.16), (0.3, 0.6, 0.3)),  # shade
         ((0.09, 0.3, 0.5), (0.08, 0.45, 0.28)),  # soil
     )[scene]
-    share = np.linspace(0, 1, BACKDROP)[:, None]
-    column = np.array(rgb(vary(top, rng))) * (1 - share) + np.array(rgb(vary(bottom, rng))) * share
+    fraction = np.linspace(0, 1, BACKDROP)[:, None]
+    column = np.array(rgb(vary(top, rng))) * (1 - fraction) + np.array(rgb(vary(bottom, rng))) * fraction
     image = Image.fromarray(np.repeat(column[:, None].astype(np.uint8), BACKDROP, axis=1))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(15, 45))):
@@ -253,16 +242,16 @@ def _backdrop(rng: Rng, species: int) -> Image.Image:
         leaf = rgb(shade(_leaf_green(rng), rng.uniform(0.5, 1.4)))
         draw.ellipse([BACKDROP * v for v in (x - wide, y - high, x + wide, y + high)], fill=leaf)
     for _ in range(int(rng.integers(0, 4))):  # a flower of another kind, far away
-        other = SPECIES[(species + rng.integers(1, len(SPECIES))) % len(SPECIES)]
+        distant = SPECIES[(species + rng.integers(1, len(SPECIES))) % len(SPECIES)]
         size = rng.uniform(0.04, 0.1)
         x, y = rng.uniform(0, 1), rng.uniform(0.2, 1)
         pen = Pen(image, x, y=y, radius=size, turn=rng.normal(0, 0.3), squash=rng.uniform(0.7, 1))
-        head(pen, other, other.palettes[rng.integers(len(other.palettes))], rng)
+        draw_head(pen, distant, palette=distant.palettes[rng.integers(len(distant.palettes))], rng=rng)
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 3.2)))
 
 
 def _photograph(image: Image.Image, rng: Rng) -> Image.Image:
-    """Light from one side, white balance, focus and grain."""
+    """Apply light from one side, white balance, focus and grain."""
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.5, 2.0)))
     pixels = np.asarray(image).astype(np.float32)

@@ -1,12 +1,12 @@
-"""Device augmentation: uint8 batches in, float batches out, each row by its own key.
+"""Device augmentation: uint8 batches to float batches, each row with its own key.
 
-Every draw is a function of (key, stream), so a row looks the same in any batch, on any rank, after a resume
-and on any device (up to float rounding). The default recipe's operations never wait for the device; CLAHE,
-RandAugment, AugMix, blur and noise ask it which rows they concern.
+Every random draw is a function of (key, stream), so a row looks the same in any batch, on any rank, after a resume
+and on any device (up to float rounding). The default recipe's operations never synchronise with the device; CLAHE,
+RandAugment, AugMix, blur and noise do, to select their rows.
 
-The order: vertical flip, rotation, colour jitter (brightness, contrast, saturation, hue: fixed, where
-torchvision shuffles), photometric distortion, CLAHE, RandAugment, AugMix, blur or noise, erasing. Whatever
-moves pixels samples bilinearly and mirrors at the border. Crop and horizontal flip are the decoder's.
+The order: vertical flip, rotation, colour jitter (brightness, contrast, saturation, hue, in this fixed order, where
+torchvision shuffles), photometric distortion, CLAHE, RandAugment, AugMix, blur or noise, erasing. Geometric
+operations sample bilinearly and mirror at the border. The decoder does crop and horizontal flip.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fastflower.core import seeding
 from fastflower.data.transforms import image_ops
 from fastflower.recipe.schema import Aug
 
-CHUNK = 1 << 18  # pixels that a CPU works on at once: 3 MiB of floats stay in its cache, four times faster
+CHUNK = 1 << 18  # pixels per step on a CPU: 3 MiB of floats stay in its cache, four times faster
 LEVELS = 30  # RandAugment's magnitudes
 ERASE_TRIES = 10
 ERASE_AREA = (0.02, 0.33)
-ERASE_RATIO = (0.3, 3.3)
+ERASE_LOG_RATIO = (math.log(0.3), math.log(3.3))
 AUGMIX_WIDTH, AUGMIX_DEPTH, AUGMIX_STRENGTH = 3, 3, 0.3
 BLUR_SIGMA = (0.3, 1.2)  # pixels
 NOISE_SIGMA = (2.0, 10.0)  # of 255
 
 
 class Stream(enum.IntEnum):
-    """One stream of numbers for each decision; changing a value changes every picture."""
+    """One stream of random numbers per decision; changing a value changes every augmented image."""
 
     VFLIP = 100
     ANGLE = 101
@@ -50,13 +50,13 @@ class Stream(enum.IntEnum):
     CORRUPT_KIND = 112
     CORRUPT_LEVEL = 113
     AUGMIX = 114
-    AUGMIX_SHARE = 115
+    AUGMIX_BLEND = 115
     AUGMIX_WEIGHT = 116
     AUGMIX_LENGTH = 117
     CLAHE = 118
     CLAHE_CLIP = 119
-    DISTORT = 150  # and the next ten: whether and how much of each part
-    OPERATION = 2000  # + 4 * step, and the next three: its sign, whether at all, its strength
+    DISTORT = 150  # and the next ten: probability and strength of each step
+    OPERATION = 2000  # + 4 * step; the next three: sign, probability, strength
 
 
 def augment(
@@ -70,15 +70,17 @@ def augment(
 ) -> Tensor:
     """Uint8 images (B, H, W, 3) and int64 keys (B,) to float32 (B, 3, H, W), channels last, 0..255.
 
-    `fill` (3, in 0..255; a tensor must be on the same device) is what erasing paints: the network's mean, so
-    that it is 0 after normalisation. `aug.strength` multiplies strengths and probabilities; at 0 only the
-    dtype changes. With `pairs` two images lie side by side (B, H, 2W, 3), and each has a key of its own.
+    `fill` (3,), in 0..255 and if a tensor on the same device, is the colour of erased boxes: the network's mean, 0
+    after normalisation. `aug.strength` multiplies strengths and probabilities; at 0 only the dtype changes. With
+    `pairs`, two images lie side by side (B, H, 2W, 3) and are augmented with different keys.
     """
     if pairs:
         halves = images.unflatten(2, (2, images.shape[2] // 2)).transpose(1, 2).flatten(0, 1)  # (2B, H, W, 3)
-        own = torch.stack([keys, seeding.mix_tensor(keys)], 1).flatten()
+        half_keys = torch.stack([keys, seeding.hash64_tensor(keys)], 1).flatten()
         return torch.cat(
-            augment(halves, own, aug=aug, erase_p=erase_p, fill=fill).unflatten(0, (len(keys), 2)).unbind(1),
+            augment(halves, half_keys, aug=aug, erase_p=erase_p, fill=fill)
+            .unflatten(0, (len(keys), 2))
+            .unbind(1),
             3,
         )
     batch, height, width, _ = images.shape
@@ -88,13 +90,13 @@ def augment(
         fill = image_ops.constant(tuple(fill), images.device)
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device).permute(0, 3, 1, 2)
     rows = batch if images.is_cuda else max(1, CHUNK // (height * width))
-    for part in (slice(start, start + rows) for start in range(0, batch, rows)):
-        out[part] = _augment(images[part], keys[part], aug=aug, erase_p=erase_p, fill=fill)
+    for chunk in (slice(start, start + rows) for start in range(0, batch, rows)):
+        out[chunk] = _augment(images[chunk], keys[chunk], aug=aug, erase_p=erase_p, fill=fill)
     return out
 
 
 def _augment(images: Tensor, keys: Tensor, *, aug: Aug, erase_p: float, fill: Tensor) -> Tensor:
-    x = _turn(images, keys, aug)
+    x = _flip_and_rotate(images, keys, aug)
     x = _jitter(x, keys, aug)
     if aug.photometric_p:
         x = _distort(x, keys, aug)
@@ -119,33 +121,34 @@ def _augment(images: Tensor, keys: Tensor, *, aug: Aug, erase_p: float, fill: Te
             aug=aug,
         )
     if erase_p:
-        x = image_ops.erase(x, erase_boxes(keys, erase_p * aug.strength, *x.shape[2:]), fill)
+        x = image_ops.erase(x, erase_boxes(keys, erase_p * aug.strength, x.shape[2:]), fill)
     return x
 
 
 def happens(keys: Tensor, stream: int, probability: float) -> Tensor:
-    """Bool (B,); a probability above 1 is 1."""
+    """Bool (B,), true with this probability; above 1 it counts as 1."""
     return seeding.uniform_tensor(keys, stream) < probability
 
 
-def between(keys: Tensor, stream: int, low: float, high: float) -> Tensor:
-    """Float32 (B,) in [low, high]."""
+def uniform_in(keys: Tensor, stream: int, interval: tuple[float, float]) -> Tensor:
+    """Float32 (B,), uniform in the interval [low, high]."""
+    low, high = interval
     return low + (high - low) * seeding.uniform_tensor(keys, stream)
 
 
-def several(keys: Tensor, count: int) -> Tensor:
-    """Independent keys (B, count) of one row each."""
-    return seeding.mix_tensor(keys)[:, None] ^ torch.arange(count, device=keys.device)
+def subkeys(keys: Tensor, count: int) -> Tensor:
+    """Independent keys (B, count), `count` for each key."""
+    return seeding.hash64_tensor(keys)[:, None] ^ torch.arange(count, device=keys.device)
 
 
-def _turn(images: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-    """Flip and rotate into planar floats."""
+def _flip_and_rotate(images: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    """Uint8 (B, H, W, 3) to flipped and rotated planar float32 (B, 3, H, W)."""
     if aug.vflip_p:
         images = image_ops.flip_rows(images, happens(keys, Stream.VFLIP, aug.vflip_p * aug.strength))
     x = images.permute(0, 3, 1, 2)
     limit = min(180.0, aug.rotation_deg * aug.strength)
     if limit:
-        return image_ops.warp(x.float(), image_ops.rotation(between(keys, Stream.ANGLE, -limit, limit)))
+        return image_ops.warp(x.float(), image_ops.rotation(uniform_in(keys, Stream.ANGLE, (-limit, limit))))
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
@@ -159,40 +162,42 @@ def _jitter(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
     )
     for (operation, stream), strength in zip(blends, strengths[:3], strict=True):
         if strength:
-            x = operation(x, between(keys, stream, max(0.0, 1 - strength), 1 + strength))
+            x = operation(x, uniform_in(keys, stream, (max(0.0, 1 - strength), 1 + strength)))
     shift = min(0.5, strengths[3])
-    return image_ops.hue(x, between(keys, Stream.HUE, -shift, shift)) if shift else x
+    return image_ops.hue(x, uniform_in(keys, Stream.HUE, (-shift, shift))) if shift else x
 
 
 def _distort(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-    """RandomPhotometricDistort of SSD, as torchvision has it: each part with probability photometric_p."""
+    """SSD's RandomPhotometricDistort, as in torchvision: each step with probability photometric_p."""
     streams = iter(range(Stream.DISTORT, Stream.DISTORT + 11))
 
-    def draw(neutral: float, reach: float) -> Tensor:
-        drawn = happens(keys, next(streams), aug.photometric_p * aug.strength)
+    def factor_or_neutral(neutral: float, reach: float) -> Tensor:
+        applied = happens(keys, next(streams), aug.photometric_p * aug.strength)
         reach = min(reach * aug.strength, 1.0 if neutral else 0.5)
-        return torch.where(drawn, between(keys, next(streams), neutral - reach, neutral + reach), neutral)
+        return torch.where(
+            applied, uniform_in(keys, next(streams), (neutral - reach, neutral + reach)), neutral
+        )
 
-    early = happens(keys, next(streams), 0.5)  # contrast comes before or after the colours
-    factor = draw(1, 0.5)
-    x = image_ops.brightness(x, draw(1, 0.125))
-    x = image_ops.contrast(x, torch.where(early, factor, 1))
-    x = image_ops.saturation(x, draw(1, 0.5))
-    x = image_ops.hue(x, draw(0, 0.05))
-    x = image_ops.contrast(x, torch.where(early, 1, factor))
+    early = happens(keys, next(streams), 0.5)  # contrast before or after the colour changes
+    contrast = factor_or_neutral(1, 0.5)
+    x = image_ops.brightness(x, factor_or_neutral(1, 0.125))
+    x = image_ops.contrast(x, torch.where(early, contrast, 1))
+    x = image_ops.saturation(x, factor_or_neutral(1, 0.5))
+    x = image_ops.hue(x, factor_or_neutral(0, 0.05))
+    x = image_ops.contrast(x, torch.where(early, 1, contrast))
     swapped = happens(keys, next(streams), aug.photometric_p * aug.strength)
     return image_ops.shuffle(x, seeding.uniform_tensor(keys, next(streams)) * swapped)
 
 
 def _clahe(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-    return image_ops.clahe(x, between(keys, Stream.CLAHE_CLIP, 1.0, aug.clahe_clip), aug.clahe_tiles)
+    return image_ops.clahe(x, uniform_in(keys, Stream.CLAHE_CLIP, (1.0, aug.clahe_clip)), aug.clahe_tiles)
 
 
-def _matrix(place: int, values: Tensor) -> Tensor:
-    """(B, 2, 3): the identity with values (B,) at one place of 0..5."""
-    cells = [torch.full_like(values, float(cell in (0, 4))) for cell in range(6)]
-    cells[place] = values
-    return torch.stack(cells, 1).view(-1, 2, 3)
+def _matrix(entry: int, values: Tensor) -> Tensor:
+    """(B, 2, 3): the identity with values (B,) as entry 0..5, in row-major order."""
+    entries = [torch.full_like(values, float(k in (0, 4))) for k in range(6)]
+    entries[entry] = values
+    return torch.stack(entries, 1).view(-1, 2, 3)
 
 
 Change = Callable[[Tensor, Tensor, Aug], Tensor]
@@ -214,15 +219,15 @@ OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda x, t, s: image_ops.autocontrast(x),
     "equalize": lambda x, t, s: image_ops.equalize(x),
 }
-# AugMix leaves out what resembles the corrupted validation set.
+# AugMix leaves out the operations that resemble the corrupted validation set.
 COLOURS = ("brightness", "color", "contrast", "sharpness")
 AUGMIX_OPERATIONS = tuple(name for name in OPERATIONS if name not in COLOURS)
 
 
 def draw_operation(keys: Tensor, step: int, *, count: int, probability: float) -> tuple[Tensor, Tensor]:
-    """What each row does at a step: an operation, int64 (B,) in 0..count-1, and its sign, float32 (B,).
+    """The operation of each row at a step, int64 (B,) in 0..count-1, and its sign, float32 (B,).
 
-    With `probability` it is one of them all alike, else 0, identity.
+    The operation is uniform over `count` with `probability`, else 0 (identity).
     """
     stream = Stream.OPERATION + 4 * step
     chosen = (seeding.uniform_tensor(keys, stream) * count).long()
@@ -231,7 +236,7 @@ def draw_operation(keys: Tensor, step: int, *, count: int, probability: float) -
 
 
 def _apply(x: Tensor, chosen: Tensor, *, strength: Tensor, sign: Tensor, names: Sequence[str]) -> Tensor:
-    """Each operation once, on the rows that chose it; 0 is identity."""
+    """Apply each operation once, to its rows; `chosen` (B,) indexes `names`, 0 is identity."""
     choices = chosen.cpu()
     out = x.clone()
     for index in range(1, len(names)):
@@ -242,33 +247,32 @@ def _apply(x: Tensor, chosen: Tensor, *, strength: Tensor, sign: Tensor, names: 
 
 
 def _augmix(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-    """AugMix (Hendrycks et al.), alpha 1: three chains of one to three light operations, mixed in."""
-    chains = several(keys, AUGMIX_WIDTH)
+    """AugMix (Hendrycks et al.), alpha 1: the image blended with three chains of one to three light operations."""
+    chains = subkeys(keys, AUGMIX_WIDTH)
     weights = -torch.log1p(-seeding.uniform_tensor(chains, Stream.AUGMIX_WEIGHT).double()).clamp(min=1e-9)
-    share = seeding.uniform_tensor(keys, Stream.AUGMIX_SHARE)
-    weights = (weights / weights.sum(1, keepdim=True)).float() * share[:, None]
-    out = x * image_ops.column(1 - share)
+    blend = seeding.uniform_tensor(keys, Stream.AUGMIX_BLEND)
+    weights = (weights / weights.sum(1, keepdim=True)).float() * blend[:, None]
+    out = x * image_ops.column(1 - blend)
     for chain, weight in zip(chains.unbind(1), weights.unbind(1), strict=True):
         length = (seeding.uniform_tensor(chain, Stream.AUGMIX_LENGTH) * AUGMIX_DEPTH).long()
         y = x
         for step in range(AUGMIX_DEPTH):
             chosen, sign = draw_operation(chain, step, count=len(AUGMIX_OPERATIONS), probability=1.0)
-            level = between(
-                chain, Stream.OPERATION + 4 * step + 3, 0.0, min(1.0, AUGMIX_STRENGTH * aug.strength)
-            )
+            limit = min(1.0, AUGMIX_STRENGTH * aug.strength)
+            level = uniform_in(chain, Stream.OPERATION + 4 * step + 3, (0.0, limit))
             y = _apply(y, chosen * (step <= length), strength=level, sign=sign, names=AUGMIX_OPERATIONS)
         out.add_(y * image_ops.column(weight))
     return out
 
 
 def _corrupt(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-    """Light blur for half of the rows, light noise for the others."""
+    """Light blur for half of the rows, light noise for the other half."""
 
     def blur(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-        return image_ops.blur(x, between(keys, Stream.CORRUPT_LEVEL, *BLUR_SIGMA) * aug.strength)
+        return image_ops.blur(x, uniform_in(keys, Stream.CORRUPT_LEVEL, BLUR_SIGMA) * aug.strength)
 
     def noise(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
-        return image_ops.noise(x, keys, between(keys, Stream.CORRUPT_LEVEL, *NOISE_SIGMA) * aug.strength)
+        return image_ops.noise(x, keys, uniform_in(keys, Stream.CORRUPT_LEVEL, NOISE_SIGMA) * aug.strength)
 
     blurred = happens(keys, Stream.CORRUPT_KIND, 0.5)
     return _for_some(
@@ -281,14 +285,16 @@ def _for_some(x: Tensor, keys: Tensor, *, chosen: Tensor, change: Change, aug: A
     return x.index_copy(0, rows, change(x[rows], keys[rows], aug)) if len(rows) else x
 
 
-def erase_boxes(keys: Tensor, probability: float, height: int, width: int) -> Tensor:
-    """RandomErasing's boxes, float64 (B, 4) = top, left, height, width; height 0 where nothing is erased.
+def erase_boxes(keys: Tensor, probability: float, size: Sequence[int]) -> Tensor:
+    """RandomErasing's boxes in images of `size` (height, width), float64 (B, 4) = top, left, height, width.
 
-    As torchvision draws them: area and log-ratio uniform, the first of ten tries that fits.
+    Height is 0 where nothing is erased. As in torchvision, area and log-ratio are uniform and the first of ten
+    tries that fits is taken.
     """
-    tries = several(keys, ERASE_TRIES)
-    area = between(tries, Stream.ERASE_SIZE, *ERASE_AREA).double() * (height * width)
-    ratio = between(tries, Stream.ERASE_SHAPE, *map(math.log, ERASE_RATIO)).double().exp()
+    height, width = size
+    tries = subkeys(keys, ERASE_TRIES)
+    area = uniform_in(tries, Stream.ERASE_SIZE, ERASE_AREA).double() * (height * width)
+    ratio = uniform_in(tries, Stream.ERASE_SHAPE, ERASE_LOG_RATIO).double().exp()
     tall, wide = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (tall < height) & (wide < width)
     first = fits.byte().argmax(1, keepdim=True)

@@ -1,15 +1,15 @@
-"""Corruptions: the disturbed copy of the validation images that robustness is scored on.
+"""Corruptions of the validation images, on which robustness is scored.
 
 Each is a pure function of (pixels, kind, level, key), the same in every epoch, run, rank and fold. Lengths are
-shares of the image's short side, so that what a network sees does not depend on the stored size.
+fractions of the image's short side, so that the network's input does not depend on the stored size.
 
-| kind           | low                              | medium     | what                                          |
+| kind           | low                              | medium     | strength                                      |
 | -------------- | -------------------------------- | ---------- | --------------------------------------------- |
-| gaussian_noise | 0.06                             | 0.10       | deviation of 0..1, independent by channel     |
+| gaussian_noise | 0.06                             | 0.10       | deviation in 0..1, independent by channel     |
 | blur           | 0.006                            | 0.012      | Gaussian deviation over the short side        |
-| brightness     | 0.25                             | 0.45       | factor 1 - x or 1 + x, which one by key       |
+| brightness     | 0.25                             | 0.45       | factor 1 - x or 1 + x, chosen by the key      |
 | jpeg           | 30                               | 15         | quality, chroma halved                        |
-| occlusion      | 0.10                             | 0.20       | of the central square's area, one grey square |
+| occlusion      | 0.10                             | 0.20       | fraction of the central square, one grey box  |
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from scipy.special import ndtri
 
 from fastflower.data.decode.kernel import decode_file
-from fastflower.recipe.derived import KINDS
+from fastflower.recipe.derived import CORRUPTIONS
 
 STRENGTHS: dict[str, dict[str, float]] = {
     "gaussian_noise": {"low": 0.06, "medium": 0.10},
@@ -39,30 +39,36 @@ GREY = 128
 
 
 def image_key(filename: str) -> int:
-    """The number that seeds an image's corruptions: of its name, not of its place in any file."""
+    """The seed of an image's corruptions: a hash of its name, so that it does not depend on the order of images."""
     return int.from_bytes(hashlib.sha256(filename.encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
 def corrupt(pixels: np.ndarray, kind: str, *, level: str, key: int) -> np.ndarray:
-    """A disturbed copy of uint8 (H, W, 3), of the same shape."""
-    if kind == "jpeg":
-        height, width = pixels.shape[:2]
-        return decode_file(jpeg_bytes(pixels, level), (height, width), (height, width))
-    words = [key & 0xFFFFFFFF, key >> 32, KINDS.index(kind), ("low", "medium").index(level)]
-    return _KINDS[kind](pixels, STRENGTHS[kind][level], np.random.default_rng(words))
+    """A corrupted copy of uint8 (H, W, 3), of the same shape."""
+    seed = [key & 0xFFFFFFFF, key >> 32, CORRUPTIONS.index(kind), ("low", "medium").index(level)]
+    return FUNCTIONS[kind](pixels, STRENGTHS[kind][level], np.random.default_rng(seed))
 
 
 def jpeg_bytes(pixels: np.ndarray, level: str) -> bytes:
-    """The file whose decoding is the `jpeg` corruption."""
+    """The JPEG file that decodes to the `jpeg` corruption; convert stores it as it is."""
+    return _encoded(pixels, STRENGTHS["jpeg"][level])
+
+
+def _encoded(pixels: np.ndarray, quality: float) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=int(STRENGTHS["jpeg"][level]), subsampling="4:2:0")
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=int(quality), subsampling="4:2:0")
     return buffer.getvalue()
 
 
+def _jpeg(pixels: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    return decode_file(_encoded(pixels, quality), (height, width), (height, width))
+
+
 def _gaussian_noise(pixels: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise from a table of 65536 quantiles, four times faster than drawing normals and as exact in 8 bits."""
-    words = rng.bit_generator.random_raw(-(-pixels.size // 4)).astype("<u8", copy=False)
-    draws = words.view("<u2")[: pixels.size].reshape(pixels.shape)
+    """Noise from a table of 65536 quantiles: four times faster than normal draws and as exact in 8 bits."""
+    bits = rng.bit_generator.random_raw(-(-pixels.size // 4)).astype("<u8", copy=False)
+    draws = bits.view("<u2")[: pixels.size].reshape(pixels.shape)
     noisy = np.take(_normals(255 * deviation), draws)
     noisy += pixels
     return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
@@ -74,9 +80,9 @@ def _normals(deviation: float) -> np.ndarray:
     return np.rint(quantiles * deviation).astype(np.int16)
 
 
-def _blur(pixels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """OpenCV's integer Gaussian: the same on every machine, and a sixth of the time of Pillow's three boxes."""
-    deviation = share * min(pixels.shape[:2])
+def _blur(pixels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """OpenCV's integer Gaussian: equal on every machine, six times faster than Pillow's three box blurs."""
+    deviation = fraction * min(pixels.shape[:2])
     return np.asarray(cv2.GaussianBlur(pixels, (0, 0), deviation, borderType=cv2.BORDER_REPLICATE))
 
 
@@ -87,7 +93,7 @@ def _brightness(pixels: np.ndarray, change: float, rng: np.random.Generator) -> 
 
 
 def _occlusion(pixels: np.ndarray, area: float, rng: np.random.Generator) -> np.ndarray:
-    """The square lies inside the central square of the image, where every view sees it."""
+    """A grey square within the central square of the image, where every view sees it."""
     height, width = pixels.shape[:2]
     short = min(height, width)
     side = max(1, round(math.sqrt(area) * short))
@@ -97,9 +103,10 @@ def _occlusion(pixels: np.ndarray, area: float, rng: np.random.Generator) -> np.
     return covered
 
 
-_KINDS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+FUNCTIONS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
     "gaussian_noise": _gaussian_noise,
     "blur": _blur,
     "brightness": _brightness,
+    "jpeg": _jpeg,
     "occlusion": _occlusion,
 }

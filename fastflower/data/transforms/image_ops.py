@@ -1,12 +1,12 @@
-"""Batched pixel operations: every row of a batch gets its own strength, with no loop over rows.
+"""Batched pixel operations: every row of a batch has its own strength, without a loop over rows.
 
 Images are float32 (B, 3, H, W) in 0..255, of any memory format (planar is fastest on a CPU); strengths are
-(B,) on the same device. Operations may work in place: use what they return, and forget what was given. A
-row's result does not depend on the other rows. Formulas are torchvision's for float images, as
-`torchvision.transforms.v2.functional` has them; what differs is said.
+(B,) on the same device. Operations may overwrite their input: use only the result. A row's result does not depend
+on the other rows. Formulas are those of `torchvision.transforms.v2.functional` for float images; docstrings mention
+the differences.
 
-Plain products and sums, in that order, are used in place of `lerp`, `addcmul` and `where`: the former round
-differently in vector tails and on GPUs, the latter costs a CPU twenty times an addition.
+Products and sums are used instead of `lerp`, `addcmul` and `where`: the first two round differently in vector tails
+and on GPUs, `where` costs a CPU twenty times an addition.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastflower.core import seeding
 
-RADIUS = 3  # of the blur, in pixels
+RADIUS = 3  # pixels, of the blur
 
 
 def column(values: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def column(values: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Float32 numbers, brought to a device once, because each such copy waits for all of a GPU's work."""
+    """Float32 numbers on a device, cached because each copy to a GPU waits for all of its work."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -39,10 +39,10 @@ def grey(x: Tensor) -> Tensor:
     return (red * 0.2989).add_(green * 0.587).add_(blue * 0.114)
 
 
-def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor * x + (1 - factor) * other, held in 0..255."""
+def blend(x: Tensor, degenerate: Tensor, factor: Tensor) -> Tensor:
+    """factor * x + (1 - factor) * degenerate, clamped to 0..255."""
     factor = column(factor)
-    return x.mul_(factor).add_(other * (1 - factor)).clamp_(0, 255)
+    return x.mul_(factor).add_(degenerate * (1 - factor)).clamp_(0, 255)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by shift in -0.5..0.5 of the circle; maximum and minimum of a pixel stay.
+    """Turn the hue of HSV by shift, -0.5..0.5 of the circle; a pixel's maximum and minimum do not change.
 
     With the hue h in sixths of the circle and R, G, B scaled to 0..1 between a pixel's minimum and maximum,
-    |h - 3| = 2 + R - G - B, and h < 3 where G > B: no branches. Back, a channel at a distance d on the circle
-    from its complement (cyan 3, magenta 5, yellow 1) is max - chroma * clamp(2 - d, 0, 1).
+    |h - 3| = 2 + R - G - B, and h < 3 where G > B: no branches. Back to RGB, a channel at a distance d on the
+    circle from its complement (cyan 3, magenta 5, yellow 1) is max - chroma * clamp(2 - d, 0, 1).
     """
     red, green, blue = x.split(1, 1)
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -78,12 +78,12 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     angle = distance.copysign_(blue - green).add_(3 + 6 * column(shift))
     angle.sub_((angle * (1 / 6)).floor_().mul_(6))
     complements = constant((3.0, 5.0, 1.0), x.device).view(1, 3, 1, 1)
-    share = (angle - complements).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)  # 2 - d = ||h - c| - 3| - 1
-    return torch.sub(high, share.mul_(chroma), out=share)
+    depth = (angle - complements).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)  # 2 - d = ||h - c| - 3| - 1
+    return torch.sub(high, depth.mul_(chroma), out=depth)
 
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the 3 x 3 mean that weighs the centre five times; the border stays."""
+    """Blend with the 3 x 3 mean whose centre has weight 5; the border does not change."""
     rows = (x[:, :, :-2] + x[:, :, 1:-1]).add_(x[:, :, 2:])
     smooth = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
     inner = x[:, :, 1:-1, 1:-1]
@@ -92,7 +92,7 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def posterize(x: Tensor, bits: Tensor) -> Tensor:
-    """Keep the upper bits (0..8, whole) of each value."""
+    """Keep the upper `bits` (whole numbers 0..8) of each value."""
     step = column(torch.exp2(8 - bits).round())  # a GPU's exp2 need not be exact
     return (x.round() / step).floor_().mul_(step)
 
@@ -103,7 +103,7 @@ def solarize(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 def autocontrast(x: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; a constant channel stays."""
+    """Stretch each channel to 0..255; a constant channel does not change."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     flat = high == low
     scale = torch.where(flat, 1, 255 / (high - low).clamp(min=1e-6))
@@ -111,13 +111,13 @@ def autocontrast(x: Tensor) -> Tensor:
 
 
 def _histograms(values: Tensor) -> Tensor:
-    """Int64 (N, 256): how often each level occurs in each line of values, int64 (N, pixels)."""
+    """Int64 (N, 256): counts of the levels 0..255 in each row of values, int64 (N, pixels)."""
     offsets = 256 * torch.arange(len(values), device=values.device)[:, None]
     return torch.bincount((values + offsets).reshape(-1), minlength=256 * len(values)).view(-1, 256)
 
 
 def equalize(x: Tensor) -> Tensor:
-    """Flatten the histogram of each channel, of values rounded to whole numbers."""
+    """Flatten the histogram of each channel; values are rounded to whole numbers."""
     planes, pixels = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     values = x.round().long().reshape(planes, pixels)
     counts = _histograms(values)
@@ -129,10 +129,10 @@ def equalize(x: Tensor) -> Tensor:
 
 
 def clahe(x: Tensor, clip: Tensor, tiles: int) -> Tensor:
-    """Contrast-limited adaptive histogram equalisation of the luminance; the colour differences stay.
+    """Contrast-limited adaptive histogram equalisation of the luminance; colour differences do not change.
 
-    Each of tiles x tiles parts of the image has its own table, and a pixel blends the tables of its four
-    nearest parts. Counts above clip (B,) times the mean are spread over all levels, as OpenCV does it.
+    Each of tiles x tiles tiles of the image has its own look-up table, and a pixel interpolates those of its four
+    nearest tiles. Counts above clip (B,) times the mean are spread over all levels, as in OpenCV.
     """
     batch, _, height, width = x.shape
     tall, wide = -(-height // tiles), -(-width // tiles)
@@ -144,10 +144,10 @@ def clahe(x: Tensor, clip: Tensor, tiles: int) -> Tensor:
     counts = _histograms(padded.reshape(batch * tiles**2, area)).view(batch, tiles**2, 256)
     limit = (clip.double() * area / 256).long().clamp(min=1)[:, None, None]
     excess = (counts - limit).clamp(min=0).sum(2, keepdim=True)
-    left = excess % 256
+    remainder = excess % 256
     bins = torch.arange(256, device=device)
-    stride = 256 // left.clamp(min=1)
-    counts = counts.minimum(limit) + excess // 256 + ((bins % stride == 0) & (bins // stride < left))
+    stride = 256 // remainder.clamp(min=1)
+    counts = counts.minimum(limit) + excess // 256 + ((bins % stride == 0) & (bins // stride < remainder))
     tables = (counts.cumsum(2) * (255 / area)).round().clamp(max=255).view(batch, tiles, tiles * 256)
 
     top, bottom, down = _between_tiles(height, tall, tiles=tiles, device=device)
@@ -164,22 +164,22 @@ def clahe(x: Tensor, clip: Tensor, tiles: int) -> Tensor:
 
 
 def _mirrored(length: int, padded: int, device: torch.device) -> Tensor:
-    """Indices 0..padded - 1 into a side, going back from its last place (which is not repeated)."""
-    place = torch.arange(padded, device=device) % max(1, 2 * length - 2)
-    return place.minimum(2 * length - 2 - place)
+    """Indices (padded,) into a side of `length`, mirrored at its last pixel (which is not repeated)."""
+    index = torch.arange(padded, device=device) % max(1, 2 * length - 2)
+    return index.minimum(2 * length - 2 - index)
 
 
 def _between_tiles(
     length: int, side: int, *, tiles: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each place of a side: the tile before, the tile after, and the weight of the second."""
-    place = torch.arange(length, device=device) / side - 0.5
-    before = place.floor()
-    return before.long().clamp(min=0), (before.long() + 1).clamp(max=tiles - 1), place - before
+    """For each pixel of a side: the tile before, the tile after, and the weight of the latter."""
+    position = torch.arange(length, device=device) / side - 0.5
+    before = position.floor()
+    return before.long().clamp(min=0), (before.long() + 1).clamp(max=tiles - 1), position - before
 
 
 def shuffle(x: Tensor, draw: Tensor) -> Tensor:
-    """Put the channels in one of their six orders, by draw (B,) in [0, 1)."""
+    """Permute the channels in one of six orders, selected by draw (B,) in [0, 1)."""
     first = (draw * 3).long()
     second = (first + 1 + (draw * 6).long() % 2) % 3
     order = torch.stack([first, second, 3 - first - second], 1)
@@ -187,9 +187,9 @@ def shuffle(x: Tensor, draw: Tensor) -> Tensor:
 
 
 def warp(x: Tensor, matrix: Tensor) -> Tensor:
-    """Sample bilinearly at matrix (B, 2, 3) @ (column, row, 1), in pixels from the centre; outside, mirrored.
+    """Sample bilinearly at matrix (B, 2, 3) @ (column, row, 1), in pixels from the centre, mirrored at the border.
 
-    The result is planar whatever the format of x.
+    The result is planar whatever the memory format of x.
     """
     height, width = x.shape[2:]
     columns = torch.arange(width, device=x.device, dtype=torch.float32) - (width - 1) / 2
@@ -208,35 +208,35 @@ def rotation(degrees: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of sigma pixels within a radius of 3, mirrored at the border."""
+    """Gaussian blur of sigma (B,) pixels, cut at a radius of 3, mirrored at the border."""
     offsets = torch.arange(-RADIUS, RADIUS + 1, device=x.device)
     weights = torch.exp(-0.5 * (offsets / sigma.double()[:, None]) ** 2)
     weights = (weights / weights.sum(1, keepdim=True)).float()
     x = F.pad(x, [RADIUS] * 4, mode="reflect")
     for dim in (2, 3):
         side = x.shape[dim] - 2 * RADIUS
-        parts = [x.narrow(dim, k, side) * column(weights[:, k]) for k in range(2 * RADIUS + 1)]
-        x = parts[0]
-        for part in parts[1:]:
-            x = x.add_(part)
+        taps = [x.narrow(dim, k, side) * column(weights[:, k]) for k in range(2 * RADIUS + 1)]
+        x = taps[0]
+        for tap in taps[1:]:
+            x = x.add_(tap)
     return x.clamp_(0, 255)
 
 
 def noise(x: Tensor, keys: Tensor, sigma: Tensor) -> Tensor:
-    """Add noise of deviation sigma, one counter-based draw a value.
+    """Add noise of standard deviation sigma (B,), one counter-based draw per value.
 
-    The four 16-bit parts of a hash are added up: nearly normal (excess kurtosis -0.3), and exact on every
+    A draw is the sum of the four 16-bit words of a hash: nearly normal (excess kurtosis -0.3), and exact on every
     device.
     """
-    places = torch.arange(x[0].numel(), device=x.device)
-    bits = seeding.mix_tensor(seeding.mix_tensor(keys)[:, None] ^ places)
+    positions = torch.arange(x[0].numel(), device=x.device)
+    bits = seeding.hash64_tensor(seeding.hash64_tensor(keys)[:, None] ^ positions)
     total = (bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF) + (bits >> 48 & 0xFFFF)
     normal = (total - 2 * 0xFFFF).float().mul_(3**0.5 / 0x10000)
     return x.add_(normal.view(x.shape).mul_(column(sigma))).clamp_(0, 255)
 
 
 def erase(x: Tensor, box: Tensor, fill: Tensor) -> Tensor:
-    """Paint box (B, 4) = top, left, height, width with fill (3,); one without height leaves its row alone."""
+    """Fill box (B, 4) = top, left, height, width with `fill` (3,); height 0 changes nothing."""
     top, left, height, width = box.view(-1, 4, 1, 1).unbind(1)
     rows = torch.arange(x.shape[2], device=x.device)[:, None]
     columns = torch.arange(x.shape[3], device=x.device)

@@ -1,13 +1,14 @@
-"""MixUp and CutMix on whole batches, never both: soft targets, a share for each row, no global random state.
+"""MixUp and CutMix on whole batches, never both: soft targets, one weight per row, no global random state.
 
 MixUp: Zhang et al., "mixup: Beyond Empirical Risk Minimization"; CutMix: Yun et al., "CutMix: Regularization
-Strategy to Train Strong Classifiers with Localizable Features". Published recipes draw one share a batch; one
-a row gives the same distribution and less variance.
+Strategy to Train Strong Classifiers with Localizable Features". Published recipes draw one weight per batch; one
+per row has the same distribution and less variance.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,25 +20,25 @@ from torch import Tensor
 from fastflower.core import seeding
 
 Kind = Literal["none", "mixup", "cutmix"]
-WHETHER, WHICH, SHARE, CENTRE_ROW, CENTRE_COLUMN = range(3000, 3005)  # streams
+APPLIED, METHOD, WEIGHT, CENTRE_ROW, CENTRE_COLUMN = range(3000, 3005)  # random streams
 KNOTS = 4096
 
 
 def choose(
     seed: int, epoch: int, *, step: int, prob: float, switch: float, mixup: float, cutmix: float
 ) -> Kind:
-    """What happens to the global batch of a step, the same on every rank.
+    """The method for the global batch of a step, the same on every rank.
 
-    It is mixed at all with probability `prob`, and then by CutMix with probability `switch`. A method whose
-    Beta parameter is 0 leaves its share to the other.
+    A batch is mixed with probability `prob`, and then with CutMix with probability `switch`. If the Beta parameter
+    `mixup` or `cutmix` is 0, the other method takes all mixed batches.
     """
     if not (mixup or cutmix):
         return "none"
     key = seeding.row_keys(seed, epoch, positions=np.array(step), rows=np.array(0))
-    if seeding.uniform(key, WHETHER) >= prob:
+    if seeding.uniform(key, APPLIED) >= prob:
         return "none"
     if mixup and cutmix:
-        return "cutmix" if seeding.uniform(key, WHICH) < switch else "mixup"
+        return "cutmix" if seeding.uniform(key, METHOD) < switch else "mixup"
     return "mixup" if mixup else "cutmix"
 
 
@@ -53,10 +54,10 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mix each row i with row (i + B/2) mod B.
 
-    Images are float (B, 3, H, W), labels and keys int64 (B,). Returns images of the same dtype and format,
-    and float32 targets (B, num_classes) whose rows sum to 1; a teacher's probabilities (B, C) are mixed alike and
-    stand to their right. Ranks that hold every world-th row of a global
-    batch meet the same pairs as one rank would, if their batches are even. A batch of one stays as it is.
+    Images are float (B, 3, H, W), labels and keys int64 (B,). Returns images of the same dtype and memory format,
+    and float32 targets (B, num_classes) whose rows sum to 1. A teacher's probabilities (B, C) are mixed alike and
+    appended to the targets' columns. Ranks that hold every world-th row of a global batch form the same pairs as
+    one rank would, if their batches are even. A batch of one row is not mixed.
     """
     targets = F.one_hot(labels, num_classes).float()
     if teacher is not None:
@@ -64,37 +65,37 @@ def mix(
     half = len(images) // 2
     if kind == "none" or half == 0:
         return images, targets
-    share = beta(keys, alpha)
+    weight = beta(keys, alpha)
     if kind == "mixup":
-        visible = (1 - share)[:, None, None, None]
+        visible = (1 - weight)[:, None, None, None]
     else:
-        visible, share = boxes(keys, share, *images.shape[2:])
-    visible = visible.to(images.dtype)
-    share = share[:, None]
+        visible, weight = boxes(keys, weight, images.shape[2:])
+    visible = visible.to(images.dtype)  # weight of the partner, by pixel
+    weight = weight[:, None]
     mixed = _partners(images, half).mul_(visible).add_(images * (1 - visible))
-    return mixed, targets * share + _partners(targets, half) * (1 - share)
+    return mixed, targets * weight + _partners(targets, half) * (1 - weight)
 
 
 def beta(keys: Tensor, alpha: float) -> Tensor:
-    """Float32 (B,) from Beta(alpha, alpha): the inverse distribution function at each key's uniform number.
+    """Draws (B,), float32, from Beta(alpha, alpha): the quantile function at each key's uniform number.
 
-    The function is interpolated between 4097 knots: its probabilities are right within 1/4096 everywhere,
-    shares within 1e-4 on average. Only products and sums, so the same on every device.
+    Interpolated between 4097 knots: probabilities are within 1/4096 everywhere, values within 1e-4 on average. Only
+    products and sums, hence equal on every device.
     """
     table = _quantiles(alpha, keys.device)
-    place = seeding.uniform_tensor(keys, SHARE) * KNOTS
-    knot = place.long()
+    position = seeding.uniform_tensor(keys, WEIGHT) * KNOTS
+    knot = position.long()
     low, high = table[knot], table[knot + 1]
-    return low + (high - low) * (place - knot)
+    return low + (high - low) * (position - knot)
 
 
-def boxes(keys: Tensor, share: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Bool (B, 1, H, W), true in the CutMix box, and the share of pixels outside it, float32 (B,).
+def boxes(keys: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Bool (B, 1, H, W), true in the CutMix box, and the fraction of pixels outside it, float32 (B,).
 
-    Sides are sqrt(1 - share) of the image, the centre is uniform, and what reaches over the border is cut
-    off.
+    `size` is (height, width). The box has sqrt(1 - weight) of each side and a uniform centre, and is cut at the border.
     """
-    side = (1 - share.double()).sqrt()
+    height, width = size
+    side = (1 - weight.double()).sqrt()
     down, across = (
         _span(keys, CENTRE_ROW, side=side, length=height),
         _span(keys, CENTRE_COLUMN, side=side, length=width),
@@ -104,11 +105,11 @@ def boxes(keys: Tensor, share: Tensor, height: int, width: int) -> tuple[Tensor,
 
 
 def _span(keys: Tensor, stream: int, *, side: Tensor, length: int) -> Tensor:
-    """Bool (B, length): places within a span of floor(side * length) around a uniform centre."""
+    """Bool (B, length): positions within a span of floor(side * length) around a uniform centre."""
     size = (side * length).floor()
     start = (seeding.uniform_tensor(keys, stream) * length).floor() - (size / 2).floor()
-    place = torch.arange(length, device=keys.device)
-    return (place >= start[:, None]) & (place < (start + size)[:, None])
+    position = torch.arange(length, device=keys.device)
+    return (position >= start[:, None]) & (position < (start + size)[:, None])
 
 
 def _partners(rows: Tensor, half: int) -> Tensor:

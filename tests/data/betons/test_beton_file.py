@@ -1,14 +1,14 @@
-"""Betons: FFCV's own reader agrees, nothing half-written opens, and no flipped bit passes."""
+"""Betons: FFCV's own reader opens them, unfinished ones do not open, and every flipped bit is noticed."""
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,13 @@ import pytest
 from PIL import Image
 
 from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError
+from fastflower.core.records import write_record
 from fastflower.data.betons import beton_file
-from fastflower.data.betons.beton_file import Beton, BetonWriter, manifest_path, open_beton
+from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.betons.manifest import Origin, StorageSettings, manifest_path
+
+SETTINGS = StorageSettings(format=2, stored_side=36, store="raw", jpeg_quality=95, combos=(("blur", "low"),))
+ORIGIN = Origin(split="train", fold=0, settings=SETTINGS, inputs_hash="a1", folds_hash="b2")
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
@@ -37,10 +42,10 @@ def write(path: Path, rows: int = 6) -> Beton:
         for i in range(rows):
             pixels = picture(20 + i, 31, i)
             if i % 2:
-                writer.raw(pixels, label=i % 3, index=100 + i)
+                writer.append_raw(pixels, label=i % 3, index=100 + i)
             else:
-                writer.jpeg(jpeg(pixels), 20 + i, width=31, label=i % 3, index=100 + i)
-        writer.commit({"split": "train"})
+                writer.append_jpeg(jpeg(pixels), height=20 + i, width=31, label=i % 3, index=100 + i)
+        writer.commit(ORIGIN)
     return open_beton(path)
 
 
@@ -53,8 +58,9 @@ def test_columns_bytes_and_manifest(tmp_path: Path) -> None:
     beton.verify()
     assert beton.labels.tolist() == [0, 1, 2, 0, 1, 2] and beton.labels.dtype == np.int64
     assert beton.index.tolist() == list(range(100, 106)) and beton.rows == 6
-    assert beton.heights.tolist() == [20, 21, 22, 23, 24, 25] and set(beton.widths) == {31}
-    assert beton.manifest["split"] == "train" and len(beton.manifest["crc"]) == 6
+    assert beton.descriptors["height"].tolist() == [20, 21, 22, 23, 24, 25]
+    assert set(beton.descriptors["width"]) == {31}
+    assert beton.origin == ORIGIN and len(beton.manifest.checksums()) == 6
     for row in range(6):
         pixels = picture(20 + row, 31, row)
         assert beton.row(row).tobytes() == (pixels.tobytes() if row % 2 else jpeg(pixels))
@@ -64,16 +70,16 @@ def test_ffcv_reads_it(tmp_path: Path) -> None:
     from ffcv import types
     from ffcv.reader import Reader
 
-    for ours, theirs in ((beton_file.HEADER, types.HeaderType), (beton_file.FIELD, types.FieldDescType)):
-        assert ours.itemsize == theirs.itemsize and ours.names == theirs.names
+    for dtype, ffcv_dtype in ((beton_file.HEADER, types.HeaderType), (beton_file.FIELD, types.FieldDescType)):
+        assert dtype.itemsize == ffcv_dtype.itemsize and dtype.names == ffcv_dtype.names
     beton, reader = write(tmp_path / "a.beton"), Reader(str(tmp_path / "a.beton"))
     assert reader.field_names == ["image", "label", "index"] and reader.num_samples == 6
     assert reader.metadata_type.itemsize == beton_file.metadata_type(1).itemsize
     assert reader.metadata["f1"].tolist() == beton.labels.tolist()
     assert reader.metadata["f2"].tolist() == beton.index.tolist()
-    assert reader.metadata["f0"]["height"].tolist() == beton.heights.tolist()
+    assert reader.metadata["f0"]["height"].tolist() == beton.descriptors["height"].tolist()
     assert reader.metadata["f0"]["data_ptr"].tolist() == reader.alloc_table["ptr"].tolist()
-    assert reader.alloc_table["size"].tolist() == beton.table["size"].tolist()
+    assert reader.alloc_table["size"].tolist() == beton.descriptors["size"].tolist()
 
 
 def test_same_rows_same_bytes(tmp_path: Path) -> None:
@@ -85,23 +91,23 @@ def test_no_row_crosses_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(beton_file, "PAGE", 1 << 12)
     with BetonWriter(tmp_path / "a.beton", 9) as writer:
         for i, height in enumerate((9, 20, 30, 5, 200, 40, 41, 42, 1)):  # the fifth is larger than a page
-            writer.raw(picture(height, 31, i), 0, i)
-        writer.commit({})
+            writer.append_raw(picture(height, 31, i), 0, i)
+        writer.commit()
     beton = open_beton(tmp_path / "a.beton")
     beton.verify()
     page = int(beton.data[: beton_file.HEADER.itemsize].view(beton_file.HEADER)["page_size"][0])
-    first, last = beton.table["offset"], beton.table["offset"] + beton.table["size"] - 1
+    first, last = beton.descriptors["offset"], beton.descriptors["offset"] + beton.descriptors["size"] - 1
     assert page == 1 << 15 and (first // page == last // page).all()
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.beton"
     write(path)
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    edges = {0, 3, 8, 16, 25, 1000, 3147, 3160, len(whole) - 1, len(whole) - 100, len(whole) - 145}
-    for place in [*edges, *rng.integers(0, len(whole), 200).tolist()]:
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(rng.integers(8))
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    edges = {0, 3, 8, 16, 25, 1000, 3147, 3160, len(content) - 1, len(content) - 100, len(content) - 145}
+    for position in [*edges, *rng.integers(0, len(content), 200).tolist()]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         with pytest.raises(CorruptionError, match=r"a\.beton.*run convert again"):
             open_beton(path).verify()
@@ -111,8 +117,8 @@ def test_zeros_between_pages_are_checked_too(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(beton_file, "PAGE", 1 << 12)
     path = tmp_path / "a.beton"
     beton = write(path)
-    ends = (beton.table["offset"] + beton.table["size"]).astype(np.int64)
-    gaps = beton.table["offset"][1:].astype(np.int64) - ends[:-1]
+    ends = (beton.descriptors["offset"] + beton.descriptors["size"]).astype(np.int64)
+    gaps = beton.descriptors["offset"][1:].astype(np.int64) - ends[:-1]
     after = int(gaps.argmax())
     assert gaps[after] > 3
     with open(path, "r+b") as file:
@@ -124,7 +130,7 @@ def test_zeros_between_pages_are_checked_too(tmp_path: Path, monkeypatch: pytest
 
 def test_damage_names_the_row_of_the_label_table(tmp_path: Path) -> None:
     path = tmp_path / "a.beton"
-    offset = int(write(path).table["offset"][3])
+    offset = int(write(path).descriptors["offset"][3])
     with open(path, "r+b") as file:
         file.seek(offset + 100)
         file.write(b"\x01\x02\x03")
@@ -151,15 +157,19 @@ def test_missing_and_unfinished(tmp_path: Path) -> None:
         open_beton(path)
     os.truncate(path, 0)
     manifest_path(path).write_text("{}")
-    with pytest.raises(CorruptionError, match="not the manifest of a beton"):
+    with pytest.raises(CorruptionError, match="not a complete record"):
         open_beton(path)
 
 
 def test_manifest_of_fewer_rows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.beton"
-    manifest = dict(write(path).manifest)
-    for fewer in ({"rows": 5}, {"rows": 5, "crc": manifest["crc"][:5]}, {"rows": 10**9, "crc": []}):
-        manifest_path(path).write_text(json.dumps({**manifest, **fewer}))
+    manifest = write(path).manifest
+    for inconsistent in (
+        replace(manifest, rows=5),
+        replace(manifest, rows=5, crc=manifest.crc[: 5 * 8]),
+        replace(manifest, rows=10**9, crc=""),
+    ):
+        write_record(manifest_path(path), inconsistent)
         with pytest.raises(CorruptionError):
             open_beton(path)
 
@@ -183,17 +193,17 @@ def test_too_few_and_too_many_rows(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one row"):
         BetonWriter(tmp_path / "a.beton", 0)
     with BetonWriter(tmp_path / "a.beton", 2) as writer:
-        writer.raw(picture(4, 4, 0), 0, 0)
+        writer.append_raw(picture(4, 4, 0), 0, 0)
         with pytest.raises(InputError, match="1 rows written, 2 announced"):
-            writer.commit({})
+            writer.commit()
     with BetonWriter(tmp_path / "a.beton", 1) as writer:
-        writer.raw(picture(4, 4, 0), 0, 0)
+        writer.append_raw(picture(4, 4, 0), 0, 0)
         with pytest.raises(InputError, match="more rows than the 1 announced"):
-            writer.raw(picture(4, 4, 0), 0, 0)
+            writer.append_raw(picture(4, 4, 0), 0, 0)
         with pytest.raises(InputError, match="raw rows are uint8"):
-            writer.raw(np.zeros((4, 4)), 0, 0)
+            writer.append_raw(np.zeros((4, 4)), 0, 0)
     with BetonWriter(tmp_path / "a.beton", 1) as writer, pytest.raises(InputError, match="sides reach 65535"):
-        writer.jpeg(b"x", 70000, width=3, label=0, index=0)
+        writer.append_jpeg(b"x", height=70000, width=3, label=0, index=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,13 +226,13 @@ def test_a_killed_writer_leaves_the_old_beton(tmp_path: Path) -> None:
     script = (
         "import sys, os, signal, numpy as np\nfrom pathlib import Path\n"
         "from fastflower.data.betons.beton_file import BetonWriter\n"
-        "writer = BetonWriter(Path(sys.argv[1]), 2)\nwriter.raw(np.zeros((9, 9, 3), np.uint8), 0, 0)\n"
+        "writer = BetonWriter(Path(sys.argv[1]), 2)\nwriter.append_raw(np.zeros((9, 9, 3), np.uint8), 0, 0)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 3
     assert open_beton(path).data.tobytes() == before
-    write(path)  # and the next writer sweeps
+    write(path)  # the next writer removes the temporary file
     assert names(tmp_path) == ["a.beton", "a.beton.json"]
 
 

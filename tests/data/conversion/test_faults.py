@@ -1,4 +1,4 @@
-"""Faults of inputs, disks and clocks that a conversion meets: each is refused in one line, or changes nothing."""
+"""Faults of inputs, disks and clocks during a conversion: each is refused in one line, or changes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastflower import convert
 from fastflower.bench.fuzz import mutated
 from fastflower.core import workers
 from fastflower.core.errors import EnvironmentFault, InputError
-from fastflower.core.files import aside_of
+from fastflower.core.files import temporary_path
 from fastflower.data import folds, labels
 from fastflower.data.betons import fold_set
 from fastflower.data.decode.kernel import Crop, decode_file
@@ -33,7 +33,7 @@ from fastflower.data.readers import image_files, sources
 from fastflower.recipe import load
 from support.sample_images import ODD_NAMES, jpeg, picture, predictor_pictures
 
-WORDS = [
+ARGUMENTS = [
     "data.img_size=16",
     "tta.scales=[16]",
     "data.n_splits=2",
@@ -43,10 +43,10 @@ WORDS = [
 
 
 def project(
-    more: dict[str, bytes] | None = None, ids: Callable[[int], str] = lambda k: str(k % 2)
+    extra: dict[str, bytes] | None = None, ids: Callable[[int], str] = lambda k: str(k % 2)
 ) -> list[str]:
-    """Eight photographs of two classes, and `more` files, all labelled."""
-    files = {f"{k}.jpg": jpeg(picture(k)) for k in range(8)} | (more or {})
+    """Write eight JPEGs of two classes and the `extra` files, all labelled; return their names."""
+    files = {f"{k}.jpg": jpeg(picture(k)) for k in range(8)} | (extra or {})
     Path("data/train").mkdir(parents=True)
     rows = ["filename,category_id"]
     for k, (name, data) in enumerate(files.items()):
@@ -57,8 +57,8 @@ def project(
     return list(files)
 
 
-def run(*words: str) -> None:
-    assert convert.main([*WORDS, *words]) == 0
+def run(*arguments: str) -> None:
+    assert convert.main([*ARGUMENTS, *arguments]) == 0
 
 
 def test_files_without_a_label_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,8 +74,8 @@ def test_files_of_another_format_than_their_names_say_are_counted(capsys: pytest
         picture(len(name) + ord(name[0])).save(name, form)
     project({name: Path(name).read_bytes() for name in forms})
     run()
-    said = capsys.readouterr().out
-    assert "note: 3 images are of another format than their names say, such as a.jpg (PNG)" in said
+    output = capsys.readouterr().out
+    assert "note: 3 images are of another format than their names say, such as a.jpg (PNG)" in output
 
 
 def test_classes_of_one_name_are_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,15 +83,15 @@ def test_classes_of_one_name_are_said(capsys: pytest.CaptureFixture[str]) -> Non
     rows = [f"{n},{k % 4},{['rose', 'lily', 'rose', ''][k % 4]}" for k, n in enumerate(names)]
     Path("data/train_labels.csv").write_text("filename,category_id,english_name\n" + "\n".join(rows) + "\n")
     run()
-    said = capsys.readouterr().out
-    assert "english_name: 1 names stand for several classes, such as 'rose' for 0, 2" in said
-    assert "english_name: 1 classes have no name, such as 3" in said
+    output = capsys.readouterr().out
+    assert "english_name: 1 names stand for several classes, such as 'rose' for 0, 2" in output
+    assert "english_name: 1 classes have no name, such as 3" in output
 
 
 def test_a_header_that_promises_more_than_the_file_holds_is_refused() -> None:
     data = bytearray(jpeg(picture(1)))
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 2] = (96).to_bytes(2, "big")  # 48 lines become 96
+    marker = data.index(b"\xff\xc0") + 5
+    data[marker : marker + 2] = (96).to_bytes(2, "big")  # 48 lines become 96
     project({"bad.jpg": bytes(data)})
     with pytest.raises(InputError, match=r"1 of 9 images cannot be used: bad.jpg cannot be decoded"):
         run()
@@ -115,30 +115,34 @@ def test_every_kind_of_jpeg_that_libjpeg_reads_is_stored() -> None:
     run("data.store=raw", "data.group=none")
     seen = set()
     for fold in (0, 1):
-        opened = fold_set.open_fold(load(None, WORDS), fold)
+        opened = fold_set.open_fold(load(None, ARGUMENTS), fold)
         for row, index in enumerate(opened.val.index):
             name = opened.folds.filenames[index]
             if name in files:
                 seen.add(name)
-                want = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
-                assert np.array_equal(opened.val.row(row).reshape(want.shape), want)
+                expected = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
+                assert np.array_equal(opened.val.row(row).reshape(expected.shape), expected)
     assert seen == set(files)
 
 
 @pytest.mark.parametrize(
-    ("start", "bits", "said"),
+    ("start", "bits", "message"),
     [
-        (0xC1, 12, "is no image of JPEG, .*, but a JPEG with a broken header or other than 8 bits a colour"),
+        (
+            0xC1,
+            12,
+            "is not an image of type JPEG, .*, but a JPEG with a broken header or other than 8 bits a colour",
+        ),
         (0xC3, 8, r"cannot be decoded \(Unsupported JPEG process: SOF type 0xc3\)"),  # lossless
         (0xC5, 8, r"cannot be decoded \(Unsupported JPEG process: SOF type 0xc5\)"),  # hierarchical
     ],
 )
-def test_other_kinds_of_jpeg_are_named(start: int, bits: int, said: str) -> None:
+def test_other_kinds_of_jpeg_are_named(start: int, bits: int, message: str) -> None:
     data = bytearray(jpeg(picture(1)))
-    at = data.index(b"\xff\xc0")
-    data[at + 1], data[at + 4] = start, bits
+    marker = data.index(b"\xff\xc0")
+    data[marker + 1], data[marker + 4] = start, bits
     project({"odd.jpg": bytes(data)})
-    with pytest.raises(InputError, match=rf"1 of 9 images cannot be used: odd.jpg {said}"):
+    with pytest.raises(InputError, match=rf"1 of 9 images cannot be used: odd.jpg {message}"):
         run()
 
 
@@ -146,10 +150,10 @@ def test_consoles_that_show_little_change_nothing(repo: Path) -> None:
     project({"花.jpg": jpeg(picture(30)), "🌸.jpg": jpeg(picture(30))})
     plain = {**os.environ, "PYTHONPATH": str(repo), "LC_ALL": "C", "COLUMNS": "20"}
 
-    def converted(home: str, encoding: str, more: str = "") -> bytes:
-        words = [sys.executable, "-m", "fastflower.convert", *WORDS, f"data.home={home}"]
+    def converted(home: str, encoding: str, redirect: str = "") -> bytes:
+        arguments = [sys.executable, "-m", "fastflower.convert", *ARGUMENTS, f"data.home={home}"]
         done = subprocess.run(
-            ["sh", "-c", shlex.join(words) + more],
+            ["sh", "-c", shlex.join(arguments) + redirect],
             env={**plain, "PYTHONIOENCODING": encoding},
             capture_output=True,
             timeout=120,
@@ -157,9 +161,9 @@ def test_consoles_that_show_little_change_nothing(repo: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
         return done.stdout
 
-    shown = {"ascii": "\\u82b1", "gbk": "花"}
-    for encoding, flower in shown.items():
-        line = f"another's bytes with another label, such as \\U0001f338.jpg and {flower}.jpg"
+    spellings = {"ascii": "\\u82b1", "gbk": "花"}
+    for encoding, flower in spellings.items():
+        line = f"have the bytes of another but a different label, such as \\U0001f338.jpg and {flower}.jpg"
         assert line.encode(encoding) in converted(encoding, encoding)
     assert converted("closed", "ascii", " >&-") == b""
     for path in (*Path("gbk/betons").iterdir(), Path("gbk/folds.csv"), Path("gbk/duplicates.csv")):
@@ -178,7 +182,7 @@ def test_every_cut_of_a_jpeg_is_refused_by_the_decoder() -> None:
 def test_a_conversion_refuses_every_cut_jpeg() -> None:
     data = jpeg(picture(2, (64, 48)))
     cuts = np.random.default_rng(0).choice(np.arange(1, len(data)), 300, replace=False)
-    project({f"cut{at}.jpg": data[:at] for at in cuts})
+    project({f"cut{length}.jpg": data[:length] for length in cuts})
     with pytest.raises(InputError, match=r"^300 of 308 images cannot be used: cut"):
         run()
     run("data.on_bad=skip")
@@ -186,21 +190,21 @@ def test_a_conversion_refuses_every_cut_jpeg() -> None:
 
 
 def test_most_damage_that_shows_is_noticed() -> None:
-    """Of what Pillow decodes without a word and is far from the picture; the rest is valid JPEG of another picture."""
+    """Counts files that Pillow decodes silently but far from the picture; the others are valid JPEGs of another one."""
     rng, shows, noticed = random.Random(0), 0, 0
     for k in range(900):
         smooth = np.asarray(picture(k % 6, (160, 120)))
         grain = np.random.default_rng(k % 6).normal(0, 12 * (k % 2), smooth.shape)
-        whole = jpeg(Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)), subsampling=k % 3)
-        data, want = mutated(whole, rng), np.asarray(image_files.decode(whole), int)
+        original = jpeg(Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)), subsampling=k % 3)
+        data, expected = mutated(original, rng), np.asarray(image_files.decode(original), int)
         try:
-            got = np.asarray(image_files.decode(data))
+            decoded = np.asarray(image_files.decode(data))
         except InputError:
             continue
-        if got.shape != want.shape or np.abs(got - want).mean() > 2:
+        if decoded.shape != expected.shape or np.abs(decoded - expected).mean() > 2:
             shows += 1
             try:
-                decode_file(data, got.shape[:2], got.shape[:2])
+                decode_file(data, decoded.shape[:2], decoded.shape[:2])
             except InputError:
                 noticed += 1
     assert shows > 300 and noticed / shows > 0.85, f"{noticed} of {shows}"
@@ -222,7 +226,7 @@ def test_images_of_any_size_go_through_conversion_loaders_and_predictor(store: s
     crop = {"height": 16, "width": 16, "factor": 1.14, "interpolation": "bicubic", "stored_side": 18}
     prepare, seen = predictor_pictures().prepare, set()
     for fold in (0, 1):
-        opened = fold_set.open_fold(load(None, WORDS), fold)
+        opened = fold_set.open_fold(load(None, ARGUMENTS), fold)
         rows = np.arange(opened.train.rows)
         train = TrainLoader(
             opened.train,
@@ -237,7 +241,7 @@ def test_images_of_any_size_go_through_conversion_loaders_and_predictor(store: s
         assert sum(len(batch["image"]) for batch in train) == opened.train.rows
         assert opened.val_corrupt is not None
         for beton in (opened.val, opened.val_corrupt):
-            assert max(beton.heights.max(), beton.widths.max()) <= 4 * 18
+            assert max(beton.descriptors[name].max() for name in ("height", "width")) <= 4 * 18
             images = np.concatenate(
                 [batch["image"][batch["valid"]] for batch in EvalLoader(
                     beton, 8, size=lambda: (16, 16), factor=1.14, interpolation="bicubic", threads=1
@@ -255,41 +259,41 @@ def test_images_of_any_size_go_through_conversion_loaders_and_predictor(store: s
 def test_odd_names_go_through_a_conversion_byte_by_byte() -> None:
     project({name: jpeg(picture(20 + k)) for k, name in enumerate(ODD_NAMES)})
     run()
-    found = folds.read_folds(Path("data/folds.csv"))
-    assert set(ODD_NAMES) < set(found.filenames)
-    fold_set.open_fold(load(None, WORDS), 0)
+    saved = folds.read_folds(Path("data/folds.csv"))
+    assert set(ODD_NAMES) < set(saved.filenames)
+    fold_set.open_fold(load(None, ARGUMENTS), 0)
 
 
 def test_words_and_odd_numbers_are_ordinary_labels() -> None:
     tokens = ["nan", "NA", "null", "None", "-3", "9" * 40, "1e5", "１２", "007", "7"]
     project({name: jpeg(picture(ord(name[0]))) for name in ("8.jpg", "9.jpg")}, ids=lambda k: tokens[k])
     run("data.split=ratio")
-    found = folds.read_folds(Path("data/folds.csv"))
-    assert (found.filenames, found.category_ids) == ([f"{k}.jpg" for k in range(10)], tokens)
+    saved = folds.read_folds(Path("data/folds.csv"))
+    assert (saved.filenames, saved.category_ids) == ([f"{k}.jpg" for k in range(10)], tokens)
     assert set(labels.read_classes(Path("data/classes.csv")).ids) == set(tokens)
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error")]
+    ("number", "message"), [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error")]
 )
 def test_a_read_error_is_listed_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch, number: int, said: str
+    monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
-    """At opening, as of a file of another user, and at reading, as of a broken disk."""
+    """When opening, as for a file of another user, and when reading, as for a broken disk."""
     project()
 
     class Broken(io.FileIO):
         def readall(self) -> bytes:
-            raise OSError(number, said)
+            raise OSError(number, message)
 
-    def refuse(path: Any, *more: Any, **options: Any) -> int:
+    def refuse(path: Any, *args: Any, **options: Any) -> int:
         if number == errno.EACCES and str(path).endswith("/3.jpg"):
-            raise OSError(number, said, path)
-        return opened(path, *more, **options)
+            raise OSError(number, message, path)
+        return opened(path, *args, **options)
 
-    def broken(handle: int, *more: Any, **options: Any) -> Any:
+    def broken(handle: int, *args: Any, **options: Any) -> Any:
         wrong = number == errno.EIO and os.readlink(f"/proc/self/fd/{handle}").endswith("/3.jpg")
-        return io.BufferedReader(Broken(handle)) if wrong else file_of(handle, *more, **options)
+        return io.BufferedReader(Broken(handle)) if wrong else file_of(handle, *args, **options)
 
     opened, file_of = os.open, os.fdopen
     monkeypatch.setattr(os, "open", refuse)
@@ -297,14 +301,14 @@ def test_a_read_error_is_listed_with_its_reason(
     for count in (1, 2):
         with pytest.raises(
             InputError,
-            match=rf"^1 of 8 images cannot be used: 3.jpg cannot be read: {said}; replace them, or",
+            match=rf"^1 of 8 images cannot be used: 3.jpg cannot be read: {message}; replace them, or",
         ):
             run(f"data.workers={count}")
 
 
 def test_a_file_that_changes_after_it_was_read_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     project()
-    run("data.home=want")
+    run("data.home=expected")
     real = sources.read_bytes
 
     def read_then_swap(path: str) -> bytes:
@@ -315,25 +319,25 @@ def test_a_file_that_changes_after_it_was_read_changes_nothing(monkeypatch: pyte
 
     monkeypatch.setattr(sources, "read_bytes", read_then_swap)
     run()
-    assert snapshot() == snapshot("want")
+    assert snapshot() == snapshot("expected")
 
 
 def snapshot(home: str = "data") -> dict[str, bytes]:
-    """The set of betons there and its folds, by content."""
+    """The bytes of the betons and of folds.csv below `home`, by file name."""
     return {
         path.name: path.read_bytes() for path in (*Path(home, "betons").iterdir(), Path(home, "folds.csv"))
     }
 
 
 def write_by(kind: type[io.FileIO], patch: pytest.MonkeyPatch) -> None:
-    """Let every file that is opened to be written be one of a kind."""
+    """Make open() return files of this class for writing."""
     real = io.open
 
-    def opened(path: Any, mode: str = "r", buffering: int = -1, *more: Any, **options: Any) -> Any:
+    def opened(path: Any, mode: str = "r", buffering: int = -1, *args: Any, **options: Any) -> Any:
         if not set(mode) & set("wax"):
-            return real(path, mode, buffering, *more, **options)
+            return real(path, mode, buffering, *args, **options)
         file = io.BufferedWriter(kind(path, mode.strip("bt")), 1 << 12)
-        return file if "b" in mode else io.TextIOWrapper(file, *more, **options)
+        return file if "b" in mode else io.TextIOWrapper(file, *args, **options)
 
     patch.setattr(io, "open", opened)
     patch.setattr(builtins, "open", opened)
@@ -345,11 +349,11 @@ ONE_SPLIT = ["data.split=ratio", "robust.enabled=false", "data.group=none"]
 def test_a_full_disk_at_any_write_leaves_the_old_set_or_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     project()
     run(*ONE_SPLIT)
-    run(*ONE_SPLIT, "data.img_size=24", "data.home=want")
-    old, new, number, count = snapshot(), snapshot("want"), 0, iter("")
+    run(*ONE_SPLIT, "data.img_size=24", "data.home=expected")
+    old, new, number, count = snapshot(), snapshot("expected"), 0, iter("")
 
-    def room(*what: Any) -> None:
-        if next(count, None) is None:  # from the number-th write on there is none
+    def room() -> None:
+        if next(count, None) is None:  # the disk is full from the number-th write on
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
 
     class Full(io.FileIO):
@@ -382,26 +386,26 @@ def test_short_writes_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().write(memoryview(data).cast("B")[:499])
 
     project()
-    run("data.home=want")
+    run("data.home=expected")
     write_by(Short, monkeypatch)
     run()
-    assert snapshot() == snapshot("want")
+    assert snapshot() == snapshot("expected")
 
 
 def test_what_killed_conversions_left_is_removed() -> None:
     project()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    left = aside_of(Path("data/folds.csv"), gone.pid)
+    abandoned = temporary_path(Path("data/folds.csv"), gone.pid)
     kept = [
-        aside_of(Path("data/folds.csv"), os.getppid()),
+        temporary_path(Path("data/folds.csv"), os.getppid()),
         Path("data/.my.notes.tmp"),
         Path(f"data/{gone.pid}.tmp"),
     ]
-    for path in (left, *kept):
+    for path in (abandoned, *kept):
         path.write_text("")
     run()
-    assert not left.exists() and all(path.exists() for path in kept)
+    assert not abandoned.exists() and all(path.exists() for path in kept)
 
 
 def test_inputs_are_never_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,9 +414,9 @@ def test_inputs_are_never_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
         path.chmod(path.stat().st_mode & 0o555)
     real = builtins.open
 
-    def watched(path: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+    def watched(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         assert not (set(mode) & set("wax+") and "data/train/" in str(path))
-        return real(path, mode, *more, **options)
+        return real(path, mode, *args, **options)
 
     monkeypatch.setattr(builtins, "open", watched)
     before = sorted(os.listdir("data/train"))
@@ -442,17 +446,26 @@ def test_an_error_of_the_work_itself_reaches_the_caller() -> None:
     def work(k: int) -> int:
         if k == 3:
             raise InputError("row 3 is wrong")
-        workers.beat()
+        workers.count_done()
         return k
 
     for count in (1, 2):
         with pytest.raises(InputError, match="row 3 is wrong"):
-            list(workers.run(work, ((k,) for k in range(8)), count=count, tell=lambda done: None))
-    heard: list[int] = []
+            list(
+                workers.map_ordered(
+                    work, ((k,) for k in range(8)), count=count, on_progress=lambda done: None
+                )
+            )
+    reported: list[int] = []
     assert list(
-        workers.run(lambda k: (workers.beat(), k)[1], ((k,) for k in range(8)), count=2, tell=heard.append)
+        workers.map_ordered(
+            lambda k: (workers.count_done(), k)[1],
+            ((k,) for k in range(8)),
+            count=2,
+            on_progress=reported.append,
+        )
     ) == list(range(8))
-    assert heard[-1] == 8
+    assert reported[-1] == 8
 
 
 def test_the_distribution_is_drawn() -> None:

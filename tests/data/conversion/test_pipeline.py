@@ -1,8 +1,9 @@
+"""Conversion: contents, reuse, refusals, and what remains after faults and kills."""
+
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +29,27 @@ from fastflower.core import files as core_files
 from fastflower.core import runs
 from fastflower.core import workers as core_workers
 from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.core.records import read_record, write_record
 from fastflower.core.tables import read_csv
 from fastflower.core.workers import Progress
 from fastflower.data import folds
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import open_beton
-from fastflower.data.conversion import encode, pipeline, storage
+from fastflower.data.betons.manifest import Manifest, manifest_path
+from fastflower.data.conversion import encode, grouping, storage
 from fastflower.data.decode.kernel import decode_eval, decode_file
 from fastflower.data.readers import image_files, sources
 from fastflower.data.transforms import corruptions
 from fastflower.recipe import load
 from support.sample_images import jpeg, picture
 
-WORDS = ["data.img_size=32", "tta.scales=[32]", "data.n_splits=3", "data.workers=1"]  # stored side 36
+ARGUMENTS = ["data.img_size=32", "tta.scales=[32]", "data.n_splits=3", "data.workers=1"]  # stored side 36
 SIDE = 36
 
 
 @pytest.fixture
 def photographs() -> dict[str, bytes]:
-    """Eighteen pictures of three classes below data/train, one of them small; ids are not contiguous."""
+    """Eighteen JPEGs of three classes in data/train, one of them small; class ids are not contiguous."""
     files = {f"{k:02d}.jpg": jpeg(picture(k, (40, 30) if k == 4 else (60, 48))) for k in range(18)}
     Path("data/train").mkdir(parents=True)
     for name, data in files.items():
@@ -60,19 +64,19 @@ def label(rows: list[tuple[str, int]]) -> None:
     )
 
 
-def run(*words: str) -> None:
-    assert convert.main([*WORDS, *words]) == 0
+def run(*arguments: str) -> None:
+    assert convert.main([*ARGUMENTS, *arguments]) == 0
 
 
 def snapshot(home: str = "data") -> dict[str, str]:
-    """What convert has written there, by content."""
+    """SHA-256 of the files that convert has written below `home`, by name."""
     paths = {*Path(home).glob("*.csv"), *Path(home, "betons").glob("fold*")} - {Path("data/train_labels.csv")}
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def pixels_of(path: Path, row: int) -> np.ndarray:
     beton = open_beton(path)
-    height, width = int(beton.heights[row]), int(beton.widths[row])
+    height, width = (int(beton.descriptors[name][row]) for name in ("height", "width"))
     out = np.empty((1, height, width, 3), np.uint8)
     decode_eval(beton, np.array([row]), out=out, factor=1.0, interpolation="bilinear", threads=1)
     return out[0]
@@ -91,11 +95,13 @@ def test_a_conversion_holds_what_the_contract_says(photographs: dict[str, bytes]
         assert val.index.tolist() == table.val_rows(fold).tolist()
         assert np.array_equal(train.labels, table.class_idx[train.index])
         assert bad.index.tolist() == val.index.tolist() * 5
-        assert bad.manifest["combos"] == [[kind, "low"] for kind in corruptions.STRENGTHS]
-        assert train.manifest["stored_side"] == SIDE
+        assert bad.origin.combos == tuple((kind, "low") for kind in corruptions.STRENGTHS)
+        assert train.origin.stored_side == SIDE
         for beton in (train, val, bad):
             beton.verify()
-            assert min(beton.heights.min(), beton.widths.min()) == (30 if 4 in beton.index else SIDE)
+            assert min(beton.descriptors[name].min() for name in ("height", "width")) == (
+                30 if 4 in beton.index else SIDE
+            )
 
 
 @pytest.mark.parametrize("store", ["raw", "jpeg"])
@@ -105,17 +111,21 @@ def test_rows_are_the_pictures(photographs: dict[str, bytes], store: str) -> Non
     for split in ("val", "val_corrupt"):
         path = Path(f"data/betons/fold0_{split}.beton")
         beton = open_beton(path)
-        combos = beton.manifest["combos"] or [None]
+        combos = beton.origin.combos or (None,)
         for row, index in enumerate(beton.index):
-            want = np.asarray(image_files.stored(image_files.decode(photographs[names[index]]), SIDE))
+            expected = np.asarray(image_files.stored(image_files.decode(photographs[names[index]]), SIDE))
             combo = combos[row * len(combos) // beton.rows]
             if combo:
-                want = corruptions.corrupt(
-                    want, combo[0], level=combo[1], key=corruptions.image_key(names[index])
+                expected = corruptions.corrupt(
+                    expected, combo[0], level=combo[1], key=corruptions.image_key(names[index])
                 )
             exact = store == "raw" or split == "val" or combo[0] == "jpeg"
-            got = pixels_of(path, row)
-            assert np.array_equal(got, want) if exact else np.abs(got.astype(int) - want).mean() < 4
+            actual = pixels_of(path, row)
+            assert (
+                np.array_equal(actual, expected)
+                if exact
+                else np.abs(actual.astype(int) - expected).mean() < 4
+            )
 
 
 def test_small_jpegs_keep_their_bytes_and_validation_is_never_lossy(photographs: dict[str, bytes]) -> None:
@@ -126,7 +136,7 @@ def test_small_jpegs_keep_their_bytes_and_validation_is_never_lossy(photographs:
             for row, index in enumerate(beton.index):
                 kept = beton.row(row).tobytes() == photographs[f"{index:02d}.jpg"]
                 assert kept == (index == 4)
-                assert int(beton.table["mode"][row]) == (
+                assert int(beton.descriptors["mode"][row]) == (
                     encode.RAW if split == "val" and not kept else encode.JPEG
                 )
 
@@ -162,11 +172,11 @@ def test_bytes_do_not_depend_on_workers_or_on_the_order_of_labels(
 ) -> None:
     run("data.store=jpeg")
     monkeypatch.setattr(encode, "CHUNK", 2)  # enough tasks for all
-    want = snapshot()
+    expected = snapshot()
     rows = [(name, [164, 9, 10][k % 3]) for k, name in enumerate(photographs)]
     label(rows[::-1])
     run("data.store=jpeg", "data.home=again", f"data.workers={workers}")
-    assert snapshot("again") == want
+    assert snapshot("again") == expected
 
 
 def test_a_second_run_has_nothing_to_do(
@@ -179,19 +189,19 @@ def test_a_second_run_has_nothing_to_do(
     assert times == {p: p.stat().st_mtime_ns for p in Path("data/betons").glob("fold*")}
     run("data.store=raw", "data.img_size=48")
     assert snapshot()["folds.csv"] == before["folds.csv"]
-    assert open_beton(Path("data/betons/fold0_train.beton")).manifest["stored_side"] == 55
+    assert open_beton(Path("data/betons/fold0_train.beton")).origin.stored_side == 55
     run("robust.enabled=false")
     assert not list(Path("data/betons").glob("*val_corrupt*"))
 
 
 def test_only_what_is_missing_is_written_again(photographs: dict[str, bytes]) -> None:
     run()
-    want = snapshot()
+    expected = snapshot()
     kept = Path("data/betons/fold2_val.beton")
     inode = kept.stat().st_ino
     Path("data/betons/fold0_train.beton.json").unlink()
     run()
-    assert snapshot() == want
+    assert snapshot() == expected
     assert kept.stat().st_ino == inode
 
 
@@ -212,9 +222,12 @@ def test_copies_share_a_fold_and_conflicts_are_said(
     fold = dict(zip(table.filenames, table.fold, strict=True))
     assert fold["copy.jpg"] == fold["05.jpg"]
     assert fold["small.jpg"] == fold["07.jpg"]
-    said = capsys.readouterr().out
-    assert "2 images are copies or near-copies of another and share its fold" in said
-    assert "warning: 1 images are another's bytes with another label, such as copy.jpg and 05.jpg" in said
+    output = capsys.readouterr().out
+    assert "2 images are copies or near-copies of another and share its fold" in output
+    assert (
+        "warning: 1 images have the bytes of another but a different label, such as copy.jpg and 05.jpg"
+        in output
+    )
     assert "copy.jpg,9,05.jpg,10,0,yes" in Path("data/duplicates.csv").read_text()
 
 
@@ -234,9 +247,9 @@ def damage(photographs: dict[str, bytes]) -> None:
 
 
 def rotten(data: bytes) -> bytes:
-    """The first change of a byte of a JPEG's scan that Pillow decodes without a word and libjpeg warns of."""
-    for at in range(data.index(b"\xff\xda") + 14, len(data)):
-        changed = data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
+    """The JPEG with one byte of its scan changed, such that Pillow decodes it silently and libjpeg warns."""
+    for offset in range(data.index(b"\xff\xda") + 14, len(data)):
+        changed = data[:offset] + bytes([data[offset] ^ 0x55]) + data[offset + 1 :]
         try:
             image_files.decode(changed)
         except InputError:
@@ -259,12 +272,14 @@ def test_all_bad_images_are_named_at_once(photographs: dict[str, bytes]) -> None
     assert image_files.decode(image_files.read_bytes("data/train/14.jpg")).size == (60, 48)
     with pytest.raises(InputError) as error:
         run()
-    said = str(error.value)
-    assert said.startswith("4 of 18 images cannot be used: 03.jpg cannot be decoded: ")
-    assert "08.jpg is empty; 11.jpg is no image of JPEG, PNG, BMP, GIF, WEBP, but a web page" in said
-    assert "14.jpg cannot be decoded (Corrupt JPEG data" in said
-    assert said.endswith("; replace them, or use data.on_bad=skip")
-    assert "\n" not in said
+    message = str(error.value)
+    assert message.startswith("4 of 18 images cannot be used: 03.jpg cannot be decoded: ")
+    assert (
+        "08.jpg is empty; 11.jpg is not an image of type JPEG, PNG, BMP, GIF, WEBP, but a web page" in message
+    )
+    assert "14.jpg cannot be decoded (Corrupt JPEG data" in message
+    assert message.endswith("; replace them, or use data.on_bad=skip")
+    assert "\n" not in message
     assert not snapshot()
     assert not Path("data/.betons.new").exists()
 
@@ -281,7 +296,7 @@ def test_bad_images_can_be_skipped(photographs: dict[str, bytes], capsys: pytest
     )
     run("data.on_bad=skip")
     assert "up to date: 14 images" in capsys.readouterr().out
-    fold_set.open_fold(load(None, WORDS), 0)
+    fold_set.open_fold(load(None, ARGUMENTS), 0)
 
 
 def test_many_bad_images_go_to_a_file(photographs: dict[str, bytes]) -> None:
@@ -328,12 +343,15 @@ def test_odd_pictures_are_stored_upright_and_undistorted(photographs: dict[str, 
     for fold in range(3):
         beton = open_beton(Path(f"data/betons/fold{fold}_val.beton"))
         for row, index in enumerate(beton.index):
-            sizes[table.filenames[index]] = (int(beton.heights[row]), int(beton.widths[row]))
+            sizes[table.filenames[index]] = (
+                int(beton.descriptors["height"][row]),
+                int(beton.descriptors["width"][row]),
+            )
             name = table.filenames[index]
             if name in odd:
-                want = image_files.stored(image_files.decode(odd[name]), SIDE)
+                expected = image_files.stored(image_files.decode(odd[name]), SIDE)
                 assert np.array_equal(
-                    pixels_of(Path(f"data/betons/fold{fold}_val.beton"), row), np.asarray(want)
+                    pixels_of(Path(f"data/betons/fold{fold}_val.beton"), row), np.asarray(expected)
                 )
     assert [sizes[name] == (35, 30) for name in turned] == [turn in (5, 6, 7, 8) for turn in range(10)]
     assert sizes["strip.jpg"] == (1, 4 * SIDE)
@@ -347,37 +365,38 @@ def test_a_ratio_split_has_one_fold(photographs: dict[str, bytes]) -> None:
     }
     held_out = open_beton(Path("data/betons/fold0_val.beton"))
     assert 0 < held_out.rows <= 5
-    fold_set.open_fold(load(None, [*WORDS, "data.split=ratio"]), 0)
+    fold_set.open_fold(load(None, [*ARGUMENTS, "data.split=ratio"]), 0)
 
 
 def test_open_fold_refuses_what_does_not_belong_together(photographs: dict[str, bytes]) -> None:
     run()
-    settings = load(None, WORDS)
+    settings = load(None, ARGUMENTS)
     opened = fold_set.open_fold(settings, 1)
     assert opened.val_corrupt is not None
     assert (opened.train.rows, opened.val.rows, opened.val_corrupt.rows) == (12, 6, 30)
     assert opened.classes.ids == ("9", "10", "164")
-    assert fold_set.open_fold(load(None, [*WORDS, "robust.enabled=false"]), 1).val_corrupt is None
+    assert fold_set.open_fold(load(None, [*ARGUMENTS, "robust.enabled=false"]), 1).val_corrupt is None
     with pytest.raises(InputError, match=r"short side 36, the recipe's sizes and views need 73"):
-        fold_set.open_fold(load(None, [*WORDS, "data.img_size=64"]), 1)
+        fold_set.open_fold(load(None, [*ARGUMENTS, "data.img_size=64"]), 1)
     with pytest.raises(InputError, match=r"robust.kinds or robust.level differ"):
-        fold_set.open_fold(load(None, [*WORDS, "robust.level=medium"]), 1)
+        fold_set.open_fold(load(None, [*ARGUMENTS, "robust.level=medium"]), 1)
     with pytest.raises(InputError, match=r"data.fold = 4: data/folds.csv has the folds \[0, 1, 2\]"):
         fold_set.open_fold(settings, 4)
-    beside = Path("data/betons/fold1_val.beton.json")
-    beside.write_text(beside.read_text().replace('"store": "raw"', '"store": "jpeg"'))
+    manifest = opened.val.manifest
+    origin = replace(opened.val.origin, settings=replace(opened.val.origin.settings, store="jpeg"))
+    write_record(manifest_path(opened.val.path), replace(manifest, origin=origin))
     with pytest.raises(
-        InputError, match=r"fold1_val.beton is stale: settings differ from today's; run convert again"
+        InputError, match=r"fold1_val.beton is stale: other settings than .*; run convert again"
     ):
         fold_set.open_fold(settings, 1)
-    for part in ("", ".json"):
-        shutil.copy(f"data/betons/fold0_train.beton{part}", f"data/betons/fold1_train.beton{part}")
-    with pytest.raises(InputError, match=r"fold1_train.beton is stale: fold differ"):
+    for suffix in ("", ".json"):
+        shutil.copy(f"data/betons/fold0_train.beton{suffix}", f"data/betons/fold1_train.beton{suffix}")
+    with pytest.raises(InputError, match=r"fold1_train.beton is stale: other fold than"):
         fold_set.open_fold(settings, 1)
     label([(name, [164, 9, 10][k % 3 if k else 1]) for k, name in enumerate(photographs)])
     with pytest.raises(InputError, match=r"does not match the labels: 1 relabelled, such as 00.jpg"):
         fold_set.open_fold(settings, 1)
-    Path("data/train_labels.csv").unlink()  # the photographs need not be where one trains
+    Path("data/train_labels.csv").unlink()  # training does not need the images
     fold_set.open_fold(settings, 0)
 
 
@@ -401,13 +420,13 @@ def test_two_conversions_at_once(photographs: dict[str, bytes], monkeypatch: pyt
     assert snapshot() == before
     os.write(go[1], b"." * len(photographs))
     assert os.waitpid(first, 0)[1] == 0
-    run("data.img_size=48", "data.home=want")
-    assert snapshot() == snapshot("want") != before
+    run("data.img_size=48", "data.home=expected")
+    assert snapshot() == snapshot("expected") != before
 
 
 def test_a_training_keeps_the_set_that_it_opened(photographs: dict[str, bytes]) -> None:
     run()
-    opened, old = fold_set.open_fold(load(None, WORDS), 0), snapshot()
+    opened, old = fold_set.open_fold(load(None, ARGUMENTS), 0), snapshot()
     content = opened.train.data.tobytes()
     run("data.img_size=48", "robust.level=medium")
     assert snapshot() != old
@@ -441,14 +460,14 @@ def test_the_store_follows_memory(
     assert re.search(
         rf"store: {store}, short side 36; .* of raw pixels a fold .*fit", capsys.readouterr().out
     )
-    assert open_beton(Path("data/betons/fold0_val.beton")).manifest["settings"]["store"] == store
+    assert open_beton(Path("data/betons/fold0_val.beton")).origin.settings.store == store
 
 
 def test_hashing_is_left_out_when_it_takes_long(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline.duplicates, "hashing_seconds", lambda *a, **k: 600.0)
-    monkeypatch.setattr(encode, "phash", lambda image: pytest.fail("hashed all the same"))
+    monkeypatch.setattr(grouping.duplicates, "hashing_seconds", lambda *a, **k: 600.0)
+    monkeypatch.setattr(encode, "phash", lambda image: pytest.fail("an image was hashed"))
     run()
     assert "hashing takes about 600 s: left out; data.group=phash looks for them" in capsys.readouterr().out
 
@@ -464,7 +483,7 @@ def test_a_place_that_cannot_be_written_is_said_before_an_image_is_read(
         ):
             run(f"data.home={home}")
     Path("data/betons").write_text("")
-    with pytest.raises(EnvironmentFault, match=r"data/betons is no folder; move it away"):
+    with pytest.raises(EnvironmentFault, match=r"data/betons is not a folder; move it away"):
         run()
     Path("data/betons").unlink()
     Path("data/betons").symlink_to("/nowhere/flowers")
@@ -474,10 +493,10 @@ def test_a_place_that_cannot_be_written_is_said_before_an_image_is_read(
         run()
     real: Callable[..., int] = os.open
 
-    def read_only(path: Any, flags: int, *more: int, **others: Any) -> int:
+    def read_only(path: Any, flags: int, *args: int, **options: Any) -> int:
         if flags & os.O_CREAT and "data/" in os.fspath(path):
             raise OSError(errno.EROFS, "Read-only file system", path)
-        return real(path, flags, *more, **others)
+        return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(
@@ -495,8 +514,8 @@ def limited(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "fastflower.convert", *WORDS, *words]
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fastflower.convert", *ARGUMENTS, *arguments]
 
 
 @pytest.fixture
@@ -505,9 +524,9 @@ def environment(repo: Path) -> dict[str, str]:
 
 
 def test_a_full_disk_stops_cleanly(photographs: dict[str, bytes], environment: dict[str, str]) -> None:
-    words = ("data.workers=2", "data.store=raw", "robust.enabled=false")
+    arguments = ("data.workers=2", "data.store=raw", "robust.enabled=false")
     done = subprocess.run(
-        command(*words), env=environment, preexec_fn=limited(20_000), capture_output=True, timeout=60
+        command(*arguments), env=environment, preexec_fn=limited(20_000), capture_output=True, timeout=60
     )
     assert done.returncode == 4
     assert re.search(rb"fastflower: .*cannot write \(File too large\); free the disk", done.stderr)
@@ -519,11 +538,11 @@ def test_a_full_disk_stops_cleanly(photographs: dict[str, bytes], environment: d
 def test_a_killed_worker_ends_the_conversion(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent, told = os.getpid(), os.pipe()
+    parent, started = os.getpid(), os.pipe()
 
     def die(data: bytes) -> None:
         assert os.getpid() != parent
-        os.write(told[1], b"%f " % time.monotonic())
+        os.write(started[1], b"%f " % time.monotonic())
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(encode, "CHUNK", 4)
@@ -532,7 +551,7 @@ def test_a_killed_worker_ends_the_conversion(
         EnvironmentFault, match=r"a worker process was killed, most likely for memory; lower data.workers"
     ):
         run("data.workers=2")
-    assert time.monotonic() - float(os.read(told[0], 64).split()[0]) < 5
+    assert time.monotonic() - float(os.read(started[0], 64).split()[0]) < 5
     assert not snapshot()
 
 
@@ -544,11 +563,11 @@ def test_a_silent_worker_is_given_up(photographs: dict[str, bytes], monkeypatch:
         run("data.workers=2")
 
 
-STEPS = ("replace", "rename", "link", "unlink")  # what changes names on the disk
+STEPS = ("replace", "rename", "link", "unlink")  # functions of os that change names on the disk
 
 
-def killed_at(step: int, *words: str, steps: tuple[str, ...] = STEPS) -> bool:
-    """Convert in a child that dies like a killed process just before its `step`-th change; whether it came so far."""
+def killed_at(step: int, *arguments: str, steps: tuple[str, ...] = STEPS) -> bool:
+    """Convert in a child process that is killed just before its `step`-th call of `steps`; return whether it was."""
     child = os.fork()
     if not child:
         count = iter(range(step + 1, -1, -1))
@@ -561,7 +580,7 @@ def killed_at(step: int, *words: str, steps: tuple[str, ...] = STEPS) -> bool:
                 setattr(os, name, counted(getattr(os, name)))
             core_files._exchange = counted(core_files._exchange)  # type: ignore[assignment]
             with open(os.devnull, "w") as sys.stdout:
-                run(*words)
+                run(*arguments)
             os._exit(0)
         finally:
             os._exit(1)
@@ -576,8 +595,8 @@ SMALLER = ["data.group=none", "data.img_size=16", "tta.scales=[16]", "data.n_spl
 def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new_one(photographs: dict[str, bytes]) -> None:
     label([(name, k % 2) for k, name in enumerate(list(photographs)[:8])])
     run(*SMALLER)
-    old, kept = snapshot(), load(None, [*WORDS, *SMALLER])
-    run(*SMALLER, "robust.level=medium", "data.home=want")
+    old, kept = snapshot(), load(None, [*ARGUMENTS, *SMALLER])
+    run(*SMALLER, "robust.level=medium", "data.home=expected")
     changed, step, seen = ["robust.level=medium"], 0, set()
     while killed_at(step, *SMALLER, *changed):
         now = snapshot()
@@ -589,25 +608,25 @@ def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new_one(photographs: dic
                 for beton in (opened.train, opened.val, opened.val_corrupt):
                     beton.verify()
         else:
-            assert now == snapshot("want")
+            assert now == snapshot("expected")
             break
         step += 1
     assert step > 15 and seen == {True, False}
     run(*SMALLER, *changed)
-    assert snapshot() == snapshot("want")
+    assert snapshot() == snapshot("expected")
     assert [path.name for path in Path("data").rglob(".*")] == [".convert.lock"]
 
 
 def test_a_kill_at_any_moment_of_the_first_conversion_is_made_good(photographs: dict[str, bytes]) -> None:
     label([(name, k % 2) for k, name in enumerate(list(photographs)[:8])])
-    words = [*SMALLER, "data.split=ratio", "robust.enabled=false"]
-    run(*words, "data.home=want")
+    arguments = [*SMALLER, "data.split=ratio", "robust.enabled=false"]
+    run(*arguments, "data.home=expected")
     step = 0
-    while killed_at(step, *words):
-        assert not list(Path("data/betons").glob("*")) or snapshot() == snapshot("want")
+    while killed_at(step, *arguments):
+        assert not list(Path("data/betons").glob("*")) or snapshot() == snapshot("expected")
         if step % 4 == 0:
-            run(*words)
-            assert snapshot() == snapshot("want")
+            run(*arguments)
+            assert snapshot() == snapshot("expected")
             assert [path.name for path in Path("data").rglob(".*")] == [".convert.lock"]
         shutil.rmtree("data/betons", ignore_errors=True)
         for path in {*Path("data").glob("*.csv")} - {Path("data/train_labels.csv")}:
@@ -621,11 +640,11 @@ def test_where_folders_cannot_be_exchanged_the_old_set_comes_back(
 ) -> None:
     run(*SMALLER)
     old = snapshot()
-    monkeypatch.setattr(core_files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(core_files, "_exchange", lambda first, second: False)
     step = 0
     while killed_at(step, *SMALLER, "robust.level=medium", steps=("rename",)):
         if not Path("data/betons").exists():
-            run(*SMALLER)  # the next conversion puts the old set back and finds it up to date
+            run(*SMALLER)  # the next conversion restores the old set and finds it up to date
             assert snapshot() == old
             break
         step += 1
@@ -655,10 +674,9 @@ def test_a_signal_leaves_the_old_set_and_no_workers(
     monkeypatch.setattr(encode, "CHUNK", 4)
     child = os.fork()
     if not child:
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # as in a command that has not imported Composer,
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which puts its own there
+        # as in a command that has not imported Composer, which installs its own handlers
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         monkeypatch.setattr(
             encode,
             "inspect",
@@ -680,8 +698,8 @@ def test_a_signal_leaves_the_old_set_and_no_workers(
     assert not Path(f"/proc/{first}").exists()
     assert snapshot() == old
     run(*changed)
-    run(*changed, "data.home=want")
-    assert snapshot() == snapshot("want") != old
+    run(*changed, "data.home=expected")
+    assert snapshot() == snapshot("expected") != old
     assert not list(Path("data").glob(".betons.*"))
 
 
@@ -731,17 +749,17 @@ def test_photographs_of_flowers(flowers17: Path) -> None:
     Path("some.csv").write_text("filename,category_id\n" + "\n".join(rows) + "\n")
     run(f"data.root={flowers17 / 'train'}", "data.csv=some.csv", "data.store=jpeg")
     opened = fold_set.open_fold(
-        load(None, [*WORDS, f"data.root={flowers17 / 'train'}", "data.csv=some.csv"]), 0
+        load(None, [*ARGUMENTS, f"data.root={flowers17 / 'train'}", "data.csv=some.csv"]), 0
     )
-    manifest = json.loads(Path("data/betons/fold0_train.beton.json").read_text())
-    assert opened.train.rows + opened.val.rows == len(rows) == manifest["rows"] + opened.val.rows
+    manifest = read_record(Path("data/betons/fold0_train.beton.json"), Manifest)
+    assert opened.train.rows + opened.val.rows == len(rows) == manifest.rows + opened.val.rows
     opened.train.verify()
 
 
 def test_groups_by_embeddings_of_a_local_backbone(photographs: dict[str, bytes]) -> None:
-    words = ["data.store=raw", "data.group=embedding", "data.group_backbone=test_resnet"]
+    arguments = ["data.store=raw", "data.group=embedding", "data.group_backbone=test_resnet"]
     with pytest.raises(InputError) as caught:
-        run(*words)
+        run(*arguments)
     refused = str(caught.value)
     assert refused.startswith(
         "data.group = embedding: no weights of test_resnet in results/model/pretrained_model"
@@ -756,23 +774,27 @@ def test_groups_by_embeddings_of_a_local_backbone(photographs: dict[str, bytes])
     views = np.empty((len(photographs), 32, 32, 3), np.uint8)
     for fold in range(3):
         beton = open_beton(Path(f"plain/betons/fold{fold}_val.beton"))
-        part = np.empty((beton.rows, 32, 32, 3), np.uint8)
-        decode_eval(beton, np.arange(beton.rows), out=part, factor=1.14, interpolation="bicubic", threads=1)
-        views[beton.index] = part
+        fold_views = np.empty((beton.rows, 32, 32, 3), np.uint8)
+        decode_eval(
+            beton, np.arange(beton.rows), out=fold_views, factor=1.14, interpolation="bicubic", threads=1
+        )
+        views[beton.index] = fold_views
     mean, std = np.array(network.pretrained_cfg["mean"]), np.array(network.pretrained_cfg["std"])
     with torch.no_grad():
         images = torch.from_numpy((views / 255 - mean) / std).float().permute(0, 3, 1, 2)
         features = network(images).numpy().astype(float)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     cosines = features @ features.T
-    above = np.sort(cosines[np.triu_indices(len(cosines), 1)])[-4:]  # three pairs at the least
-    want = connected_components(cosines >= above[:2].mean(), directed=False)[1]
+    above = np.sort(cosines[np.triu_indices(len(cosines), 1)])[-4:]  # at least three pairs
+    expected = connected_components(cosines >= above[:2].mean(), directed=False)[1]
 
-    run(*words, f"data.group_cosine={above[:2].mean()}")
-    got = folds.read_folds(Path("data/folds.csv")).group
-    assert np.array_equal(got[:, None] == got[None, :], want[:, None] == want[None, :])
-    listed = read_csv(Path("data/duplicates.csv"), pipeline.PAIRS)
+    run(*arguments, f"data.group_cosine={above[:2].mean()}")
+    actual = folds.read_folds(Path("data/folds.csv")).group
+    assert np.array_equal(actual[:, None] == actual[None, :], expected[:, None] == expected[None, :])
+    listed = read_csv(Path("data/duplicates.csv"), grouping.DUPLICATE_COLUMNS)
     assert 2 <= len(listed) <= 3
     for pair in listed:
-        one, other = (int(pair[name][:2]) for name in ("filename", "other"))
-        assert float(pair["cosine"]) == pytest.approx(cosines[one, other], abs=1e-3) and not pair["distance"]
+        first, second = (int(pair[name][:2]) for name in ("filename", "other"))
+        assert (
+            float(pair["cosine"]) == pytest.approx(cosines[first, second], abs=1e-3) and not pair["distance"]
+        )

@@ -1,4 +1,4 @@
-"""The kernel: evaluation equals Pillow to the bit, training is torchvision's crop near Pillow's pixels, and pure."""
+"""The kernel: evaluation is bit-identical to Pillow; training is torchvision's crop, near Pillow's pixels, and pure."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from fastflower.data.decode.kernel import (
     library,
 )
 
-WHOLE = Crop((1.0, 1.0), (1.0, 1.0), 0.0)
+FULL_CROP = Crop((1.0, 1.0), (1.0, 1.0), 0.0)
 SHAPES = [(60, 80), (81, 57), (33, 200), (7, 5), (1, 1), (2, 90), (224, 224), (300, 451), (640, 427)]
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
-    """A smooth picture with edges and some noise: what JPEG is for, and hard enough for a resampler."""
+    """A smooth picture with edges and some noise: suited to JPEG, and demanding for a resampler."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
     pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int64)
@@ -59,18 +59,20 @@ def write(path: Path, images: list[bytes | np.ndarray]) -> Beton:
         for i, image in enumerate(images):
             if isinstance(image, bytes):
                 width, height = Image.open(io.BytesIO(image)).size
-                writer.jpeg(image, height, width=width, label=0, index=i)
+                writer.append_jpeg(image, height=height, width=width, label=0, index=i)
             else:
-                writer.raw(image, 0, i)
-        writer.commit({})
+                writer.append_raw(image, 0, i)
+        writer.commit()
     return open_beton(path)
 
 
 def pixels(beton: Beton, row: int) -> Image.Image:
-    """A row as Pillow has it."""
-    if beton.table["mode"][row] == 0:
+    """A row, decoded by Pillow."""
+    if beton.descriptors["mode"][row] == 0:
         return Image.open(io.BytesIO(beton.row(row).tobytes())).convert("RGB")
-    return Image.fromarray(beton.row(row).reshape(beton.heights[row], beton.widths[row], 3))
+    return Image.fromarray(
+        beton.row(row).reshape(beton.descriptors["height"][row], beton.descriptors["width"][row], 3)
+    )
 
 
 def train(beton: Beton, keys: np.ndarray, size: tuple[int, int], crop: Crop, threads: int = 1) -> np.ndarray:
@@ -81,7 +83,7 @@ def train(beton: Beton, keys: np.ndarray, size: tuple[int, int], crop: Crop, thr
 
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory) -> Beton:
-    """Every JPEG subsampling, progressive, restart markers, optimised, grey, Adobe RGB; and raw; all shapes."""
+    """Rows of every JPEG subsampling, progressive, restart markers, optimised, grey, Adobe RGB, and raw; all shapes."""
     images: list[bytes | np.ndarray] = []
     kinds: list[dict[str, object]] = [
         {"subsampling": "4:2:0"}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"progressive": True},
@@ -106,11 +108,14 @@ def portable() -> Iterator[None]:
 def assert_as_pillow(beton: Beton, size: tuple[int, int], factor: float, interpolation: str) -> None:
     out = np.zeros((beton.rows, *size, 3), np.uint8)
     decode_eval(beton, np.arange(beton.rows), out=out, factor=factor, interpolation=interpolation, threads=2)
-    how = Image.Resampling[interpolation.upper()]
+    method = Image.Resampling[interpolation.upper()]
     for row in range(beton.rows):
         image = pixels(beton, row)
         box = eval_box(image.height, image.width, size=size, factor=factor)
-        assert np.array_equal(out[row], np.array(image.resize(size[::-1], how, box=box))), (row, image.size)
+        assert np.array_equal(out[row], np.array(image.resize(size[::-1], method, box=box))), (
+            row,
+            image.size,
+        )
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -180,8 +185,8 @@ def test_crops_are_uniform_and_independent() -> None:
     boxes = np.array([crop_box(int(key), 1000, width=1000, size=(64, 64), crop=quarter) for key in keys])
     top, left, flip = boxes[:, 0], boxes[:, 1], boxes[:, 4]
     assert (boxes[:, 2] == 500).all()
-    for place in (top, left):
-        assert stats.kstest((place + 0.5) / 501, "uniform").pvalue > 1e-3
+    for offset in (top, left):
+        assert stats.kstest((offset + 0.5) / 501, "uniform").pvalue > 1e-3
     assert stats.binomtest(int(flip.sum()), 4000, 0.5).pvalue > 1e-3
     for a, b in ((top, left), (top[1:], top[:-1]), (left, flip)):
         assert abs(stats.pearsonr(a, b).statistic) < 0.06
@@ -208,14 +213,14 @@ def test_training_is_near_pillow(beton: Beton, size: tuple[int, int]) -> None:
             size[::-1], Image.Resampling.BILINEAR
         )
         expected = np.array(view)[:, ::-1] if flip else np.array(view)
-        raw = beton.table["mode"][row] == 1
+        raw = beton.descriptors["mode"][row] == 1
         assert psnr(out[row], expected) > (50 if raw else 27), (row, image.size)
         if raw:
             assert np.abs(out[row].astype(int) - expected).max() <= 2
 
 
 def test_training_quality_on_photographs(flowers17: Path, tmp_path: Path) -> None:
-    """Least and median PSNR to full decodes: Pillow's antialiased bilinear resize, and OpenCV's area averaging."""
+    """Lowest and median PSNR to full decodes: Pillow's antialiased bilinear resize, and OpenCV's area averaging."""
     import cv2
 
     files = sorted((flowers17 / "train").iterdir())[::60]
@@ -225,7 +230,7 @@ def test_training_quality_on_photographs(flowers17: Path, tmp_path: Path) -> Non
         Crop(hflip_p=0.0),
     )
     for size, bilinear, area in ((224, (38, 44), (32, 40)), (320, (44, 48), (38, 45))):
-        out, found = train(beton, keys, (size, size), crop), []
+        out, psnrs = train(beton, keys, (size, size), crop), []
         for row in range(beton.rows):
             image = pixels(beton, row)
             top, left, h, w, _ = crop_box(
@@ -234,8 +239,8 @@ def test_training_quality_on_photographs(flowers17: Path, tmp_path: Path) -> Non
             view = image.crop((left, top, left + w, top + h))
             smooth = np.array(view.resize((size, size), Image.Resampling.BILINEAR))
             mean = cv2.resize(np.array(view), (size, size), interpolation=cv2.INTER_AREA)
-            found.append((psnr(out[row], smooth), psnr(out[row], mean)))
-        for values, (least, median) in zip(np.transpose(found), (bilinear, area), strict=True):
+            psnrs.append((psnr(out[row], smooth), psnr(out[row], mean)))
+        for values, (least, median) in zip(np.transpose(psnrs), (bilinear, area), strict=True):
             assert values.min() > least and np.median(values) > median
 
 
@@ -266,24 +271,28 @@ def test_fast_code_equals_portable_code(beton: Beton, size: tuple[int, int]) -> 
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """Some bytes of the scan flipped, made markers, cut out, put in, or the end cut off."""
+    """A JPEG with one to three bytes of its scan flipped, replaced by markers, removed or inserted, or cut short."""
     start = data.index(b"\xff\xda") + 10
     for _ in range(rng.integers(1, 4)):
-        at = int(rng.integers(start, len(data)))
-        middle = [
-            bytes([data[at] ^ 1 << rng.integers(8)]), b"\xff", bytes([255, rng.integers(0xD0, 0xDA)]), b"",
-            rng.bytes(2) + data[at : at + 1],
+        offset = int(rng.integers(start, len(data)))
+        replacements = [
+            bytes([data[offset] ^ 1 << rng.integers(8)]), b"\xff", bytes([255, rng.integers(0xD0, 0xDA)]), b"",
+            rng.bytes(2) + data[offset : offset + 1],
         ]  # fmt: skip
-        how = int(rng.integers(len(middle) + 1))
-        data = data[:at] + middle[how] + data[at + 1 :] if how < len(middle) else data[: at + 1]
+        method = int(rng.integers(len(replacements) + 1))
+        data = (
+            data[:offset] + replacements[method] + data[offset + 1 :]
+            if method < len(replacements)
+            else data[: offset + 1]
+        )
     return data
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, whole: bool) -> None:
-    """Our Huffman decoding is in use, accepts what libjpeg's accepts, with its pixels, and refuses in its words.
+@pytest.mark.parametrize("as_file", [False, True])
+def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, as_file: bool) -> None:
+    """entropy.h is in use, and accepts and refuses the same files as libjpeg, with the same pixels and messages.
 
-    Of rows' crops as of whole files, where bytes after the last block count too.
+    Checked on crops of rows, and on whole files, where bytes after the last block count too.
     """
     rng = np.random.default_rng(0)
     kinds = [
@@ -299,16 +308,16 @@ def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, w
         files += [kind[:-2] + tail + b"\xff\xd9" + behind for tail in tails for behind in (b"", b"behind")]
     with BetonWriter(tmp_path / "a.beton", len(files)) as writer:
         for i, data in enumerate(files):
-            writer.jpeg(data, 40, width=50, label=0, index=i)
-        writer.commit({})
+            writer.append_jpeg(data, height=40, width=50, label=0, index=i)
+        writer.commit()
     beton, refused = open_beton(tmp_path / "a.beton"), 0
     for row, data in enumerate(files):
-        found = []
+        outcomes = []
         for on in (1, 0):
             assert library().ff_portable(on) == 1 - on
             out = np.zeros((1, 30, 30, 3), np.uint8)
             try:
-                if whole:
+                if as_file:
                     out = decode_file(data, (40, 50), (40, 50))
                 else:
                     decode_train(
@@ -319,61 +328,64 @@ def test_libjpeg_judges_what_looks_like_damage(tmp_path: Path, portable: None, w
                         crop=Crop((0.5, 1)),
                         threads=1,
                     )
-                found.append((out.tobytes(), ""))
+                outcomes.append((out.tobytes(), ""))
             except (CorruptionError, InputError) as error:
-                found.append((b"", str(error)))
-        assert found[0] == found[1]
-        refused += bool(found[0][1])
+                outcomes.append((b"", str(error)))
+        assert outcomes[0] == outcomes[1]
+        refused += bool(outcomes[0][1])
     assert 100 < refused < 390
 
 
 def test_threads_order_and_batch_do_not_matter(beton: Beton) -> None:
     rows = np.random.default_rng(0).permutation(np.repeat(np.arange(beton.rows), 2))
     keys = seeding.row_keys(1, 2, positions=np.arange(rows.size), rows=rows)
-    one, three = np.empty((2, rows.size, 48, 64, 3), np.uint8)
-    decode_train(beton, rows, keys=keys, out=one, crop=Crop(), threads=1)
-    decode_train(beton, rows, keys=keys, out=three, crop=Crop(), threads=3)
-    assert np.array_equal(one, three)
-    back, single = rows.size - 1 - np.arange(rows.size), np.empty((1, 48, 64, 3), np.uint8)
-    decode_train(beton, rows[back], keys=keys[back], out=three, crop=Crop(), threads=2)
-    assert np.array_equal(one, three[back])
+    expected, actual = np.empty((2, rows.size, 48, 64, 3), np.uint8)
+    decode_train(beton, rows, keys=keys, out=expected, crop=Crop(), threads=1)
+    decode_train(beton, rows, keys=keys, out=actual, crop=Crop(), threads=3)
+    assert np.array_equal(expected, actual)
+    reverse, single = rows.size - 1 - np.arange(rows.size), np.empty((1, 48, 64, 3), np.uint8)
+    decode_train(beton, rows[reverse], keys=keys[reverse], out=actual, crop=Crop(), threads=2)
+    assert np.array_equal(expected, actual[reverse])
     for i in range(0, rows.size, 17):
         decode_train(beton, rows[i : i + 1], keys=keys[i : i + 1], out=single, crop=Crop(), threads=4)
-        assert np.array_equal(single[0], one[i])
-    first, second = one[rows == beton.rows - 1]
+        assert np.array_equal(single[0], expected[i])
+    first, second = expected[rows == beton.rows - 1]
     assert not np.array_equal(first, second)  # another key, another crop
 
 
-def broken(data: bytes, how: str) -> bytes:
+def broken(data: bytes, fault: str) -> bytes:
+    """A JPEG of 90 x 120 pixels with this fault."""
     start = data.index(b"\xff\xda") + 14
-    if how == "cut":
+    if fault == "cut":
         return data[: start + (len(data) - start) // 3]
-    if how == "zeros":
+    if fault == "zeros":
         return data[: start + 50] + bytes(len(data) - start - 50)
-    if how == "header":
+    if fault == "header":
         return b"\x00" * 20 + data[20:]
-    if how == "cmyk":
+    if fault == "cmyk":
         return jpeg(picture(90, 120, 0).convert("CMYK"))
     return jpeg(picture(91, 120, 0))  # "shape"
 
 
-@pytest.mark.parametrize("how", ["cut", "zeros", "header", "cmyk", "shape"])
+@pytest.mark.parametrize("fault", ["cut", "zeros", "header", "cmyk", "shape"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_undecodable_row_is_named(tmp_path: Path, how: str, threads: int) -> None:
+def test_an_undecodable_row_is_named(tmp_path: Path, fault: str, threads: int) -> None:
     good, size = [jpeg(picture(90, 120, i)) for i in range(8)], (40, 40)
     with BetonWriter(tmp_path / "a.beton", 8) as writer:
         for i, data in enumerate(good):
-            writer.jpeg(broken(data, how) if i in (3, 6) else data, 90, width=120, label=0, index=70 + i)
-        writer.commit({})
+            writer.append_jpeg(
+                broken(data, fault) if i in (3, 6) else data, height=90, width=120, label=0, index=70 + i
+            )
+        writer.commit()
     beton, out = open_beton(tmp_path / "a.beton"), np.empty((8, *size, 3), np.uint8)
     keys, rows = np.arange(8, dtype=np.uint64), np.arange(8)
-    words = r"row 3 \(row 73 of folds.csv\): cannot be decoded \(.+\)"
-    with pytest.raises(CorruptionError, match=words):
-        decode_train(beton, rows, keys=keys, out=out, crop=WHOLE, threads=threads)
-    with pytest.raises(CorruptionError, match=words):
+    message = r"row 3 \(row 73 of folds.csv\): cannot be decoded \(.+\)"
+    with pytest.raises(CorruptionError, match=message):
+        decode_train(beton, rows, keys=keys, out=out, crop=FULL_CROP, threads=threads)
+    with pytest.raises(CorruptionError, match=message):
         decode_eval(beton, rows, out=out, factor=1.0, interpolation="bicubic", threads=threads)
-    fine = np.array([0, 1, 2, 4, 5, 7])  # and the kernel is none the worse for it
-    decode_train(beton, fine, keys=keys[fine], out=out[:6], crop=WHOLE, threads=threads)
+    fine = np.array([0, 1, 2, 4, 5, 7])  # the kernel still works after the errors
+    decode_train(beton, fine, keys=keys[fine], out=out[:6], crop=FULL_CROP, threads=threads)
     middle = pixels(beton, 4).crop((15, 0, 105, 90))
     assert psnr(out[3], np.array(middle.resize((40, 40), Image.Resampling.BILINEAR))) > 27
 
@@ -398,81 +410,23 @@ def test_a_missing_kernel_says_make_setup(monkeypatch: pytest.MonkeyPatch) -> No
         kernel.library.__wrapped__()
 
 
-@pytest.mark.filterwarnings("ignore")  # numba and ffcv have theirs
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcvs_loader_runs_the_same_kernel(beton: Beton, os_cache: bool) -> None:
-    from ffcv.fields.decoders import IntDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import ToTensor
-
-    from fastflower.data.decode.ffcv_loader import EvalDecoder, TrainDecoder
-
-    rows, size, seed = np.arange(beton.rows), (24, 32), 5
-    trained, viewed = TrainDecoder(size, Crop(), seed), EvalDecoder(size, 1.14, "bicubic")
-    for decoder in (trained, viewed):
-        pipelines = {
-            "image": [decoder, ToTensor()],
-            "label": [IntDecoder()],
-            "index": [IntDecoder(), ToTensor()],
-        }
-        loader = Loader(
-            str(beton.path), batch_size=32, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache,
-            drop_last=False, pipelines=pipelines,
-        )  # fmt: skip
-        for epoch in (0, 1):
-            trained.set_epoch(epoch)
-            batches = [(batch[0].numpy().copy(), batch[2].numpy().copy()) for batch in loader]
-            got, expected = (
-                np.concatenate([b[0] for b in batches]),
-                np.empty((beton.rows, *size, 3), np.uint8),
-            )
-            if decoder is trained:
-                decode_train(
-                    beton,
-                    rows,
-                    keys=seeding.row_keys(seed, epoch, positions=0 * rows, rows=rows),
-                    out=expected,
-                    crop=Crop(),
-                    threads=1,
-                )
-            else:
-                decode_eval(beton, rows, out=expected, factor=1.14, interpolation="bicubic", threads=1)
-            assert np.array_equal(got, expected)
-            assert np.concatenate([b[1] for b in batches])[:, 0].tolist() == beton.index.tolist()
-        decoder.check(beton.path)
-
-
-def test_ffcvs_loader_notes_an_undecodable_row(beton: Beton) -> None:
-    import ctypes
-
-    from fastflower.data.decode.ffcv_loader import EvalDecoder
-
-    decoder, out = EvalDecoder((8, 8), 1.0, "bilinear"), np.ones((8, 8, 3), np.uint8)
-    junk = np.zeros(100, np.uint8)
-    settings = ctypes.addressof(decoder._settings)
-    library().ff_one(junk.ctypes.data, 100, 8, 8, 0, (7 << 32) | 4, settings, out.ctypes.data, 8, 8)
-    assert not out.any()
-    with pytest.raises(CorruptionError, match="row 4 cannot be decoded"):
-        decoder.check(beton.path)
-
-
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # of numba and ffcv
 def test_stock_ffcv_trains_on_our_betons(tmp_path: Path) -> None:
-    from fastflower.data.decode.ffcv_loader import stock_loader
+    from fastflower.bench.stock_ffcv import stock_loader
 
     images = [picture(64, 64, i) for i in range(10)]
     with BetonWriter(tmp_path / "a.beton", 10) as writer:
         for i, image in enumerate(images):
             if i % 2:
-                writer.raw(np.array(image), i % 3, i)
+                writer.append_raw(np.array(image), i % 3, i)
             else:
-                writer.jpeg(jpeg(image, quality=98), 64, width=64, label=i % 3, index=i)
-        writer.commit({})
+                writer.append_jpeg(jpeg(image, quality=98), height=64, width=64, label=i % 3, index=i)
+        writer.commit()
     batches = [
         (batch[0].numpy().copy(), batch[1].numpy().copy())
-        for batch in stock_loader(tmp_path / "a.beton", (64, 64), crop=WHOLE, batch=4, threads=1)
+        for batch in stock_loader(tmp_path / "a.beton", (64, 64), crop=FULL_CROP, batch=4, threads=1)
     ]
     assert [len(batch[0]) for batch in batches] == [4, 4, 2]
     assert np.concatenate([batch[1] for batch in batches])[:, 0].tolist() == [i % 3 for i in range(10)]
-    for found, image in zip(np.concatenate([batch[0] for batch in batches]), images, strict=True):
-        assert psnr(found, np.array(image)) > 28
+    for decoded, image in zip(np.concatenate([batch[0] for batch in batches]), images, strict=True):
+        assert psnr(decoded, np.array(image)) > 28

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastflower.core.errors import InputError
 from fastflower.data.readers import image_files
-from fastflower.data.readers.sources import Files
+from fastflower.data.readers.sources import FileSource
 from support.sample_images import YCCK, YCCK_COLOURS, predictor_pictures
 
 RNG = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def rgb(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
-def test_formats_are_told_by_content(form: str) -> None:
+def test_formats_are_detected_by_content(form: str) -> None:
     data = encoded(picture(), form, **({"lossless": True} if form == "WEBP" else {}))
     Path("named.jpg").write_bytes(data)
     with Image.open(io.BytesIO(data)) as image:
@@ -48,7 +48,7 @@ def test_formats_are_told_by_content(form: str) -> None:
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_orientation_is_applied_once(turn: int) -> None:
     upright = np.asarray(picture())
-    lying = {  # what a camera stores for each note, by the Exif standard's names of the 0th row and column
+    lying = {  # the stored pixels for each tag, by the Exif standard's names of the 0th row and column
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -66,7 +66,7 @@ def test_orientation_is_applied_once(turn: int) -> None:
 
 
 @pytest.mark.parametrize("turn", [0, 9, 65535])
-def test_an_orientation_that_is_none_is_ignored(turn: int) -> None:
+def test_an_invalid_orientation_is_ignored(turn: int) -> None:
     exif, image = Image.Exif(), picture()
     exif[image_files.ORIENTATION] = turn
     assert image_files.inspect(encoded(image, exif=exif)).turn is None
@@ -74,12 +74,12 @@ def test_an_orientation_that_is_none_is_ignored(turn: int) -> None:
 
 
 @pytest.mark.parametrize("block", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", b"Exif\0\0"])
-def test_a_broken_note_is_ignored(block: bytes) -> None:
+def test_a_broken_exif_block_is_ignored(block: bytes) -> None:
     image = picture()
     assert np.array_equal(rgb(encoded(image, exif=block)), rgb(encoded(image)))
 
 
-def test_transparency_lies_over_white() -> None:
+def test_transparency_is_composited_over_white() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     grey = Image.new("LA", (4, 4), (0, 0))
@@ -107,22 +107,22 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert np.abs(got - np.asarray(source.convert("RGB"))).mean() < 3
 
 
-def test_inks_of_adobe_are_colours() -> None:
+def test_inverted_inks_of_adobe_become_colours() -> None:
     want = np.array(YCCK_COLOURS).reshape(2, 2, 3).repeat(8, 0).repeat(8, 1)
     for data in (YCCK, encoded(Image.fromarray(want.astype(np.uint8)).convert("CMYK"), quality=95)):
-        assert b"Adobe" in data and not image_files.inspect(data).jpeg
+        assert b"Adobe" in data and not image_files.inspect(data).is_jpeg
         assert np.abs(rgb(data).astype(int) - want).mean() < 3
 
 
 def test_only_grey_and_rgb_jpegs_keep_their_bytes() -> None:
-    assert image_files.inspect(encoded(picture())).jpeg
-    assert image_files.inspect(encoded(picture().convert("L"))).jpeg
-    assert image_files.inspect(encoded(picture(), progressive=True)).jpeg
-    assert not image_files.inspect(encoded(picture().convert("CMYK"))).jpeg
-    assert not image_files.inspect(encoded(picture(), "PNG")).jpeg
+    assert image_files.inspect(encoded(picture())).is_jpeg
+    assert image_files.inspect(encoded(picture().convert("L"))).is_jpeg
+    assert image_files.inspect(encoded(picture(), progressive=True)).is_jpeg
+    assert not image_files.inspect(encoded(picture().convert("CMYK"))).is_jpeg
+    assert not image_files.inspect(encoded(picture(), "PNG")).is_jpeg
 
 
-def test_every_cut_is_detected() -> None:
+def test_every_truncation_is_detected() -> None:
     data = encoded(picture(), quality=90)
     for cut in np.random.default_rng(1).integers(0, len(data) - 2, 300):
         with pytest.raises(InputError):
@@ -130,11 +130,11 @@ def test_every_cut_is_detected() -> None:
 
 
 def header_bomb(form: str = "JPEG", side: int = 65500) -> bytes:
-    """A small file whose header claims a square of a side."""
+    """A small file whose header claims a square image of this side."""
     data = bytearray(encoded(picture(), form))
     if form == "JPEG":
-        at = data.index(b"\xff\xc0") + 5
-        data[at : at + 4] = struct.pack(">HH", side, side)
+        size = data.index(b"\xff\xc0") + 5
+        data[size : size + 4] = struct.pack(">HH", side, side)
     else:
         data[16:24] = struct.pack(">II", side, side)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -142,21 +142,21 @@ def header_bomb(form: str = "JPEG", side: int = 65500) -> bytes:
 
 
 def many_scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan, a refinement, comes again and again."""
+    """A progressive JPEG whose last scan, a refinement, is repeated."""
     data = encoded(picture(200, 300), progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer: run `git lfs pull`"),
         (b"<!DOCTYPE html><html></html>", "but a web page"),
         (b"hello there", "but text"),
         (b"%PDF-1.4", "but a PDF"),
-        (encoded(picture(), "TIFF"), "is no image of JPEG, PNG, BMP, GIF, WEBP, but a TIFF"),
+        (encoded(picture(), "TIFF"), "is not an image of type JPEG, PNG, BMP, GIF, WEBP, but a TIFF"),
         (header_bomb(), "more than 64 million"),
         (header_bomb("PNG"), "more than 64 million"),
         (header_bomb("JPEG", 12_000), "has 12000 x 12000 pixels, more than 64 million"),
@@ -165,11 +165,11 @@ def many_scans(count: int) -> bytes:
         (many_scans(5000), "is a JPEG of more than 500 scans"),
     ],
 )
-def test_what_is_no_picture_is_said_in_one_line(data: bytes, said: str) -> None:
-    said = said.replace("image bytes ", "")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts anew
+def test_a_file_that_is_no_image_is_refused_in_one_line(data: bytes, message: str) -> None:
+    message = message.replace("image bytes ", "")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of memory
     before, start = peak(), time.monotonic()
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         rgb(data)
     assert "\n" not in str(error.value)
     assert time.monotonic() - start < 2
@@ -177,7 +177,7 @@ def test_what_is_no_picture_is_said_in_one_line(data: bytes, said: str) -> None:
 
 
 def peak() -> int:
-    """The most memory that this process has held, in kB."""
+    """This process's peak memory in kB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 
@@ -196,39 +196,39 @@ FOREIGN |= {
 @pytest.mark.parametrize("form", FOREIGN)
 def test_foreign_parsers_are_never_started(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.init()
-    own = {name: Image.OPEN[name] for name in image_files.FORMATS}
+    allowed = {name: Image.OPEN[name] for name in image_files.FORMATS}
     foreign = dict.fromkeys(Image.OPEN, (lambda *a, **k: pytest.fail("a foreign parser ran"), None))
-    monkeypatch.setattr(Image, "OPEN", foreign | own)
+    monkeypatch.setattr(Image, "OPEN", foreign | allowed)
     Path("named.jpg").write_bytes(FOREIGN[form])
     for read in (image_files.decode, image_files.inspect):
-        with pytest.raises(InputError, match=r"is no image of JPEG, PNG, BMP, GIF, WEBP"):
+        with pytest.raises(InputError, match=r"is not an image of type JPEG, PNG, BMP, GIF, WEBP"):
             read(FOREIGN[form])
-    assert Files(Path()).size("named.jpg") is None
+    assert FileSource(Path()).size("named.jpg") is None
 
 
-def test_a_header_alone_says_the_size() -> None:
+def test_the_size_is_read_from_the_header_alone() -> None:
     for form in image_files.FORMATS:
         Path("named.jpg").write_bytes(encoded(picture(), form))
-        assert Files(Path()).size("named.jpg") == (60, 80)
+        assert FileSource(Path()).size("named.jpg") == (60, 80)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Path("large.jpg").write_bytes(header_bomb("PNG", 12_000))
-        assert Files(Path()).size("large.jpg") == (12_000, 12_000)
+        assert FileSource(Path()).size("large.jpg") == (12_000, 12_000)
 
 
-def test_what_is_no_file_is_refused_without_waiting() -> None:
+def test_anything_but_a_regular_file_is_refused_without_waiting() -> None:
     os.mkfifo("pipe.jpg")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket.jpg")
     start = time.monotonic()
-    for name, said in (
+    for name, message in (
         ("pipe.jpg", "is not a regular file"),
         ("socket.jpg", "cannot be read: No such device or address"),
         ("/dev/zero", "is not a regular file"),
         (".", "is not a regular file"),
         ("no.jpg", "cannot be read: No such file"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             image_files.read_bytes(Path(name))
     assert time.monotonic() - start < 2
 
@@ -246,18 +246,18 @@ def test_what_is_no_file_is_refused_without_waiting() -> None:
         ((1001, 33), (399, 33)),
     ],
 )
-def test_the_short_side_is_brought_down_and_the_long_one_is_bounded(
+def test_the_short_side_is_reduced_and_the_long_one_is_bounded(
     size: tuple[int, int], want: tuple[int, int]
 ) -> None:
     assert image_files.stored(Image.new("RGB", size), 100).size == want
 
 
-def test_the_cut_leaves_the_centre_where_it_was() -> None:
+def test_the_crop_keeps_the_centre() -> None:
     image = picture(100, 1601)
-    whole, cut = np.asarray(image), np.asarray(image_files.stored(image, 100))
+    pixels, cut = np.asarray(image), np.asarray(image_files.stored(image, 100))
     left = (1601 - cut.shape[1]) // 2
     assert (1601 - cut.shape[1]) % 2 == 0
-    assert np.array_equal(cut, whole[:, left : left + cut.shape[1]])
+    assert np.array_equal(cut, pixels[:, left : left + cut.shape[1]])
 
 
 def test_reencoding_keeps_colour_at_full_resolution() -> None:

@@ -1,4 +1,4 @@
-"""Digits as a contest: what is written, what is refused, and the whole job at smoke size."""
+"""Digits as a contest: written files, rejected arguments, and the full pipeline at smoke size."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from fastflower.train import main as train
 def test_digits_are_scikit_learns(capsys):
     sample_data.main(["digits"])
     home, truth = Path("data/digits"), load_digits()
-    table = np.loadtxt(home / "train.csv", delimiter=",", skiprows=1)
-    known = len(truth.images) - HELD_OUT
-    assert (table[:, 0] == truth.target[:known]).all()
-    levels = table[:, 1:].reshape(-1, 8, 8) * 16 / 255
-    assert np.abs(levels - truth.images[:known]).max() < 0.04
+    rows = np.loadtxt(home / "train.csv", delimiter=",", skiprows=1)
+    training = len(truth.images) - HELD_OUT
+    assert (rows[:, 0] == truth.target[:training]).all()
+    levels = rows[:, 1:].reshape(-1, 8, 8) * 16 / 255
+    assert np.abs(levels - truth.images[:training]).max() < 0.04
     files = sorted((home / "test").iterdir(), key=lambda path: int(path.stem))
     assert [path.stem for path in files] == [str(number) for number in range(1, HELD_OUT + 1)]
     last = np.asarray(Image.open(files[-1]), float) * 16 / 255
     assert np.abs(last - truth.images[-1]).max() < 0.04
     with open(home / "truth.csv", newline="") as file:
-        assert [int(row["Label"]) for row in csv.DictReader(file)] == truth.target[known:].tolist()
+        assert [int(row["Label"]) for row in csv.DictReader(file)] == truth.target[training:].tolist()
 
 
 def test_all_digits_may_train(capsys):
     sample_data.main(["digits", "held_out=0"])
-    table = np.loadtxt("data/digits/train.csv", delimiter=",", skiprows=1)
-    assert table[:, 0].tolist() == load_digits().target.tolist()
+    rows = np.loadtxt("data/digits/train.csv", delimiter=",", skiprows=1)
+    assert rows[:, 0].tolist() == load_digits().target.tolist()
     assert Path("data/digits/truth.csv").read_text() == "ImageId,Label\n"
     with pytest.raises(InputError, match="held_out=1797: there are 1797 digits; leave some to train on"):
         sample_data.main(["digits", "held_out=1797"])
@@ -67,22 +67,22 @@ def test_a_table_of_pixels_becomes_files(capsys):
         (["eyes", "rows=-3"], "rows=-3: must be a whole number from 0"),
     ],
 )
-def test_bad_words_are_refused(argv, message):
+def test_bad_arguments_are_refused(argv, message):
     with pytest.raises(InputError) as caught:
         sample_data.main(argv)
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("word", ["aug.hflip_p=0.5", "aug.vflip_p=0.1", "tta.hflip=true"])
-def test_digits_are_not_flipped_unless_forced(repo, word):
+@pytest.mark.parametrize("override", ["aug.hflip_p=0.5", "aug.vflip_p=0.1", "tta.hflip=true"])
+def test_digits_are_not_flipped_unless_forced(repo, override):
     path = repo / "recipes/digits.yaml"
     for command in (convert.main, evaluate.main, export.main):
         with pytest.raises(InputError) as caught:
-            command([str(path), word])
-    key, _, value = word.partition("=")
+            command([str(path), override])
+    key, _, value = override.partition("=")
     assert f"{key} = {value}: flips change the class of these images" in str(caught.value)
-    for more in ("checks.allow_flips=true", "data.flips_keep_class=true"):
-        checks.check(load(path, [word, more]))
+    for permission in ("checks.allow_flips=true", "data.flips_keep_class=true"):
+        checks.check(load(path, [override, permission]))
 
 
 def test_digits_from_table_to_local_cv_and_fusion_at_smoke_size(repo, monkeypatch, capsys):
@@ -91,16 +91,16 @@ def test_digits_from_table_to_local_cv_and_fusion_at_smoke_size(repo, monkeypatc
     table.write_text("\n".join(table.read_text().splitlines()[:201]) + "\n")
     Path("recipes").mkdir()
     shutil.copy(repo / "recipes/digits.yaml", "recipes")
-    words = ["recipes/digits.yaml", "data.n_splits=2", "sched.cosine_epochs=2", "log.tensorboard=false"]
-    convert.main(words)
-    monkeypatch.setattr(launch, "run", lambda command, *_: (train(command[3:]), ""))
+    arguments = ["recipes/digits.yaml", "data.n_splits=2", "sched.cosine_epochs=2", "log.tensorboard=false"]
+    convert.main(arguments)
+    monkeypatch.setattr(launch, "run_process", lambda command, *_: (train(command[3:]), ""))
     backbones = ["model.backbone=[test_efficientnet,test_convnext]"]
-    assert campaign.main([*words, *backbones]) == 0
-    evaluate.main(words)
-    ensemble.main(words)
-    found = json.loads((runs.RESULTS / "digits/scores.json").read_text())
-    assert [row["n"] for row in found["runs"]] == [200, 200] and found["missing"] == []
-    assert found["fused"]["n"] == 200
+    assert campaign.main([*arguments, *backbones]) == 0
+    evaluate.main(arguments)
+    ensemble.main(arguments)
+    scores = json.loads((runs.RESULTS / "digits/scores.json").read_text())
+    assert [row["n"] for row in scores["runs"]] == [200, 200] and scores["missing"] == []
+    assert scores["fused"]["n"] == 200
     compared = json.loads((runs.RESULTS / "digits/ensemble.json").read_text())
     names = [row["method"] for row in compared["rows"]]
     assert {"mean of probabilities", "learned mixture"} <= set(names) and compared["n"] == 200

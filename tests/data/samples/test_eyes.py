@@ -1,4 +1,4 @@
-"""Drawn eyes: the same for everybody, of two classes that differ by their gap, many a second; and their recipe."""
+"""Drawn eyes: reproducible, two classes that differ only in the gap of the lids; and their recipes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastflower.data.samples import eyes
 from fastflower.recipe import derived, load, parse_command
 
 
-def test_an_eye_is_a_function_of_seed_and_number():
+def test_an_eye_is_a_function_of_seed_and_index():
     images, is_open = eyes.draw(3, np.arange(40))
-    alone, label = eyes.draw(3, np.array([7]))
+    single, label = eyes.draw(3, np.array([7]))
     assert images.shape == (40, 32, 64, 3) and images.dtype == np.uint8
-    assert np.array_equal(alone[0], images[7]) and label[0] == is_open[7]
-    assert not np.array_equal(eyes.draw(4, np.array([7]))[0], alone)
+    assert np.array_equal(single[0], images[7]) and label[0] == is_open[7]
+    assert not np.array_equal(eyes.draw(4, np.array([7]))[0], single)
     assert len(np.unique(images.reshape(40, -1), axis=0)) == 40
 
 
-def test_shares_and_brightness_do_not_tell_the_classes_apart():
+def test_class_frequency_is_as_set_and_brightness_does_not_separate_the_classes():
     images, is_open = eyes.draw(0, np.arange(600))
-    assert is_open.mean() == pytest.approx(eyes.OPEN, abs=0.06)  # 3 deviations
+    assert is_open.mean() == pytest.approx(eyes.OPEN, abs=0.06)  # 3 standard deviations
     light = images.mean((1, 2, 3))
     threshold = np.median(light)
     assert max(((light > threshold) == is_open).mean(), ((light < threshold) == is_open).mean()) < 0.62
@@ -42,14 +42,14 @@ def test_a_drawn_contest_has_labels_and_a_hidden_truth(tmp_path):
     assert len(rows) == 70 and len(truth) == 9
     assert len(list((tmp_path / "eyes/test").rglob("*.jpg"))) == 9
     images, is_open = eyes.draw(5, np.arange(70, 79))
-    assert [row["category_id"] for row in truth] == [str(int(one)) for one in is_open]
+    assert [row["category_id"] for row in truth] == [str(int(label)) for label in is_open]
     stored = np.asarray(Image.open(tmp_path / "eyes/test" / truth[3]["filename"])).astype(int)
     assert np.abs(stored - images[3]).mean() < 12  # JPEG
     with pytest.raises(InputError, match="not empty; remove it"):
         sample_data.main(["eyes", f"home={tmp_path}/eyes"])
 
 
-VARIANTS = {  # of seed 001, section 6: lr, decay, factor, patience, warm-up, batch, dropout, loss, smoothing
+VARIANTS = {  # lr, decay, plateau factor, patience, warm-up, batch per GPU, dropout, loss, smoothing
     "eyes": (1e-4, 1e-4, 0.5, 2, 0, 4096, 0.3, "bce", 0.0),
     "eyes_cautious": (2e-4, 5e-4, 0.7, 5, 0, 4096, 0.25, "bce", 0.0),
     "eyes_bold": (3e-4, 1e-3, 0.7, 10, 5, 2048, 0.2, "focal", 0.05),
@@ -58,15 +58,18 @@ VARIANTS = {  # of seed 001, section 6: lr, decay, factor, patience, warm-up, ba
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_recipes_are_the_seeds(name, repo):
+def test_the_recipes_have_the_values_of_the_variants(name, repo):
     r = load(repo / f"recipes/{name}.yaml")
     assert VARIANTS[name] == (
         *(r.opt.lr, r.opt.weight_decay, r.sched.factor, r.sched.patience, r.sched.warmup_epochs),
         *(r.train.batch_per_gpu, r.model.drop_rate, r.loss.name, r.reg.ls_eps),
     )
-    d = derived.derive(r, 2)
-    assert d.batch_global == 2 * r.train.batch_per_gpu and d.lr == r.opt.lr and d.epochs == 1000
-    assert (d.stages[0].height, d.stages[0].width) == (32, 64) and r.seed == 42 and not r.train.amp
+    numbers = derived.derive(r, 2)
+    assert numbers.batch_global == 2 * r.train.batch_per_gpu
+    assert numbers.lr == r.opt.lr and numbers.epochs == 1000
+    assert (
+        (numbers.stages[0].height, numbers.stages[0].width) == (32, 64) and r.seed == 42 and not r.train.amp
+    )
     assert (r.sched.name, r.sched.monitor, r.ema.decay, r.data.split) == (
         "plateau",
         "val_loss",
@@ -79,15 +82,24 @@ def test_the_recipes_are_the_seeds(name, repo):
 
 def test_the_recipe_trains_and_logs_f1_gradient_norm_and_lr(repo):
     sample_data.main(["eyes", "rows=120", "held_out=0"])
-    words = [str(repo / "recipes/eyes_small.yaml"), "exp.name=eyes", "data.workers=1", "train.world_size=1"]
-    words += ["train.batch_per_gpu=16", "sched.cosine_epochs=2", "model.backbone=test_resnet"]
-    convert.main(words)
-    recipe = parse_command(words)
+    arguments = [
+        str(repo / "recipes/eyes_small.yaml"),
+        "exp.name=eyes",
+        "data.workers=1",
+        "train.world_size=1",
+    ]
+    arguments += ["train.batch_per_gpu=16", "sched.cosine_epochs=2", "model.backbone=test_resnet"]
+    convert.main(arguments)
+    recipe = parse_command(arguments)
     fold = open_fold(recipe, 0)
     assert (fold.train.rows, fold.val.rows) == (96, 24)
-    assert set(fold.train.heights) == {32} and set(fold.train.widths) == {64}
-    assert train.main(words) == 0
-    rows = [row for row in read_events(Run("eyes", "test_resnet", 0, 42).events) if row["event"] == "epoch"]
+    assert set(fold.train.descriptors["height"]) == {32} and set(fold.train.descriptors["width"]) == {64}
+    assert train.main(arguments) == 0
+    rows = [
+        row
+        for row in read_events(Run(exp="eyes", backbone="test_resnet", fold=0, seed=42).events_path)
+        if row["event"] == "epoch"
+    ]
     assert len(rows) == 2
     for row in rows:
         assert 0 <= row["f1_ema"] <= 1 and row["grad_norm"] > 0 and row["lr_max"] > 0 and row["val_loss"] > 0

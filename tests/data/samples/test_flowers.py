@@ -1,4 +1,4 @@
-"""Drawn flowers: the same every time, all different, and a contest whose truth stays hidden."""
+"""Drawn flowers: reproducible, all different, and a contest with hidden labels for the test images."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def contest(tmp_path_factory) -> flowers.DrawnSet:
+def contest(tmp_path_factory) -> flowers.DrawnContest:
     return flowers.write(tmp_path_factory.mktemp("drawn"), seed=3, head=4, tail=2, held_out=2)
 
 
-def test_a_picture_is_a_function_of_its_numbers():
+def test_an_image_is_a_function_of_species_seed_and_index():
     first = np.asarray(flowers.draw(0, 0, 0))
     assert first.shape == (600, 600, 3)
     assert np.array_equal(first, np.asarray(flowers.draw(0, 0, 0)))
-    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        assert np.abs(first.astype(int) - np.asarray(flowers.draw(*other))).mean() > 5
+    for arguments in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        assert np.abs(first.astype(int) - np.asarray(flowers.draw(*arguments))).mean() > 5
 
 
 @pytest.mark.parametrize("species", range(len(flowers.SPECIES)), ids=[kind.name for kind in flowers.SPECIES])
 def test_every_species_shows_its_flower(species):
-    """The picture without and with its plants differ by the colours of a palette, over a visible area."""
+    """The plants change a visible part of the background."""
     bare = flowers._backdrop(seeding.generator(5, species, 0), species).resize((300, 300))
     planted = bare.copy()
     flowers._plants(planted, flowers.SPECIES[species], seeding.generator(6, species))
@@ -58,9 +58,9 @@ def test_a_notch_cuts_the_tip():
 
 def test_colours_meet_the_short_way_around():
     red, violet = (0.98, 0.8, 0.8), (0.78, 0.6, 0.6)
-    assert flower_shapes.between(red, violet, 0.5) == pytest.approx((0.88, 0.7, 0.7))
-    assert flower_shapes.between((0.95, 1, 1), (0.05, 1, 1), 0.5)[0] % 1 == pytest.approx(0, abs=1e-9)
-    assert flower_shapes.between((0.15, 0.03, 1), (0.6, 0.8, 1), 0.5)[0] == 0.6  # white has no hue
+    assert flower_shapes.blend(red, violet, 0.5) == pytest.approx((0.88, 0.7, 0.7))
+    assert flower_shapes.blend((0.95, 1, 1), (0.05, 1, 1), 0.5)[0] % 1 == pytest.approx(0, abs=1e-9)
+    assert flower_shapes.blend((0.15, 0.03, 1), (0.6, 0.8, 1), 0.5)[0] == 0.6  # white has no hue
 
 
 def test_sizes_have_a_long_tail():
@@ -90,7 +90,7 @@ def test_a_contest_is_complete_and_its_truth_hidden(contest):
     assert list(known[0]) == ["filename", "category_id", "chinese_name", "english_name"]
 
 
-def test_names_say_nothing_about_the_class(contest):
+def test_file_names_are_not_ordered_by_class(contest):
     ids = [row["category_id"] for row in rows(contest.labels)]
     runs = sum(a == b for a, b in zip(ids, ids[1:], strict=False))
     assert runs < len(ids) / 3
@@ -103,7 +103,7 @@ def test_photographs_are_600_by_600_jpegs(contest):
 
 
 def test_each_held_out_photograph_is_disturbed_once(contest):
-    """Its nearest corruption is the one whose turn it is; stored once more as JPEG, it is not equal to it."""
+    """The nearest corruption is the expected one; the file is not equal to it because it is saved as JPEG again."""
     got: Counter[tuple[str, str]] = Counter()
     for row in rows(contest.truth):
         with Image.open(contest.test / row["filename"]) as image:
@@ -126,14 +126,16 @@ def test_each_held_out_photograph_is_disturbed_once(contest):
 
 
 def test_a_contest_is_the_same_every_time(contest, tmp_path):
-    again = flowers.write(tmp_path / "again", seed=3, head=4, tail=2, held_out=2)
+    repeated = flowers.write(tmp_path / "repeated", seed=3, head=4, tail=2, held_out=2)
     for path in sorted(contest.home.rglob("*.*")):
-        assert path.read_bytes() == (again.home / path.relative_to(contest.home)).read_bytes(), path.name
+        assert path.read_bytes() == (repeated.home / path.relative_to(contest.home)).read_bytes(), path.name
 
 
 def test_shuffled_labels_keep_the_pictures_and_the_counts(contest, tmp_path):
-    dealt = flowers.write(tmp_path / "dealt", seed=3, head=4, tail=2, held_out=2, shuffle_labels=True)
-    right, wrong = ([row["category_id"] for row in rows(made.labels)] for made in (contest, dealt))
-    assert sorted(right) == sorted(wrong)
-    assert sum(a == b for a, b in zip(right, wrong, strict=True)) < len(right) / 3
-    assert contest.truth.read_bytes() == dealt.truth.read_bytes()
+    shuffled = flowers.write(tmp_path / "shuffled", seed=3, head=4, tail=2, held_out=2, shuffle_labels=True)
+    true_ids, shuffled_ids = (
+        [row["category_id"] for row in rows(drawn.labels)] for drawn in (contest, shuffled)
+    )
+    assert sorted(true_ids) == sorted(shuffled_ids)
+    assert sum(a == b for a, b in zip(true_ids, shuffled_ids, strict=True)) < len(true_ids) / 3
+    assert contest.truth.read_bytes() == shuffled.truth.read_bytes()

@@ -1,4 +1,4 @@
-"""Augmented batches: pure in (key, pixels), rates and ranges as written, whatever the batch or the device."""
+"""Augmented batches: a function of (key, pixels) only, with the documented rates and ranges, on any device."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fastflower.data.transforms.augment import (
     OPERATIONS,
     Stream,
     augment,
-    between,
     draw_operation,
     erase_boxes,
     happens,
+    uniform_in,
 )
 from fastflower.recipe.schema import Aug
 
@@ -73,7 +73,7 @@ def test_shape_type_format_and_range(aug: Aug) -> None:
 @pytest.mark.parametrize(
     "aug", [dataclasses.replace(EVERYTHING, strength=0), OFF], ids=["strength 0", "all off"]
 )
-def test_nothing_happens(aug: Aug) -> None:
+def test_without_augmentation_only_the_dtype_changes(aug: Aug) -> None:
     images = pictures(6)
     erase_p = 1.0 if aug.strength == 0 else 0.0
     assert torch.equal(augment(images, keys_of(6), aug=aug, erase_p=erase_p, fill=FILL), floats(images))
@@ -81,26 +81,26 @@ def test_nothing_happens(aug: Aug) -> None:
 
 @pytest.mark.parametrize("aug", [Aug(), EVERYTHING], ids=["default", "everything"])
 def test_a_row_does_not_depend_on_its_batch(aug: Aug, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit by bit: whole, one by one, permuted, every other row, and in pieces of any size."""
+    """Bit for bit: in one batch, row by row, permuted, every other row, and in chunks of another size."""
     images, keys = pictures(24), keys_of(24)
-    whole = augment(images, keys, aug=aug, erase_p=0.3, fill=FILL)
+    batch = augment(images, keys, aug=aug, erase_p=0.3, fill=FILL)
     singles = [
         augment(images[i : i + 1], keys[i : i + 1], aug=aug, erase_p=0.3, fill=FILL) for i in range(24)
     ]
-    assert torch.equal(torch.cat(singles), whole)
+    assert torch.equal(torch.cat(singles), batch)
     order = torch.randperm(24)
-    assert torch.equal(augment(images[order], keys[order], aug=aug, erase_p=0.3, fill=FILL), whole[order])
-    assert torch.equal(augment(images[1::2], keys[1::2], aug=aug, erase_p=0.3, fill=FILL), whole[1::2])
+    assert torch.equal(augment(images[order], keys[order], aug=aug, erase_p=0.3, fill=FILL), batch[order])
+    assert torch.equal(augment(images[1::2], keys[1::2], aug=aug, erase_p=0.3, fill=FILL), batch[1::2])
     monkeypatch.setattr(augment_module, "CHUNK", 5 * 40 * 48)
-    assert torch.equal(augment(images, keys, aug=aug, erase_p=0.3, fill=FILL), whole)
+    assert torch.equal(augment(images, keys, aug=aug, erase_p=0.3, fill=FILL), batch)
 
 
 def test_epochs_differ_and_repeat() -> None:
     images = pictures(4)
-    first, again = (augment(images, keys_of(4), aug=EVERYTHING, erase_p=0.1, fill=FILL) for _ in range(2))
-    assert torch.equal(first, again)
-    other = augment(images, keys_of(4, epoch=1), aug=EVERYTHING, erase_p=0.1, fill=FILL)
-    assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    first, repeated = (augment(images, keys_of(4), aug=EVERYTHING, erase_p=0.1, fill=FILL) for _ in range(2))
+    assert torch.equal(first, repeated)
+    second = augment(images, keys_of(4, epoch=1), aug=EVERYTHING, erase_p=0.1, fill=FILL)
+    assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_global_random_state_is_neither_read_nor_moved() -> None:
@@ -126,14 +126,14 @@ def test_vertical_flip_rate(strength: float, rate: float) -> None:
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.0])
-def test_a_probability_stops_at_one(strength: float) -> None:
+def test_a_probability_above_one_counts_as_one(strength: float) -> None:
     assert happens(keys_of(1000), Stream.VFLIP, 0.8 * 2).all()
     out = augment(pictures(50), keys_of(50), aug=changed(vflip_p=1, strength=strength), erase_p=0, fill=FILL)
     assert torch.equal(out, floats(pictures(50)).flip(2))
 
 
 def test_angles_are_uniform() -> None:
-    angles = between(keys_of(10_000), Stream.ANGLE, -10, 10).numpy()
+    angles = uniform_in(keys_of(10_000), Stream.ANGLE, (-10, 10)).numpy()
     assert stats.kstest(angles, stats.uniform(-10, 20).cdf).pvalue > 1e-3
     assert angles.min() >= -10 and angles.max() <= 10
 
@@ -141,22 +141,22 @@ def test_angles_are_uniform() -> None:
 def test_rotation_turns_each_row_by_its_own_angle() -> None:
     images, keys = pictures(8, 64, 64), keys_of(8)
     out = augment(images, keys, aug=changed(rotation_deg=10.0), erase_p=0, fill=FILL)
-    for row, angle in enumerate(between(keys, Stream.ANGLE, -10, 10).tolist()):
+    for row, angle in enumerate(uniform_in(keys, Stream.ANGLE, (-10, 10)).tolist()):
         expected = tv.rotate(floats(images)[row], angle, InterpolationMode.BILINEAR)
         torch.testing.assert_close(out[row, :, 12:-12, 12:-12], expected[:, 12:-12, 12:-12], atol=0.1, rtol=0)
     constant = torch.full((8, 64, 64, 3), 77, dtype=torch.uint8)
     filled = augment(constant, keys, aug=changed(rotation_deg=10.0), erase_p=0, fill=FILL)
-    torch.testing.assert_close(filled, torch.full_like(filled, 77), atol=1e-3, rtol=0)  # the corners, too
+    torch.testing.assert_close(filled, torch.full_like(filled, 77), atol=1e-3, rtol=0)  # corners included
 
 
-def test_jitter_equals_torchvision_in_our_order() -> None:
+def test_jitter_equals_torchvision_in_the_fixed_order() -> None:
     images, keys = pictures(8), keys_of(8)
     out = augment(images, keys, aug=changed(jitter=[0.2, 0.3, 0.4, 0.1]), erase_p=0, fill=FILL)
     draws = [
-        between(keys, stream, 1 - strength, 1 + strength).tolist()
+        uniform_in(keys, stream, (1 - strength, 1 + strength)).tolist()
         for stream, strength in [(Stream.BRIGHTNESS, 0.2), (Stream.CONTRAST, 0.3), (Stream.SATURATION, 0.4)]
     ]
-    shifts = between(keys, Stream.HUE, -0.1, 0.1).tolist()
+    shifts = uniform_in(keys, Stream.HUE, (-0.1, 0.1)).tolist()
     for row, (b, c, s, h) in enumerate(zip(*draws, shifts, strict=True)):
         picture = floats(images)[row] / 255
         picture = tv.adjust_contrast(tv.adjust_brightness(picture, b), c)
@@ -191,9 +191,9 @@ def test_draws_of_different_streams_are_independent() -> None:
 
 def test_erasing_rate_shape_and_colour() -> None:
     keys = keys_of(10_000)
-    boxes = erase_boxes(keys, 0.1, 100, 120)
+    boxes = erase_boxes(keys, 0.1, (100, 120))
     assert abs(float((boxes[:, 2] > 0).float().mean()) - 0.1) < 0.01
-    top, left, height, width = erase_boxes(keys, 1.0, 100, 120).unbind(1)
+    top, left, height, width = erase_boxes(keys, 1.0, (100, 120)).unbind(1)
     assert (height > 0).all() and (height < 100).all() and (width < 120).all()
     assert (
         (top >= 0).all() and (left >= 0).all() and (top + height <= 100).all() and (left + width <= 120).all()
@@ -207,21 +207,21 @@ def test_erasing_rate_shape_and_colour() -> None:
 
 
 def test_erasing_draws_as_torchvision_does() -> None:
-    """Area, aspect and place of the boxes against 3000 of RandomErasing's, on a square and a wide image."""
+    """Area, aspect and position of the boxes against 3000 of RandomErasing, on a square and a wide image."""
     for height, width in [(96, 96), (48, 96)]:
         torch.manual_seed(1)
         image = torch.empty(3, height, width)
-        theirs = np.array(
+        want = np.array(
             [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(3000)], float
         )
-        ours = erase_boxes(keys_of(3000), 1.0, height, width).numpy()
+        got = erase_boxes(keys_of(3000), 1.0, (height, width)).numpy()
         for value in (
             lambda b: b[:, 2] * b[:, 3],
             lambda b: b[:, 2] / b[:, 3],
             lambda b: b[:, 0],
             lambda b: b[:, 1],
         ):
-            assert stats.ks_2samp(value(theirs), value(ours)).pvalue > 1e-3
+            assert stats.ks_2samp(value(want), value(got)).pvalue > 1e-3
 
 
 def test_randaugment_draws_every_operation_alike() -> None:
@@ -240,8 +240,8 @@ def test_randaugment_has_torchvisions_operations() -> None:
     def names(space: dict) -> set[str]:
         return {name.lower() for name in space}
 
-    ours = {name.replace("_", "") for name in OPERATIONS}
-    assert ours == names(RandAugment()._augmentation_space(31, (40, 48)))
+    got = {name.replace("_", "") for name in OPERATIONS}
+    assert got == names(RandAugment()._augmentation_space(31, (40, 48)))
     assert {name.replace("_", "") for name in AUGMIX_OPERATIONS[1:]} == names(
         AugMix(all_ops=False)._augmentation_space(10, (40, 48))
     )
@@ -249,7 +249,7 @@ def test_randaugment_has_torchvisions_operations() -> None:
 
 def torchvisions(title: str, picture: Tensor, size: float) -> Tensor:
     """One of RandAugment's operations on a float image (3, H, W), 0..255; black beyond the border."""
-    if title.startswith("Shear"):  # torchvision's own is about the corner
+    if title.startswith("Shear"):  # torchvision's RandAugment shears about the corner
         shear = math.degrees(math.atan(size))
         angles = [shear, 0.0] if title == "ShearX" else [0.0, shear]
         return tv.affine(picture, 0.0, [0, 0], 1.0, angles, InterpolationMode.BILINEAR)
@@ -266,17 +266,17 @@ def test_randaugment_magnitudes_are_torchvisions(name: str, magnitude: int) -> N
     size = float(magnitudes[magnitude]) if magnitudes.ndim else 0.0
     picture = floats(pictures(1))
     for sign in (-1.0, 1.0) if signed else (1.0,):
-        ours = OPERATIONS[name](picture.clone(), torch.tensor([magnitude / 30]), torch.tensor([sign]))[0]
-        theirs = torchvisions(title, picture[0], size * sign)
+        got = OPERATIONS[name](picture.clone(), torch.tensor([magnitude / 30]), torch.tensor([sign]))[0]
+        want = torchvisions(title, picture[0], size * sign)
         inside = torch.ones(40, 48, dtype=torch.bool)
         if title.startswith(("Shear", "Translate", "Rotate")):
             inside = torchvisions(title, torch.full((3, 40, 48), 255.0), size * sign)[0] > 254.9
         assert inside.float().mean() > 0.5
-        torch.testing.assert_close(ours[:, inside], theirs[:, inside], atol=0.1, rtol=0)
+        torch.testing.assert_close(got[:, inside], want[:, inside], atol=0.1, rtol=0)
 
 
 def test_randaugment_applies_n_operations() -> None:
-    """n = 1 on a batch equals each row's own operation, applied alone."""
+    """n = 1 on a batch equals the operation of each row, applied to that row alone."""
     images, keys = pictures(40), keys_of(40)
     out = augment(images, keys, aug=changed(randaugment_n=1, randaugment_m=9), erase_p=0, fill=FILL)
     chosen, sign = draw_operation(keys, 0, count=14, probability=1.0)
@@ -288,7 +288,7 @@ def test_randaugment_applies_n_operations() -> None:
 
 
 @pytest.mark.parametrize("key", ["augmix_p", "corrupt_p", "clahe_p"])
-def test_share_of_changed_rows(key: str) -> None:
+def test_fraction_of_changed_rows(key: str) -> None:
     images = pictures(1, 8, 8).expand(3000, -1, -1, -1)
     out = augment(images, keys_of(3000), aug=changed(**{key: 0.3}, clahe_tiles=2), erase_p=0, fill=FILL)
     touched = (out != floats(images)).flatten(1).any(1).float().mean()
@@ -308,7 +308,7 @@ def test_photometric_distortion() -> None:
     images = torch.tensor([200, 120, 60], dtype=torch.uint8).expand(count, 2, 2, 3).contiguous()
     out = augment(images, keys_of(count), aug=changed(photometric_p=0.5), erase_p=0, fill=FILL)[:, :, 0, 0]
     untouched = ((out - torch.tensor([200.0, 120, 60])).abs() < 1e-2).all(1).float().mean()
-    # on a constant image contrast moves little but does move; swaps keep the order in one of six cases
+    # contrast changes a constant image a little; a permutation keeps the order in one of six cases
     assert abs(float(untouched) - 0.5**4 * (0.5 + 0.5 / 6)) < 0.01
     swapped = (out.argmax(1) != 0).float().mean()
     assert abs(float(swapped) - 0.5 * 2 / 3) < 0.03

@@ -1,3 +1,5 @@
+"""Corruptions: kinds, strengths and reproducibility."""
+
 from __future__ import annotations
 
 import hashlib
@@ -28,15 +30,17 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
-def test_kinds_are_those_of_the_recipe() -> None:
-    assert tuple(KINDS) == derived.KINDS
+def test_functions_and_strengths_cover_exactly_the_kinds_of_the_recipe() -> None:
+    assert tuple(KINDS) == derived.CORRUPTIONS
+    assert set(corruptions.FUNCTIONS) == set(derived.CORRUPTIONS)
+    assert all(set(strengths) == {"low", "medium"} for strengths in STRENGTHS.values())
     assert derived.combos(["blur", "jpeg"], "low_medium") == [
         ("blur", "low"),
         ("blur", "medium"),
         ("jpeg", "low"),
         ("jpeg", "medium"),
     ]
-    with pytest.raises(InputError, match=r"'fog' is none of gaussian_noise, blur"):
+    with pytest.raises(InputError, match=r"robust.kinds = \['fog'\]: choose from gaussian_noise, blur"):
         derived.combos(["fog"], "low")
 
 
@@ -47,9 +51,9 @@ def test_shape_range_and_strength(photo: np.ndarray, kind: str) -> None:
         for level in ("low", "medium")
     )
     assert medium < low
-    bad = corrupt(photo, kind, level="low", key=5)
-    assert (bad.shape, bad.dtype) == (photo.shape, np.uint8)
-    assert np.mean(np.any(bad != photo, axis=2)) > 0.05
+    corrupted = corrupt(photo, kind, level="low", key=5)
+    assert (corrupted.shape, corrupted.dtype) == (photo.shape, np.uint8)
+    assert np.mean(np.any(corrupted != photo, axis=2)) > 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +62,7 @@ def test_tiny_pictures_work(kind: str, size: tuple[int, int]) -> None:
     assert corrupt(np.full((*size, 3), 90, np.uint8), kind, level="medium", key=1).shape == (*size, 3)
 
 
-def test_the_numbers_are_those_of_the_table(photo: np.ndarray) -> None:
+def test_strengths_are_those_of_the_table(photo: np.ndarray) -> None:
     flat = np.full((400, 400, 3), 128, np.uint8)
     assert corrupt(flat, "gaussian_noise", level="low", key=1).std() == pytest.approx(0.06 * 255, rel=0.01)
     assert corrupt(flat, "gaussian_noise", level="low", key=1).mean() == pytest.approx(128, abs=0.1)
@@ -67,8 +71,9 @@ def test_the_numbers_are_those_of_the_table(photo: np.ndarray) -> None:
     assert covered.sum() == pytest.approx(0.2 * 120 * 120, rel=0.05)
     columns = np.flatnonzero(covered.any(0))
     assert 20 <= columns.min() <= columns.max() < 140
-    for level, share in (("low", 0.006), ("medium", 0.012)):
-        want = gaussian_filter(photo.astype(float), (share * 120, share * 120, 0), mode="nearest", truncate=4)
+    for level, fraction in (("low", 0.006), ("medium", 0.012)):
+        sigma = fraction * 120
+        want = gaussian_filter(photo.astype(float), (sigma, sigma, 0), mode="nearest", truncate=4)
         assert np.abs(corrupt(photo, "blur", level=level, key=1) - want).max() < 1
     with Image.open(io.BytesIO(corruptions.jpeg_bytes(photo, "low"))) as image:
         assert np.array_equal(corrupt(photo, "jpeg", level="low", key=1), np.asarray(image))
@@ -77,24 +82,25 @@ def test_the_numbers_are_those_of_the_table(photo: np.ndarray) -> None:
     assert buffer.getvalue() == corruptions.jpeg_bytes(photo, "low")
 
 
-def test_images_differ_and_an_image_never_does(photo: np.ndarray) -> None:
+def test_corruptions_depend_on_the_key_and_repeat_for_the_same_key(photo: np.ndarray) -> None:
     keys = [corruptions.image_key(name) for name in ("a.jpg", "b.jpg")]
     for kind in ("gaussian_noise", "occlusion"):
-        one, other = (corrupt(photo, kind, level="low", key=key) for key in keys)
-        assert not np.array_equal(one, other)
-        assert np.array_equal(one, corrupt(photo, kind, level="low", key=keys[0]))
+        first, second = (corrupt(photo, kind, level="low", key=key) for key in keys)
+        assert not np.array_equal(first, second)
+        assert np.array_equal(first, corrupt(photo, kind, level="low", key=keys[0]))
 
 
-def test_the_same_in_another_process(photo: np.ndarray) -> None:
+def test_another_process_gives_the_same_pixels(photo: np.ndarray) -> None:
     program = (
         "import sys, hashlib, numpy as np; from fastflower.data.transforms.corruptions import *;"
         "p = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(120, 160, 3);"
-        "print(hashlib.sha256(b''.join(corrupt(p, k, 'low', image_key('x')).tobytes() for k in STRENGTHS)).hexdigest())"
+        "copies = [corrupt(p, k, level='low', key=image_key('x')).tobytes() for k in STRENGTHS];"
+        "print(hashlib.sha256(b''.join(copies)).hexdigest())"
     )
-    there = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", program], input=photo.tobytes(), capture_output=True, check=True
-    )
-    here = b"".join(
+    ).stdout
+    corrupted = b"".join(
         corrupt(photo, kind, level="low", key=corruptions.image_key("x")).tobytes() for kind in KINDS
     )
-    assert there.stdout.decode().strip() == hashlib.sha256(here).hexdigest()
+    assert output.decode().strip() == hashlib.sha256(corrupted).hexdigest()

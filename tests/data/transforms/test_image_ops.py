@@ -1,4 +1,4 @@
-"""Each batched operation against torchvision, SciPy or OpenCV on single images."""
+"""Batched operations against torchvision, SciPy or OpenCV on single images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS, HEIGHT, WIDTH = 12, 40, 56
 
 @pytest.fixture
 def pictures() -> Tensor:
-    """Uint8 (12, 3, 40, 56): noise, smooth colours, and the corner cases grey, black, white, primary."""
+    """Uint8 (12, 3, 40, 56): noise, smooth colours, and the corner cases grey, black, white and red."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (5, 3, HEIGHT, WIDTH), generator=generator)
     waves = torch.rand(3, 3, 4, 5, generator=generator)
@@ -176,9 +176,9 @@ def test_clahe_equals_opencv_on_the_luminance(size: tuple[int, int]) -> None:
         )
         expected = cv2.createCLAHE(clip, (8, 8)).apply(level)
         change = expected.astype(float) - level
-        held = (expected == 0) | (expected == 255)
+        clamped = (expected == 0) | (expected == 255)
         assert (
-            np.abs(result[row, 0].numpy() - levels[row] - change)[~held].max() <= 1
+            np.abs(result[row, 0].numpy() - levels[row] - change)[~clamped].max() <= 1
         )  # OpenCV rounds the result
 
 
@@ -216,7 +216,7 @@ def test_any_memory_format(pictures: Tensor, name: str) -> None:
         name, (factors(0.5, 1.5),)
     )
     planar = getattr(image_ops, name)(pictures.float(), *strengths)
-    other = getattr(image_ops, name)(
+    channels_last = getattr(image_ops, name)(
         pictures.float().contiguous(memory_format=torch.channels_last), *strengths
     )
-    assert torch.equal(planar, other)
+    assert torch.equal(planar, channels_last)

@@ -1,4 +1,4 @@
-"""MixUp and CutMix: rates, shares, labels, and the same pairs on any number of ranks."""
+"""MixUp and CutMix: rates, weights, labels, and the same pairs on any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from fastflower.core import seeding
-from fastflower.data.transforms.mixing import SHARE, beta, boxes, choose, mix
+from fastflower.data.transforms.mixing import WEIGHT, beta, boxes, choose, mix
 
 KINDS = ("mixup", "cutmix")
 
@@ -26,17 +26,17 @@ def flat(count: int, size: int = 20) -> Tensor:
 
 
 def rates(**changes: float) -> dict[str, float]:
-    words = {"prob": 0.4, "switch": 0.5, "mixup": 0.2, "cutmix": 0.8, **changes}
-    kinds = [choose(42, step // 500, step=step % 500, **words) for step in range(5000)]
+    settings = {"prob": 0.4, "switch": 0.5, "mixup": 0.2, "cutmix": 0.8, **changes}
+    kinds = [choose(42, step // 500, step=step % 500, **settings) for step in range(5000)]
     return {kind: kinds.count(kind) / 5000 for kind in ("none", *KINDS)}
 
 
 def test_total_probability_and_switch() -> None:
-    shares = rates()
-    assert abs(shares["mixup"] + shares["cutmix"] - 0.4) < 0.02
-    assert abs(shares["cutmix"] - 0.2) < 0.02
-    shares = rates(prob=1.0, switch=0.25)
-    assert shares["none"] == 0 and abs(shares["cutmix"] - 0.25) < 0.02
+    rate = rates()
+    assert abs(rate["mixup"] + rate["cutmix"] - 0.4) < 0.02
+    assert abs(rate["cutmix"] - 0.2) < 0.02
+    rate = rates(prob=1.0, switch=0.25)
+    assert rate["none"] == 0 and abs(rate["cutmix"] - 0.25) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_total_probability_and_switch() -> None:
         ({"switch": 1.0}, {"mixup": 0.0, "cutmix": 0.4}),
     ],
 )
-def test_what_is_off_leaves_its_share_to_the_other(changes: dict, expected: dict) -> None:
-    shares = rates(**changes)
-    assert all(abs(shares[kind] - share) < 0.02 for kind, share in expected.items())
-    assert all(shares[kind] == 0 for kind, share in expected.items() if share == 0)
+def test_a_disabled_method_leaves_all_mixed_batches_to_the_other(changes: dict, expected: dict) -> None:
+    rate = rates(**changes)
+    assert all(abs(rate[kind] - want) < 0.02 for kind, want in expected.items())
+    assert all(rate[kind] == 0 for kind, want in expected.items() if want == 0)
 
 
 def test_choice_is_a_pure_function_of_seed_epoch_and_step() -> None:
@@ -66,31 +66,31 @@ def test_choice_is_a_pure_function_of_seed_epoch_and_step() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 5.0])
-def test_shares_follow_beta(alpha: float) -> None:
+def test_weights_follow_beta(alpha: float) -> None:
     """In 92 bins of known probability; the outer are wide, as float32 cannot tell 1 - 1e-8 from 1."""
-    shares = beta(keys_of(50_000), alpha).double().numpy()
+    weights = beta(keys_of(50_000), alpha).double().numpy()
     edges = stats.beta.ppf(np.linspace(0.05, 0.95, 91), alpha, alpha)
-    counts = np.histogram(shares, [-1, *edges, 2])[0]
+    counts = np.histogram(weights, [-1, *edges, 2])[0]
     expected = np.diff([0, *np.linspace(0.05, 0.95, 91), 1]) * 50_000
     assert stats.chisquare(counts, expected).pvalue > 1e-3
-    assert shares.min() >= 0 and shares.max() <= 1
+    assert weights.min() >= 0 and weights.max() <= 1
     if alpha >= 0.8:
-        assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+        assert stats.kstest(weights, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 3.0])
 def test_interpolation_error_of_the_quantiles(alpha: float) -> None:
     keys = keys_of(20_000)
-    uniform = seeding.uniform_tensor(keys, SHARE).double().numpy()
-    shares = beta(keys, alpha).double().numpy()
-    visible = shares < 1 - 1e-4  # nearer to 1, the rounding of float32 is more than the interpolation
-    assert np.abs(stats.beta.cdf(shares, alpha, alpha) - uniform)[visible].max() <= 1 / 4096
-    assert np.abs(shares - stats.beta.ppf(uniform, alpha, alpha)).mean() < 1e-4
+    uniform = seeding.uniform_tensor(keys, WEIGHT).double().numpy()
+    weights = beta(keys, alpha).double().numpy()
+    exact = weights < 1 - 1e-4  # nearer to 1, float32 rounding exceeds the interpolation error
+    assert np.abs(stats.beta.cdf(weights, alpha, alpha) - uniform)[exact].max() <= 1 / 4096
+    assert np.abs(weights - stats.beta.ppf(uniform, alpha, alpha)).mean() < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_label_weight_is_pixel_fraction(kind: str) -> None:
-    """Partner of i is (i + B/2) mod B; on constant pictures the mean pixel tells the share."""
+    """The partner of i is (i + B/2) mod B; on constant images the mean pixel gives the weight."""
     count = 16
     images, targets = mix(
         flat(count), torch.arange(count), keys=keys_of(count), num_classes=count, kind=kind, alpha=0.8
@@ -103,7 +103,7 @@ def test_label_weight_is_pixel_fraction(kind: str) -> None:
         assert float(targets[row, partner]) == pytest.approx(1 - weight, abs=1e-6)
         others = [c for c in range(count) if c not in (row, partner)]
         assert not targets[row, others].any()
-    assert len({round(float(w), 4) for w in targets.diagonal()}) > count // 2  # each row has its own share
+    assert len({round(float(w), 4) for w in targets.diagonal()}) > count // 2  # each row has its own weight
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,8 +123,8 @@ def test_mixup_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     images, keys = 255 * torch.rand(6, 3, 8, 8, generator=generator), keys_of(6)
     mixed, _ = mix(images, torch.arange(6), keys=keys, num_classes=6, kind="mixup", alpha=0.7)
-    share = beta(keys, 0.7).view(-1, 1, 1, 1)
-    torch.testing.assert_close(mixed, share * images + (1 - share) * images[[3, 4, 5, 0, 1, 2]])
+    weight = beta(keys, 0.7).view(-1, 1, 1, 1)
+    torch.testing.assert_close(mixed, weight * images + (1 - weight) * images[[3, 4, 5, 0, 1, 2]])
 
 
 def test_cutmix_pastes_one_box_of_whole_pixels() -> None:
@@ -142,8 +142,8 @@ def test_cutmix_pastes_one_box_of_whole_pixels() -> None:
 
 def test_cutmix_boxes_have_the_drawn_area_where_nothing_is_cut_off() -> None:
     keys = keys_of(4000)
-    share = torch.full((4000,), 0.75)  # a box of half the sides
-    inside, actual = boxes(keys, share, 40, 60)
+    weight = torch.full((4000,), 0.75)  # a box of half the sides
+    inside, actual = boxes(keys, weight, (40, 60))
     area = inside[:, 0].sum((1, 2))
     assert int(area.max()) == 20 * 30
     torch.testing.assert_close(actual, 1 - area / 2400)
@@ -167,14 +167,14 @@ def test_ranks_meet_the_pairs_of_one_rank(kind: str, world: int) -> None:
     labels, keys = torch.arange(24) % 7, keys_of(24)
     images, targets = mix(flat(24), labels, keys=keys, num_classes=7, kind=kind, alpha=0.8)
     for rank in range(world):
-        part = slice(rank, None, world)
-        mine, mine_targets = mix(
-            flat(24)[part], labels[part], keys=keys[part], num_classes=7, kind=kind, alpha=0.8
+        rows = slice(rank, None, world)
+        rank_images, rank_targets = mix(
+            flat(24)[rows], labels[rows], keys=keys[rows], num_classes=7, kind=kind, alpha=0.8
         )
-        assert torch.equal(mine, images[part]) and torch.equal(mine_targets, targets[part])
+        assert torch.equal(rank_images, images[rows]) and torch.equal(rank_targets, targets[rows])
 
 
-def test_global_random_state_stays() -> None:
+def test_global_random_state_does_not_change() -> None:
     state = torch.get_rng_state()
     mix(flat(4), torch.arange(4), keys=keys_of(4), num_classes=4, kind="cutmix", alpha=0.8)
     assert torch.equal(torch.get_rng_state(), state)
@@ -185,6 +185,6 @@ def test_global_random_state_stays() -> None:
 def test_gpu_equals_cpu(kind: str) -> None:
     labels, keys = torch.arange(16), keys_of(16)
     images, targets = mix(flat(16), labels, keys=keys, num_classes=16, kind=kind, alpha=0.8)
-    there = mix(flat(16).cuda(), labels.cuda(), keys=keys.cuda(), num_classes=16, kind=kind, alpha=0.8)
-    torch.testing.assert_close(there[0].cpu(), images, atol=1e-5, rtol=0)
-    torch.testing.assert_close(there[1].cpu(), targets, atol=1e-6, rtol=0)
+    cuda = mix(flat(16).cuda(), labels.cuda(), keys=keys.cuda(), num_classes=16, kind=kind, alpha=0.8)
+    torch.testing.assert_close(cuda[0].cpu(), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(cuda[1].cpu(), targets, atol=1e-6, rtol=0)

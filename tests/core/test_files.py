@@ -1,0 +1,175 @@
+"""Atomic replacement of files and folders, locks, abandoned temporary files, JSON and digests."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from fastflower.core import files
+from fastflower.core.errors import EnvironmentFault
+
+
+def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_atomic(path, "old")
+
+    def broken(temporary, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "replace_atomic", broken)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomic(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    dead, alive = 2**22 + 1, os.getpid()  # no process has the first: too large
+    abandoned, abandoned_beside, active, nested = (
+        files.temporary_path(tmp_path / name, pid)
+        for name, pid in (("a", dead), ("b", dead), ("a", alive), ("deep/er/a", dead))
+    )
+    foreign = tmp_path / "a.5.tmp"
+    for path in (abandoned, abandoned_beside, active, nested, foreign):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (files.temporary_path(tmp_path / "c", dead) / "full").mkdir(parents=True)
+    files.temporary_path(tmp_path / "d", dead).symlink_to(tmp_path / "deep")
+
+    def remaining() -> set[Path]:
+        return set(tmp_path.rglob("*.tmp"))
+
+    files.remove_abandoned(tmp_path, "a")
+    assert abandoned not in remaining() and len(remaining()) == 6
+    files.remove_abandoned(tmp_path)
+    assert remaining() == {active, foreign, nested}
+    files.remove_abandoned(tmp_path, below=True)
+    assert remaining() == {active, foreign}
+    files.remove_abandoned(tmp_path / "none", below=True)
+
+
+@pytest.mark.parametrize("elsewhere", ["machine", "container", "no /proc"])
+def test_files_that_another_machine_writes_to_a_shared_disk_are_kept(tmp_path, monkeypatch, elsewhere):
+    """Their PIDs are not in our /proc; only a file without a write for a day counts as abandoned."""
+    local = files.temporary_path(tmp_path / "a")
+    files.process_namespace.cache_clear()
+    with monkeypatch.context() as patch:
+        if elsewhere == "machine":
+            patch.setattr(files.Path, "read_text", lambda *_, **__: "another\n")
+        else:
+            patch.setattr(
+                files.os, "readlink", lambda _: "pid:[5]" if elsewhere == "container" else os.stat("/absent")
+            )
+        remote = files.temporary_path(tmp_path / "a")
+        abandoned = files.temporary_path(tmp_path / "b", 2**22 + 1)
+    files.process_namespace.cache_clear()
+    assert local == files.temporary_path(tmp_path / "a") != remote
+    for path in (remote, abandoned):
+        path.touch()
+    files.remove_abandoned(tmp_path)
+    assert remote.exists() and abandoned.exists()
+    os.utime(abandoned, (0, time.time() - files.ABANDONED_AFTER - 5))
+    os.utime(remote, (0, time.time() - files.ABANDONED_AFTER + 60))
+    files.remove_abandoned(tmp_path)
+    assert remote.exists() and not abandoned.exists()
+
+
+def replace_folder(target: Path, text: str) -> None:
+    with files.temporary_folder(target.with_name(".a.new"), target) as folder:
+        (folder / "text").write_text(text)
+        files.swap_in(folder, target)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_replaced_by_a_process_that_is_killed_is_the_old_or_the_new(tmp_path, monkeypatch, exchange):
+    """Killed before each rename; where the disk cannot exchange folders, the next process restores the old one."""
+    target, missing = tmp_path / "a", 0
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    for step in itertools.count():
+        replace_folder(target, "old")
+        child = os.fork()
+        if not child:
+            turns = iter(range(step, -1, -1))
+
+            def counted(real, turns=turns):
+                return lambda *arguments, **keywords: (
+                    real(*arguments, **keywords) if next(turns) else os._exit(9)
+                )
+
+            for module, name in (
+                (os, "rename"),
+                (files, "_exchange"),
+                (files, "fsync_folder"),
+                (files, "remove"),
+            ):
+                setattr(module, name, counted(getattr(module, name)))
+            try:
+                replace_folder(target, "new")
+            finally:
+                os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        missing += not target.exists()
+        with files.temporary_folder(tmp_path / ".a.new", target) as folder:
+            assert (target / "text").read_text() in ("old", "new") and not list(folder.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        if not killed:
+            break
+    assert (target / "text").read_text() == "new" and missing == (not exchange)
+
+
+def test_an_interrupted_swap_restores_the_old_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    target, rename, turns = tmp_path / "a", os.rename, itertools.count(1)
+
+    def interrupted(*paths):
+        if next(turns) == 2:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    replace_folder(target, "old")
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(target, "new")
+    assert (target / "text").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_lock_names_its_holder_and_is_free_when_that_is_killed(tmp_path):
+    path, message = tmp_path / "deep" / ".lock", "process {pid} is writing to {this}"
+    ready, write_end = os.pipe()
+    holder = os.fork()
+    if not holder:
+        with files.locked(path, message):
+            os.write(write_end, b".")
+            time.sleep(60)
+        os._exit(1)
+    os.read(ready, 1)
+    for _ in range(2):
+        with pytest.raises(EnvironmentFault, match=rf"^process {holder} is writing to {{this}}$"):
+            files.locked(path, message).__enter__()
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with files.locked(path, message), pytest.raises(EnvironmentFault, match=f"process {os.getpid()} "):
+        files.locked(path, message).__enter__()
+    with files.locked(path, message):
+        assert path.read_text() == str(os.getpid())
+
+
+def test_a_lock_in_a_file_of_another_kind_is_an_os_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), files.locked(tmp_path / "file" / ".lock", ""):
+        pass
+
+
+def test_json_holds_no_nan(tmp_path):
+    files.write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1.5, float("inf")]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [1.5, None]}
+
+
+def test_digest_separates_its_parts():
+    assert files.digest("ab", "c") != files.digest("a", "bc") and len(files.digest("x")) == 16
