@@ -12,10 +12,10 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-from table import Sample
+from sample import Sample
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-FORMAT = 3
+FORMAT = 4
 
 # The fields of bundle.json: a type, a value, a list of one kind, a map of fields; a tuple lists alternatives.
 # twin of the records in fastflower/bundle/description.py
@@ -173,21 +173,44 @@ def fallback_classes(folder: str, sample: Sample | None) -> Classes | None:
             counts = {row["category_id"]: float(row["n"]) for row in csv.DictReader(file)}
         if counts:
             break
-    counts = counts or Counter(sample.ids if sample else ())
+    counts = counts or Counter(sample.answers() if sample else ())
     if not counts:
         return None
     total = max(1, sum(counts.values()))
     return Classes(list(counts), [count / total for count in counts.values()], "sample")
 
 
+def labelings(folder: str, class_ids: list[str]) -> list[list[str]]:
+    """The class ids, then the classes' names from classes.csv, in the order of the logits."""
+    for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
+        damaged = contextlib.suppress(OSError, ValueError, KeyError, csv.Error)
+        with damaged, open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+            if [row["category_id"] for row in rows] == class_ids:
+                columns = [name for name in rows[0] if name not in ("class_idx", "category_id", "n", "check")]
+                return [class_ids, *([str(row[name]) for row in rows] for name in columns)]
+    return [class_ids]
+
+
 def default_folder() -> str:
     """The exported bundle; where there is none, the programs that evaluate wrote last beside members."""
-    exported = nearest("results/model/bundle")
+    exported, evaluated = nearest("results/model/bundle"), last_evaluated()
+    return exported if os.path.exists(exported) or not evaluated else evaluated
+
+
+def last_evaluated() -> str:
+    """The folder of the programs that evaluate wrote last beside members, or ""."""
     pattern = os.path.join(glob.escape(nearest("results/model")), "*", "programs", "bundle.json")
-    evaluated = glob.glob(pattern)
-    if os.path.exists(exported) or not evaluated:
-        return exported
-    return os.path.dirname(max(evaluated, key=os.path.getmtime))
+    return os.path.dirname(max(glob.glob(pattern), key=os.path.getmtime, default=""))
+
+
+def outdated_by(folder: str) -> str:
+    """The experiment whose members were evaluated after the exported bundle in a folder was written, or ""."""
+    evaluated, exported = last_evaluated(), nearest("results/model/bundle")
+    if not evaluated or os.path.realpath(folder) != os.path.realpath(exported):
+        return ""
+    newer, older = (os.path.getmtime(os.path.join(path, "bundle.json")) for path in (evaluated, exported))
+    return os.path.dirname(evaluated) if newer > older else ""
 
 
 def nearest(*names: str) -> str:

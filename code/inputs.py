@@ -30,20 +30,27 @@ class UnsuitableInput(Exception):
 
 
 class Folder:
-    """Photographs below a folder: their paths relative to it in `names`, those of all other entries in `ignored`."""
+    """Photographs below a folder: their paths relative to it in `names`, those of all other entries in `ignored`.
+
+    `notes` are about photographs that could be read only in part, by name.
+    """
 
     noun = "photographs"
 
     def __init__(self, folder: bytes) -> None:
         self.folder = folder
         self.names, self.ignored = pictures.find(folder)
+        self.notes: dict[bytes, str] = {}
 
     def load(self) -> None:
         """Do nothing: files are read one at a time."""
 
     def views(self, name: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
         """The views of a photograph: uint8 (h, w, 3) for each crop. Any exception means it is unreadable."""
-        return pictures.prepare(os.path.join(self.folder, name), crops)
+        image, note = pictures.read_noted(os.path.join(self.folder, name))
+        if note:
+            self.notes[name] = note
+        return pictures.cut_views(image, crops)
 
     def count_added(self) -> int:
         """The number of photographs added since the folder was listed."""
@@ -73,6 +80,7 @@ class Pairs:
             listed = " and ".join(f"{name} {sizes[:3]}" for name, sizes in zip(arrays, self.layouts))
             raise UnsuitableInput(f"{path}: {listed}; both arrays must have the same rows, height and width")
         self.names, self.ignored = row_names(path, self.layouts[0][0]), []
+        self.notes: dict[bytes, str] = {}
 
     def load(self) -> None:
         """Read both arrays."""

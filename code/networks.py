@@ -1,6 +1,6 @@
 """Runs the members of a bundle: pictures in, logits out.
 
-A network travels as a TorchScript program that takes its weights as arguments, so one small program serves
+A network travels as a program that takes its weights as arguments (see `programs.py`), so one small program serves
 every member of a backbone, and weights are stored once for all views. This needs no timm, no class definitions and no
 pickle.
 """
@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import threading
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 
 from bundles import Unusable
+from programs import Refused, compile_program
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -37,7 +38,7 @@ class Networks:
         self.bundle = bundle
         self.notes: list[str] = []
         self.members: list[dict[str, Any]] = []
-        self.files: dict[str, bytearray] = {}
+        self.programs: dict[str, Any] = {}
         self.fallback_lock = threading.Lock()
         self._read(folder, hashes)
         if not self.members:
@@ -106,21 +107,22 @@ class Networks:
             try:
                 for view in member["views"]:
                     name = self.bundle["programs"][view["program"]]["file"]
-                    if name not in self.files:
-                        self.files[name] = read_checked(folder, name, hashes)
+                    if name not in self.programs:
+                        self.programs[name] = load_program(read_checked(folder, name, hashes))
                 tensors = read_tensors(read_checked(folder, member["weights"], hashes))
                 if member["checkpoint"] is not None:
                     tensors.update(read_checkpoint(read_checked(folder, member["checkpoint"], hashes)))
+            except Refused as error:  # no accident: nothing else in such a bundle is trusted
+                raise Unusable(f"{os.path.join(folder, name)} {error}; nothing in it was run") from None
             except (OSError, ValueError, MemoryError, LookupError, RuntimeError, TypeError) as error:
                 self.notes.append(f"member {member['name']} left out: {error}")
             else:
                 self.members.append({**member, "tensors": tensors})
 
     def _move_to(self, name: str, dtype: torch.dtype) -> str | None:
-        """Move programs and weights to a device and run the self-test; returns the fault, or None."""
+        """Move the weights to a device and run the self-test; returns the fault, or None."""
         try:
             self.device, self.dtype = torch.device(name), dtype
-            self.programs = {file: load_program(data, self.device) for file, data in self.files.items()}
             for member in self.members:
                 member["inputs"] = [
                     self._inputs(member["tensors"], view["program"]) for view in member["views"]
@@ -236,11 +238,9 @@ def multiplies_bf16() -> bool:
         return False
 
 
-def load_program(data: bytearray, device: torch.device) -> Any:
-    """Load a TorchScript program; new torch calls it deprecated, but torch.export files run on one version only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.")
-        return torch.jit.load(io.BytesIO(data), map_location=device)
+def load_program(data: bytearray) -> Any:
+    """Compile the text of a program; raises Refused for one that the predictor does not run."""
+    return compile_program(data.decode("utf-8", "backslashreplace"))
 
 
 DTYPES = {
@@ -250,23 +250,41 @@ DTYPES = {
 
 
 def read_tensors(data: bytearray) -> dict[str, torch.Tensor]:
-    """Read a safetensors file: the header's length in eight bytes, the header as JSON, the tensors' memory."""
+    """Read a safetensors file: the header's length in eight bytes, the header as JSON, the tensors' memory.
+
+    Raises ValueError unless the tensors, each as long as its shape and dtype say, fill the memory without overlap.
+    """
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
         raise ValueError("its weights end within their header")
-    header = json.loads(bytes(data[8:start]))
+    header = json.loads(bytes(data[8:start]), object_pairs_hook=_distinct)
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (first, last), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
         if not 0 <= first <= last <= len(data) - start:
             raise ValueError(f"the tensor {name} lies outside of its weights")
-        flat = torch.empty(0, dtype=dtype)
+        if first != end:
+            raise ValueError(f"the tensor {name} begins at byte {first} of its weights, not at {end}")
+        flat, end = torch.empty(0, dtype=dtype), last
+        if last - first != math.prod(entry["shape"]) * flat.element_size():
+            raise ValueError(f"the tensor {name} has {last - first} bytes for the shape {entry['shape']}")
         if last > first:
             count = (last - first) // flat.element_size()
             flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first)
         tensors[name] = flat.reshape(entry["shape"])
+    if end != len(data) - start:
+        raise ValueError(f"its weights have {len(data) - start} bytes, their header describes {end}")
     return tensors
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a map; ValueError for a name that it has twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the header of its weights has {max(names, key=names.count)} twice")
+    return fields
 
 
 def read_checkpoint(data: bytearray) -> dict[str, torch.Tensor]:
@@ -308,7 +326,11 @@ def fuse_norms(tensors: dict[str, torch.Tensor], norms: list[dict[str, Any]]) ->
 def read_checked(folder: str, name: str, hashes: dict[str, str]) -> bytearray:
     """Read a file of the bundle; ValueError when its SHA-256 is not the exported file's."""
     path = os.path.join(folder, name)
-    data = bytearray(os.path.getsize(path))
+    size = os.path.getsize(path)
+    try:
+        data = bytearray(size)
+    except MemoryError:
+        raise ValueError(f"{name} claims {size} bytes, more than there is memory") from None
     with open(path, "rb") as file:
         file.readinto(data)
     if hashlib.sha256(data).hexdigest() != hashes.get(name):

@@ -2,7 +2,8 @@
 
 With Pillow alone it gives the same pixels as the trainer's conversion and evaluation.
 """
-# twin of fastflower/data/readers/image_files.py: limits, orientation, RGB conversion, stored size
+# twin of fastflower/data/readers/image_files.py: limits, orientation, RGB conversion, stored size;
+# and of image_folders.py there: hidden and system entries
 
 from __future__ import annotations
 
@@ -16,11 +17,17 @@ import numpy as np
 from PIL import Image
 
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp")
+SYSTEM_NAMES = (  # what systems and editors put between photographs
+    *(b"__macosx", b"@eadir", b"@recycle", b"#recycle", b"#snapshot", b"$recycle.bin", b"recycler"),
+    *(b"system volume information", b"lost+found", b"thumbs.db", b"ehthumbs.db", b"desktop.ini"),
+)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 MOST_PIXELS = 64_000_000  # a header that claims more is refused before anything is decoded
 MOST_BYTES = 1 << 29  # of a file; MOST_PIXELS take half of it at most, even uncompressed
 MOST_SCANS = 500  # a progressive JPEG of 40 kB can hold thousands and cost a minute
 LONGEST = 4  # stored pictures are cut to at most this many times the stored side
+FEWEST_PIXELS = 0.05  # of a JPEG that ends early; the prediction from less would be a guess
+END_OF_JPEG = b"\xff\xd9"
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,8 +48,8 @@ def find(folder: bytes) -> tuple[list[bytes], list[bytes]]:
     """List the photographs below a folder and the ignored entries: relative paths with '/', sorted by bytes.
 
     Photographs are regular files with an image suffix. Names are bytes, so that they reach the table unchanged under
-    any locale. Files that macOS adds to archives (`__MACOSX/`, `._name` beside `name`) are no photographs. Folders
-    that are links, which may lead in circles, or cannot be read are ignored.
+    any locale. Hidden and system entries are copies and leftovers of other programs, never photographs. Folders that
+    are links, which may lead in circles, or cannot be read are ignored.
     """
     photographs: list[bytes] = []
     ignored: list[bytes] = []
@@ -51,19 +58,25 @@ def find(folder: bytes) -> tuple[list[bytes], list[bytes]]:
         ignored.append(error.filename)
 
     for parent, folders, files in os.walk(folder, onerror=ignore_unreadable):
-        folders[:] = [name for name in folders if name != b"__MACOSX"]
-        ignored += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
-        present = set(files)
+        ignored += [
+            path for name in folders if os.path.islink(path := os.path.join(parent, name)) or is_hidden(name)
+        ]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:
             path = os.path.join(parent, name)
-            shadow = name.startswith(b"._") and name[2:] in present
-            is_photograph = name.lower().rstrip().endswith(SUFFIXES) and not shadow and _is_regular(path)
+            is_image = name.lower().rstrip().endswith(SUFFIXES) and not is_hidden(name)
+            is_photograph = is_image and _is_regular(path)
             (photographs if is_photograph else ignored).append(path)
     photographs, ignored = (
         sorted(os.path.relpath(path, folder).replace(os.sep.encode(), b"/") for path in paths)
         for paths in (photographs, ignored)
     )
     return photographs, ignored
+
+
+def is_hidden(path: bytes) -> bool:
+    """True for a path with a hidden or system entry in it, such as `.ipynb_checkpoints/`, `@eaDir/` or `Thumbs.db`."""
+    return any(part.lower() in SYSTEM_NAMES or part.startswith(b".") for part in path.split(b"/"))
 
 
 def prepare(path: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
@@ -78,23 +91,47 @@ def cut_views(image: Image.Image, crops: list[dict[str, Any]]) -> list[np.ndarra
 
 
 def read(path: bytes) -> Image.Image:
-    """Read the first frame as RGB: turned upright by EXIF, alpha over white, 16 bits scaled to 8."""
+    """Read a picture as `read_noted` does, without its note."""
+    return read_noted(path)[0]
+
+
+def read_noted(path: bytes) -> tuple[Image.Image, str]:
+    """Read the first frame as RGB: turned upright by EXIF, alpha over white, 16 bits scaled to 8; and a note, or "".
+
+    A JPEG that ends early is read as far as it goes, with a note.
+    """
     if not _is_regular(path):
         raise ValueError("not a regular file")
     if os.path.getsize(path) > MOST_BYTES:
         raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
     with open(path, "rb") as file:
         data = file.read()
-    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MOST_SCANS:
+    is_jpeg = data[:2] == b"\xff\xd8"
+    if is_jpeg and data.count(b"\xff\xda") > MOST_SCANS:
         raise ValueError(f"a JPEG of more than {MOST_SCANS} scans")
+    image, note = _open(data), ""
+    try:
+        image.load()
+    except OSError as error:
+        if not is_jpeg:
+            raise
+        image, note = _open(data + END_OF_JPEG), f"ends early ({error})"
+        image.load()
+        pixels = np.asarray(image.convert("RGB"))
+        if (pixels != pixels[-1, -1]).any(axis=2).mean() < FEWEST_PIXELS:  # the missing ones are all alike
+            raise
+    turn = TURNS.get(_orientation(image))
+    image = _rgb(image)
+    return image if turn is None else image.transpose(turn), note
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header of a picture; ValueError for one of too many pixels."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels, more than {MOST_PIXELS // 1_000_000} million")
-    image.load()
-    turn = TURNS.get(_orientation(image))
-    image = _rgb(image)
-    return image if turn is None else image.transpose(turn)
+    return image
 
 
 def stored(image: Image.Image, side: int | None) -> Image.Image:

@@ -35,7 +35,8 @@ try:
     import inputs
     import pictures
     from bundles import Problem, Unusable
-    from table import Table, column_names, in_sample_order, read_sample, replace_atomic
+    from sample import Sample, Unfollowable, layout_of, match, read_sample
+    from table import Layout, Table, default_layout, replace_atomic, visible
 except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Image.Transpose
     reason = " ".join(str(missing).split())  # NumPy's message fills a screen
     sys.exit(f"predict: {reason}; install torch, numpy and pillow: pip install -U torch numpy pillow")
@@ -50,7 +51,7 @@ MAX_NAMED = (
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    sample = read_sample(bundles.nearest("ref/predictions_sample.csv"))
+    sample, unfollowed = find_sample(options)
     bundle, hashes, problem = None, {}, None
     try:
         bundle, hashes = bundles.read(options.bundle)
@@ -69,30 +70,72 @@ def main(argv: list[str]) -> int:
         raise problem or Problem(str(error)) from None
     if bundle and any(member["checkpoint"] is not None for member in bundle["members"]):
         log(f"no exported bundle; using the members above {options.bundle}, which export has not checked")
+    newer = bundles.outdated_by(options.bundle) if bundle else ""
+    if newer:
+        log_error(
+            f"{options.bundle} is older than the members that evaluate wrote to {newer}, which it may lack; "
+            "run python -m fastflower.export to hand those in"
+        )
     exit_on_signals()
-    names, labels = in_sample_order(source.names, sample)
-    table = Table(
-        names,
-        classes.ids,
-        prior=classes.prior,
-        header=column_names("two" if options.two_columns else classes.columns, sample),
-        labels=labels,
-        binary=classes.columns == "binary",
-    )
+    names, labels = source.names, source.names
+    columns = "two" if options.two_columns else classes.columns
+    layout = default_layout(columns)
+    if sample and names:
+        try:
+            names, labels, layout = follow(sample, names, columns=columns, classes=classes, options=options)
+        except Unfollowable as difference:
+            unfollowed = str(difference)
+    table = Table(names, classes.ids, prior=classes.prior, layout=layout, labels=labels)
     code = 0
     if names or not os.path.exists(options.csv):  # an empty table never replaces a full one
         code = write_table(table, options.csv)
+    if unfollowed and names:
+        log_error(
+            f"{unfollowed}; {table.path} gets the columns {','.join(layout.header)} and a row for each image, "
+            "mend or remove the sample"
+        )
+        code = code or 2
     if source.ignored and names:
         log(
             f"{len(source.ignored)} other entries below {options.folder} get no row, "
+            f"{sum(map(pictures.is_hidden, source.ignored))} of them hidden or of the system, "
             f"the first is {os.fsdecode(source.ignored[0])!r}"
         )
     if problem:
         raise Problem(f"{problem}; {only_prior(table)}", problem.code)
     if not names:
         suffixes = b" ".join(pictures.SUFFIXES).decode()
+        if not os.path.exists(options.folder):
+            raise Problem(f"{options.folder} does not exist; give a folder with {suffixes}")
         raise Problem(f"no photographs below {options.folder}; give a folder with {suffixes}")
     return run_guarded(options, bundle, hashes=hashes, source=source, table=table) or code
+
+
+def find_sample(options: argparse.Namespace) -> tuple[Sample | None, str]:
+    """The organiser's sample, if there is one, and the reason why it cannot be read."""
+    try:
+        path = options.sample or bundles.nearest("ref/predictions_sample.csv")
+        return read_sample(path, required=bool(options.sample)), ""
+    except Unfollowable as fault:
+        return None, str(fault)
+
+
+def follow(
+    sample: Sample, names: list[bytes], *, columns: str, classes: bundles.Classes, options: argparse.Namespace
+) -> tuple[list[bytes], list[bytes], Layout]:
+    """Names in the sample's order, the labels to write for them, and the layout; raises Unfollowable.
+
+    The columns are the sample's unless the bundle asks for others.
+    """
+    image, ordered = match(sample, names, options.folder)
+    labels = [label.encode("utf-8", "surrogateescape") for label in sample.column(image)]
+    layout = default_layout(columns)
+    if columns in ("sample", "binary"):
+        labelings = bundles.labelings(options.bundle, classes.ids)
+        of_sample = layout_of(sample, image, labelings, second_class=layout.second_class)
+        if columns == "sample" or any(column.kind == "number" for column in of_sample.columns):
+            layout = of_sample
+    return ordered, labels, layout
 
 
 def run_guarded(
@@ -268,6 +311,7 @@ class Worker:
         self.ensemble, self.source, self.table = ensemble, source, table
         self.on_cpu = ensemble.device.type == "cpu"
         self.retry_lock = threading.Lock()
+        self.noted = 0
 
     def process(self, rows: list[int]) -> list[tuple[int, Any]]:
         """The rows that could be read, with their logits on a CPU, else with their views."""
@@ -276,6 +320,7 @@ class Worker:
             self.table.reading_since[row] = time.monotonic()
             try:
                 results.append((row, self._views(self.table.names[row])))
+                self._note(row)
             except Exception as error:  # a hostile file may make Pillow raise anything
                 self._fail(row, error)
             finally:
@@ -303,6 +348,16 @@ class Worker:
         except (MemoryError, OSError):  # all threads together may need more memory or handles than there are
             with self.retry_lock:
                 return self.source.views(name, crops)
+
+    def _note(self, row: int) -> None:
+        """Keep and show the source's note on a row that could be read only in part."""
+        note = self.source.notes.pop(self.table.names[row], "")
+        if note:
+            self.table.note(row, note)
+            self.noted += 1
+            if self.noted <= MAX_NAMED:
+                name = os.fsdecode(self.table.names[row])
+                log_error(f"{name!r}: {note}; predicted from the pixels that are there")
 
     def _fail(self, row: int, error: Exception) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -360,12 +415,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "csv", nargs="?", help="the table to write, or its folder (results/results/submission.csv)"
     )
     parser.add_argument("--bundle", help="exported members (results/model/bundle, else those evaluated last)")
+    parser.add_argument(
+        "--sample", metavar="CSV", help="organiser's table to follow (ref/predictions_sample.csv)"
+    )
     parser.add_argument("--two-columns", action="store_true", help="leave out the confidence")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto)")
     parser.add_argument("--fp32", action="store_true", help="no half precision, whatever the bundle allows")
     parser.add_argument("--batch", type=positive, help="photographs at a time on a GPU (64)")
     parser.add_argument(
-        "--threads", type=positive, help="threads that decode, and that compute on a CPU (all cores)"
+        "--threads", type=positive, help="threads that decode, and compute on a CPU (all cores)"
     )
     parser.add_argument(
         "--logits", metavar="NPZ", help="also write logits (photographs, members, views, classes)"
@@ -387,9 +445,9 @@ def positive(text: str) -> int:
 
 
 def log(text: str, stream: Any = None) -> None:
-    """Print one line; a closed stream is ignored."""
+    """Print one line, control characters as escapes; a closed stream is ignored."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"predict: {text}", file=stream or sys.stdout, flush=True)
+        print(f"predict: {visible(text)}", file=stream or sys.stdout, flush=True)
 
 
 def log_error(text: str) -> None:

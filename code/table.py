@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import mmap
 import os
+import re
 import stat
 import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-COLUMNS = ("filename", "category_id", "confidence")
-BINARY = ("filename", "category_id", "probability")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 REASON_BYTES, SUMMARY_BYTES = 160, 1 << 16  # longest reason of an unreadable row; longest summary of the run
+
+
+class Column(NamedTuple):
+    """A column to write: its kind, and the texts or the class that belong to it.
+
+    Kinds: `image` (the label), `class` (one of `texts`, by class), `number` (the confidence, or the probability of the
+    second class), `odds` (the probability of class `position`), `copy` (`texts`, by row).
+    """
+
+    kind: Literal["image", "class", "number", "odds", "copy"]
+    texts: tuple[str, ...] = ()
+    position: int = 0
+
+
+class Layout(NamedTuple):
+    """How to write the table: header, columns, delimiter, and whether `number` is of the second class."""
+
+    header: list[str]
+    columns: list[Column]
+    delimiter: str = ","
+    second_class: bool = False
+
+
+def default_layout(columns: str) -> Layout:
+    """The layout for that field of bundle.json; without a sample to follow, `sample` means three columns."""
+    third = "probability" if columns == "binary" else "confidence"
+    width = 2 if columns == "two" else 3
+    kinds = [Column("image"), Column("class"), Column("number")]
+    return Layout(["filename", "category_id", third][:width], kinds[:width], second_class=columns == "binary")
 
 
 class Table:
@@ -25,8 +53,7 @@ class Table:
     `names` are the images' names as bytes; `labels` are the names to write, byte for byte, by default the same. `path`
     is the file that `open` could write. Predictions lie in memory that a forked process shares: `reading_since` is
     the time at which reading of a row's picture began (0: it is not being read), `suspect` marks pictures that may
-    crash the process. The third column is the confidence in the row's class, or with `binary` the probability of the
-    second class.
+    crash the process.
     """
 
     def __init__(
@@ -35,15 +62,17 @@ class Table:
         class_ids: list[str],
         *,
         prior: list[float],
-        header: list[str],
+        layout: Layout | None = None,
         labels: list[bytes] | None = None,
-        binary: bool = False,
     ) -> None:
-        self.names, self.class_ids, self.header, self.binary = names, class_ids, header, binary
+        self.names, self.class_ids, self.layout = names, class_ids, layout or default_layout("three")
         self.labels = labels or names
         count = len(names)
         self.best, self.confidence = shared_array(count, "i8"), shared_array(count, "f8")
         self.best[:], self.confidence[:] = int(np.argmax(prior)), float(np.max(prior))
+        needed = any(column.kind == "odds" for column in self.layout.columns)
+        self.odds = shared_array(count * len(class_ids) * needed, "f8").reshape(-1, len(class_ids))
+        self.odds[:] = prior
         self.known, self.failed, self.suspect = (shared_array(count, "?") for _ in range(3))
         self.reading_since = shared_array(count, "f8")
         self.reasons = shared_array(count, f"S{REASON_BYTES}")
@@ -55,6 +84,12 @@ class Table:
     def unreadable(self) -> dict[int, str]:
         """The reasons of rows that cannot be predicted, by row."""
         return {int(row): self.reasons[row].decode("utf-8", "replace") for row in np.flatnonzero(self.failed)}
+
+    @property
+    def partial(self) -> dict[int, str]:
+        """The notes on rows that are predicted from a part of their picture, by row."""
+        rows = np.flatnonzero(self.known & (self.reasons != b""))
+        return {int(row): self.reasons[row].decode("utf-8", "replace") for row in rows}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -104,25 +139,45 @@ class Table:
                 continue
             odds = np.exp(logits - logits.max())
             self.best[row], self.confidence[row] = int(odds.argmax()), float(odds.max() / odds.sum())
+            if len(self.odds):
+                self.odds[row] = odds / odds.sum()
             self.known[row] = True
 
     def fail(self, row: int, reason: str) -> None:
         """Mark a row as impossible to predict; it keeps the most frequent class."""
-        self.reasons[row] = reason.encode("utf-8", "replace")[:REASON_BYTES]
+        self.note(row, reason)
         self.failed[row] = True
 
+    def note(self, row: int, text: str) -> None:
+        """Keep a note on a row."""
+        self.reasons[row] = text.encode("utf-8", "replace")[:REASON_BYTES]
+
     def text(self) -> bytes:
-        """RFC 4180 with '\\n': names byte for byte, ids as in the training labels, confidence in (0, 1]."""
-        fields = [quoted(field.encode("utf-8", "surrogateescape")) for field in self.header]
-        lines = [b",".join(fields)]
-        width = len(self.header)
-        for label, best, confidence in zip(self.labels, self.best, self.confidence):
-            if self.binary:  # more digits: rounding must not tie rows that are scored by rank
-                number = b"%.9f" % (confidence if best else 1.0 - confidence)
-            else:
-                number = b"%.6f" % min(max(confidence, 1e-6), 1.0)
-            lines.append(b",".join((quoted(label), quoted(self.class_ids[best].encode()), number)[:width]))
-        return b"\n".join(lines) + b"\n"
+        """RFC 4180 with '\\n': names byte for byte, ids as in the training labels, confidence in (0, 1].
+
+        Control characters in ids and headers, which could steer a terminal, are written as escapes.
+        """
+        delimiter = self.layout.delimiter.encode()
+        columns = [self._cells(column) for column in self.layout.columns]
+        lines = [[encoded(field) for field in self.layout.header], *zip(*columns)]
+        return b"".join(
+            delimiter.join([quoted(field, delimiter) for field in fields]) + b"\n" for fields in lines
+        )
+
+    def _cells(self, column: Column) -> list[bytes]:
+        """The cells of a column, one for each row."""
+        if column.kind == "image":
+            return self.labels
+        if column.kind == "odds":
+            return [b"%.9f" % share for share in self.odds[:, column.position]]
+        if column.kind == "number" and self.layout.second_class:
+            # more digits: rounding must not tie rows that are scored by rank
+            second = np.where(self.best == 1, self.confidence, 1.0 - self.confidence)
+            return [b"%.9f" % share for share in second]
+        if column.kind == "number":
+            return [b"%.6f" % share for share in np.clip(self.confidence, 1e-6, 1.0)]
+        texts = [encoded(text) for text in column.texts or self.class_ids]
+        return texts if column.kind == "copy" else [texts[best] for best in self.best]
 
     def remove_temporary(self, process: int) -> None:
         """Delete the temporary files of a killed process."""
@@ -140,11 +195,15 @@ class Table:
         self.written = time.monotonic()
         replace_atomic(self.path, self.text())
         names = [name.decode("utf-8", "surrogateescape") for name in self.names]
-        unreadable = {names[row]: reason for row, reason in self.unreadable.items()}
+        unreadable, partial = (
+            {names[row]: reason for row, reason in reasons.items()}
+            for reasons in (self.unreadable, self.partial)
+        )
         fields = {
             "rows": len(names),
             "predicted": int(self.known.sum()),
             "unreadable": unreadable,
+            "partial": partial,
             **self.summary,
         }
         replace_atomic(summary_path(self.path), json.dumps(fields, indent=1).encode())
@@ -183,57 +242,17 @@ def temporary_path(path: str, process: int) -> str:
     return f"{path}.{process}.tmp"
 
 
-def quoted(field: bytes) -> bytes:
-    special = any(mark in field for mark in (b",", b'"', b"\n", b"\r"))
+def quoted(field: bytes, delimiter: bytes) -> bytes:
+    """A field in quotation marks where it needs them."""
+    special = any(mark in field for mark in (delimiter, b'"', b"\n", b"\r"))
     return b'"' + field.replace(b'"', b'""') + b'"' if special else field
 
 
-class Sample(NamedTuple):
-    """The organiser's sample submission: its header, file names and category ids."""
-
-    header: list[str]
-    names: list[bytes]
-    ids: list[str]
+def encoded(text: str) -> bytes:
+    """A text for a cell: bytes that are no UTF-8 as they were, control characters as escapes."""
+    return visible(text).encode("utf-8", "surrogateescape")
 
 
-def read_sample(path: str) -> Sample | None:
-    """Read the sample; None when it is missing, unreadable, or has other than two or three columns."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (OSError, csv.Error):
-        return None
-    if not rows or len(rows[0]) not in (2, 3):
-        return None
-    header = [field.strip() for field in rows[0]]
-    names = [row[0].encode("utf-8", "surrogateescape") for row in rows[1:]]
-    return Sample(header, names, [row[1] for row in rows[1:] if len(row) > 1])
-
-
-def column_names(kind: str, sample: Sample | None) -> list[str]:
-    """The header: `two`, `three`, `binary`, or `sample` for the organiser's, else three."""
-    if sample and (kind == "sample" or (kind == "binary" and len(sample.header) == 3)):
-        return sample.header
-    return list({"two": COLUMNS[:2], "binary": BINARY}.get(kind, COLUMNS))
-
-
-def in_sample_order(names: list[bytes], sample: Sample | None) -> tuple[list[bytes], list[bytes]]:
-    """The names in the table's order, and the labels to write for them.
-
-    Both follow the sample when it lists exactly these files, with or without their suffixes, or numbers the rows of a
-    .npz from 0 or 1.
-    """
-    if sample is None or len(sample.names) != len(names):
-        return names, names
-    if sorted(sample.names) == names:
-        return sample.names, sample.names
-    files = {os.path.splitext(name)[0]: name for name in names}
-    if sorted(sample.names) == sorted(files):
-        return [files[label] for label in sample.names], sample.names
-    numbered = all(name.rpartition(b"/")[2].isdigit() for name in names)  # photographs have a suffix
-    if numbered and all(label.isdigit() and len(label) < 19 for label in sample.names):
-        rows = [int(label) for label in sample.names]
-        for first in (0, 1):
-            if sorted(rows) == list(range(first, first + len(names))):
-                return [names[row - first] for row in rows], sample.names
-    return names, names
+def visible(text: str) -> str:
+    """A text whose control characters, also those that reverse the direction of text, are written as escapes."""
+    return CONTROLS.sub(lambda mark: mark[0].encode("unicode_escape").decode(), text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastflower.bundle import gates, held_out, writer
+from fastflower.bundle import held_out
 from fastflower.bundle.members import choose, member_weights, read_out_of_fold
 from fastflower.core import errors, runs
 from fastflower.core.errors import InputError
@@ -27,6 +27,9 @@ def main(argv: list[str]) -> None:
     checks.check_flips(recipe)
     chosen = choose(recipe, options.members)
     held_out.open_originals(recipe)  # fails early, before minutes of work
+    # here: torch and timm take seconds, which a refusal does not spend
+    from fastflower.bundle import gates, writer
+
     members = writer.load_members(chosen.paths, recipe.bundle.dtype)
     weights = member_weights(chosen, [m.meta.backbone for m in members], recipe.ensembling.weighting)
     print(f"{len(members)} members, T = {chosen.temperature:.4f} ({chosen.source})")

@@ -31,7 +31,7 @@ class FusedNorm:
 
 @dataclass(frozen=True)
 class Program:
-    """A TorchScript file of (images, *weights).
+    """A text file with a function of (images, *weights); see code/programs.py.
 
     `inputs` are the names of the weights in order; `half_keeps` those that stay fp32 in half precision, None where
     the program must not run in half precision.
@@ -78,7 +78,7 @@ class PairArrays:
 class BundleDescription:
     """The content of bundle.json; `prior` are the class frequencies of the training data."""
 
-    FORMAT: ClassVar[int] = 3
+    FORMAT: ClassVar[int] = 4
     REMEDY: ClassVar[str] = "run python -m fastflower.export"
 
     fastflower: str

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from fastflower.bundle.description import BundleDescription, PairArrays
-from fastflower.bundle.writer import Member
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import RAW, Beton, BetonWriter, EncodedImage, open_beton
 from fastflower.data.readers import image_files, sources
 from fastflower.data.readers.arrays import open_npz
 from fastflower.data.readers.sources import Source
 from fastflower.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastflower.bundle.writer import Member
 
 MOST_ROWS = 64
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastflower.core import checkpoint, runs, scores
+from fastflower.core import runs, scores
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
 from fastflower.data.folds import read_folds
 from fastflower.evaluation import calibration, ensembles, logits, summary
 from fastflower.evaluation.logits import MemberLogits
-from fastflower.evaluation.records import Temperatures
-from fastflower.model.member import MemberMeta, load_member
+from fastflower.evaluation.records import TemperatureFit, Temperatures
 from fastflower.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastflower.model.member import MemberMeta
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,16 @@ def choose(recipe: Recipe, requested: list[Path]) -> ChosenMembers:
     if requested:
         paths = sorted(dict.fromkeys(requested))
     else:
-        paths = runs.find_members(recipe.exp.name, recipe.ensembling.find_pattern)
+        pattern, metric = recipe.ensembling.find_pattern, recipe.select.metric
+        paths = runs.find_members(recipe.exp.name, pattern, metric=metric)
         if not paths:
-            folder, pattern = runs.MODELS / recipe.exp.name, recipe.ensembling.find_pattern
+            folder, pattern = runs.MODELS / recipe.exp.name, runs.member_pattern(pattern, metric)
             raise InputError(f"no member in {folder} matches {pattern}; train first or give --members")
-        if recipe.bundle.members == "greedy":
+        if recipe.bundle.members == "greedy":  # among members that evaluate has checked against the recipe
             return choose_greedily(recipe, paths)
+        from fastflower.evaluation.inference import check_recipe  # here: torch and timm take seconds
+
+        check_recipe(recipe, {path: read_meta(path) for path in paths})
     if recipe.ensembling.weighting in ("flat", "family"):
         temperature, source = temperature_of(recipe, paths)
         return ChosenMembers(paths=paths, weights=None, temperature=temperature, source=source)
@@ -57,6 +64,8 @@ def choose(recipe: Recipe, requested: list[Path]) -> ChosenMembers:
 
 def read_meta(path: Path) -> MemberMeta:
     """The meta of a member's checkpoint."""
+    from fastflower.model.member import load_member  # here: torch and timm take seconds
+
     return load_member(path).meta
 
 
@@ -133,7 +142,10 @@ def choose_greedily(recipe: Recipe, paths: list[Path]) -> ChosenMembers:
         fitted = calibration.fit_set(
             fused, recipe.ts.fit_on, alpha=recipe.select.alpha, bins=recipe.eval.ece_bins
         )
-        t, source = fitted.t, f"fitted on {len(labels)} out-of-fold images of the chosen runs"
+        t, source = (
+            fitted.t,
+            _source(f"fitted on {len(labels)} out-of-fold images of the chosen runs", fitted),
+        )
     kept = [path for path in paths if path.name in weight_of]
     kept_weights = np.array([weight_of[path.name] for path in kept])
     return ChosenMembers(paths=kept, weights=kept_weights, temperature=t, source=source)
@@ -171,6 +183,8 @@ def read_out_of_fold(recipe: Recipe, paths: list[Path]) -> dict[str, MemberLogit
     folder = runs.RESULTS / recipe.exp.name
     if not (folder / "scores.json").is_file():
         return {}
+    from fastflower.core import checkpoint  # here: it imports torch
+
     seals = {path.name: checkpoint.seal(path) for path in paths}
     known = {member.info.checkpoint: member for member in summary.load_member_logits(folder)}
     return {
@@ -197,7 +211,7 @@ def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
     fitted = read_record(path, Temperatures)
     single = fitted.members.get(paths[0].name) if len(paths) == 1 else None
     if single:
-        return single.t, f"{path}, this member's"
+        return single.t, _source(f"{path}, this member's", single)
     if not fitted.fused:
         return 1.0, f"{path} holds none"
     source = f"{path}, fused"
@@ -205,4 +219,9 @@ def temperature_of(recipe: Recipe, paths: list[Path]) -> tuple[float, str]:
         source += f" from other members ({len(fitted.members)})"
     elif not _same_weighting(recipe, fitted):
         source += f" with the weights of {_weighting_in_words(fitted)}"
-    return fitted.fused.t, source
+    return fitted.fused.t, _source(source, fitted.fused)
+
+
+def _source(text: str, fitted: TemperatureFit) -> str:
+    """The source of a temperature, with its note."""
+    return f"{text}; {fitted.note}" if fitted.note else text

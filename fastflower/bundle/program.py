@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import runpy
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ from fastflower.core.errors import InputError
 
 TOLERANCE = 1e-4  # largest difference of fp32 logits between predictor and trainer
 BATCHES = (1, 2, 5)
+CODE = Path(__file__).resolve().parents[2] / "code"
 CONVOLUTIONS = (nn.Conv2d, timm.layers.Conv2dSame)  # kinds that use their weight unchanged
 
 
 @dataclass(frozen=True)
 class TracedProgram:
-    """The bytes of a TorchScript file and how to call it; see `description.Program`."""
+    """The text of a program and how to call it; see `description.Program`."""
 
-    data: bytes
+    text: str
     inputs: list[str]
     norms: list[FusedNorm]
     half_keeps: list[str] | None
@@ -66,15 +68,53 @@ def trace(
         program = torch.jit.trace(
             with_weights(fused, list(weights)), (example, *weights.values()), check_trace=False
         )
-    check_program(program, title, network=network, height=height, width=width, weights=list(weights.values()))
-    buffer = io.BytesIO()
-    torch.jit.save(program, buffer)
+    text, constants = text_and_constants(program)
+    if 'torch.device("cpu")' in text:
+        raise InputError(f"{title}: its program is bound to the CPU; choose another backbone or tta.scales")
+    for name, value in constants.items():
+        inputs.append(f"{name}@{height}x{width}")
+        tensors[inputs[-1]] = value
+    values = [*weights.values(), *constants.values()]
+    program = compile_text(text, title)
+    check_program(program, title, network=network, height=height, width=width, weights=values)
     return TracedProgram(
-        data=without_paths(buffer.getvalue()),
+        text=text,
         inputs=inputs,
         norms=norms,
-        half_keeps=half_keeps(program, inputs, weights=list(weights.values()), images=example[:1]),
+        half_keeps=half_keeps(program, inputs, weights=values, images=example[:1]),
     )
+
+
+def text_and_constants(program: Any) -> tuple[str, dict[str, Tensor]]:
+    """The text of a traced function, and the constant tensors that became arguments of it, by name.
+
+    Single numbers are written into the text.
+    """
+    buffer = io.BytesIO()
+    torch.jit.save(program, buffer)
+    buffer.seek(0)
+    text, table = torch.jit.load(buffer).code_with_constants
+    text = text.replace("def forward(self,\n", "def forward(", 1)
+    arguments = {}
+    for name, value in table.const_mapping.items():
+        number = "" if value.ndim else f"ops.prim.NumToTensor({value.item()})"
+        written = number or f"constant_{name}"
+        text = re.sub(rf"\bCONSTANTS\.{name}\b", written, text)
+        if not number:
+            arguments[written] = value
+            text = text.replace(") -> Tensor:", f",\n    {written}: Tensor) -> Tensor:", 1)
+    return text, arguments
+
+
+def compile_text(text: str, title: str) -> Any:
+    """Compile a program as the predictor does; InputError for one that the predictor would refuse."""
+    predictor = runpy.run_path(str(CODE / "programs.py"))
+    try:
+        return predictor["compile_program"](text)
+    except predictor["Refused"] as error:
+        raise InputError(
+            f"{title}: its program {error}, which the predictor does not run; choose another backbone"
+        ) from None
 
 
 @torch.no_grad()
@@ -204,9 +244,7 @@ def with_weights(network: nn.Module, names: list[str]) -> Any:
 def check_program(
     program: Any, title: str, *, network: nn.Module, height: int, width: int, weights: list[Tensor]
 ) -> None:
-    """Raise InputError for a program whose logits differ from the network's, or that runs on the CPU only."""
-    if 'value="cpu"' in str(program.inlined_graph):
-        raise InputError(f"{title}: its program is bound to the CPU; choose another backbone or tta.scales")
+    """Raise InputError for a program whose logits differ from the network's."""
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         images = (torch.rand(batch, height, width, 3, generator=generator) * 255).permute(0, 3, 1, 2)
@@ -238,16 +276,6 @@ def half_keeps(program: Any, names: list[str], *, weights: list[Tensor], images:
             if gap <= 0.02 * max(1.0, float(full.abs().max())):
                 return kept
     return None
-
-
-def without_paths(data: bytes) -> bytes:
-    """The program without debug records, which name this machine's folders, and the id derived from them."""
-    result = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(result, "w") as target:
-        for name in source.namelist():
-            if not name.endswith((".debug_pkl", "serialization_id")):
-                target.writestr(zipfile.ZipInfo(name), source.read(name))
-    return result.getvalue()
 
 
 def logits_of_test_picture(network: nn.Module, height: int, width: int) -> list[float]:

@@ -33,18 +33,19 @@ from fastflower.bundle.description import (
     Program,
     ViewCrop,
 )
-from fastflower.bundle.program import TOLERANCE, TracedProgram, logits_of_test_picture, trace
+from fastflower.bundle.program import CODE, TOLERANCE, TracedProgram, logits_of_test_picture, trace
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.files import remove_abandoned, replacing, swap_in, temporary_folder, temporary_path
 from fastflower.core.records import write_record
+from fastflower.core.tables import read_csv
 from fastflower.data.labels import check_columns, class_differences
 from fastflower.evaluation.inference import load_network, views_of
 from fastflower.model.member import MemberCheckpoint, MemberMeta, load_member
 from fastflower.recipe import Recipe
 
-CODE = Path(__file__).resolve().parents[2] / "code"
 PIXEL_TOLERANCE = 0  # of 255: both sides resample with Pillow's arithmetic
+CONTENTS = ("bundle.json", "SHA256", "classes.csv", "program_*", "weights_*")  # of a bundle and of programs
 PROGRAMS = "programs"  # the folder beside an experiment's members
 SCALE = ":scale"  # suffix of the name under which an int8 tensor's scales are stored
 
@@ -128,11 +129,11 @@ class _Inventory:
 
     crops: list[ViewCrop] = field(default_factory=list)
     programs: list[Program] = field(default_factory=list)
-    files: dict[bytes, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def add_view(self, crop: ViewCrop, traced: TracedProgram) -> MemberView:
         """Add a crop and a program where they are new; returns their positions."""
-        file = self.files.setdefault(traced.data, f"program_{len(self.files)}.pt")
+        file = self.files.setdefault(traced.text, f"program_{len(self.files)}.txt")
         program = Program(file=file, inputs=traced.inputs, norms=traced.norms, half_keeps=traced.half_keeps)
         return MemberView(_position(self.crops, crop), _position(self.programs, program))
 
@@ -177,9 +178,11 @@ def write_bundle(
         )
         for number, (member, weight) in enumerate(zip(members, weights, strict=True))
     ]
-    for data, file in inventory.files.items():
-        (folder / file).write_bytes(data)
-    (folder / "classes.csv").write_text(classes_csv(meta), encoding="utf-8")
+    for text, file in inventory.files.items():
+        (folder / file).write_text(text, encoding="ascii")
+    (folder / "classes.csv").write_text(
+        classes_csv(meta, Path(recipe.data.home) / "classes.csv"), encoding="utf-8"
+    )
     counts = np.sum([member.meta.class_counts for member in members], axis=0, dtype=np.float64)
     description = BundleDescription(
         fastflower=fastflower.__version__,
@@ -224,7 +227,8 @@ def _write_member(
         expected.append(logits_of_test_picture(member.network, height, images * width))
     added = {name: tensor for name, tensor in tensors.items() if name not in member.stored}
     saved = {**member.stored, **added} if standalone else added
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in saved.items()}, path)
+    # not by save_file, which hides the errors of the disk behind its own
+    path.write_bytes(safetensors.torch.save({name: tensor.contiguous() for name, tensor in saved.items()}))
     return BundleMember(
         name=member.path.stem,
         weights=path.name,
@@ -235,11 +239,22 @@ def _write_member(
     )
 
 
-def classes_csv(meta: MemberMeta) -> str:
-    """The classes and their counts; the predictor falls back on them when bundle.json is missing or damaged."""
+def classes_csv(meta: MemberMeta, converted: Path) -> str:
+    """The classes, their counts, and their names where the classes that convert wrote are the same.
+
+    The predictor follows samples by the names, and falls back on the counts when bundle.json is missing or damaged.
+    """
+    rows: list[dict[str, object]] = [
+        {"class_idx": position, "category_id": class_id, "n": count}
+        for position, (class_id, count) in enumerate(zip(meta.class_ids, meta.class_counts, strict=True))
+    ]
+    known = read_csv(converted, ("category_id",)) if converted.is_file() else []
+    if [row["category_id"] for row in known] == [str(class_id) for class_id in meta.class_ids]:
+        rows = [{**names, **row} for row, names in zip(rows, known, strict=True)]
     text = io.StringIO()
-    rows = zip(range(len(meta.class_ids)), meta.class_ids, meta.class_counts, strict=True)
-    csv.writer(text, lineterminator="\n").writerows([("class_idx", "category_id", "n"), *rows])
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -278,7 +293,7 @@ def temporary_bundle(target: Path = runs.BUNDLE) -> Iterator[Path]:
     """Context manager: a new folder beside `target`, deleted on exit unless `publish` took it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, target.name)
-    with temporary_folder(temporary_path(target), target) as folder:
+    with temporary_folder(temporary_path(target), target, contents=CONTENTS) as folder:
         yield folder
 
 
@@ -288,7 +303,7 @@ def publish(folder: Path, target: Path = runs.BUNDLE) -> None:
         path.chmod(0o644)  # safetensors creates files as 0600, and another user may run the predictor
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    swap_in(folder, target)
+    swap_in(folder, target, contents=CONTENTS)
 
 
 def zip_hand_in(path: Path, top: str = "") -> None:

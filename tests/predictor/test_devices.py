@@ -27,6 +27,7 @@ from support.predictor_runs import (
 )
 
 
+@pytest.mark.slow
 def test_a_bare_machine_is_enough(tmp_path, exported):
     root = make_hand_in(tmp_path / "root", exported.folder, 3)
     for path in [*root.rglob("*"), root]:

@@ -27,7 +27,7 @@ def guarded(code, monkeypatch):
     def call(work: object, rows: int = 6) -> tuple[int, object, list[str]]:
         messages: list[str] = []
         names = [b"%d.jpg" % number for number in range(rows)]
-        table = code.table.Table(names, IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"])
+        table = code.table.Table(names, IDS, prior=[0.2, 0.5, 0.3])
         table.open("guarded.csv")
         return code.guard.run(lambda *numbers: work(table, *numbers), table, messages.append), table, messages
 
@@ -113,7 +113,7 @@ def test_after_a_death_that_no_picture_explains_the_cpu_does_it(run, code, monke
 
 def test_a_machine_that_was_paused_has_no_slow_pictures(code, monkeypatch):
     """While a container is frozen for an hour the clock runs on; a picture being read then is not slow."""
-    table = code.table.Table([b"a.jpg"], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"])
+    table = code.table.Table([b"a.jpg"], IDS, prior=[0.2, 0.5, 0.3])
     begin, end = os.pipe()
     child = os.posix_spawn(
         "/bin/cat", ["cat"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, begin, 0), (os.POSIX_SPAWN_CLOSE, end)]
@@ -141,15 +141,14 @@ def test_a_picture_that_ends_while_it_is_watched_is_not_slow(code):
             self[...] = 0
             return answer
 
-    table = code.table.Table(
-        [b"a.jpg", b"b.jpg"], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"]
-    )
+    table = code.table.Table([b"a.jpg", b"b.jpg"], IDS, prior=[0.2, 0.5, 0.3])
     table.reading_since[:] = time.monotonic()
     table.reading_since = table.reading_since.view(Ending)
     child = os.posix_spawn("/bin/true", ["true"], {})
     assert code.guard._watch(child, table) == (0, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_stopped_leaves_a_whole_table(tmp_path, exported, number):
     root = make_hand_in(tmp_path / "root", exported.folder, 60)
@@ -208,16 +207,17 @@ import os, sys, time
 sys.path.insert(0, {code!r})
 import guard, pictures, predict
 guard.READ_TIMEOUT = 2.0
-honest = pictures.read
+honest = pictures.read_noted
 def read(path):
     if b"crash" in path: os.abort()
     if b"slow" in path: time.sleep(600)
     return honest(path)
-pictures.read = read
+pictures.read_noted = read
 sys.exit(predict.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_decoder_that_crashes_or_never_ends_costs_one_row(exported):
     """The decoder aborts on one file while another thread reads the next one, and hangs on the last.
 

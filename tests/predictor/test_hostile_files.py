@@ -105,6 +105,7 @@ def test_bombs_cost_neither_memory_nor_time():
     assert float(last.split()[0]) < 40 and float(last.split()[1]) < 2  # MiB, seconds of processor
 
 
+@pytest.mark.slow
 def test_hostile_files_cost_one_row_each(run, code):
     rng = random.Random(0)
     webp, png = io.BytesIO(), io.BytesIO()

@@ -269,15 +269,19 @@ def test_a_sample_names_the_columns_of_two_classes(run, code, monkeypatch):
     _, lines = run("given.npz", binary)
     Path("ref").mkdir()
     for header in ("id,label,p", "id,label"):
-        Path("ref/predictions_sample.csv").write_text(header + "\n0,0,0\n")
-        assert run("given.npz", binary) == (0, lines)
+        rows = "".join(f"{row},same{',0.5' * (header.count(',') - 1)}\n" for row in range(40))
+        Path("ref/predictions_sample.csv").write_text(f"{header}\n{rows}")
+        exit_code, followed = run("given.npz", binary)
+        assert exit_code == 0 and [line.split(",")[1:] for line in followed] == [
+            line.split(",")[1:] for line in lines
+        ]
         want = header if header.count(",") == 2 else "filename,category_id,probability"
         assert Path("out.csv").read_text().splitlines()[0] == want
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_sample_may_number_the_rows(run, code, monkeypatch, first):
-    """From 0 or from 1, in any order; other numbers are not taken for rows."""
+    """From 0 or from 1, in any order; a sample with other numbers is refused."""
     monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
     np.savez("given.npz", xa=GREY, xb=GREY[::-1])
     _, lines = run("given.npz")
@@ -286,10 +290,10 @@ def test_a_sample_may_number_the_rows(run, code, monkeypatch, first):
     Path("ref/predictions_sample.csv").write_text(
         "id,label\n" + "".join(f"{row + first},0\n" for row in order)
     )
-    _, numbered = run("given.npz")
+    exit_code, numbered = run("given.npz")
     if first < 2:
-        lines = [",".join([str(row + first), *lines[row].split(",")[1:]]) for row in order]
-    assert numbered == [line.rpartition(",")[0] for line in lines]
+        lines = [",".join([str(row + first), lines[row].split(",")[1]]) for row in order]
+    assert (exit_code, numbered) == (0 if first < 2 else 2, lines)
 
 
 def test_without_words_test_dataset_npz_is_taken(run, code, monkeypatch):

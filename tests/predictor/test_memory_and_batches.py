@@ -37,9 +37,7 @@ def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
         return [np.full((2, 2, 3), 1, np.uint8)]
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
-    table = code.table.Table(
-        [b"%d" % n for n in range(4)], IDS, prior=[1, 0, 0], header=["filename", "category_id"]
-    )
+    table = code.table.Table([b"%d" % n for n in range(4)], IDS, prior=[1, 0, 0])
     predicted = [
         row
         for rows, _ in code.predict.predict_rows(
@@ -53,7 +51,7 @@ def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
 def test_words_on_unreadable_pictures_fit_into_a_pipe(code, monkeypatch, capfd):
     """A caller that reads the output only at the end would wait for ever: a pipe holds 64 KiB."""
     names = [b"%0200d.jpg" % n for n in range(2000)]
-    table = code.table.Table(names, IDS, prior=[1, 0, 0], header=["filename", "category_id"])
+    table = code.table.Table(names, IDS, prior=[1, 0, 0])
     assert all(
         rows == []
         for rows, _ in code.predict.predict_rows(
@@ -72,9 +70,7 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     for number in range(8):
         photograph(number).save(f"some/{number}.png")
     Path("some/4.png").write_bytes(b"")
-    table = code.table.Table(
-        [b"%d.png" % n for n in range(8)], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"]
-    )
+    table = code.table.Table([b"%d.png" % n for n in range(8)], IDS, prior=[0.2, 0.5, 0.3])
     ensemble = Sums(crop)
     sums = {}
     for rows, logits in code.predict.predict_rows(
@@ -129,9 +125,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
         return [np.zeros((2, 2, 3), np.uint8)]
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
-    table = code.table.Table(
-        [b"%d" % n for n in range(5000)], IDS, prior=[1, 0, 0], header=["filename", "category_id"]
-    )
+    table = code.table.Table([b"%d" % n for n in range(5000)], IDS, prior=[1, 0, 0])
     for rows, _ in code.predict.predict_rows(
         Sums([]), code.inputs.Folder(b"."), table=table, threads=2, batch=16
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_without_any_classes_every_row_is_the_samples_commonest(run_without_netw
     Path("ref").mkdir()
     Path("ref/predictions_sample.csv").write_text("filename,category_id\nx.jpg,7\ny.jpg,007\nz.jpg,007\n")
     run_without_networks("out.csv")
-    assert read_rows(Path("out.csv")) == [["filename", "category_id"], ["000.jpg", "007"], ["001.jpg", "007"]]
+    rows = read_rows(Path("out.csv"))
+    assert [row[:2] for row in rows] == [["filename", "category_id"], ["000.jpg", "007"], ["001.jpg", "007"]]
 
 
 def test_without_a_bundle_the_members_are_run_as_evaluate_left_them(run, code, evaluated, capsys):
@@ -204,6 +206,16 @@ def header(**changes: object) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(4)
 
 
+def tensors_at(*offsets: list[int]) -> bytes:
+    """A safetensors file of tensors a, b, ... of one number each at these bytes."""
+    fields = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": span}
+        for name, span in zip("ab", offsets, strict=True)
+    }
+    text = json.dumps(fields).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(offsets[-1][1])
+
+
 WEIGHTS = {
     "empty": b"",
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
@@ -214,6 +226,15 @@ WEIGHTS = {
     "shape": header(shape=[7]),
     "kind": header(dtype="F33"),
     "words": header(shape="1"),
+    "odd bytes": header(data_offsets=[0, 3]),
+    "too long": header(data_offsets=[0, 4]) + bytes(4),
+    "hole": header(data_offsets=[1, 4], dtype="I8", shape=[3]),
+    "endless": header(shape=[1 << 62, 4]),
+    "negative": header(shape=[-1]),
+    "overlap": tensors_at([0, 4], [0, 4]),
+    "half overlap": tensors_at([0, 4], [2, 6]),
+    "gap": tensors_at([0, 4], [6, 10]),
+    "twice": tensors_at([0, 4], [4, 8]).replace(b'"b"', b'"a"'),
 }
 
 
@@ -235,14 +256,39 @@ def test_weights_that_are_none_leave_their_member_out(code, exported, monkeypatc
     monkeypatch.setattr(code.networks.Networks, "_move_to", lambda *_, **__: None)
     networks = code.networks.Networks("copy", description, hashes=hashes, device="cpu")
     assert [member["name"] for member in networks.members] == [exported.members[1].path.stem]
-    assert len(networks.notes) == 1 and networks.notes[0].startswith(
-        f"member {exported.members[0].path.stem} left out: "
-    )
+    (note,) = networks.notes
+    start = f"member {exported.members[0].path.stem} left out: "
+    assert note.startswith(start) and len(note) > len(start) and "\n" not in note
+
+
+def test_weights_that_fill_their_memory_are_read(code):
+    tensors = code.networks.read_tensors(bytearray(tensors_at([0, 4], [4, 8])))
+    assert sorted(tensors) == ["a", "b"] and all(tensor.shape == (1,) for tensor in tensors.values())
+    for name, fault in (
+        ("overlap", "b begins at byte 0 of its weights, not at 4"),
+        ("odd bytes", r"a has 3 bytes for the shape \[1\]"),
+        ("too long", "have 8 bytes, their header describes 4"),
+        ("twice", "has a twice"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            code.networks.read_tensors(bytearray(WEIGHTS[name]))
+
+
+def test_a_bundle_older_than_the_evaluated_members_is_told(run, code, evaluated, exported, capsys):
+    shutil.copytree(exported.folder, "results/model/bundle")
+    bundle, programs = (Path("results/model", name, "bundle.json") for name in ("bundle", "exp/programs"))
+    os.utime(bundle, (1000, 1000))
+    for time, told in ((2000, True), (500, False)):
+        os.utime(programs, (time, time))
+        assert run_without_bundle(code)[0] == 0
+        err = capsys.readouterr().err
+        assert ("is older than the members that evaluate wrote to" in err) == told
+        assert err.count("\n") == told
 
 
 def test_a_bundle_of_another_format_is_refused(code, exported, monkeypatch):
     monkeypatch.setattr(code.bundles, "FORMAT", 99)
-    with pytest.raises(code.bundles.Problem, match="has format 3, this predictor reads 99"):
+    with pytest.raises(code.bundles.Problem, match="has format 4, this predictor reads 99"):
         code.predict.main(["a", "b.csv", "--bundle", str(exported.folder)])
 
 

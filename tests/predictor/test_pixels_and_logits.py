@@ -32,6 +32,7 @@ FAMILIES = [
     ("vit_tiny_patch16_224", "linear"),
     ("tf_efficientnetv2_b0", "linear"),
     ("swin_tiny_patch4_window7_224", "linear"),
+    ("mobilenetv3_small_100", "linear"),
     ("resnet10t", "arcface"),
 ]
 
@@ -85,6 +86,7 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
             np.testing.assert_array_equal(got, out[0], err_msg=file.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "head"), FAMILIES)
 def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
     (member,) = write_bundle(
@@ -174,9 +176,7 @@ def test_a_member_without_finite_logits_has_no_say(code, exported):
     logits[2] = np.inf
     fused = networks.fuse(logits)
     np.testing.assert_allclose(fused[:2] * 1.5, [[2, 2, 2], [1, 1, 1]])
-    table = code.table.Table(
-        [b"a", b"b", b"c"], IDS, prior=[0.2, 0.5, 0.3], header=["filename", "category_id"]
-    )
+    table = code.table.Table([b"a", b"b", b"c"], IDS, prior=[0.2, 0.5, 0.3])
     table.fill([0, 1, 2], fused)
     assert table.known.tolist() == [True, True, False] and 2 in table.unreadable
 
@@ -190,6 +190,7 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bytes(run):
     assert tables[0] == tables[1] == tables[2]
 
 
+@pytest.mark.slow
 def test_neither_order_nor_company_change_a_row(run):
     """All together, in three parts and in reverse order: the same classes, and confidences up to rounding."""
     write_photographs(36)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from fastflower.data.readers import image_folders
 from support.predictor_runs import CODE, jpeg, read_rows, write_classes, write_photographs
 from support.sample_images import ODD_NAMES
 
 
 def test_a_row_for_every_name(run, capsys):
     names = [*ODD_NAMES, 'quote".JPG', "花.jpeg", "=1.png", "trail .jpg", "\ufeffmark.jpg"]
-    names += ["a.JPG", "a.jpg", "a.jpeg", "sub/deep/a.jpg", ".hidden.jpg"]
+    names += ["a.JPG", "a.jpg", "a.jpeg", "sub/deep/a.jpg"]
     for name in names:
         path = os.path.join(b"test_dataset", os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -27,18 +28,29 @@ def test_a_row_for_every_name(run, capsys):
     os.makedirs("test_dataset/folder.jpg")
     os.makedirs("test_dataset/__MACOSX")
     os.mkfifo("test_dataset/pipe.jpg")
-    for junk in ("Thumbs.db", "__MACOSX/a.jpg", "._a.jpg", "notes.txt"):
-        Path("test_dataset", junk).write_bytes(b"junk")
+    junk = [
+        "Thumbs.db",
+        "__MACOSX/a.jpg",
+        "._a.jpg",
+        ".hidden.jpg",
+        "notes.txt",
+        "sub/.DS_Store",
+        "$RECYCLE.BIN/$R1.jpg",
+    ]
+    junk += [
+        f"sub/{folder}/a.jpg"
+        for folder in (".ipynb_checkpoints", "@eaDir", ".Trash-1000/files", "Lost+Found")
+    ]
+    for name in junk:
+        Path("test_dataset", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("test_dataset", name).write_bytes(jpeg(1))
     Path("test_dataset/linked.jpg").symlink_to("a.jpg")
     Path("test_dataset/dangling.jpg").symlink_to("nothing")
     Path("test_dataset/circle").symlink_to(".")
     exit_code, rows = run()
     assert exit_code == 0
-    ignored = ["._a.jpg", "Thumbs.db", "circle", "dangling.jpg", "notes.txt", "pipe.jpg"]
-    assert (
-        f"{len(ignored)} other entries below test_dataset get no row, the first is '._a.jpg'"
-        in capsys.readouterr().out
-    )
+    line = "14 other entries below test_dataset get no row, 10 of them hidden or of the system, the first is '$REC"
+    assert line in capsys.readouterr().out
     assert [row[0] for row in rows[1:]] == sorted([*names, "linked.jpg"], key=os.fsencode)
     data = Path("out/submission.csv").read_bytes()
     assert b"\r" not in data and data.endswith(b"\n") and not data.startswith(b"\xef\xbb\xbf")
@@ -53,6 +65,7 @@ LOCALES = [
 ]
 
 
+@pytest.mark.slow
 def test_names_are_those_of_the_disk_under_any_locale(tmp_path):
     write_classes(tmp_path)
     names = [
@@ -115,32 +128,18 @@ def test_a_folder_that_cannot_be_read_is_told(code, monkeypatch):
     assert code.pictures.find(b"photos") == ([b"a.jpg"], [b"locked"])
 
 
-def test_columns_and_order_are_the_samples(run, code, monkeypatch):
-    write_photographs(3)
-    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
-    Path("ref").mkdir()
-    sample = Path("ref/predictions_sample.csv")
-    sample.write_text("\ufeffImage,Label\r\n002.jpg,1\r\n000.jpg,1\r\n001.jpg,1\r\n", encoding="utf-8")
-    _, rows = run()
-    assert rows[0] == ["Image", "Label"] and [row[0] for row in rows[1:]] == ["002.jpg", "000.jpg", "001.jpg"]
-    sample.write_text("ImageId,Label\n001,0\n000,0\n002,0\n")  # ids are file names without their ending
-    classes = {row[0].removesuffix(".jpg"): row[1] for row in rows[1:]}
-    _, rows = run()
-    assert [row[0] for row in rows] == ["ImageId", "001", "000", "002"] and dict(rows[1:]) == classes
-    sample.write_text("filename,category_id,confidence\nother.jpg,1,1\n")
-    _, rows = run()
-    assert len(rows[0]) == 3 and [row[0] for row in rows[1:]] == ["000.jpg", "001.jpg", "002.jpg"]
-    _, rows = run("--two-columns")
-    assert rows[0] == ["filename", "category_id"] and all(len(row) == 2 for row in rows)
-
-
-@pytest.mark.parametrize("path", ["absent", "test_dataset", "a.jpg"])
-def test_a_folder_without_photographs_gives_a_header(code, exported, path):
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("absent", "absent does not exist"),
+        ("test_dataset", "no photographs below test_dataset"),
+        ("a.jpg", "no photographs below a.jpg"),
+    ],
+)
+def test_a_folder_without_photographs_gives_a_header(code, exported, path, fault):
     Path("test_dataset").mkdir()
     Path("a.jpg").write_bytes(jpeg(1))
-    with pytest.raises(
-        code.bundles.Problem, match=f"no photographs below {path}; give a folder with"
-    ) as problem:
+    with pytest.raises(code.bundles.Problem, match=f"{fault}; give a folder with") as problem:
         code.predict.main([path, "out.csv", "--bundle", str(exported.folder)])
     assert problem.value.code == 2
     assert Path("out.csv").read_bytes() == b"filename,category_id,confidence\n"
@@ -205,3 +204,18 @@ def test_help_is_one_screen():
         [sys.executable, str(CODE / "predict.py"), "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and len(done.stdout.splitlines()) <= 24
+
+
+def test_hidden_and_system_entries_are_those_of_conversion(code):
+    assert {name.decode() for name in code.pictures.SYSTEM_NAMES} == image_folders.SYSTEM_NAMES
+    for path in (
+        "a.jpg",
+        "a/.b/c.jpg",
+        "Thumbs.DB",
+        "@EADIR/a.jpg",
+        "a/@eaDirs/b.jpg",
+        "._a.jpg",
+        "a..jpg",
+        "a/RECYCLER",
+    ):
+        assert code.pictures.is_hidden(path.encode()) == image_folders.is_hidden(path)

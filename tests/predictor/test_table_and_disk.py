@@ -111,7 +111,7 @@ import itertools, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from table import Table
-table = Table([b"a.jpg", b"b.jpg"], ["7", "x"], prior=[0.4, 0.6], header=["filename", "category_id"])
+table = Table([b"a.jpg", b"b.jpg"], ["7", "x"], prior=[0.4, 0.6])
 table.open("out.csv")
 old = table.text()
 table.fill([1], np.eye(2)[:1])
@@ -177,16 +177,12 @@ def test_the_evaluator_may_read_the_table_whatever_the_umask(run):
 
 
 def test_the_bytes_of_a_table(code):
-    table = code.table.Table(
-        [b"a,b.jpg", b"\xe9.jpg"],
-        ["7", "012"],
-        prior=[0.25, 0.75],
-        header=["filename", "category_id", "confidence"],
-    )
+    table = code.table.Table([b"a,b.jpg", b"\xe9.jpg"], ["7", "012"], prior=[0.25, 0.75])
     table.fill([0], np.array([[2.0, 0.0]]))
     assert table.text() == (b'filename,category_id,confidence\n"a,b.jpg",7,0.880797\n\xe9.jpg,012,0.750000\n')
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_and_nobody_listening_leave_whole_tables(tmp_path, exported):
     root = make_hand_in(tmp_path / "root", exported.folder, 4)
     command = f"{sys.executable} {root / 'code/predict.py'} --threads 1 >&- 2>&-"
@@ -194,3 +190,13 @@ def test_two_runs_at_once_and_nobody_listening_leave_whole_tables(tmp_path, expo
     assert [process.wait(timeout=120) for process in runs] == [0, 0]
     path = root / "results/results/submission.csv"
     assert len(read_rows(path)) == 5 and len(os.listdir(path.parent)) == 2
+
+
+def test_control_characters_reach_neither_the_table_nor_the_console(code, capsys):
+    ids = ["\x1b[31mred", "a\u202eb\x9b", "plain"]
+    table = code.table.Table([b"a.jpg", b"b.jpg", b"c.jpg"], ids, prior=[1, 0, 0])
+    table.fill([0, 1, 2], np.eye(3) * 20)
+    rows = table.text().decode().splitlines()[1:]
+    assert [row.split(",")[1] for row in rows] == [r"\x1b[31mred", r"a\u202eb\x9b", "plain"]
+    code.predict.log("a \x1b[31m\r\n\x07 b")
+    assert capsys.readouterr().out == "predict: a \\x1b[31m\\r\\n\\x07 b\n"
