@@ -6,11 +6,15 @@ up to date are kept: folds.csv is written once, and a second run has nothing to 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastflower.core import errors
-from fastflower.data.conversion.grouping import Embed
-from fastflower.data.conversion.pipeline import Converted, convert
 from fastflower.data.labels import check_columns, check_num_classes, describe, label_warnings, read_labels
 from fastflower.recipe import Recipe, checks, parse_command
+
+if TYPE_CHECKING:
+    from fastflower.data.conversion.grouping import Embed
+    from fastflower.data.conversion.pipeline import Converted
 
 
 def main(argv: list[str]) -> int:
@@ -20,8 +24,10 @@ def main(argv: list[str]) -> int:
     table = read_labels(recipe)
     check_columns(recipe, len(table.classes))
     for notice in (*table.notices, *check_num_classes(recipe, table), *label_warnings(table)):
-        print(f"note: {notice}")
+        print(f"note: {errors.one_line(notice)}")
     print(describe(table))
+    from fastflower.data.conversion.pipeline import convert  # here: SciPy takes half a second, a refusal none
+
     print(summary(recipe.data.home, convert(recipe, table, _embedder)))
     return 0
 

@@ -6,6 +6,7 @@ A row's fold is the one it validates; rows of fold -1 train in every fold. A gro
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
-from fastflower.core.tables import escaped, read_csv, write_csv
+from fastflower.core.tables import CHECK, escaped, read_csv, read_sealed, sealed_rows, write_csv
 from fastflower.data.labels import LabelTable
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import fold_count
@@ -94,14 +95,15 @@ def may_validate(table: LabelTable, recipe: Recipe) -> np.ndarray:
 
 
 def rare_classes(folds: Folds, table: LabelTable) -> list[str]:
-    """Warnings about classes that are not validated in every fold, or in none."""
+    """Warnings about classes that are not validated in every fold, or in none, and of images moved into training."""
     splits = len(folds.numbers)
     rare = [
         f"{escaped(category_id)} ({int(n)})"
         for category_id, n in zip(table.classes.ids, table.counts, strict=True)
         if n < splits
     ]
-    unscored = sorted({folds.category_ids[row] for row in np.flatnonzero(folds.fold == ALWAYS_TRAIN)})
+    always = Counter(folds.category_ids[row] for row in np.flatnonzero(folds.fold == ALWAYS_TRAIN))
+    unscored = [f"{escaped(category_id)} ({n})" for category_id, n in sorted(always.items())]
     lines = []
     if rare:
         lines.append(
@@ -111,7 +113,23 @@ def rare_classes(folds: Folds, table: LabelTable) -> list[str]:
         lines.append(
             f"classes with images that train in every fold and are never scored: {_listing(unscored)}"
         )
+    if splits == 1:
+        scored = {folds.category_ids[row] for row in folds.val_rows(folds.numbers[0])}
+        never = [f"{escaped(i)} ({always[i]})" for i in table.classes.ids if i in always and i not in scored]
+        if never:
+            lines.append(f"classes that only train and are never scored: {_listing(never)}")
+    if table.given_folds is not None and (moved := _moved_into_training(folds, table.given_folds)):
+        classes = [f"{escaped(i)} ({n})" for i, n in sorted(moved.items())]
+        lines.append(
+            f"{moved.total()} images with a given fold always train instead, as they have copies in another fold or "
+            f"training, or no other images of their class train: {_listing(classes)}"
+        )
     return lines
+
+
+def _moved_into_training(folds: Folds, given: np.ndarray) -> Counter[str]:
+    rows = np.flatnonzero((given != ALWAYS_TRAIN) & (folds.fold == ALWAYS_TRAIN))
+    return Counter(folds.category_ids[row] for row in rows)
 
 
 def save_folds(path: Path, folds: Folds) -> None:
@@ -120,18 +138,13 @@ def save_folds(path: Path, folds: Folds) -> None:
         raise InputError(f"{path} exists and is never replaced; move it away to make new folds")
     columns = (folds.filenames, folds.category_ids, folds.class_idx, folds.fold, folds.group, folds.sha256)
     rows = (dict(zip(COLUMNS, map(str, row), strict=True)) for row in zip(*columns, strict=True))
-    write_csv(path, rows, COLUMNS)
+    write_csv(path, sealed_rows(rows, COLUMNS, count=len(folds)), (*COLUMNS, CHECK))
 
 
 def read_folds(path: Path) -> Folds:
-    """Read folds.csv; InputError if it is missing or damaged."""
-    rows = read_csv(path, COLUMNS)
-    try:
-        numbers = {key: np.array([int(row[key]) for row in rows], np.int64) for key in COLUMNS[2:5]}
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{path}: class_idx, fold and group_id are whole numbers; restore the file"
-        ) from None
+    """Read folds.csv; InputError if it is missing, CorruptionError if it is damaged or was edited."""
+    rows = read_sealed(path, COLUMNS)
+    numbers = {key: np.array([int(row[key]) for row in rows], np.int64) for key in COLUMNS[2:5]}
     return Folds(
         filenames=[row["filename"] for row in rows],
         category_ids=[row["category_id"] for row in rows],

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,19 +18,19 @@ import numpy as np
 
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
-from fastflower.core.tables import escaped, read_csv, write_csv
+from fastflower.core.tables import escaped, read_sealed, sealed_rows, write_csv
+from fastflower.data import class_ids, given_folds
 from fastflower.data.readers import sources
-from fastflower.data.readers.label_files import ClassNames, LabelRow, csv_rows
+from fastflower.data.readers.image_folders import composed, is_hidden, list_images
+from fastflower.data.readers.label_files import ClassNames, LabelRow
 from fastflower.data.readers.sources import FileSource, LabelledRows, Source
 from fastflower.recipe import Recipe
 
 MAX_LISTED = 10  # problems named in one message; the rest are counted
+CLASS_COLUMNS = ("class_idx", "category_id", "n")  # of classes.csv, which decide; names follow
 HEAD, TAIL = 100, 20  # head: classes of more images than HEAD; tail: of fewer than TAIL (Liu et al. 2019)
 
-FOLD_WORDS = {"train": "-1", "val": "0", "valid": "0", "validation": "0"}
-
-_INTEGER = re.compile(r"-?[0-9]{1,300}")
-_FLOAT = re.compile(r"(-?[0-9]+)\.0+")
+MISSING = "does not exist"  # of Check.problem
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,12 @@ def read_labels(recipe: Recipe) -> LabelTable:
     problems = [row.problem for row in labelled.rows if row.problem]
     notices = list(labelled.notices)
     rows = [row for row in labelled.rows if not row.problem]
-    problems += _canonicalise_ids(rows, notices)
+    problems += class_ids.canonicalise(rows, notices)
     distinct = _distinct(rows, labelled.source, problems=problems, notices=notices)
     if problems:
         raise InputError(f"{labelled.origin}: {_listing(problems)}")
     distinct.sort(key=lambda image: os.fsencode(image[0].filename))
+    notices += class_ids.suspicions({row.category_id for row, _ in distinct})
     table = _table(
         [row for row, _ in distinct],
         np.array([size for _, size in distinct], dtype=np.int64),
@@ -148,7 +147,11 @@ def read_labels(recipe: Recipe) -> LabelTable:
             f"{labelled.origin}: {len(table)} images of {len(table.classes)} class; training needs two classes"
         )
     if recipe.data.split == "given" and not labelled.held_out:
-        return replace(table, given_folds=_given_folds(recipe, table.filenames))
+        table = replace(table, given_folds=given_folds.read(recipe, table.filenames, table.source))
+    if table.given_folds is not None:
+        given_folds.check_trained(
+            recipe, table.classes.ids, class_idx=table.class_idx, folds=table.given_folds
+        )
     return table
 
 
@@ -174,7 +177,9 @@ def label_warnings(table: LabelTable) -> list[str]:
     """Warnings about suspicious but valid labels: unlabelled image files, several classes with the same name."""
     lines = []
     if isinstance(table.source, FileSource) and table.source.root.is_dir():
-        extra = sorted(set(sources.image_files(table.source.root)) - set(table.filenames))
+        listing = list_images(table.source.root)
+        lines += [line for line in listing.notices(table.source.root) if line not in table.notices]
+        extra = sorted(set(listing.images) - set(table.filenames))
         if extra:
             lines.append(f"{len(extra)} images below data.root have no label, such as {escaped(extra[0])}")
     for column, names in table.names.items():
@@ -200,7 +205,7 @@ def order_ids(ids: set[str]) -> tuple[str, ...]:
     """Class ids in canonical order: numbers by value, then text, as in 007, 7, 9, 10, rose."""
 
     def rank(category_id: str) -> tuple[int, int, str]:
-        number = _INTEGER.fullmatch(category_id)
+        number = class_ids.INTEGER.fullmatch(category_id)
         return (0, int(category_id), category_id) if number else (1, 0, category_id)
 
     return tuple(sorted(ids, key=rank))
@@ -234,104 +239,52 @@ def describe(table: LabelTable) -> str:
 
 
 def write_classes(path: Path, table: LabelTable) -> None:
-    """Write classes.csv: class_idx, category_id, n, and the label file's columns of names."""
+    """Write classes.csv: class_idx, category_id, n with their checksums, and the label file's columns of names."""
     rows = [
         {key: value for key, value in row.items() if key not in ("share", "part")}
         for row in class_stats(table)
     ]
-    write_csv(path, rows)
+    write_csv(path, sealed_rows(rows, CLASS_COLUMNS, count=len(rows)))
+
+
+def read_class_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of classes.csv; names may be edited, CorruptionError when another column was damaged or edited."""
+    return read_sealed(path, CLASS_COLUMNS)
 
 
 def read_classes(path: Path) -> ClassMap:
     """Read the class map from classes.csv."""
-    rows = read_csv(path, ("class_idx", "category_id"))
-    if [row["class_idx"] for row in rows] != [str(position) for position in range(len(rows))]:
-        raise InputError(f"{path}: class_idx must count 0, 1, 2, ...; run convert again")
-    return ClassMap(tuple(row["category_id"] for row in rows))
-
-
-def _given_folds(recipe: Recipe, filenames: list[str]) -> np.ndarray:
-    """The fold that data.fold_col gives each image: int64 (N,).
-
-    Raises InputError for images without a fold, values that are no folds, and folds other than 0..n_splits - 1.
-    """
-    data = recipe.data
-    path = Path(data.fold_csv or data.csv)
-    rows, *_ = csv_rows(path, Path(data.root), image_col=data.image_col, label_col=data.fold_col)
-    row_of = {row.filename: row for row in rows}
-    missing = [name for name in filenames if name not in row_of]
-    if missing:
-        raise InputError(
-            f"{path}: no fold for {len(missing)} of {len(filenames)} images, such as {escaped(missing[0])}"
-        )
-    folds = np.zeros(len(filenames), np.int64)
-    for position, name in enumerate(filenames):
-        text = row_of[name].category_id.strip()
-        number = FOLD_WORDS.get(text.lower(), text)
-        if not re.fullmatch(r"-1|[0-9]{1,4}", number):
-            raise InputError(
-                f"{path}: {row_of[name].where}: {data.fold_col} = '{escaped(text)}'; folds are numbers from 0, "
-                "-1 to train always, or the words train and val"
-            )
-        folds[position] = int(number)
-    numbers = sorted({int(fold) for fold in folds} - {-1})
-    if numbers != list(range(data.n_splits)):
-        raise InputError(
-            f"{path}: {data.fold_col} gives the folds {numbers}, data.n_splits = {data.n_splits} asks for "
-            f"{list(range(data.n_splits))}; "
-            + (
-                f"use data.n_splits={len(numbers)}"
-                if numbers
-                else "give the validation images a fold from 0 on"
-            )
-        )
-    return folds
-
-
-def _canonicalise_ids(rows: list[LabelRow], notices: list[str]) -> list[str]:
-    """Strip the ids in place and, if all are written like 12.0, turn them into 12; returns the problems."""
-    problems, interned = [], dict[str, str]()
-    spaced = 0
-    for row in rows:
-        stripped = row.category_id.strip()
-        spaced += stripped != row.category_id
-        row.category_id = interned.setdefault(stripped, stripped)  # one string object for all rows of a class
-        if not stripped:
-            problems.append(f"{row.where}: empty label for '{escaped(row.filename)}'")
-    if spaced:
-        notices.append(f"{spaced} labels had spaces around them")
-    floats = [row for row in rows if _FLOAT.fullmatch(row.category_id)]
-    integers = [row for row in rows if _INTEGER.fullmatch(row.category_id)]
-    if floats and integers:
-        problems.append(
-            f"labels are written both as '{floats[0].category_id}' ({floats[0].where}) "
-            f"and as '{integers[0].category_id}' ({integers[0].where}); write them all in one way"
-        )
-    elif floats and len(floats) == sum(bool(row.category_id) for row in rows):
-        notices.append(f"labels such as {floats[0].category_id} are taken as whole numbers")
-        for row in floats:
-            row.category_id = _FLOAT.sub(r"\1", row.category_id)
-    ids = {row.category_id for row in rows}
-    padded = sorted(i for i in ids if re.fullmatch(r"0[0-9]+", i) and (i.lstrip("0") or "0") in ids)
-    if padded:
-        notices.append(f"'{padded[0]}' and '{padded[0].lstrip('0') or '0'}' are different classes")
-    return problems
+    return ClassMap(tuple(row["category_id"] for row in read_class_rows(path)))
 
 
 def _distinct(
     rows: list[LabelRow], source: Source, *, problems: list[str], notices: list[str]
 ) -> list[tuple[LabelRow, int]]:
-    """The first row of each image, with its size in bytes.
+    """The first row of each image, with its size in bytes; its name is that of the file.
 
-    Invalid file names and images with two labels are appended to `problems`, repeated rows to `notices`.
+    Invalid file names and images with two labels are appended to `problems`, rows that were left out to `notices`.
     """
     first_row: dict[str, LabelRow] = {}  # by the image's identity
-    distinct, repeated = [], 0
+    distinct: list[tuple[LabelRow, int]] = []
+    repeated, hidden, respelled = 0, list[str](), list[tuple[str, str]]()
     for row in rows:
         image = source.check(row.filename)
+        if image.problem == MISSING and isinstance(source, FileSource):
+            meant = source.respelled(row.filename)
+            if len(meant) == 1:
+                respelled.append((row.filename, meant[0]))
+                row.filename, image = meant[0], source.check(meant[0])
+            elif meant:
+                image = image._replace(
+                    problem=f"can mean {' or '.join(map(escaped, meant))}; name one of them"
+                )
+            elif len(problems) < MAX_LISTED:  # the search takes long
+                image = image._replace(problem=MISSING + _suggestion(source.root, row.filename))
         first = first_row.get(image.identity)
         if image.problem:
             problems.append(f"{row.where}: '{escaped(row.filename)}' {image.problem}")
+        elif isinstance(source, FileSource) and is_hidden(row.filename):
+            hidden.append(row.filename)
         elif first is None:
             first_row[image.identity] = row
             distinct.append((row, image.size))
@@ -344,21 +297,33 @@ def _distinct(
             )
     if repeated:
         notices.append(f"{repeated} rows repeat an earlier one and were left out")
-    for position, problem in enumerate(problems[:MAX_LISTED]):
-        if problem.endswith("does not exist") and isinstance(source, FileSource):
-            name = problem.split("'", 1)[1].rsplit("'", 1)[0]
-            problems[position] += _suggestion(source.root, name)
+    if hidden:
+        notices.append(
+            f"{len(hidden)} rows name hidden or system files and were left out, such as {escaped(hidden[0])}"
+        )
+    if respelled:
+        written, found = map(escaped, respelled[0])
+        notices.append(
+            f"{len(respelled)} files have other names on disk, in their accents or endings, such as '{written}' for "
+            f"{found}"
+        )
     return distinct
 
 
 def _suggestion(root: Path, name: str) -> str:
     """The file beside a missing one whose name is nearest, as a question; empty if none is near."""
     folder = (root / name).parent
-    entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    by_folded = {unicodedata.normalize("NFC", entry).casefold(): entry for entry in entries}
-    folded = unicodedata.normalize("NFC", Path(name).name).casefold()
+    entries = os.listdir(folder) if folder.is_dir() else []
+    by_folded = {composed(entry).casefold(): entry for entry in entries if not is_hidden(entry)}
+    folded = composed(Path(name).name).casefold()
     near = difflib.get_close_matches(folded, list(by_folded), n=1, cutoff=0.7)
     return f" (is it '{escaped(by_folded[near[0]])}'?)" if near else ""
+
+
+def _id_in(known: dict[str, str], text: str) -> str:
+    """The id of a class from its text in a label file; `known` has the ids by their composed spelling."""
+    cleaned = composed(class_ids.clean(text))
+    return known.get(cleaned) or known.get(class_ids.FLOAT.sub(r"\1", cleaned), cleaned)
 
 
 def _listing(problems: list[str]) -> str:
@@ -373,9 +338,9 @@ def _table(
     classes = ClassMap(order_ids({row.category_id for row in rows}))
     ids = [row.category_id for row in rows]
     class_idx = np.array([classes.index(category_id) for category_id in ids], dtype=np.int64)
-    known = set(classes.ids)
+    known = {composed(category_id): category_id for category_id in classes.ids}
     names = {
-        column: {key if key in known else _FLOAT.sub(r"\1", key): name for key, name in by_id.items()}
+        column: {_id_in(known, key): class_ids.visible(name) for key, name in by_id.items()}
         for column, by_id in labelled.names.items()
     }
     filenames = [row.filename for row in rows]

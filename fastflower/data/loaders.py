@@ -198,8 +198,10 @@ def train_images(
 ) -> torch.Tensor:
     """Random training crops of rows (B,) by their keys, uint64 (B,): uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
 
-    The key of a pair's second image is derived from that of the first.
+    The key of a pair's second image is derived from that of the first. A row's checksum is checked when the process
+    reads it for the first time.
     """
+    beton.verify_rows(rows)
     images = []
     for side in _sides(beton):
         images.append(allocate(len(rows), *size))
@@ -220,8 +222,10 @@ def eval_images(
 ) -> torch.Tensor:
     """The centred evaluation views of rows (B,): uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
 
-    `allocate` may return memory for more than B images; the rest is returned unchanged.
+    `allocate` may return memory for more than B images; the rest is returned unchanged. A row's checksum is checked
+    when the process reads it for the first time.
     """
+    beton.verify_rows(rows)
     images = []
     for side in _sides(beton):
         images.append(allocate(len(rows), *size))

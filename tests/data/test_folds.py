@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedKFold
 
-from fastflower.core.errors import InputError
+from fastflower.core.errors import CorruptionError, InputError
 from fastflower.data import folds
 from fastflower.data.labels import ClassMap, LabelTable, order_ids
 from fastflower.recipe import load, schema
@@ -88,7 +89,7 @@ def test_rare_classes_always_train(kind: str, seed: int) -> None:
         return  # chance may put more of them together
     assert folds.rare_classes(got, table_of(ids)) == [
         "classes with fewer images than the 5 folds: a (1), b (1), c (2), d (3); some folds do not score them",
-        "classes with images that train in every fold and are never scored: a, b",
+        "classes with images that train in every fold and are never scored: a (1), b (1)",
     ]
 
 
@@ -118,9 +119,22 @@ def test_saved_folds_come_back_and_are_never_replaced() -> None:
     )
     with pytest.raises(InputError, match=r"exists and is never replaced"):
         folds.save_folds(Path("folds.csv"), got)
-    Path("folds.csv").write_text(Path("folds.csv").read_text().replace(",0,0,", ",0,zero,", 1))
-    with pytest.raises(InputError, match=r"are whole numbers"):
-        folds.read_folds(Path("folds.csv"))
+    path, content, rng = Path("folds.csv"), Path("folds.csv").read_bytes(), random.Random(0)
+    for position in [*range(100), *(rng.randrange(len(content) - 1) for _ in range(600))]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptionError, match=r"folds.csv.* damaged.*; restore the file"):
+            folds.read_folds(path)
+    for size in range(len(content) - 1):  # without its last line end the table is whole
+        path.write_bytes(content[:size])
+        with pytest.raises(CorruptionError, match=r"folds.csv.* damaged"):
+            folds.read_folds(path)
+    header, *lines = content.decode().splitlines(keepends=True)
+    for edited in ([*lines, lines[0]], lines[1:], [lines[1], lines[0], *lines[2:]]):
+        path.write_text(header + "".join(edited))
+        with pytest.raises(CorruptionError, match="row 0 is damaged or was edited, or rows are missing"):
+            folds.read_folds(path)
 
 
 def test_labels_that_no_longer_match_are_refused() -> None:

@@ -222,6 +222,7 @@ def settle(count: Callable[[], int]) -> int:
     return count()
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_epochs(beton: Beton) -> None:
     def open_files() -> int:
         return len(os.listdir("/proc/self/fd"))

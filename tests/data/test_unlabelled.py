@@ -430,6 +430,7 @@ def test_a_run_killed_inside_an_epoch_ends_in_the_same_bits(full_run, tmp_path, 
     assert full_run["epochs"] == toy_project.epochs()
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_gradient_of_the_whole_batch(tmp_path):
     toy_project.project(tmp_path)
     toy_project.fit("exp.name=whole", *SEMI, *toy_project.ONE)

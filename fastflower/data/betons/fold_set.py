@@ -26,9 +26,12 @@ from fastflower.data.betons.manifest import (
 from fastflower.data.folds import Folds, check_leaks, load_folds, read_folds
 from fastflower.data.labels import ClassMap, LabelTable, read_classes, read_labels
 from fastflower.data.readers import sources
+from fastflower.data.readers.contents import content_hash
+from fastflower.data.readers.sources import Source
 from fastflower.recipe import Recipe, derived
 from fastflower.recipe.derived import combos
 
+CONTENTS, UNLABELLED_CONTENTS = "contents.json", "unlabelled_contents.json"  # below data.home
 PIXEL_FORMAT = 2  # of the stored pixels; raised when the same recipe would store other pixels
 
 
@@ -77,24 +80,34 @@ def storage_settings(recipe: Recipe, store: str) -> StorageSettings:
     )
 
 
-def origin_of(settings: StorageSettings, table: LabelTable, *, folds: Folds, split: str, fold: int) -> Origin:
+def inputs_hash(home: Path, table: LabelTable) -> str:
+    """Hash of the content of the files that the images of a table are read from."""
+    return content_hash(home / CONTENTS, table.source.files(table.filenames))
+
+
+def unlabelled_inputs_hash(home: Path, source: Source, names: list[str]) -> str:
+    """Hash of the content of the files that unlabelled images are read from."""
+    return content_hash(home / UNLABELLED_CONTENTS, source.files(names))
+
+
+def origin_of(
+    settings: StorageSettings, table: LabelTable, *, inputs_hash: str, folds: Folds, split: str, fold: int
+) -> Origin:
     """The origin that a beton of a fold must have."""
     return Origin(
         split=split,
         fold=fold,
         settings=settings,
-        inputs_hash=_inputs_hash(table),
+        inputs_hash=inputs_hash,
         classes_hash=table.classes.hash,
         labels_hash=table.hash,
         folds_hash=folds.hash,
     )
 
 
-def unlabelled_origin(settings: StorageSettings, names: list[str], sizes: np.ndarray) -> Origin:
-    """The origin that the beton of unlabelled images must have, by their names and sizes in bytes, int64 (N,)."""
-    return Origin(
-        split=UNLABELLED, fold=NO_FOLD, settings=settings, inputs_hash=digest(sizes.tobytes(), *names)
-    )
+def unlabelled_origin(settings: StorageSettings, names: list[str], inputs_hash: str) -> Origin:
+    """The origin that the beton of unlabelled images must have, by their names and the hash of their content."""
+    return Origin(split=UNLABELLED, fold=NO_FOLD, settings=settings, inputs_hash=digest(inputs_hash, *names))
 
 
 def beton_name(fold: int, split: str) -> str:
@@ -122,11 +135,22 @@ def is_current(folder: Path, expected: Origin) -> bool:
         return False
 
 
+def check_converted(recipe: Recipe) -> None:
+    """Refuse a recipe whose folds are not converted: a look at files, for before the imports that take seconds."""
+    home = Path(recipe.data.home)
+    folds = read_folds(home / "folds.csv")
+    read_classes(home / "classes.csv")
+    for fold in derived.fold_numbers(recipe):
+        _check_fold(home, fold, folds)
+        for split in splits(storage_settings(recipe, "")):
+            open_beton(beton_path(home, fold, split))
+
+
 def open_fold(recipe: Recipe, fold: int) -> FoldSet:
     """Open the betons of a fold, checked against labels, folds, classes and recipe.
 
-    The rows' checksums are left to `Beton.verify`. Where the photographs are not on this machine, the set is only
-    checked against folds.csv. Raises InputError when the set is stale, mixed, too small for the recipe's largest
+    A row's checksum is left to the functions that read it. Where the photographs are not on this machine, the set is
+    only checked against folds.csv. Raises InputError when the set is stale, mixed, too small for the recipe's largest
     size, or leaks between its splits.
     """
     home = Path(recipe.data.home)
@@ -135,9 +159,8 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
     hashes = {"folds_hash": folds.hash, "classes_hash": classes.hash}
     if sources.is_present(recipe):
         folds, table = load_folds(home, read_labels(recipe), recipe)
-        hashes |= {"labels_hash": table.hash, "inputs_hash": _inputs_hash(table)}
-    if fold not in folds.numbers:
-        raise InputError(f"data.fold = {fold}: {home / 'folds.csv'} has the folds {folds.numbers}")
+        hashes |= {"labels_hash": table.hash, "inputs_hash": inputs_hash(home, table)}
+    _check_fold(home, fold, folds)
     check_leaks(folds, fold)
     needed = storage_settings(recipe, "")
     betons = {split: open_beton(beton_path(home, fold, split)) for split in splits(needed)}
@@ -168,15 +191,16 @@ def open_unlabelled(recipe: Recipe) -> Beton:
         raise InputError("data.unlabelled is empty: name the folder or file of images without labels")
     beton = open_beton(beton_path(Path(recipe.data.home), NO_FOLD, UNLABELLED))
     if Path(recipe.data.unlabelled).exists():
-        source, names = sources.open_unlabelled(recipe)
-        sizes = np.array([source.check(name).size for name in names], np.int64)
-        _check_origin(beton, unlabelled_origin(beton.origin.settings, names, sizes))
+        source, names, _ = sources.open_unlabelled(recipe)
+        content = unlabelled_inputs_hash(Path(recipe.data.home), source, names)
+        _check_origin(beton, unlabelled_origin(beton.origin.settings, names, content))
     _check_settings(beton, replace(storage_settings(recipe, ""), combos=()))
     return beton
 
 
-def _inputs_hash(table: LabelTable) -> str:
-    return digest(table.sizes.tobytes())
+def _check_fold(home: Path, fold: int, folds: Folds) -> None:
+    if fold not in folds.numbers:
+        raise InputError(f"data.fold = {fold}: {home / 'folds.csv'} has the folds {folds.numbers}")
 
 
 def _check_origin(beton: Beton, expected: Origin) -> None:

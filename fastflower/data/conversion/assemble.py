@@ -23,6 +23,8 @@ from fastflower.data.folds import Folds
 from fastflower.data.readers.image_files import encode_jpeg
 from fastflower.data.transforms.corruptions import corrupt, image_key, jpeg_bytes
 
+CONTENTS = ("*.beton", "*.beton.json")  # of betons/
+
 
 @contextmanager
 def new_set(home: Path) -> Iterator[Path]:
@@ -35,13 +37,14 @@ def new_set(home: Path) -> Iterator[Path]:
         raise EnvironmentFault(
             f"{home / 'betons'} is not a folder; move it away, or choose another data.home"
         )
-    with files.temporary_folder(betons.with_name(f".{betons.name}.new"), betons) as folder:
+    new = betons.with_name(f".{betons.name}.new")
+    with files.temporary_folder(new, betons, contents=CONTENTS) as folder:
         yield folder
 
 
 def replace_set(home: Path, folder: Path) -> None:
     """Replace the betons of `home` by those in a finished folder."""
-    files.swap_in(folder, _betons_folder(home))
+    files.swap_in(folder, _betons_folder(home), contents=CONTENTS)
 
 
 def reuse(home: Path, folder: Path, origin: Origin) -> bool:

@@ -26,6 +26,7 @@ from fastflower.data.decode.kernel import decode_file
 from fastflower.data.duplicates import phash
 from fastflower.data.readers.image_files import (
     MAX_ASPECT,
+    Header,
     decode,
     encode_jpeg,
     inspect,
@@ -33,6 +34,7 @@ from fastflower.data.readers.image_files import (
     stored,
     stored_size,
 )
+from fastflower.data.readers.jpeg_endings import completed
 from fastflower.data.readers.sources import Source
 
 CHUNK = 16  # rows a task: small enough for workers to finish together, large enough to hide the pipe
@@ -211,17 +213,22 @@ def _encode_image(
     chunk: _EncodedChunk,
     row: int,
 ) -> str:
-    """Encode image `number` of a row into `file` and `chunk`; return the hash of the very bytes that were decoded."""
+    """Encode image `number` of a row into `file` and `chunk`; return the hash of the very bytes that were decoded.
+
+    A file that cannot be decoded has its hash too; one that cannot be read has none.
+    """
+    sha256 = ""
     try:
         data = encoding.source.read(name, number)
+        sha256 = _sha256(data)
         if isinstance(data, np.ndarray):
-            decoded = _decode_array(data)
+            decoded = _Decoded(Image.fromarray(data).convert("RGB"))
         else:
             decoded = _decode_file(data, encoding.side)
             chunk.misnamed[row] = "" if matches_format(name, decoded.format) else decoded.format
     except InputError as error:
         chunk.problems[row] = str(error)
-        return ""
+        return sha256
     image = stored(decoded.image, encoding.side)
     pixels = np.asarray(image)
     if encoding.hashing:
@@ -229,49 +236,61 @@ def _encode_image(
     blobs = chunk.blobs[row, number]
     if encoding.raw:
         blobs[:] = _append(file, RAW, pixels=pixels)
-    elif decoded.keeps_file and isinstance(data, bytes):
-        blobs[[TRAIN, VAL]] = _append(file, JPEG, pixels=pixels, data=data)
+    elif decoded.file:
+        blobs[[TRAIN, VAL]] = _append(file, JPEG, pixels=pixels, data=decoded.file)
         if validates and encoding.corrupting:
             blobs[PIXELS] = _append(file, RAW, pixels=pixels)
     else:
         blobs[TRAIN] = _append(file, JPEG, pixels=pixels, data=encode_jpeg(pixels, encoding.quality))
         if validates:  # stored without loss: a second JPEG compression would change what is scored
             blobs[[VAL, PIXELS]] = _append(file, RAW, pixels=pixels)
-    return decoded.sha256
+    return sha256
 
 
 class _Decoded(NamedTuple):
-    """A decoded image; sha256: of its content; keeps_file: its file can be stored unchanged."""
+    """A decoded image; file: the JPEG to store as it is, empty if it must be encoded again."""
 
     image: Image.Image
-    sha256: str
-    keeps_file: bool = False
+    file: bytes = b""
     format: str = ""
 
 
 def _decode_file(data: bytes, side: int) -> _Decoded:
-    """Decode a file; a JPEG is reduced while decoding where that is cheap.
-
-    JPEGs go through the training's own decoder, so a beton never holds one that training would refuse.
-    """
-    header, sha256 = inspect(data), hashlib.sha256(data).hexdigest()
+    """Decode a file; a JPEG with all its pixels is given a plain ending if it lacks one."""
+    header = inspect(data)
     if not header.is_jpeg:
-        return _Decoded(decode(data), sha256, format=header.format)
+        return _Decoded(decode(data), format=header.format)
+    try:
+        return _decode_jpeg(header, data, side)
+    except InputError:
+        whole = completed(data, (header.image.height, header.image.width))
+        if whole is None:
+            raise
+        return _decode_jpeg(header, whole, side)
+
+
+def _decode_jpeg(header: Header, data: bytes, side: int) -> _Decoded:
+    """Decode a JPEG, reduced while decoding where that is cheap.
+
+    It goes through the training's own decoder, so a beton never holds one that training would refuse.
+    """
     size = (header.image.height, header.image.width)
     if header.turn is not None:
         upright = Image.fromarray(decode_file(data, size, size)).transpose(header.turn)
-        return _Decoded(upright, sha256, format=header.format)
+        return _Decoded(upright, format=header.format)
     reduced = stored_size(*size, side)
     keeps_file = reduced == size and max(size) <= MAX_ASPECT * side
     image = Image.fromarray(decode_file(data, size, reduced))
-    return _Decoded(image, sha256, keeps_file=keeps_file, format=header.format)
+    return _Decoded(image, data if keeps_file else b"", header.format)
 
 
-def _decode_array(pixels: np.ndarray) -> _Decoded:
-    """An image given as uint8 (H, W) or (H, W, 3); its hash covers shape and pixels."""
-    sha256 = hashlib.sha256(str(pixels.shape).encode())
-    sha256.update(np.ascontiguousarray(pixels).data)
-    return _Decoded(Image.fromarray(pixels).convert("RGB"), sha256.hexdigest())
+def _sha256(image: bytes | np.ndarray) -> str:
+    """Hash of a file, or of the shape and pixels of an array."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    sha256 = hashlib.sha256(str(image.shape).encode())
+    sha256.update(np.ascontiguousarray(image).data)
+    return sha256.hexdigest()
 
 
 def _append(file: IO[bytes], mode: int, *, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:

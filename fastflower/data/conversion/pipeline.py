@@ -37,6 +37,7 @@ from fastflower.data.folds import (
     write_skipped,
 )
 from fastflower.data.labels import MAX_LISTED, LabelTable, class_stats, write_classes
+from fastflower.data.readers import contents
 from fastflower.data.readers.sources import Source, open_unlabelled
 from fastflower.recipe import Recipe
 
@@ -64,6 +65,7 @@ def convert(
     """
     start, home = time.monotonic(), Path(recipe.data.home)
     unlabelled = _check_unlabelled(recipe) if recipe.data.unlabelled else None
+    content = ""  # hash of the labelled images' files
 
     def converted(settings: StorageSettings, folds: Folds, *, up_to_date: bool) -> Converted:
         return Converted(
@@ -79,15 +81,19 @@ def convert(
         folds = None
         if (home / "folds.csv").exists():
             folds, table = load_folds(home, table, recipe)
+            content = fold_set.inputs_hash(home, table)
             for store in ("raw", "jpeg") if recipe.data.store == "auto" else (recipe.data.store,):
                 settings = fold_set.storage_settings(recipe, store)
-                origins = _fold_origins(settings, table, folds)
+                origins = _fold_origins(settings, table, folds=folds, content=content)
                 origins += [unlabelled.origin(settings)] if unlabelled else []
                 if all(fold_set.is_current(home / "betons", origin) for origin in origins):
                     return converted(settings, folds, up_to_date=True)
         settings = fold_set.storage_settings(recipe, choose_store(recipe, table, home))
         validating = folds.fold >= 0 if folds else may_validate(table, recipe)
         hashing = folds is None and wants_hashing(recipe, table, settings.stored_side)
+        files_before = contents.file_states(table.source.files(table.filenames))
+        if table.source.from_arrays and not content:
+            content = fold_set.inputs_hash(home, table)
         embed = embedder(recipe) if embedder and folds is None and recipe.data.group == "embedding" else None
         with _encoded(
             recipe,
@@ -98,7 +104,11 @@ def convert(
             folder=folder,
             hashing=hashing,
         ) as spool:
+            if not table.source.from_arrays:
+                contents.remember(home / fold_set.CONTENTS, files_before, spool.sha256)
             table, spool_rows = _usable(recipe, table, spool=spool, folds=folds, home=home)
+            if not table.source.from_arrays:  # the bytes that were decoded, even if a file has changed since
+                content = contents.hash_of(spool.sha256[row] for row in spool_rows.tolist())
             duplicate_rows = None
             if folds is None:
                 folds, duplicate_rows = new_folds(
@@ -113,7 +123,7 @@ def convert(
                 folder,
                 [
                     origin
-                    for origin in _fold_origins(settings, table, folds)
+                    for origin in _fold_origins(settings, table, folds=folds, content=content)
                     if not assemble.reuse(home, folder, origin)
                 ],
                 folds=folds,
@@ -136,19 +146,21 @@ def convert(
 
 @dataclass(frozen=True)
 class UnlabelledImages:
-    """The images of data.unlabelled: source, names, and sizes in bytes, int64 (N,)."""
+    """The images of data.unlabelled, and the hash of the content of their files."""
 
     source: Source
     names: list[str]
-    sizes: np.ndarray
+    content: str
 
     def origin(self, settings: StorageSettings) -> Origin:
         """The origin that their beton must have."""
-        return fold_set.unlabelled_origin(settings, self.names, self.sizes)
+        return fold_set.unlabelled_origin(settings, self.names, self.content)
 
 
 def _check_unlabelled(recipe: Recipe) -> UnlabelledImages:
-    source, names = open_unlabelled(recipe)
+    source, names, notices = open_unlabelled(recipe)
+    for notice in notices:
+        print(f"note: {notice}")
     checks = [source.check(name) for name in names]
     faults = [
         f"'{escaped(name)}' {check.problem}"
@@ -157,7 +169,9 @@ def _check_unlabelled(recipe: Recipe) -> UnlabelledImages:
     ]
     if faults:
         raise InputError(f"data.unlabelled = {recipe.data.unlabelled}: {'; '.join(faults[:MAX_LISTED])}")
-    return UnlabelledImages(source, names, np.array([check.size for check in checks], np.int64))
+    return UnlabelledImages(
+        source, names, fold_set.unlabelled_inputs_hash(Path(recipe.data.home), source, names)
+    )
 
 
 def _convert_unlabelled(
@@ -190,9 +204,11 @@ def _convert_unlabelled(
             writer.commit(images.origin(settings))
 
 
-def _fold_origins(settings: StorageSettings, table: LabelTable, folds: Folds) -> list[Origin]:
+def _fold_origins(
+    settings: StorageSettings, table: LabelTable, *, folds: Folds, content: str
+) -> list[Origin]:
     return [
-        fold_set.origin_of(settings, table, folds=folds, split=split, fold=fold)
+        fold_set.origin_of(settings, table, inputs_hash=content, folds=folds, split=split, fold=fold)
         for fold in folds.numbers
         for split in fold_set.splits(settings)
     ]

@@ -2,7 +2,7 @@
  *
  * Training rows get a random crop that is a pure function of the row's key (the streams below; SplitMix64 as in
  * core/seeding.py). Evaluation rows are bit-identical to Pillow's accurate decode and 8-bit fixed-point resampling.
- * Every return code is checked; a libjpeg warning counts as damage. Two of libjpeg's methods are replaced, because
+ * Every return code is checked; a libjpeg warning counts as damage, but for two about headers. Two of libjpeg's methods are replaced, because
  * they take a third of its time: Huffman decoding (entropy.h) and the steps after the inverse DCT (keep_planes).
  */
 
@@ -75,7 +75,9 @@ static void on_error(j_common_ptr jpeg) {
 }
 
 static void on_message(j_common_ptr jpeg, int level) {
-    if (level < 0) on_error(jpeg); /* after a warning the pixels are guesses */
+    int code = jpeg->err->msg_code; /* versions and scan parameters that libjpeg does not use cost no pixel */
+    if (level < 0 && code != JWRN_JFIF_MAJOR && code != JWRN_NOT_SEQUENTIAL)
+        on_error(jpeg); /* after any other warning the pixels are guesses */
 }
 
 static Scratch *scratch_take(void) {

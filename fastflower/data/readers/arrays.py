@@ -6,6 +6,7 @@ Rows, labels and sizes are read at once, the pixels only on first use.
 from __future__ import annotations
 
 import csv
+import io
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastflower.core.errors import InputError
+from fastflower.core.tables import escaped
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ROWS = 4096  # rows converted at a time, so that memory holds only one copy of the original numbers
+PIXELS = "pixels"  # column of the pixels of an image as one text
+MAX_FIELD = 1 << 30  # characters of a cell
 MIN_PIXELS = 16  # a table of pixels has more columns than this
 REMEDY = "name them by data.arrays=[images, labels], or [first, second, labels] for pairs"
 
@@ -29,7 +33,8 @@ REMEDY = "name them by data.arrays=[images, labels], or [first, second, labels] 
 class Stack:
     """`rows` of single images or of pairs, all of one height and width; labels as text, or None.
 
-    load: reads the pixels. names: the image arrays in a .npz.
+    load: reads the pixels. names: the image arrays in a .npz. unused: columns of a table that are neither labels nor
+    pixels.
     """
 
     rows: int
@@ -39,6 +44,7 @@ class Stack:
     labels: list[str] | None
     load: Callable[[], tuple[np.ndarray, ...]]
     names: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @cached_property
     def images(self) -> tuple[np.ndarray, ...]:
@@ -101,21 +107,35 @@ def npy_labels(path: Path, rows: int) -> list[str]:
 
 
 def open_pixels(path: Path, label_col: str, *, shape: Any, labelled: bool) -> Stack:
-    """Open a table with a column of labels (label_col, or else `label`) whose other columns are pixels, 0..255."""
-    header = pixel_columns(path)
+    """Open a table with a column of labels (label_col, or else `label`) and pixels, 0..255.
+
+    The pixels are all other columns, or a column `pixels` of numbers with spaces between them.
+    """
+    header, first = pixel_columns(path)
     label = next((name for name in (label_col, "label") if name in header), None)
+    joined = header.index(PIXELS) if PIXELS in header else None
     if labelled and label is None:
-        raise InputError(f"{path}: no column {label_col} or label; name yours by data.label_col")
+        listed = ", ".join(escaped(name) for name in header[:MIN_PIXELS]) + " ..." * (
+            len(header) > MIN_PIXELS
+        )
+        raise InputError(
+            f"{path}: no column {label_col} or label; it has {listed}; name yours by data.label_col"
+        )
     # without labels the first column is read instead, to count the rows
     column = header.index(label or header[0])
     texts = [text for _, table in _tables(path, column) for text in table.iloc[:, 0]]
-    rows, height, width, _ = _layout((len(texts), len(header) - bool(label)), str(path), shape)
+    count = len(header) - bool(label) if joined is None else len(first[joined].split())
+    rows, height, width, _ = _layout((len(texts), count), str(path), shape)
 
     def load() -> tuple[np.ndarray, ...]:
-        blocks = [
-            _whole_numbers(table.drop(columns=[label] if label else []), f"{path}: lines from {line}")
-            for line, table in _tables(path, None)
-        ]
+        blocks = []
+        for line, table in _tables(path, joined):
+            what = f"{path}: lines from {line}"
+            if joined is None:
+                numbers = table.drop(columns=[label] if label else [])
+            else:
+                numbers = _split(table.iloc[:, 0].tolist(), count, what)
+            blocks.append(_whole_numbers(numbers, what))
         return (as_uint8(np.concatenate(blocks), str(path), shape),)
 
     return Stack(
@@ -125,26 +145,29 @@ def open_pixels(path: Path, label_col: str, *, shape: Any, labelled: bool) -> St
         images_per_row=1,
         labels=[text.strip() for text in texts] if labelled else None,
         load=load,
+        unused=() if joined is None else tuple(name for name in header if name not in (label, PIXELS)),
     )
 
 
-def pixel_columns(path: Path) -> list[str]:
-    """The column names of a table of pixels; InputError if the file is no such table."""
+def pixel_columns(path: Path) -> tuple[list[str], list[str]]:
+    """The column names and the first row of a table of pixels; InputError if the file is no such table."""
+    csv.field_size_limit(MAX_FIELD)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header, first = [name.strip() for name in next(reader, [])], next(reader, None)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a table of pixels ({_one_line(error)})") from None
-    if len(header) <= MIN_PIXELS:
+    if len(header) <= MIN_PIXELS and PIXELS not in header:
         raise InputError(
-            f"{path}: has {len(header)} columns; a table of pixels has one for each pixel and one for the label"
+            f"{path}: has {len(header)} columns; a table of pixels has one for each pixel and one for the label, or a "
+            f"column {PIXELS}"
         )
     if first is None:
         raise InputError(f"{path}: has a header and no rows")
     if len(first) != len(header):
         raise InputError(f"{path}: line 2: {len(first)} fields, the header has {len(header)}")
-    return header
+    return header, first
 
 
 def as_uint8(values: np.ndarray, what: str, shape: Any) -> np.ndarray:
@@ -273,6 +296,16 @@ def _tables(path: Path, column: int | None) -> Iterator[tuple[int, pd.DataFrame]
                 yield int(table.index[0]) + 2, table
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {_one_line(error)}") from None
+
+
+def _split(texts: list[str], count: int, what: str) -> pd.DataFrame:
+    """The numbers in texts, `count` in each; InputError if one has more or fewer."""
+    import pandas as pd
+
+    lengths = {len(text.split()) for text in texts} - {count}
+    if lengths:
+        raise InputError(f"{what}: {PIXELS} has {min(lengths)} numbers in a row, {count} in the first")
+    return pd.read_csv(io.StringIO("\n".join(texts)), sep=r"\s+", header=None, na_filter=False)
 
 
 def _whole_numbers(table: pd.DataFrame, what: str) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastflower.core.errors import InputError
+from fastflower.data.readers.jpeg_endings import completed
 
 # twin of code/pictures.py: limits, orientation, RGB conversion, stored size
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
@@ -46,7 +47,13 @@ FOREIGN_SIGNATURES = (
     (b"MM\0*", "a TIFF"),
     (b"8BPS", "a Photoshop file"),
     (b"PK\3\4", "a zip archive"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image: save it as JPEG or PNG"),
+    (b"\xff\x0a", "a JPEG XL image: save it as JPEG or PNG"),
     (b"\xff\xd8", "a JPEG with a broken header or other than 8 bits a colour"),
+)
+CONTAINER_BRANDS = (
+    (b"avi", "an AVIF image: save it as JPEG or PNG"),
+    *((brand, "a HEIC photograph: save it as JPEG or PNG") for brand in (b"hei", b"hev", b"mif1", b"msf1")),
 )
 
 
@@ -136,8 +143,15 @@ def decode(data: bytes) -> Image.Image:
     InputError if the file cannot be decoded.
     """
     header = inspect(data)
+    try:
+        with _explained(data):
+            header.image.load()
+    except InputError:
+        whole = completed(data, (header.image.height, header.image.width)) if header.is_jpeg else None
+        if whole is None:
+            raise
+        return decode(whole)
     with _explained(data):
-        header.image.load()
         image = _rgb(header.image)
     return image if header.turn is None else image.transpose(header.turn)
 
@@ -188,6 +202,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _foreign_kind(data: bytes) -> str:
     """The kind of a file that is no image, by its first bytes, as the end of a message; empty if unknown."""
+    if data[4:8] == b"ftyp":
+        brands = data[8 : int.from_bytes(data[:4], "big")][:64]
+        kinds = (kind for brand, kind in CONTAINER_BRANDS if brand in brands)
+        return f", but {next(kinds, 'a video')}"
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
     for mark, kind in FOREIGN_SIGNATURES:
         if start.startswith(mark):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from fastflower.core.errors import InputError
 from fastflower.core.tables import escaped
+from fastflower.data.readers.image_folders import SUFFIXES, FileSource, list_images
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+ONE_HOT = frozenset({"0", "1", "0.0", "1.0"})
+MAX_LISTED = 10  # names in one message
 ClassNames = dict[str, dict[str, str]]  # column -> category_id -> name
 
 
@@ -29,13 +31,14 @@ class LabelRow:
 
 
 def csv_rows(
-    path: Path, root: Path, *, image_col: str, label_col: str
+    path: Path, root: Path, *, image_col: str, label_col: str, one_hot: bool = True
 ) -> tuple[list[LabelRow], ClassNames, list[str]]:
     """Read a label file: its rows in order, the columns of class names, and notices.
 
-    A column names the classes if it is constant within each of them. The encoding is UTF-8, with or without a byte
-    order mark. Failing that, GB18030 and UTF-8 with arbitrary bytes in file names are tried, and accepted only if
-    every file then exists below `root`. Raises InputError.
+    With `one_hot`, columns of 0 and 1 may stand in for that of the labels, one for each class. A column names the
+    classes if it is constant within each of them. The encoding is UTF-8, with or without a byte order mark. Failing
+    that, GB18030 and UTF-8 with arbitrary bytes in file names are tried, and accepted only if every file then exists
+    below `root`. Raises InputError.
     """
     try:
         data = path.read_bytes()
@@ -48,88 +51,135 @@ def csv_rows(
         kind = "looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "has a NUL byte"
         raise InputError(f"{path}:{line}: {kind}; save it as UTF-8 text")
     try:
-        return *_parse(data.decode("utf-8-sig"), path, image_col=image_col, label_col=label_col), []
+        return _parse(
+            data.decode("utf-8-sig"), path, image_col=image_col, label_col=label_col, one_hot=one_hot
+        )
     except UnicodeDecodeError as error:
         fault = f"{path}: byte {error.start} is not UTF-8; save it as UTF-8"
+    source = FileSource(root)
     for encoding, errors in (("gb18030", "strict"), ("utf-8-sig", "surrogateescape")):
+        detected = "GB18030" if errors == "strict" else "UTF-8 with other bytes in file names"
         try:
-            rows, names = _parse(
-                data.decode(encoding, errors), path, image_col=image_col, label_col=label_col
+            text = data.decode(encoding, errors)
+            rows, names, notices = _parse(
+                text, path, image_col=image_col, label_col=label_col, one_hot=one_hot
             )
             # raises where anything but a file name has bytes that are no text
             json.dumps([[row.category_id for row in rows], names], ensure_ascii=False).encode()
-        except (UnicodeError, InputError):
+        except UnicodeError:
             continue
-        if all((root / row.filename).is_file() for row in rows if not row.problem):
-            detected = "GB18030" if errors == "strict" else "UTF-8 with other bytes in file names"
-            return (
-                rows,
-                names,
-                [f"{path} is not UTF-8; it was read as {detected}, in which every file exists"],
+        except InputError as error:  # the columns are wrong in any encoding
+            raise InputError(f"{error} (it is not UTF-8 and was read as {detected})") from None
+        missing = {row.filename for row in rows if not row.problem and not _exists(source, row.filename)}
+        if not missing:
+            notice = f"{path} is not UTF-8; it was read as {detected}, in which every file exists"
+            return rows, names, [*notices, notice]
+        # only names that an encoding can change tell whether it is the right one
+        telling = [row.filename for row in rows if not row.filename.isascii()] or [r.filename for r in rows]
+        if sum(name in missing for name in telling) < len(telling) / 2:
+            listed = ", ".join(f"'{escaped(name)}'" for name in sorted(missing)[:MAX_LISTED])
+            raise InputError(
+                f"{path}: {len(missing)} of {len(rows)} files {'is' if len(missing) == 1 else 'are'} missing: "
+                f"{listed}{' ...' * (len(missing) > MAX_LISTED)}; add the files or remove the rows "
+                f"(it is not UTF-8 and was read as {detected})"
             )
     raise InputError(f"{fault} (in other encodings, its file names do not exist)")
 
 
-def _parse(text: str, path: Path, *, image_col: str, label_col: str) -> tuple[list[LabelRow], ClassNames]:
-    required = (image_col, label_col)
-    delimiter, header = _header(text, path, required)
+def _exists(source: FileSource, name: str) -> bool:
+    return not source.check(name).problem or bool(source.respelled(name))
+
+
+def _parse(
+    text: str, path: Path, *, image_col: str, label_col: str, one_hot: bool
+) -> tuple[list[LabelRow], ClassNames, list[str]]:
+    delimiter, header = _header(text, path, image_col=image_col, label_col=label_col)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    image, label = header.index(image_col), header.index(label_col)
-    rows: list[LabelRow] = []
-    names: ClassNames = {name: {} for name in header if name not in required and name}
+    records: list[tuple[str, list[str]]] = []
     line, past_header = 1, False
     try:
         for cells in reader:
             where, line = f"line {line}", reader.line_num + 1
-            if not cells:
-                continue
-            if not past_header:
-                past_header = True
-            elif len(cells) != len(header):
-                rows.append(
-                    LabelRow(where, problem=f"{where}: {len(cells)} fields, the header has {len(header)}")
-                )
-            else:
-                rows.append(LabelRow(where, cells[image], cells[label]))
-                for name, cell in zip(header, cells, strict=True):
-                    if name in names and names[name].setdefault(cells[label].strip(), cell) != cell:
-                        del names[name]  # the column differs within a class, so it holds no class names
+            if cells and past_header:
+                records.append((where, cells))
+            past_header = past_header or bool(cells)
     except csv.Error as error:
         raise InputError(
             f"{path}: line {reader.line_num}: {error}; quotes must be closed and doubled inside"
         ) from None
-    if not rows:
+    if not records:
         raise InputError(f"{path}: has a header and no rows")
-    return rows, names
+    broken = [
+        LabelRow(where, problem=f"{where}: {len(cells)} fields, the header has {len(header)}")
+        for where, cells in records
+        if len(cells) != len(header)
+    ]
+    records = [(where, cells) for where, cells in records if len(cells) == len(header)]
+    image = header.index(image_col)
+    if label_col not in header:
+        rows, columns = _one_hot_rows(records, header, image)
+        if not rows or not one_hot:
+            raise _no_column(path, header, (label_col,))
+        notice = f"{path}: the labels are its {len(columns)} columns of 0 and 1: {', '.join(columns)}"
+        return broken + rows, {}, [notice]
+    label = header.index(label_col)
+    names: ClassNames = {name: {} for name in header if name not in (image_col, label_col) and name}
+    for _, cells in records:
+        for name, cell in zip(header, cells, strict=True):
+            if name in names and names[name].setdefault(cells[label].strip(), cell) != cell:
+                del names[name]  # the column differs within a class, so it holds no class names
+    return broken + [LabelRow(where, cells[image], cells[label]) for where, cells in records], names, []
 
 
-def _header(text: str, path: Path, required: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The delimiter with which the first line has the required columns, and all its column names."""
+def _one_hot_rows(
+    records: list[tuple[str, list[str]]], header: list[str], image: int
+) -> tuple[list[LabelRow], list[str]]:
+    """Rows whose label is the name of the only column that is 1, and those columns; empty if the table is not such."""
+    columns = [
+        column
+        for column in range(len(header))
+        if column != image and all(cells[column].strip() in ONE_HOT for _, cells in records)
+    ]
+    if len(columns) < 2:
+        return [], []
+    rows = []
+    for where, cells in records:
+        ones = [header[column] for column in columns if float(cells[column])]
+        listed = ", ".join(map(escaped, ones)) or "none"
+        fault = f"{where}: {len(ones)} columns are 1 ({listed}); an image has one label"
+        rows.append(LabelRow(where, cells[image], "".join(ones[:1]), "" if len(ones) == 1 else fault))
+    if 2 * sum(not row.problem for row in rows) < len(rows):
+        return [], []
+    return rows, [escaped(header[column]) for column in columns]
+
+
+def _header(text: str, path: Path, *, image_col: str, label_col: str) -> tuple[str, list[str]]:
+    """The delimiter with which the first line has the two columns, or at least image_col, and all its column names."""
+    required = (image_col, label_col)
     first = text.lstrip("\r\n").splitlines()[:1]
     if not first:
         raise InputError(f"{path}: empty; its first line must name the columns {', '.join(required)}")
     headers = {mark: [name.strip() for name in next(csv.reader(first, delimiter=mark))] for mark in ",;\t"}
-    for delimiter, header in headers.items():
-        if all(name in header for name in required):
-            return delimiter, header
-    header = max(headers.values(), key=len)
+    for wanted in (required, (image_col,)):
+        for delimiter, header in headers.items():
+            if all(name in header for name in wanted):
+                return delimiter, header
+    raise _no_column(path, max(headers.values(), key=len), required)
+
+
+def _no_column(path: Path, header: list[str], required: tuple[str, ...]) -> InputError:
     missing = " or ".join(name for name in required if name not in header)
     remedy = "name yours by data.image_col and data.label_col"
     if len(header) == 1:
         remedy = "separate columns by ',', ';' or a tab"
     columns = ", ".join(escaped(name) for name in header)
-    raise InputError(f"{path}: no column {missing}; it has {columns}; {remedy}")
+    return InputError(f"{path}: no column {missing}; it has {columns}; {remedy}")
 
 
-def folder_rows(root: Path) -> list[LabelRow]:
-    """A row for every image in a folder below `root`; the name of the topmost folder is the class."""
-    rows = [LabelRow(name, name, name.partition("/")[0]) for name in image_files(root) if "/" in name]
+def folder_rows(root: Path) -> tuple[list[LabelRow], list[str]]:
+    """A row for every image in a folder below `root`, whose topmost folder is the class, and notices."""
+    listing = list_images(root)
+    rows = [LabelRow(name, name, name.partition("/")[0]) for name in listing.images if "/" in name]
     if not rows:
         raise InputError(f"{root}: no folder with images ({' '.join(SUFFIXES)}) below it")
-    return rows
-
-
-def image_files(root: Path) -> list[str]:
-    """The image files below a folder, at any depth, as sorted paths relative to it."""
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower().rstrip() in SUFFIXES)
-    return [str(file.relative_to(root)) for file in files]
+    return rows, listing.notices(root)

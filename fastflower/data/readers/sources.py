@@ -2,9 +2,11 @@
 
 | data.form | data.root                                   | labels                                                     |
 | --------- | ------------------------------------------- | ---------------------------------------------------------- |
-| csv       | folder of image files                       | data.csv, columns data.image_col and data.label_col        |
+| csv       | folder of image files                       | data.csv, columns data.image_col and data.label_col, or a  |
+|           |                                             | column of 0 and 1 for each class                           |
 | folders   | folder with one folder per class            | the folders' names                                         |
 | pixels    | a .csv: a row per image, a column per pixel | its column data.label_col, or `label`                      |
+|           | or one column `pixels` of all its numbers   |                                                            |
 | arrays    | a .npz, or a .npy of images                 | in the .npz; for a .npy data.csv, a .npy with as many rows |
 | pairs     | a .npz with two arrays of images            | in the .npz: one label per pair                            |
 
@@ -13,34 +15,19 @@ With `auto`, the type of data.root decides; a folder is `csv` if data.csv exists
 
 from __future__ import annotations
 
-import os
-import re
-import stat
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from fastflower.core.errors import InputError
+from fastflower.core.tables import escaped
 from fastflower.data.readers import arrays
 from fastflower.data.readers.arrays import Stack
-from fastflower.data.readers.image_files import header_size, read_bytes
-from fastflower.data.readers.label_files import ClassNames, LabelRow, csv_rows, folder_rows, image_files
+from fastflower.data.readers.image_folders import Check, FileSource, has_class_folders, list_images
+from fastflower.data.readers.label_files import ClassNames, LabelRow, csv_rows, folder_rows
 from fastflower.recipe import Recipe
-
-
-class Check(NamedTuple):
-    """The result of checking an image without opening it.
-
-    problem: empty if there is none. size: in bytes. identity: equal for two names of one file, such as a link and its
-    target.
-    """
-
-    problem: str
-    size: int = 0
-    identity: str = ""
 
 
 class Source(Protocol):
@@ -54,6 +41,9 @@ class Source(Protocol):
 
     @property
     def from_arrays(self) -> bool: ...
+
+    def files(self, names: list[str]) -> list[str]:
+        """The files whose bytes decide the pixels of these rows."""
 
     def check(self, name: str) -> Check:
         """Check a row's image without opening it."""
@@ -69,68 +59,21 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """Image files below a folder; a name is `prefix` and the path relative to the folder."""
-
-    root: Path
-    prefix: str = ""
-    images_per_row: int = 1
-    from_arrays: bool = False
-
-    @cached_property
-    def _real_root(self) -> str:
-        return os.path.realpath(self.root)
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._real_root, name.removeprefix(self.prefix))
-
-    def check(self, name: str) -> Check:
-        """Check that a name is a regular file below the root; links that leave the root are refused."""
-        name = name.removeprefix(self.prefix)
-        if not name or "\0" in name:
-            return Check("is not a file name")
-        if (
-            name.startswith(("/", "~"))
-            or ".." in name.split("/")
-            or "\\" in name
-            or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
-        ):
-            return Check("must be a path below data.root, parts joined by '/'")
-        try:
-            real = os.path.realpath(os.path.join(self._real_root, name), strict=True)
-            state = os.stat(real)
-        except FileNotFoundError:
-            return Check("does not exist")
-        except OSError as error:
-            return Check(f"cannot be read: {error.strerror}")
-        if os.path.commonpath([self._real_root, real]) != self._real_root:
-            return Check("is a link that leaves data.root")
-        if not stat.S_ISREG(state.st_mode):
-            return Check("is not a regular file")
-        return Check("", state.st_size, real)
-
-    def load(self) -> None:
-        """Do nothing: every image is a file."""
-
-    def read(self, name: str, number: int) -> bytes:
-        """The bytes of a file."""
-        return read_bytes(self._path(name))
-
-    def size(self, name: str) -> tuple[int, int] | None:
-        """(height, width) from the file's header; None if it cannot be read."""
-        try:
-            return header_size(self._path(name))
-        except Exception:  # any parser error; the conversion reports it when it reads the file
-            return None
-
-
-@dataclass(frozen=True)
 class ArraySource:
     """Images of one file of arrays; names are `<file stem>/<row>`, rows from 0 with leading zeros."""
 
-    stem: str
+    path: Path
     stack: Stack
     from_arrays: bool = True
+
+    @property
+    def stem(self) -> str:
+        """The first part of all names."""
+        return self.path.stem
+
+    def files(self, names: list[str]) -> list[str]:
+        """The file of arrays."""
+        return [str(self.path)]
 
     @property
     def images_per_row(self) -> int:
@@ -180,6 +123,14 @@ class JoinedSource:
     def _source_of(self, name: str) -> Source:
         return self.second if name.startswith(self.prefix) else self.first
 
+    def files(self, names: list[str]) -> list[str]:
+        """The files of both sources."""
+        return [
+            file
+            for source in (self.first, self.second)
+            for file in source.files([name for name in names if self._source_of(name) is source])
+        ]
+
     def check(self, name: str) -> Check:
         """The check of the source that has the name."""
         return self._source_of(name).check(name)
@@ -223,7 +174,7 @@ def form_of(recipe: Recipe) -> str:
         )
     possible: tuple[str, ...] = ("csv", "folders")
     if root.is_dir():
-        has_csv = Path(recipe.data.csv).exists() or not any(entry.is_dir() for entry in root.iterdir())
+        has_csv = Path(recipe.data.csv).exists() or not has_class_folders(root)
         detected = "csv" if has_csv else "folders"
     elif root.suffix == ".npz":
         possible, detected = ("arrays", "pairs"), "arrays"
@@ -278,21 +229,22 @@ def open_labelled(recipe: Recipe) -> LabelledRows:
         origin=f"{first.origin} and {path}",
         names=first.names,
         held_out=held_out,
+        notices=first.notices + second.notices,
     )
 
 
-def open_unlabelled(recipe: Recipe) -> tuple[Source, list[str]]:
-    """Open data.unlabelled, a folder of image files at any depth or a file of arrays; returns the names in order."""
+def open_unlabelled(recipe: Recipe) -> tuple[Source, list[str], list[str]]:
+    """Open data.unlabelled, a folder of images at any depth or a file of arrays: source, names in order, notices."""
     path = Path(recipe.data.unlabelled)
     if path.is_dir():
-        names = image_files(path)
-        if not names:
+        listing = list_images(path)
+        if not listing.images:
             raise InputError(f"data.unlabelled = {path}: no images below it")
-        return FileSource(path), names
+        return FileSource(path), listing.images, listing.notices(path)
     if not path.is_file():
         raise InputError(f"data.unlabelled = {path}: no such folder or file")
-    source = ArraySource(path.stem, _open_arrays(recipe, path, labelled=False))
-    return source, [source.name(row) for row in range(source.stack.rows)]
+    source = ArraySource(path, _open_arrays(recipe, path, labelled=False))
+    return source, [source.name(row) for row in range(source.stack.rows)], []
 
 
 def pair_arrays(recipe: Recipe, path: str = "") -> list[str]:
@@ -314,10 +266,10 @@ def _rows(recipe: Recipe, form: str, *, path: Path, prefix: str) -> LabelledRows
         )
         return LabelledRows(FileSource(path), rows, origin=data.csv, names=names, notices=notices)
     if form == "folders":
-        rows = folder_rows(path)
+        rows, notices = folder_rows(path)
         for row in rows:
             row.filename = prefix + row.filename
-        return LabelledRows(FileSource(path, prefix), rows, origin=str(path))
+        return LabelledRows(FileSource(path, prefix), rows, origin=str(path), notices=notices)
     stack = _open_arrays(recipe, path, labelled=True)
     if form == "pairs" and stack.images_per_row != 2:
         raise InputError(f"data.form = pairs: {path} has one array of images; {arrays.REMEDY}")
@@ -325,9 +277,12 @@ def _rows(recipe: Recipe, form: str, *, path: Path, prefix: str) -> LabelledRows
         raise InputError(
             f"data.form = {form}: {path} has two arrays of images; use pairs, or {arrays.REMEDY}"
         )
-    source = ArraySource(path.stem, stack)
+    source = ArraySource(path, stack)
     rows = [LabelRow(f"row {k}", source.name(k), label) for k, label in enumerate(stack.labels or [])]
-    return LabelledRows(source, rows, origin=str(path))
+    unused = (
+        [f"{path}: the columns {', '.join(map(escaped, stack.unused))} are not used"] if stack.unused else []
+    )
+    return LabelledRows(source, rows, origin=str(path), notices=unused)
 
 
 def _open_arrays(recipe: Recipe, path: Path, *, labelled: bool) -> Stack:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from fastflower.core import seeding
 from fastflower.core.errors import InputError
@@ -23,6 +22,8 @@ def write(home: Path, *, rows: int = 8000, held_out: int = 2000, seed: int = 0) 
 
     Arrays: xa, xb uint8 (N, 32, 32), y int64 (N,). InputError when `home` is not empty.
     """
+    from sklearn.datasets import load_digits  # here: its import takes two seconds
+
     if home.exists() and any(home.iterdir()):
         raise InputError(f"{home} is not empty; remove it, or give another home=")
     home.mkdir(parents=True, exist_ok=True)

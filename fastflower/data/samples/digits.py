@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from fastflower.core.errors import InputError
 from fastflower.core.files import write_atomic
@@ -26,6 +25,8 @@ def write(home: Path, held_out: int = HELD_OUT) -> None:
     sample_submission.csv lists the ImageIds, which count the test images from 1. InputError when no digit is left to
     train on.
     """
+    from sklearn.datasets import load_digits  # here: its import takes two seconds
+
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), levels 0..16 before
     training = len(pixels) - held_out

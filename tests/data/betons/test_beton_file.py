@@ -13,13 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from isal.isal_zlib import crc32
 from PIL import Image
 
 from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError
 from fastflower.core.records import write_record
 from fastflower.data.betons import beton_file
-from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.betons.beton_file import RAW, Beton, BetonWriter, EncodedImage, open_beton
 from fastflower.data.betons.manifest import Origin, StorageSettings, manifest_path
+from fastflower.data.decode.kernel import Crop
+from fastflower.data.loaders import eval_images, train_images
 
 SETTINGS = StorageSettings(format=2, stored_side=36, store="raw", jpeg_quality=95, combos=(("blur", "low"),))
 ORIGIN = Origin(split="train", fold=0, settings=SETTINGS, inputs_hash="a1", folds_hash="b2")
@@ -66,6 +69,7 @@ def test_columns_bytes_and_manifest(tmp_path: Path) -> None:
         assert beton.row(row).tobytes() == (pixels.tobytes() if row % 2 else jpeg(pixels))
 
 
+@pytest.mark.slow
 def test_ffcv_reads_it(tmp_path: Path) -> None:
     from ffcv import types
     from ffcv.reader import Reader
@@ -111,6 +115,42 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CorruptionError, match=r"a\.beton.*run convert again"):
             open_beton(path).verify()
+
+
+@pytest.mark.parametrize("images_per_row", [1, 2])
+def test_rows_are_checked_when_they_are_read_and_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images_per_row: int
+) -> None:
+    path, checked = tmp_path / "a.beton", []
+    with BetonWriter(path, 4, images_per_row=images_per_row) as writer:
+        for row in range(4):
+            pixels = [picture(9, 8, 2 * row + side) for side in range(images_per_row)]
+            writer.append(0, row, *(EncodedImage(RAW, p.data.cast("B"), 9, 8) for p in pixels))
+        writer.commit()
+    last = int(open_beton(path)._allocation["ptr"][-1])
+    content = path.read_bytes()
+    for bit in range(0, 8 * 9 * 8 * 3, 37):  # of the last image, of the second of a pair
+        damaged = bytearray(content)
+        damaged[last + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        os.utime(path, ns=(0, bit))  # a clock may be too coarse to tell two writes apart
+        beton = open_beton(path)
+        view = {"size": (8, 8), "factor": 1.0, "interpolation": "bilinear"}
+        eval_images(beton, np.array([2, 0]), **view)
+        for _ in range(2):
+            with pytest.raises(CorruptionError, match=r"row 3 .*; delete it and run convert again"):
+                eval_images(beton, np.array([1, 3]), **view)
+            with pytest.raises(CorruptionError, match="row 3 "):
+                keys = np.zeros(1, np.uint64)
+                train_images(beton, np.array([3]), keys=keys, size=(8, 8), crop=Crop())
+    path.write_bytes(content)
+    rows = np.arange(4)
+    open_beton(path).verify_rows(rows)
+    monkeypatch.setattr(beton_file, "crc32", lambda data, crc=0: checked.append(data) or crc32(data, crc))
+    beton = open_beton(path)
+    checked.clear()  # of the head
+    beton.verify_rows(rows)
+    assert not checked
 
 
 def test_zeros_between_pages_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ from fastflower.data.betons.beton_file import open_beton
 from fastflower.data.betons.manifest import Manifest, manifest_path
 from fastflower.data.conversion import encode, grouping, storage
 from fastflower.data.decode.kernel import decode_eval, decode_file
-from fastflower.data.readers import image_files, sources
+from fastflower.data.readers import image_files, image_folders
 from fastflower.data.transforms import corruptions
 from fastflower.recipe import load
 from support.sample_images import jpeg, picture
@@ -145,7 +145,7 @@ def test_each_file_is_read_once_and_encoded_once(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    for module, name in ((sources, "read_bytes"), (encode, "decode_file"), (encode, "encode_jpeg")):
+    for module, name in ((image_folders, "read_bytes"), (encode, "decode_file"), (encode, "encode_jpeg")):
         real: Callable[..., object] = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, name=name, real=real, **k: (seen.append(name), real(*a, **k))[1]
@@ -475,7 +475,7 @@ def test_hashing_is_left_out_when_it_takes_long(
 def test_a_place_that_cannot_be_written_is_said_before_an_image_is_read(
     photographs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "read_bytes", lambda path: pytest.fail("read an image"))
+    monkeypatch.setattr(image_folders, "read_bytes", lambda path: pytest.fail("read an image"))
     Path("file").write_text("")
     for home in ("file", "file/below"):
         with pytest.raises(
@@ -592,6 +592,7 @@ def killed_at(step: int, *arguments: str, steps: tuple[str, ...] = STEPS) -> boo
 SMALLER = ["data.group=none", "data.img_size=16", "tta.scales=[16]", "data.n_splits=2", "robust.kinds=[blur]"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new_one(photographs: dict[str, bytes]) -> None:
     label([(name, k % 2) for k, name in enumerate(list(photographs)[:8])])
     run(*SMALLER)
@@ -617,6 +618,7 @@ def test_a_kill_at_any_moment_leaves_the_old_set_or_the_new_one(photographs: dic
     assert [path.name for path in Path("data").rglob(".*")] == [".convert.lock"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_the_first_conversion_is_made_good(photographs: dict[str, bytes]) -> None:
     label([(name, k % 2) for k, name in enumerate(list(photographs)[:8])])
     arguments = [*SMALLER, "data.split=ratio", "robust.enabled=false"]
@@ -703,6 +705,7 @@ def test_a_signal_leaves_the_old_set_and_no_workers(
     assert not list(Path("data").glob(".betons.*"))
 
 
+@pytest.mark.slow
 def test_sigkill_while_encoding_leaves_nothing_behind(
     photographs: dict[str, bytes], environment: dict[str, str]
 ) -> None:

@@ -410,6 +410,7 @@ def test_a_missing_kernel_says_make_setup(monkeypatch: pytest.MonkeyPatch) -> No
         kernel.library.__wrapped__()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of numba and ffcv
 def test_stock_ffcv_trains_on_our_betons(tmp_path: Path) -> None:
     from fastflower.bench.stock_ffcv import stock_loader

@@ -287,7 +287,7 @@ def test_damaged_array_files_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("label", "kind", 1), r"no column category_id or label; name yours by"),
+        (lambda text: text.replace("label", "kind", 1), r"no column category_id or label; it has .*; name yours by"),
         (lambda text: text.split("\n")[0], r"has a header and no rows"),
         (lambda text: text.replace("\n0,", "\n0,300", 1), r"lines from 2: 0 to 300\d+; pixels are whole numbers"),
         (lambda text: text.replace("\n0,", "\n0,x", 1), r"lines from 2: .*; pixels are whole numbers 0..255"),

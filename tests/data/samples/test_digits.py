@@ -85,6 +85,7 @@ def test_digits_are_not_flipped_unless_forced(repo, override):
         checks.check(load(path, [override, permission]))
 
 
+@pytest.mark.slow
 def test_digits_from_table_to_local_cv_and_fusion_at_smoke_size(repo, monkeypatch, capsys):
     sample_data.main(["digits"])
     table = Path("data/digits/train.csv")

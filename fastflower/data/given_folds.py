@@ -1,0 +1,94 @@
+"""Folds that people give: by a column of a table, or by a validation folder of its own."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastflower.core.errors import InputError
+from fastflower.core.tables import escaped, restored
+from fastflower.data.readers.image_folders import FileSource
+from fastflower.data.readers.label_files import MAX_LISTED, csv_rows
+from fastflower.data.readers.sources import Source
+from fastflower.recipe import Recipe
+
+FOLD_WORDS = {"train": "-1", "val": "0", "valid": "0", "validation": "0"}
+
+
+def read(recipe: Recipe, filenames: Sequence[str], source: Source) -> np.ndarray:
+    """The fold that data.fold_col gives each image: int64 (N,).
+
+    Raises InputError for images without a fold, values that are no folds, and folds other than 0..n_splits - 1.
+    """
+    data = recipe.data
+    path = Path(data.fold_csv or data.csv)
+    rows, *_ = csv_rows(
+        path, Path(data.root), image_col=data.image_col, label_col=data.fold_col, one_hot=False
+    )
+    row_of = {restored(row.filename): row for row in rows}
+    if isinstance(source, FileSource):
+        named = set(filenames)
+        for name in [name for name in row_of if name not in named]:
+            meant = source.respelled(name)
+            if len(meant) == 1:
+                row_of.setdefault(meant[0], row_of[name])
+    missing = [name for name in filenames if name not in row_of]
+    if missing:
+        raise InputError(
+            f"{path}: no fold for {len(missing)} of {len(filenames)} images, such as {escaped(missing[0])}"
+        )
+    folds = np.zeros(len(filenames), np.int64)
+    for position, name in enumerate(filenames):
+        text = row_of[name].category_id.strip()
+        number = FOLD_WORDS.get(text.lower(), text)
+        if not re.fullmatch(r"-1|[0-9]{1,4}", number):
+            raise InputError(
+                f"{path}: {row_of[name].where}: {data.fold_col} = '{escaped(text)}'; folds are numbers from 0, "
+                "-1 to train always, or the words train and val"
+            )
+        folds[position] = int(number)
+    numbers = sorted({int(fold) for fold in folds} - {-1})
+    if numbers != list(range(data.n_splits)):
+        raise InputError(
+            f"{path}: {data.fold_col} gives the folds {numbers}, data.n_splits = {data.n_splits} asks for "
+            f"{list(range(data.n_splits))}; "
+            + (
+                f"use data.n_splits={len(numbers)}"
+                if numbers
+                else "give the validation images a fold from 0 on"
+            )
+        )
+    return folds
+
+
+def check_trained(recipe: Recipe, ids: Sequence[str], *, class_idx: np.ndarray, folds: np.ndarray) -> None:
+    """Raise InputError if a class is only in the given validation set, where no network can have learnt it.
+
+    With several given folds such a class trains always, and `folds.rare_classes` says so.
+    """
+    if folds.max() > 0:
+        return
+    held_out, trained = (np.bincount(class_idx[rows], minlength=len(ids)) for rows in (folds >= 0, folds < 0))
+    known = [ids[k] for k in np.flatnonzero(trained)]
+    by_folded = {category_id.casefold(): category_id for category_id in known}
+    untrained = []
+    for number in np.flatnonzero((held_out > 0) & (trained == 0)):
+        category_id = ids[number]
+        near = difflib.get_close_matches(category_id.casefold(), list(by_folded), n=1, cutoff=0.7)
+        guess = f", is it '{escaped(by_folded[near[0]])}'?" if near else ""
+        untrained.append(f"{escaped(category_id)} ({held_out[number]} images{guess})")
+    if untrained:
+        data = recipe.data
+        key, remedy = (
+            (f"data.val = {data.val}", "rename them as in data.root, or move images of them there")
+            if data.val
+            else (f"data.fold_col = {data.fold_col}", "give images of them the fold -1 or train")
+        )
+        listed = ", ".join(untrained[:MAX_LISTED]) + " ..." * (len(untrained) > MAX_LISTED)
+        raise InputError(
+            f"{key}: {len(untrained)} classes have validation images and none to train on: {listed}; {remedy}"
+        )

@@ -1,0 +1,170 @@
+"""Hidden and system entries are never images, classes or rows, and a line counts what was left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastflower import convert
+from fastflower.core.errors import InputError
+from fastflower.data import labels
+from fastflower.data.betons import fold_set
+from fastflower.data.folds import read_folds
+from fastflower.data.readers import image_folders, sources
+from fastflower.recipe import load
+from support.sample_images import jpeg, picture, predictor_pictures
+
+SMALL = [
+    "data.img_size=16",
+    "tta.scales=[16]",
+    "data.n_splits=2",
+    "data.workers=1",
+    "robust.kinds=[occlusion]",
+]
+FOLDERS = [".ipynb_checkpoints", "@eaDir", ".Trash-1000", "__MACOSX", "$RECYCLE.BIN", "lost+found", ".git"]
+FILES = ["._0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg"]
+WANTED = [f"{kind}/{k}.jpg" for kind in ("lily", "rose") for k in range(4)]
+
+
+def litter(folder: Path) -> None:
+    """Put hidden and system entries, each with an image in it where it is a folder, into a folder."""
+    for name in FOLDERS:
+        (folder / name / "deep").mkdir(parents=True)
+        for path in (folder / name / "0-checkpoint.jpg", folder / name / "deep/1.jpg"):
+            path.write_bytes(jpeg(picture(50)))
+    for name in FILES:
+        (folder / name).write_bytes(b"\0\5\26\7")
+
+
+@pytest.fixture
+def littered() -> Path:
+    root = Path("photos")
+    for position, name in enumerate(WANTED):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(picture(position)))
+    for folder in (root, root / "lily"):
+        litter(folder)
+    return root
+
+
+def test_only_photographs_are_listed(littered: Path) -> None:
+    (littered / "rose/linked").symlink_to(littered.resolve())
+    listing = image_folders.list_images(littered)
+    assert listing.images == WANTED
+    assert listing.links == ["rose/linked"]
+    assert set(listing.hidden) == {
+        *(f"{folder}{name}" for folder in ("", "lily/") for name in (*FOLDERS, *FILES))
+    }
+    assert listing.notices(littered) == [
+        "24 hidden or system entries below photos were left out, such as $RECYCLE.BIN",
+        "1 links to folders below photos were not followed; their images do not count, such as rose/linked",
+    ]
+
+
+def test_the_predictor_lists_the_same_photographs(littered: Path) -> None:
+    twin = predictor_pictures()
+    photographs, ignored = twin.find(b"photos")
+    listing = image_folders.list_images(littered)
+    assert sorted(map(os.fsdecode, photographs)) == sorted(listing.images)
+    assert {os.fsdecode(name) for name in ignored} >= set(listing.hidden)
+    names = [
+        *FOLDERS,
+        *FILES,
+        *WANTED,
+        *(name.upper() for name in FOLDERS),
+        "a/.b/c.jpg",
+        "a.b",
+        "#recycle/x.jpg",
+    ]
+    for name in [*names, *image_folders.SYSTEM_NAMES]:
+        assert twin.is_hidden(os.fsencode(name)) == image_folders.is_hidden(name), name
+
+
+def test_they_are_no_classes_in_training_validation_or_unlabelled_folders(
+    littered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("val", "loose"):
+        for name in WANTED:
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_bytes(jpeg(picture(len(folder) + ord(name[-5]) * 5 + ord(name[0]))))
+        litter(Path(folder))
+    words = [*SMALL, "data.root=photos", "data.val=val", "data.unlabelled=loose"]
+    assert sources.form_of(load(None, words)) == "folders"
+    assert convert.main(words) == 0
+    folds = read_folds(Path("data/folds.csv"))
+    assert set(folds.filenames) == {*WANTED, *(f"val/{name}" for name in WANTED)}
+    assert set(folds.category_ids) == {"lily", "rose"}
+    assert fold_set.open_unlabelled(load(None, words)).rows == 8
+    output = capsys.readouterr().out
+    for folder, count in (("photos", 24), ("val", 12), ("loose", 12)):
+        assert output.count(f"note: {count} hidden or system entries below {folder} were left out") == 1
+
+
+def test_a_checkpoint_folder_does_not_make_class_folders_of_photographs(littered: Path) -> None:
+    flat = Path("flat")
+    flat.mkdir()
+    (flat / "a.jpg").write_bytes(jpeg(picture(1)))
+    litter(flat)
+    assert sources.form_of(load(None, ["data.root=flat"])) == "csv"
+
+
+def test_rows_of_a_label_file_that_name_them_are_left_out(
+    littered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [*WANTED, "._0.jpg", "lily/.ipynb_checkpoints/0-checkpoint.jpg", "__MACOSX/deep/1.jpg"]
+    rows = "".join(f"{name},{position % 2}\n" for position, name in enumerate(named))
+    Path("labels.csv").write_text(f"filename,category_id\n{rows}")
+    words = [*SMALL, "data.root=photos", "data.csv=labels.csv"]
+    table = labels.read_labels(load(None, words))
+    assert table.filenames == WANTED
+    assert table.notices == ("3 rows name hidden or system files and were left out, such as ._0.jpg",)
+    assert labels.label_warnings(table) == [
+        "24 hidden or system entries below photos were left out, such as $RECYCLE.BIN"
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_refused(littered: Path) -> None:
+    (littered / "rose").chmod(0)
+    try:
+        with pytest.raises(InputError, match=r"photos/rose: cannot be listed: Permission denied"):
+            image_folders.list_images(littered)
+    finally:
+        (littered / "rose").chmod(0o755)
+
+
+def test_a_class_only_in_the_validation_folder_is_refused(littered: Path) -> None:
+    for name in ("Rose/0.jpg", "Rose/1.jpg", "lily/0.jpg", "tulip/0.jpg"):
+        Path("val", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("val", name).write_bytes(jpeg(picture(len(name))))
+    with pytest.raises(
+        InputError,
+        match=r"^data.val = val: 2 classes have validation images and none to train on: "
+        r"Rose \(2 images, is it 'rose'\?\), tulip \(1 images\); rename them as in data.root, or move",
+    ):
+        convert.main([*SMALL, "data.root=photos", "data.val=val"])
+
+
+def test_a_class_only_in_a_given_validation_set_is_refused_and_in_one_fold_announced(
+    littered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def given(fold_of: list[str]) -> list[str]:
+        ids = ["lily"] * 4 + ["rose"] * 3 + ["tulip"]
+        rows = "".join(f"{n},{i},{f}\n" for n, i, f in zip(WANTED, ids, fold_of, strict=True))
+        Path("labels.csv").write_text(f"filename,category_id,fold\n{rows}")
+        return [*SMALL, "data.root=photos", "data.csv=labels.csv", "data.split=given", "data.group=none"]
+
+    words = given(["train", "val", "train", "val", "train", "val", "train", "val"])
+    with pytest.raises(
+        InputError,
+        match=r"^data.fold_col = fold: 1 classes have validation images and none to train on: tulip \(1 images\); "
+        "give images of them the fold -1 or train$",
+    ):
+        convert.main([*words, "data.n_splits=1"])
+    assert convert.main(given(["0", "1"] * 4)) == 0
+    output = capsys.readouterr().out
+    assert "warning: 1 images with a given fold always train instead, as they have copies" in output
+    assert "or no other images of their class train: tulip (1)" in output
+    assert read_folds(Path("data/folds.csv")).fold.tolist() == [0, 1] * 3 + [0, -1]
