@@ -7,20 +7,29 @@ weights are discarded, and only results/results/<exp>/lrfind_<run>.csv and .png 
 
 from __future__ import annotations
 
-from fastflower.core import errors, files
+from typing import TYPE_CHECKING
+
+from fastflower.core import errors, files, launcher
 from fastflower.core.errors import InputError
 from fastflower.core.runs import Run
-from fastflower.optim.lr_range import LrSuggestion, lr_range_chart, smoothed, suggest
+from fastflower.data.betons.fold_set import check_converted
 from fastflower.recipe import Recipe, checks, parse_command
 from fastflower.recipe.derived import Derived, derive, fold_numbers
-from fastflower.training import build, fold_data, ranks
+from fastflower.training import exits
+
+if TYPE_CHECKING:
+    from fastflower.optim.lr_range import LrSuggestion
 
 
-@ranks.rank_zero_reports()
+@exits.rank_zero_reports()
 def main(argv: list[str]) -> int:
     """Run the range test, write its files, print the suggestion."""
     recipe = parse_command(argv)
     checks.check(recipe)
+    check_converted(recipe)
+    # here: torch and Composer take ten seconds, which a refusal does not spend
+    from fastflower.training import build, fold_data, ranks
+
     machine = ranks.prepare(recipe)
     fold = fold_numbers(recipe)[0]
     derived = derive(recipe, machine.world)
@@ -35,6 +44,8 @@ def main(argv: list[str]) -> int:
 
 def report(recipe: Recipe, derived: Derived, *, run: Run, rates: list[float], losses: list[float]) -> None:
     """Write the table and the plot and print the suggestion; raises InputError when the loss never fell."""
+    from fastflower.optim.lr_range import lr_range_chart, smoothed, suggest
+
     suggestion, path = suggest(rates, losses), run.results_dir / f"lrfind_{run.stem}.csv"
     rows = zip(rates, losses, smoothed(losses), strict=True)
     lines = ["lr,loss,smoothed", *(f"{lr:.6g},{loss:.6g},{mean:.6g}" for lr, loss, mean in rows)]
@@ -63,4 +74,7 @@ def advice(recipe: Recipe, derived: Derived, suggestion: LrSuggestion) -> list[s
 
 
 if __name__ == "__main__":
-    errors.run_command(main)
+    launcher.forget_leftovers()
+    launcher.follow()  # before the imports that take seconds
+    with exits.quick_exit():
+        errors.run_command(main)

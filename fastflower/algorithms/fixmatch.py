@@ -125,7 +125,11 @@ class FixMatch(Algorithm):
         counts = (F.one_hot(labels, len(self.counts)) * mask[:, None]).sum(0)
         images = torch.ones_like(labels).sum()
         sums = [images, images * loss.detach(), known.sum(), (known & (labels == truth)).sum()]
-        self._microbatches.append(torch.cat([counts, predicted, torch.stack([n.double() for n in sums])]))
+        entry = torch.cat([counts, predicted, torch.stack([n.double() for n in sums])])
+        self._microbatches = [
+            *self._microbatches,
+            entry,
+        ]  # a new list: a memory trial works on a shallow copy
 
     def _count(self, state: State) -> None:
         step = torch.stack(self._microbatches).sum(0)

@@ -39,14 +39,15 @@ def without_gradient(network: nn.Module) -> list[str]:
 
 
 class GradientGuard(Algorithm):
-    """BATCH_START: save BatchNorm's statistics. AFTER_TRAIN_BATCH: clip, or skip a non-finite step.
+    """BATCH_START: save BatchNorm's statistics. AFTER_BACKWARD: drop the gradients of frozen parts. AFTER_TRAIN_BATCH:
+    clip, or skip a non-finite step.
 
     A skipped step leaves weights, optimizer, averages and running statistics unchanged. Gradients are checked after
     the reduction over ranks, so that all ranks decide alike. Raises Diverged after `limit` non-finite steps in a
     row; overflows of the fp16 scaler are skipped but not counted while its scale can still fall.
 
-    Frozen parts (lr 0) lose their gradients first, so that they neither count in the norm nor fill the optimizer's
-    moments before they train.
+    Frozen parts (lr 0) lose their gradients before the fp16 scaler looks at them, so that an overflow there skips no
+    step; they neither count in the norm nor fill the optimizer's moments before they train.
 
     Parameters without a gradient in the first step are reported to `warn`; on more than one rank they raise
     InputError, because DDP waits for all gradients and would not average the others of their bucket.
@@ -70,16 +71,18 @@ class GradientGuard(Algorithm):
         self._before = [torch.empty_like(buffer) for buffer in self.statistics]
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.BATCH_START, Event.AFTER_TRAIN_BATCH)
+        return event in (Event.BATCH_START, Event.AFTER_BACKWARD, Event.AFTER_TRAIN_BATCH)
 
     @torch.no_grad()
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         if event == Event.BATCH_START:
             self._save_statistics()
             return
-        if self.first_step:
-            self._check_first_step()
-        _drop_frozen(state.optimizers[0])
+        if event == Event.AFTER_BACKWARD:  # of each microbatch
+            if self.first_step:
+                self._check_first_step()
+            _drop_frozen(state.optimizers[0])
+            return
         self.norm = clip(self.network.parameters(), self.clip_grad)
         self.skipped = not math.isfinite(self.norm)
         if not self.skipped:

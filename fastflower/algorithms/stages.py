@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from fastflower.core import seeding
-from fastflower.recipe.derived import Derived
+from fastflower.recipe.derived import Derived, Stage
 
 
 class StageSchedule(Algorithm):
@@ -17,12 +18,16 @@ class StageSchedule(Algorithm):
 
     Seeding every step makes dropout and stochastic depth independent of earlier steps: a resumed run draws the same
     numbers as an uninterrupted one, and no generator state needs saving.
+
+    `microbatches` are the images of one forward pass of a rank, by stage: the stage's batch, or less where a trial
+    found that a GPU cannot hold it. At a new size the allocator gives its blocks back, which fit the old size only.
     """
 
     def __init__(self, seed: int, derived: Derived, steps: Callable[[int], int]) -> None:
         self.seed = seed
         self.derived = derived
         self.steps = steps
+        self.microbatches = [stage.batch_per_gpu for stage in derived.stages]
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.FIT_START, Event.EPOCH_START, Event.BATCH_START)
@@ -32,5 +37,13 @@ class StageSchedule(Algorithm):
             seeding.seed_all(self.seed, state.timestamp.batch.value, dist.get_global_rank())
             return
         epoch = state.timestamp.epoch.value
+        stage, microbatch = self.at(epoch)
         state.dataloader_len = self.steps(epoch)
-        state.device_train_microbatch_size = self.derived.stage(epoch).batch_per_gpu
+        state.device_train_microbatch_size = microbatch
+        if epoch + 1 == stage.first:
+            torch.cuda.empty_cache()  # does nothing where CUDA has not started
+
+    def at(self, epoch: int) -> tuple[Stage, int]:
+        """The stage of an epoch (from 0) and its microbatch."""
+        stage = self.derived.stage(epoch)
+        return stage, self.microbatches[self.derived.stages.index(stage)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from composer.core import Callback, State, Time, Timestamp, TimeUnit
+from composer.core import Callback, Precision, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
@@ -27,7 +27,7 @@ from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.stop import Stop
 from fastflower.callbacks.writer import BackgroundWriter
 from fastflower.core import checkpoint, files
-from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
+from fastflower.core.errors import PREEMPTED, EnvironmentFault
 from fastflower.core.files import fsync_folder, temporary_path
 from fastflower.core.records import to_plain
 from fastflower.core.runs import TRAINED_KINDS, Run
@@ -54,17 +54,6 @@ class ResumeMeta:
     layout: int  # see LAYOUT
     finished: str  # the reason why training is over, "" while it is not
     best: dict[str, float | None]  # epoch and score of the best epoch so far
-
-
-def parse_interval(text: str) -> tuple[int, str]:
-    """train.save_every as (number, "ep" or "ba"). Raises InputError for anything else."""
-    try:
-        interval = Time.from_timestring(text)
-        if interval.unit in (TimeUnit.EPOCH, TimeUnit.BATCH) and interval.value >= 1:
-            return int(interval.value), str(interval.unit.value)
-    except ValueError:
-        pass
-    raise InputError(f"train.save_every = {text}: must be epochs such as 1ep or steps such as 200ba")
 
 
 def previous_last(run: Run) -> Path:
@@ -252,7 +241,7 @@ class CheckpointSaver(Callback):
         training_state = {
             "time": plain_time(timestamp),
             "optimizer": state.optimizers[0].state_dict(),
-            "scaler": state.scaler.state_dict() if state.scaler is not None else {},
+            "scaler": scaler_state(state),
             "parts": {name: component.state_dict() for name, component in self.components.items()},
         }
         tensors, training_state = checkpoint.snapshot((self.networks["raw"].state_dict(), training_state))
@@ -269,12 +258,22 @@ class CheckpointSaver(Callback):
     def _save_and_exit(self, state: State, timestamp: Timestamp | None) -> None:
         self.save_last(state, timestamp)
         self.writer.wait()
+        if dist.get_world_size() > 1:
+            # the launcher kills all ranks soon after the first has ended: rank 0 may still be writing gigabytes; the
+            # process group's timeout bounds the wait
+            dist.barrier()
         if dist.get_global_rank() == 0:
             print(
                 "fastflower: stopped by a signal; the state is saved, run the same command to resume",
                 file=sys.stderr,
             )
         raise SystemExit(PREEMPTED)
+
+
+def scaler_state(state: State) -> dict[str, Any]:
+    """The state of the gradient scaler where the precision needs one; Composer has one for bfloat16, too, unused."""
+    used = state.scaler is not None and state.precision == Precision.AMP_FP16
+    return state.scaler.state_dict() if state.scaler is not None and used else {}
 
 
 def plain_time(timestamp: Timestamp) -> dict[str, float]:

@@ -33,6 +33,19 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     return numbers | {f"lr/{name.replace(',', '')}": value for name, value in row["lr_groups"].items()}
 
 
+def gpu_peak_mb(state: State) -> float | None:
+    """The largest peak of memory, in MiB, of the ranks' GPUs since the start of the epoch; None on a CPU.
+
+    A collective: every rank must call it.
+    """
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.tensor([torch.cuda.max_memory_allocated()], dtype=torch.int64)
+    peak = state.device.tensor_to_device(peak)
+    dist.all_reduce(peak, reduce_operation="MAX")
+    return int(peak) / 2**20
+
+
 class Guard(Protocol):
     """The gradient guard's view of the last step."""
 
@@ -66,7 +79,8 @@ class Meter:
 class Recorder(Callback):
     """BEFORE_DATALOADER, AFTER_DATALOADER, BATCH_END: measure. EVAL_AFTER_ALL: write the epoch's row, kept in `row`.
 
-    EPOCH_START: reset the sums. `extra_entries` are functions that return further entries of the row.
+    EPOCH_START: reset the sums and the peak of GPU memory. `extra_entries` are functions that return further entries
+    of the row.
     """
 
     def __init__(
@@ -93,6 +107,8 @@ class Recorder(Callback):
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         self.meter.reset()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._wait_start = time.perf_counter()
@@ -163,7 +179,7 @@ class Recorder(Callback):
             "wait_share": meter.sums["wait"] / seconds if seconds else math.nan,
             "seconds": seconds + evaluation,
             "eval_seconds": evaluation,
-            "gpu_peak_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
+            "gpu_peak_mb": gpu_peak_mb(state),
         }
 
     def _plot(self, numbers: dict[str, float], epoch: int) -> None:

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 
-from fastflower.core.errors import EnvironmentFault
 from fastflower.core.runs import Run
 from fastflower.recipe import Recipe
-
-
-def check_trackers(recipe: Recipe) -> None:
-    """Raise EnvironmentFault when the recipe logs to a service whose package is not installed."""
-    for package, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise EnvironmentFault(
-                f"log.{package}=true, but {package} is not installed; pip install -e '.[{package}]', "
-                f"or log.{package}=false"
-            )
 
 
 def trackers(recipe: Recipe, run: Run) -> list[LoggerDestination]:

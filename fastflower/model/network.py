@@ -14,6 +14,7 @@ from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.model import backbones
 from fastflower.model.heads import build_head
+from fastflower.model.response_norm import use_lean_response_norms
 from fastflower.recipe import Recipe, derived
 
 
@@ -123,6 +124,7 @@ def training_network(
         grad_checkpointing=model.grad_checkpointing,
         pretrained=pretrained if model.pretrained else None,
     )
+    use_lean_response_norms(backbone)
     network = Network(backbone, _head(spec, sizes), spec=spec, drop_rate=model.drop_rate)
     if recipe.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

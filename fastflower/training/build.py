@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import itertools
@@ -24,7 +25,7 @@ from fastflower.algorithms.learning_rate import LearningRate
 from fastflower.algorithms.lr_range import LrRangeTest
 from fastflower.algorithms.mixing import MixUpCutMix
 from fastflower.algorithms.stages import StageSchedule
-from fastflower.callbacks.checkpoints import CheckpointSaver, Stateful, parse_interval
+from fastflower.callbacks.checkpoints import CheckpointSaver, Stateful
 from fastflower.callbacks.progress import Progress
 from fastflower.callbacks.recorder import Recorder
 from fastflower.callbacks.scoring import Scoring
@@ -32,6 +33,7 @@ from fastflower.callbacks.stop import Stop
 from fastflower.callbacks.trackers import trackers
 from fastflower.core import seeding
 from fastflower.core.console import Console
+from fastflower.core.errors import InputError
 from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.loaders import EvalLoader, TrainLoader
@@ -50,10 +52,11 @@ from fastflower.model.network import (
 from fastflower.optim.groups import Group, describe_groups, param_groups
 from fastflower.optim.optimizers import build_optimizer
 from fastflower.recipe import Recipe
-from fastflower.recipe.derived import Derived, derive
+from fastflower.recipe.derived import Derived, derive, parse_interval
 from fastflower.recipe.run_record import ParameterGroup, RunNumbers
 from fastflower.training.fold_data import Loaders, Position, class_counts, loaders
-from fastflower.training.ranks import TIMEOUT, Machine, fit
+from fastflower.training.memory import MemoryTrial
+from fastflower.training.ranks import TIMEOUT, Machine, one_may_fail
 from fastflower.training.record import RunFacts, member_meta
 from fastflower.training.samples import COLUMNS, save_samples
 
@@ -68,6 +71,7 @@ class Training:
     facts: RunFacts
     spec: NetworkSpec
     trainer: Trainer
+    memory: MemoryTrial
     network: nn.Module
     data: Loaders
     components: dict[str, Stateful]  # what a resume restores, by the name in `last`
@@ -179,6 +183,7 @@ def training(
         facts=facts,
         spec=spec,
         trainer=trainer,
+        memory=_memory_trial(trainer, classifier, data),
         network=network,
         data=data,
         components=components,
@@ -199,16 +204,19 @@ def lr_range_test(
         recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
     )
     range_test = LrRangeTest(recipe, derived.lr)
+    classifier = Classifier(network, build_loss(recipe, counts.tolist()))
     trainer = _trainer(
-        recipe, derived, machine=machine, fold=fold, spec=spec,
-        classifier=Classifier(network, build_loss(recipe, counts.tolist())), data=data,
+        recipe, derived, machine=machine, fold=fold, spec=spec, classifier=classifier, data=data,
         groups=param_groups(network, derived.lr, recipe),
         algorithms=[range_test, GradientGuard(network, recipe.train.clip_grad, limit=recipe.lrfind.steps + 1)],
         max_duration=f"{recipe.lrfind.steps}ba",
     )  # fmt: skip
     position.state = trainer.state
+    memory = _memory_trial(trainer, classifier, data)
     try:
-        fit(trainer)
+        with one_may_fail(machine, memory):
+            memory.run()
+            trainer.fit()
     finally:
         _close(trainer, data)
     return range_test.tried, range_test.losses
@@ -242,7 +250,7 @@ def _trainer(
         ],
         optimizers=build_optimizer(groups, recipe, machine.torch_device),
         progress_bar=False,
-        device=machine.device,
+        device=machine.composer_device(),
         precision=machine.precision,
         device_train_microbatch_size=derived.stages[0].batch_per_gpu,
         seed=recipe.seed,
@@ -254,7 +262,22 @@ def _trainer(
 def _close(trainer: Trainer, data: Loaders) -> None:
     """Stop threads and close files. Not Trainer.close: it also waits for the other ranks, and one may be gone."""
     trainer.engine.close()
+    # Composer registers this at exit with the whole state, which would keep the networks of every finished fold
+    atexit.unregister(trainer.engine._close)
     data.close()
+
+
+def _memory_trial(trainer: Trainer, classifier: Classifier, data: Loaders) -> MemoryTrial:
+    """The memory trial of a built trainer, with the algorithms that change a batch or add to the loss."""
+    algorithms = trainer.state.algorithms
+    return MemoryTrial(
+        classifier=classifier,
+        state=trainer.state,
+        loader=data.train,
+        eval_batch=max(loader.batch_size for loader in data.evaluation.values()),
+        stages=next(algorithm for algorithm in algorithms if isinstance(algorithm, StageSchedule)),
+        algorithms=[a for a in algorithms if isinstance(a, (DeviceAugment, MixUpCutMix, FixMatch))],
+    )
 
 
 def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, NetworkSpec, list[str]]:
@@ -265,6 +288,12 @@ def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, N
         network, recipe, device=machine.torch_device, world_size=machine.world
     )
     network.to(machine.torch_device)
+    smallest = min(stage.batch_per_gpu for stage in derive(recipe, machine.world).stages)
+    if smallest == 1 and batch_norms(network) and not synchronised:
+        raise InputError(
+            f"a batch of 1 image: the BatchNorm layers of {recipe.model.backbone} need 2 or more; raise "
+            "train.batch_per_gpu (or train.stage_batch), or choose a backbone without BatchNorm"
+        )
     return network, spec, notes + _norm_notes(network, synchronised, machine)
 
 

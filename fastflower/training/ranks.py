@@ -1,4 +1,4 @@
-"""The ranks of a training: device and determinism, work of rank 0, errors of one rank, the lock of a run."""
+"""The ranks of a training: device and process group, work of rank 0, errors of one rank, the lock of a run."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ import json
 import os
 import signal
 import sys
-import time
+import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from composer import Trainer
+from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import dist
 
 from fastflower.callbacks.checkpoints import remove_leftovers
+from fastflower.core import launcher
 from fastflower.core.console import Console
-from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
+from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.files import digest, locked
 from fastflower.core.runs import Run
-from fastflower.core.workers import die_with_parent
 from fastflower.recipe import Recipe
+from fastflower.training import determinism
+from fastflower.training.exits import RankFailure
+from fastflower.training.memory import MemoryTrial, out_of_memory, shortage
+from fastflower.training.watch import Watch
 
 TIMEOUT = 600.0  # seconds that a rank waits for another: rank 0 may be checking the betons' checksums
-PATIENCE = 60.0  # seconds that other ranks wait for rank 0 to print why all exit
+SILENCE = 15.0  # seconds of waiting for other ranks after which a line says so
 T = TypeVar("T")
 
 
@@ -41,6 +44,7 @@ class Machine:
     rank: int
     precision: str
     nondeterministic: list[str]  # operations without a deterministic kernel, appended as they run
+    watch: Watch | None  # of the other ranks
 
     @property
     def torch_device(self) -> torch.device:
@@ -64,18 +68,34 @@ class Machine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.nondeterministic.extend(state["loose"])
 
+    def composer_device(self) -> Device:
+        """Composer's device, without TF32, whose 10 bits are too few where float32 is promised.
+
+        Those are train.amp=false and the cosine heads; in mixed precision no other product is in float32.
+        """
+        return composer_device(self.device)
+
     def close(self) -> None:
+        """Leave the process group together with the other ranks."""
+        if self.watch is not None:
+            dist.barrier()  # or the watch of a slower rank would see this one end
+            self.watch.stop()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def composer_device(name: str) -> Device:
+    return DeviceGPU(allow_tf32=False) if name == "gpu" else DeviceCPU()
 
 
 def prepare(recipe: Recipe) -> Machine:
     """Join the process group and configure this process: threads, determinism, cuDNN.
 
-    A rank saves and exits when its launcher is gone: it would hold the run's lock, a GPU and a port.
-
-    Raises EnvironmentFault when there are fewer GPUs than ranks on a machine that has GPUs.
+    A rank saves and exits when its launcher is gone. Raises EnvironmentFault when there are fewer GPUs than ranks on
+    a machine that has GPUs, and when the ranks do not find each other.
     """
+    # blocks of one size can then hold tensors of another, as at the start of a stage; read when CUDA starts
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     world, rank, local = dist.get_world_size(), dist.get_global_rank(), dist.get_local_world_size()
     gpus = torch.cuda.device_count()
     if 0 < gpus < local:
@@ -86,9 +106,11 @@ def prepare(recipe: Recipe) -> Machine:
         torch.cuda.set_device(dist.get_local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    watch = None
     if world > 1:
-        die_with_parent(signal.SIGTERM)
-        dist.initialize_dist("gpu" if gpus else "cpu", timeout=TIMEOUT)
+        launcher.follow()
+        launcher.check_siblings()
+        watch = _join("gpu" if gpus else "cpu")
     precision = "fp32"
     if gpus and recipe.train.amp:
         precision = "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
@@ -97,32 +119,49 @@ def prepare(recipe: Recipe) -> Machine:
         world=world,
         rank=rank,
         precision=precision,
-        nondeterministic=_configure(recipe),
+        nondeterministic=determinism.configure(recipe.cudnn),
+        watch=watch,
     )
 
 
-def _configure(recipe: Recipe) -> list[str]:
-    """Set cuDNN and determinism; returns the list that collects the nondeterministic operations torch warns about."""
-    nondeterministic: list[str] = []
-    torch.backends.cudnn.benchmark = recipe.cudnn.benchmark
-    torch.backends.cudnn.deterministic = recipe.cudnn.deterministic
-    if recipe.cudnn.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(recipe.cudnn.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over memory
-    show = warnings.showwarning
+def _join(device: str) -> Watch:
+    """Join the process group and meet all ranks once: NCCL connects at its first collective, here and not in a step.
 
-    def collect(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        if "deterministic" in str(message):
-            nondeterministic.append(str(message).split(" ")[0])
-        else:
-            show(message, *args, **kwargs)
+    Signals end this process meanwhile: the wait is in C++, where no Python handler runs, and nothing is to be saved.
+    """
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = (
+        f"fastflower: rank {dist.get_global_rank()} waits for all {dist.get_world_size()} ranks at {address}"
+    )
+    notice = threading.Timer(SILENCE, print, (text,), {"file": sys.stderr, "flush": True})
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    notice.daemon = True
+    notice.start()
+    try:
+        composer = composer_device(device)
+        dist.initialize_dist(composer, timeout=TIMEOUT)
+        first = composer.tensor_to_device(torch.ones(1))
+        dist.all_reduce(first)
+        first.item()
+        return Watch()
+    except (RuntimeError, ValueError) as error:
+        remedies = "; check that all ranks are started with the same MASTER_ADDR and MASTER_PORT"
+        if device == "gpu":
+            remedies = (
+                "; in a container allow more shared memory (--shm-size=8g), set NCCL_P2P_DISABLE=1 for GPUs without "
+                "peer access, and NCCL_DEBUG=WARN shows more"
+            )
+        exit_rank(EnvironmentFault(f"the ranks cannot talk to each other: {own_words(error)}{remedies}"))
+    finally:
+        notice.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    warnings.showwarning = collect
-    # Composer's warnings after a resume before an evaluation, and at the start of a stage
-    for text in ("No batches were trained", "DataloaderNumBatches"):
-        warnings.filterwarnings("ignore", message=f".*{text}")
-    return nondeterministic
+
+def own_words(error: BaseException) -> str:
+    """An error's text in one line, without the C++ frames that torch appends."""
+    text = str(error).partition("\nException raised from")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
@@ -141,12 +180,8 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return result
 
 
-class RankFailure(SystemExit):
-    """An error of one rank, which exits at once because the other ranks are waiting for it."""
-
-
 def exit_rank(error: InputError) -> NoReturn:
-    """Exit this rank during training; `errors.run_command` prints the error of rank 0, this function that of others."""
+    """Exit this rank alone; `errors.run_command` prints the error of rank 0, this function that of others."""
     rank = dist.get_global_rank()
     if rank == 0:
         raise error
@@ -154,31 +189,34 @@ def exit_rank(error: InputError) -> NoReturn:
     raise RankFailure(error.exit_code)
 
 
-def exit_rank_with_traceback() -> NoReturn:
-    """Exit on an unexpected error; its traceback is printed before the other ranks report a lost connection."""
-    print(f"fastflower: rank {dist.get_global_rank()}:", file=sys.stderr)
-    traceback.print_exc()
-    sys.stderr.flush()
-    raise RankFailure(1)
+@contextmanager
+def one_may_fail(machine: Machine, memory: MemoryTrial) -> Iterator[None]:
+    """Context manager around training: a rank that fails prints its error and exits at once; the others follow.
 
-
-def fit(trainer: Trainer) -> None:
-    """Train to the end. A rank that fails prints its error and exits at once; the others follow."""
+    The first one's exit code becomes that of all, so that it is the launcher's, too.
+    """
     try:
-        trainer.fit()
-    except torch.OutOfMemoryError as error:
-        text = str(error).split(". ")[0]
-        advice = "halve train.batch_per_gpu and double train.grad_accum, the global batch stays"
-        exit_rank(EnvironmentFault(f"{text}; {advice}"))
-    except InputError as error:
-        exit_rank(error)
+        yield
     except Exception as error:
-        if dist.get_world_size() == 1:
+        fault = error if isinstance(error, InputError) else None
+        if out_of_memory(error):
+            fault = shortage(error, memory.stages, memory.state.timestamp.epoch.value)
+        elif machine.watch is None and fault is None:
             raise
         # NCCL's is a DistError, gloo's a RuntimeError
-        if isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
-            exit_rank(EnvironmentFault("another rank has ended; its own message says why"))
-        exit_rank_with_traceback()
+        elif isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
+            fault = EnvironmentFault(
+                f"another rank has ended, and its own message says why, or cannot be reached: {own_words(error)}"
+            )
+            fault.exit_code = (machine.watch and machine.watch.failed_code()) or fault.exit_code
+        if machine.watch is not None:
+            machine.watch.announce(fault.exit_code if fault else 1)
+        if fault is not None:
+            exit_rank(fault)
+        # printed before the other ranks report a lost connection
+        print(f"fastflower: rank {dist.get_global_rank()}:", file=sys.stderr)
+        traceback.print_exc()
+        raise RankFailure(1) from None
 
 
 def check_inputs_agree(identity: dict[str, Any]) -> None:
@@ -186,23 +224,6 @@ def check_inputs_agree(identity: dict[str, Any]) -> None:
     digests = dist.all_gather_object(digest(json.dumps(identity, sort_keys=True, default=str)))
     if len(set(digests)) > 1:
         raise InputError("the ranks read different recipes or data; give every machine the same files")
-
-
-@contextmanager
-def rank_zero_reports() -> Iterator[None]:
-    """If every rank rejects the input, rank 0 prints the reason and sets the exit code.
-
-    The others wait: the launcher ends all ranks when one exits, and rank 0 may not have printed yet.
-    """
-    try:
-        yield
-    except RankFailure:
-        raise
-    except (InputError, SystemExit) as error:
-        if dist.get_global_rank() and getattr(error, "code", None) != PREEMPTED:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PATIENCE)
-        raise
 
 
 @contextmanager

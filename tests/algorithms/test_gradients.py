@@ -71,10 +71,37 @@ def test_frozen_parts_do_not_count_in_the_norm_and_gather_no_moments():
     state.optimizers = [torch.optim.AdamW(groups)]
     guard = GradientGuard(network, 1.0, limit=3)
     network[0].weight.grad[0, 0] = 1e6
+    guard.apply(Event.AFTER_BACKWARD, state, None)
     guard.apply(Event.AFTER_TRAIN_BATCH, state, None)
     assert guard.norm == pytest.approx(math.sqrt(4.0 * sum(p.numel() for p in network[1].parameters())))
     state.optimizers[0].step()
     assert set(state.optimizers[0].state) == set(network[1].parameters())
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("frozen, skipped", [(True, False), (False, True)])
+def test_the_scaler_sees_no_overflow_of_a_frozen_part(microbatches: int, frozen: bool, skipped: bool):
+    """torch's own scaler and the guard agree on whether a step is skipped."""
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    lr = 0.0 if frozen else 0.1
+    groups = [
+        {"params": list(network[0].parameters()), "lr": lr},
+        {"params": list(network[1].parameters()), "lr": 0.1},
+    ]
+    optimizer, scaler = torch.optim.AdamW(groups), torch.amp.GradScaler("cpu", init_scale=2.0)
+    state = state_of(network, Precision.AMP_FP16, scale=2.0)
+    state.optimizers = [optimizer]
+    guard = GradientGuard(network, 1.0, limit=3)
+    before = network[1].weight.clone()
+    scaler.scale(torch.zeros(1))  # as the loss; creates the scale
+    for _ in range(microbatches):
+        network(torch.ones(2, 3)).sum().backward()
+        network[0].weight.grad[0, 0] = math.inf
+        guard.apply(Event.AFTER_BACKWARD, state, None)
+    scaler.unscale_(optimizer)
+    guard.apply(Event.AFTER_TRAIN_BATCH, state, None)
+    scaler.step(optimizer)
+    assert guard.skipped == skipped == torch.equal(network[1].weight, before)
 
 
 def test_parameters_without_a_gradient_are_named_after_the_first_step_and_refused_on_two_ranks(monkeypatch):
@@ -84,7 +111,7 @@ def test_parameters_without_a_gradient_are_named_after_the_first_step_and_refuse
     assert without_gradient(network) == ["1.bias"]
     guard = GradientGuard(network, 1.0, limit=3, warn=warnings.append)
     for _ in range(2):
-        guard.apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
+        guard.apply(Event.AFTER_BACKWARD, state_of(network), None)
     (line,) = warnings
     assert line.startswith(
         "WARNING 1 parameters get no gradient, first 1.bias: the loss does not depend on them"
@@ -93,10 +120,10 @@ def test_parameters_without_a_gradient_are_named_after_the_first_step_and_refuse
     with pytest.raises(
         InputError, match=r"1 parameters get no gradient, first 1.bias, and ranks cannot average"
     ):
-        GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
+        GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_BACKWARD, state_of(network), None)
     monkeypatch.setattr(gradients.dist, "get_global_rank", lambda: 1)
     with pytest.raises(SystemExit) as caught:
-        GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_TRAIN_BATCH, state_of(network), None)
+        GradientGuard(network, 1.0, limit=3).apply(Event.AFTER_BACKWARD, state_of(network), None)
     assert caught.value.code == InputError.exit_code
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 from fastflower.callbacks import checkpoints
 from fastflower.callbacks.checkpoints import (
     LAYOUT,
-    parse_interval,
     previous_last,
     publish,
     remove_leftovers,
@@ -173,19 +172,6 @@ def test_a_kill_leaves_the_previous_samples(tmp_path, monkeypatch):
         assert picture.format == "PNG"
 
 
-@pytest.mark.parametrize("text, expected", [("1ep", (1, "ep")), ("200ba", (200, "ba")), ("3ep", (3, "ep"))])
-def test_intervals(text, expected):
-    assert parse_interval(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "5", "0ep", "1dur", "10sp", "often"])
-def test_strange_intervals_are_refused(text):
-    with pytest.raises(
-        InputError, match=r"train.save_every = .*: must be epochs such as 1ep or steps such as 200ba"
-    ):
-        parse_interval(text)
-
-
 def test_another_network_is_refused():
     current = {"a": torch.zeros(2), "b": torch.zeros(3)}
     check_names({"a": torch.ones(2), "b": torch.ones(3)}, current)
@@ -267,7 +253,7 @@ def test_a_permanent_epoch_is_the_last_of_its_epoch_and_nothing_removes_it():
     for epoch in (2, 3, 4):
         save("last", epoch, 0.5)
     assert checkpoint.load(permanent).meta["epoch"] == 1
-    assert find_members("exp", "*.pth") == RUN.checkpoints("last")
+    assert find_members("exp", "last__*.pth", metric="combo") == RUN.checkpoints("last")
 
 
 def test_a_run_killed_between_the_permanent_epoch_and_last_writes_both_again(monkeypatch):

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastflower.callbacks import trackers
 from fastflower.core.errors import EnvironmentFault
-from fastflower.recipe import load
+from fastflower.recipe import checks, load
 from support import toy_project
 
 STAND_IN = """
@@ -26,6 +25,7 @@ def finish(code):
 """
 
 
+@pytest.mark.slow
 def test_epochs_reach_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "services").mkdir()
     (tmp_path / "services" / "wandb.py").write_text(STAND_IN)
@@ -55,7 +55,7 @@ def test_epochs_reach_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_service_that_is_not_installed_is_refused_before_anything_is_read(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda package: None)
     Path("tiny.yaml").write_text(toy_project.RECIPE)  # no data anywhere
     pattern = (
         rf"log\.{name}=true, but {name} is not installed; "
@@ -64,4 +64,4 @@ def test_a_service_that_is_not_installed_is_refused_before_anything_is_read(
     with pytest.raises(EnvironmentFault, match=pattern):
         toy_project.fit(f"log.{name}=true")
     assert not Path("results").exists()
-    trackers.check_trackers(load())  # neither is asked for
+    checks.check_trackers(load())  # neither is asked for

@@ -74,6 +74,7 @@ def assert_ends_like(uncut: dict) -> None:
     assert sorted(p.name for p in toy_project.run_of().model_dir.glob("*.pth")) == uncut["files"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "event, step",
     [
@@ -94,6 +95,7 @@ def test_a_cut_run_ends_in_the_same_bits(project, uncut, monkeypatch, event, ste
     assert_ends_like(uncut)
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_own_record(project, uncut):
     assert toy_project.fit("exp.name=first") == 0
     assert toy_project.train.main(["results/results/first/meta/recipe.yaml", "exp.name=second"]) == 0
@@ -206,6 +208,7 @@ def test_a_signal_while_checksums_are_read_leaves_with_75(project, monkeypatch):
     assert left.value.code == 75 and not toy_project.run_of().checkpoints("last")
 
 
+@pytest.mark.slow
 def test_a_signal_while_swa_is_estimated_exits_and_resumes_in_the_same_bits(project, monkeypatch):
     words = (
         "model.backbone=test_resnet",

@@ -226,6 +226,10 @@ def test_a_run_of_nan_stops_with_advice(monkeypatch):
             ["train.batch_per_gpu=64"],
             "40 training images with labels, fewer than the global batch of 64; lower train.batch_per_gpu",
         ),
+        (
+            ["model.backbone=resnet10t", "train.batch_per_gpu=1"],
+            "a batch of 1 image: the BatchNorm layers of resnet10t need 2 or more; raise train.batch_per_gpu",
+        ),
         (["data.img_size=[32,64]"], "short side .* run convert with this recipe"),
         (["robust.kinds=[jpeg]"], "robust.kinds or robust.level differ"),
         (["data.home=elsewhere"], "elsewhere"),

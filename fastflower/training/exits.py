@@ -1,0 +1,62 @@
+"""How a rank ends: refused before training, failed during it. Imports nothing heavy, so that refusals come at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from fastflower.core.errors import PREEMPTED, InputError
+
+PATIENCE = 60.0  # seconds that other ranks wait for rank 0 to print why all exit
+
+
+class RankFailure(SystemExit):
+    """An error of one rank, which exits at once because the other ranks are waiting for it."""
+
+
+@contextmanager
+def rank_zero_reports() -> Iterator[None]:
+    """If every rank rejects the input, rank 0 prints the reason and sets the exit code.
+
+    The others wait: the launcher ends all ranks when one exits, and rank 0 may not have printed yet.
+    """
+    try:
+        yield
+    except RankFailure:
+        raise
+    except (InputError, SystemExit) as error:
+        if int(os.environ.get("RANK", "0")) and getattr(error, "code", None) != PREEMPTED:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PATIENCE)
+        raise
+
+
+@contextmanager
+def quick_exit() -> Iterator[None]:
+    """Context manager around a command: a failing rank of several ends without the interpreter's shutdown."""
+    try:
+        yield
+    except BaseException as end:
+        torch = sys.modules.get("torch")  # a refused rank has not imported it
+        if torch is None or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            raise
+        code = end.code if isinstance(end, SystemExit) else 1
+        if not isinstance(code, int):  # an error of ours, or a text
+            traceback.print_exc()
+            code = 1
+        leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without the interpreter's shutdown, in which NCCL's destructors may wait for lost ranks."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
