@@ -1,13 +1,20 @@
 # The whole project from two commands: `make demo` shows the job, `make test` checks it.
 PY := .venv/bin/python
+ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: demo test torture setup lint format doctor lock clean help
+.PHONY: demo test test-fast test-gpu torture setup lint format doctor lock clean help
 
 demo: setup  ## draw flowers, train on two ranks, evaluate, export, predict, report
 	$(PY) -m fastflower.demo
 
-test: setup  ## the whole suite; pick with ARGS="-k recipe" or ARGS="-m 'not slow'"
-	$(PY) -m pytest $(ARGS)
+test: setup  ## the whole suite on all cores; pick with ARGS="-k recipe"
+	$(PY) -m pytest $(ON_ALL_CORES) $(ARGS)
+
+test-fast: setup  ## the inner loop: single-process tests of a few seconds each
+	$(PY) -m pytest $(ON_ALL_CORES) -m "not slow and not dist" $(ARGS)
+
+test-gpu: setup  ## the tests that need a GPU, in one process
+	$(PY) -m pytest -m gpu $(ARGS)
 
 torture: setup  ## kill trainings wherever they could be cut, compare their ends to the bit; ARGS="--points 20 --random 5"
 	$(PY) tests/support/torture.py $(ARGS)
@@ -37,4 +44,4 @@ clean:  ## remove what was built; data/ and results/ stay
 	find fastflower code tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12

@@ -22,6 +22,7 @@ from fastflower.recipe import Recipe, load
 
 RECIPE = Path("recipes/demo.yaml")
 # keys of the folders that the demo removes when it starts
+MARK = ".made_by_demo"  # the file in each of them that says so
 FIXED_KEYS = ("data.root", "data.csv", "data.home", "data.test", "exp.name")
 
 
@@ -80,9 +81,18 @@ def check(overrides: list[str]) -> Recipe:
 
 
 def remove_outputs(recipe: Recipe) -> None:
-    """Remove the folders of an earlier demo."""
-    for folder in (Path(recipe.data.home), runs.MODELS / recipe.exp.name, runs.RESULTS / recipe.exp.name):
+    """Remove the folders of an earlier demo and mark the new ones; InputError for folders that no demo made."""
+    folders = (Path(recipe.data.home), runs.MODELS / recipe.exp.name, runs.RESULTS / recipe.exp.name)
+    foreign = [folder for folder in folders if os.path.lexists(folder) and not (folder / MARK).is_file()]
+    if foreign:
+        raise InputError(
+            f"{foreign[0]} was not made by the demo, which would remove it; move it away, or remove it if an earlier "
+            "version's demo made it"
+        )
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / MARK).touch()
 
 
 def commands(

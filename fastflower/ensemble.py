@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from fastflower.core import console, errors, runs
 from fastflower.core.records import write_record
 from fastflower.data.folds import read_folds
-from fastflower.evaluation import ensembles, logits, soups, summary, tables
+from fastflower.evaluation import ensembles, logits, summary
 from fastflower.recipe import parse_command
 
 
@@ -27,11 +25,16 @@ def main(argv: list[str]) -> None:
     budget = ensembles.Budget.of(sets, settings.bundle)
     comparison = ensembles.compare(sets, budget, settings.ensembling.weights)
     write_record(folder / "ensemble.json", comparison)
+    from fastflower.evaluation import tables  # here: it imports matplotlib
 
     print(console.aligned(tables.method_table(comparison)))
     for method, weights in comparison.weights.items():
         print(f"{method}: " + ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items()))
     if settings.ensembling.soup != "none":
+        import torch
+
+        from fastflower.evaluation import soups
+
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for soup in soups.make_soups(settings, members, device):
             print(soup.line)

@@ -10,17 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from fastflower.bundle import writer
-from fastflower.bundle.members import choose, member_weights, read_meta
-from fastflower.core import checkpoint, console, errors, files, runs
+from fastflower.core import console, errors, files, runs
 from fastflower.core.errors import InputError
 from fastflower.core.records import write_record
-from fastflower.core.tables import read_csv
 from fastflower.data.folds import read_folds
+from fastflower.data.labels import read_class_rows
 from fastflower.data.readers import sources
-from fastflower.evaluation import acceptance, gradcam, inference, logits, summary, tables
 from fastflower.recipe import checks, parse_command, schema
 
 REFUSED = 1
@@ -32,7 +27,15 @@ def main(argv: list[str]) -> int:
     paths = member_paths(settings)
     home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
     folds = read_folds(home / "folds.csv")
-    classes = read_csv(home / "classes.csv", ("class_idx", "category_id", "n"))
+    classes = read_class_rows(home / "classes.csv")
+    # here: torch and timm take seconds, which a refusal does not spend
+    import torch
+
+    from fastflower.evaluation import acceptance, gradcam, inference, logits, summary, tables
+    from fastflower.model.member import load_member
+
+    # all are read first, so that a damaged one stops before any work
+    inference.check_recipe(settings, {path: load_member(path).meta for path in paths})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files.remove_abandoned(folder, below=True)
     print(f"{len(paths)} members of {settings.exp.name} on {device}", flush=True)
@@ -62,6 +65,9 @@ def main(argv: list[str]) -> int:
 
 def write_programs(settings: schema.Recipe) -> list[str]:
     """Write the programs of the members that export would choose; a note when the predictor needs an export."""
+    from fastflower.bundle import writer
+    from fastflower.bundle.members import choose, member_weights, read_meta
+
     try:
         chosen = choose(settings, [])
         names = [read_meta(path).backbone for path in chosen.paths]
@@ -76,15 +82,14 @@ def write_programs(settings: schema.Recipe) -> list[str]:
 
 
 def member_paths(settings: schema.Recipe) -> list[Path]:
-    """The members that match the recipe's pattern; all are read first, so that a damaged one stops before any work."""
-    paths = runs.find_members(settings.exp.name, settings.ensembling.find_pattern)
+    """The members that match the recipe's pattern; InputError without one."""
+    pattern, metric = settings.ensembling.find_pattern, settings.select.metric
+    paths = runs.find_members(settings.exp.name, pattern, metric=metric)
     if not paths:
         raise InputError(
-            f"no member {settings.ensembling.find_pattern} in {runs.MODELS / settings.exp.name}; "
+            f"no member {runs.member_pattern(pattern, metric)} in {runs.MODELS / settings.exp.name}; "
             "train first, or change ensembling.find_pattern"
         )
-    for path in paths:
-        checkpoint.load(path)
     return paths
 
 

@@ -6,10 +6,13 @@ import ast
 import importlib.metadata
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import fastflower
 
 COMMANDS = (
     "convert",
@@ -35,7 +38,7 @@ FLOORS = {
     "training": 6,
     **dict.fromkeys(COMMANDS, 7),  # commands speak through files
 }
-COMPOSER = ("model/classifier.py", "algorithms/", "callbacks/", "training/", "train.py")
+COMPOSER = ("model/classifier.py", "algorithms/", "callbacks/", "training/")
 FFCV = ("bench/stock_ffcv.py",)
 PREDICTOR = {"torch", "numpy", "PIL"}
 BUILT = {".git", ".venv", "build", "data", "results", "shared"}
@@ -106,6 +109,13 @@ def test_the_predictor_needs_three_libraries():
     assert not (
         REPO / "code" / "__init__.py"
     ).exists()  # it would hide the standard library's code, which pdb needs
+
+
+def test_the_version_is_written_once():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "fastflower.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fastflower.__version__)
 
 
 def test_nothing_imports_the_predictor():

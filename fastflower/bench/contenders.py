@@ -24,6 +24,7 @@ def fastflower(pictures: Pictures, size: int, threads: int, *, kind: str) -> Epo
     from fastflower.data.loaders import TrainLoader
 
     beton = pictures.beton(kind, 0 if kind == "original" else stored_side(size))
+    beton.verify()  # as train does at its start, so that no epoch pays for checksums
     order = np.resize(np.arange(beton.rows), -(-beton.rows // pictures.batch) * pictures.batch)
     loader = TrainLoader(
         beton, lambda epoch: order, seed=0, batch=lambda epoch: pictures.batch, size=lambda epoch: (size, size),

@@ -28,7 +28,6 @@ from fastflower.bench.pictures import photographs
 from fastflower.core.errors import InputError
 from fastflower.core.files import write_json
 from fastflower.data.betons.beton_file import BetonWriter
-from fastflower.data.conversion import pipeline
 from fastflower.data.labels import read_labels
 from fastflower.recipe import load
 
@@ -49,11 +48,14 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--json", type=Path, help="path of the results as JSON")
     parser.add_argument("--probe", nargs=2, help=argparse.SUPPRESS)  # one conversion in a fresh process
     args = parser.parse_args(argv)
+    if not args.probe and not (args.data.is_dir() and photographs(args.data, 1)):
+        raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
+    import fastflower.data.conversion.pipeline  # noqa: F401  # before any clock starts, after all refusals
+
     if args.probe:
         print(json.dumps(probe(Path(args.probe[0]), Path(args.probe[1]), args.workers)), flush=True)
         return None
-    if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
-        raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
+    files = photographs(args.data, args.images)
     with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
         rows = measure(files, Path(work), size=args.size, workers=args.workers, rounds=args.rounds)
         show(rows, len(files), args.workers)
@@ -140,6 +142,8 @@ def convert(files: tuple[Path, ...], folder: Path, *, size: int, workers: int, s
         f"data.root={files[0].parent}", f"data.csv={labels}", f"data.home={folder}", f"data.img_size={size}",
         f"tta.scales=[{size}]", f"data.workers={workers}", f"data.store={store}",
     ]  # fmt: skip
+    from fastflower.data.conversion import pipeline
+
     settings = load(None, overrides)
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline.convert(settings, read_labels(settings))

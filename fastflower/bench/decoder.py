@@ -15,18 +15,18 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from scipy import stats
-from torch import nn
 
 from fastflower.core import files, seeding
 from fastflower.core.errors import InputError
 from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
 from fastflower.data.decode.kernel import Crop, crop_box, decode_eval, decode_train
+
+if TYPE_CHECKING:
+    import torch
 
 CROP, BATCH = Crop((0.5, 1.0)), 32
 Views = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # rows, keys, size to uint8 (B, size, size, 3)
@@ -122,6 +122,8 @@ def compare(
         ]
     )
     paired = scores[:, 0] - scores[:, 1]
+    from scipy import stats
+
     half = stats.t.ppf(0.975, seeds - 1) * paired.std(ddof=1) / seeds**0.5
     return {
         "train": int(train_rows.size), "n": int(test_rows.size), "size": size, "epochs": epochs, "seeds": seeds,
@@ -165,6 +167,9 @@ def train(
     seed: int,
 ) -> float:  # fmt: skip
     """Top-1 on the test views of a small network trained by AdamW with a one-cycle schedule."""
+    import torch  # here: its import takes two seconds, which a refusal does not spend
+    from torch import nn
+
     seeding.seed_all(seed)
     labels, widths = torch.from_numpy(beton.labels), (3, 16, 32, 64, 64)
     layers: list[nn.Module] = []
@@ -195,6 +200,8 @@ def train(
 
 
 def _input(pixels: np.ndarray) -> torch.Tensor:
+    import torch
+
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 64 - 2
 
 

@@ -24,7 +24,6 @@ from PIL import Image
 
 from fastflower.bench.pictures import photographs
 from fastflower.bench.predict import CLASSES, write_random_bundle
-from fastflower.bundle import sandbox
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 
@@ -50,6 +49,8 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     if not args.data.is_dir() or not (files := photographs(args.data, SOURCES)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
+    from fastflower.bundle import sandbox  # here: torch and timm take seconds
+
     seeds = encoded(files)
     with tempfile.TemporaryDirectory(prefix="fastflower-fuzz-") as work:
         write_random_bundle(Path(work), BACKBONE, scales=[SIDE])

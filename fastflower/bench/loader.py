@@ -23,7 +23,7 @@ import numpy as np
 
 from fastflower.bench.contenders import CONTENDERS, STOCK, available
 from fastflower.bench.pictures import Epoch, Pictures, photographs
-from fastflower.bench.startup import process_start, starts
+from fastflower.bench.startup import process_start, refusals, starts
 from fastflower.core.errors import InputError
 from fastflower.core.files import write_json
 
@@ -68,11 +68,13 @@ def main(argv: list[str]) -> int | None:
             "contender": "fastflower, start of both loaders",
             "size": args.size[0],
             **starts(beton, args.size[0]),
+            "refusal_s": refusals(),
         }
         print(
             f"\nfirst training and first evaluation batch, size {start['size']}, from process start: "
             f"{start['warm_s']:.1f} s warm (importing torch takes {start['torch_s']:.1f} s of it), "
-            f"{start['cold_s']:.1f} s cold"
+            f"{start['cold_s']:.1f} s cold\nCPU seconds to the refusal of an unknown key: "
+            + ", ".join(f"{command} {seconds:.1f}" for command, seconds in start["refusal_s"].items())
         )
         rows.append(start)
     if args.json:

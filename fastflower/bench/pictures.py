@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
 from fastflower.data.betons.manifest import manifest_path
+from fastflower.data.readers.image_folders import is_hidden
 from fastflower.recipe import derived
 
 SCALE, RATIO = (0.8, 1.0), (3 / 4, 4 / 3)
@@ -79,7 +80,9 @@ def stored_side(size: int) -> int:
 def photographs(folder: Path, limit: int) -> tuple[Path, ...]:
     """The first `limit` JPEG files of a folder, by name; 0: all."""
     files = sorted(
-        Path(entry.path) for entry in os.scandir(folder) if entry.name.lower().endswith((".jpg", ".jpeg"))
+        Path(entry.path)
+        for entry in os.scandir(folder)
+        if entry.name.lower().endswith((".jpg", ".jpeg")) and not is_hidden(entry.name)
     )
     return tuple(files[: limit or None])
 

@@ -16,23 +16,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision import transforms as T
 
 import fastflower
 from fastflower.bench.pictures import photographs
-from fastflower.bundle import sandbox, writer
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.files import write_json
-from fastflower.model import backbones
-from fastflower.model.member import MemberMeta, save_member
-from fastflower.model.network import Network, NetworkSpec, build_network
 from fastflower.recipe import load
+
+if TYPE_CHECKING:
+    from fastflower.model.network import Network, NetworkSpec
 
 CLASSES, FACTOR = 17, 1.14
 
@@ -84,6 +81,10 @@ def measure(
     half: str,
 ) -> dict[str, Any]:
     """Images/s of both sides without start-up, start-up seconds, and the fraction of equal predictions."""
+    import torch  # here, as in the functions below: its import takes seconds, which a refusal does not spend
+
+    from fastflower.bundle import sandbox
+
     folder.mkdir()
     network, spec = write_random_bundle(folder, backbone, scales=scales, half=half)
     root = sandbox.copy_hand_in(folder / "hand-in", folder / "bundle", list(files))
@@ -121,6 +122,13 @@ def write_random_bundle(
     folder: Path, backbone: str, *, scales: list[int], half: str = "gpu"
 ) -> tuple[Network, NetworkSpec]:
     """A network with random weights, also written as a bundle to folder/bundle."""
+    import torch
+
+    from fastflower.bundle import writer
+    from fastflower.model import backbones
+    from fastflower.model.member import MemberMeta, save_member
+    from fastflower.model.network import NetworkSpec, build_network
+
     torch.manual_seed(0)
     sizes = [(scales[-1], scales[-1])]
     profile = backbones.profile(backbone, sizes)
@@ -162,6 +170,9 @@ def plain_loop(
 ) -> Callable[[Sequence[Path]], np.ndarray]:
     """A function from files to class indices (N,), one photograph and one view at a time."""
     network.to(device)
+    import torch
+    from torchvision import transforms as T
+
     mode = T.InterpolationMode(spec.interpolation)
     views = [
         T.Compose(

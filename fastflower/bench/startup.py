@@ -1,4 +1,4 @@
-"""Start-up: seconds from process start to the first training and evaluation batch, in fresh processes.
+"""Start-up: seconds of fresh processes to the first training and evaluation batch, and to a refusal.
 
 Warm: all files are in the page cache. Cold: Python compiles every module again, and the mapped files were dropped from
 the page cache unless another process maps them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,22 @@ def starts(beton: Path, size: int, turns: int = 3) -> dict[str, float]:
                 _drop(Path(file))
             cold.append(_start(beton, size, PYTHONPYCACHEPREFIX=empty_cache)["both_s"])
     return {"warm_s": warm["both_s"], "torch_s": warm["torch_s"], "cold_s": sorted(cold)[turns // 2]}
+
+
+def refusals() -> dict[str, float]:
+    """CPU seconds in which each command that takes a recipe refuses an unknown key."""
+    seconds = {}
+    for command in ("convert", "train", "lrfind", "evaluate", "ensemble", "export"):
+        before = _children_seconds()
+        arguments = [sys.executable, "-m", f"fastflower.{command}", "unknown.key=1"]
+        subprocess.run(arguments, capture_output=True, timeout=120, check=False)
+        seconds[command] = round(_children_seconds() - before, 2)
+    return seconds
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def process_start() -> float:

@@ -77,6 +77,8 @@ def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert [row["contender"] for row in rows[:-1]] == [STOCK, "ffcv raw 512", "fastflower pre-scaled raw"]
     start = rows.pop()
     assert 0 < start["torch_s"] < start["warm_s"] < start["cold_s"] < 60
+    assert {"train", "evaluate", "export"} <= set(start["refusal_s"])
+    assert all(seconds > 0 for seconds in start["refusal_s"].values())
     assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and all(row["images_per_s"] > 0 for row in rows)
     assert all(row["size"] == 24 and row["threads"] == 1 and row["first_batch_s"] > 0 for row in rows)
     assert "fastflower pre-scaled raw" in capsys.readouterr().out
@@ -97,6 +99,7 @@ def test_convert_is_compared_with_the_stock_writer(
     assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and "fastflower, one split" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_predictor_is_compared_with_the_plain_loop(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: type
 ) -> None:

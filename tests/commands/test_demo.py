@@ -77,16 +77,16 @@ def test_only_its_own_folders_are_removed():
     ):
         Path(folder).mkdir(parents=True)
     recipe = load(None, ["data.home=data/demo", "exp.name=demo"])
+    before = set(Path().rglob("*"))
+    for made in ("data/demo", "results/model/demo", "results/results/demo"):
+        with pytest.raises(InputError, match=f"^{made} was not made by the demo.*; move it away"):
+            demo.remove_outputs(recipe)
+        assert set(Path().rglob("*")) == before
+        (Path(made) / demo.MARK).touch()
+        before.add(Path(made) / demo.MARK)
     demo.remove_outputs(recipe)
-    remaining = {path.as_posix() for path in Path().rglob("*")}
-    assert remaining == {
-        "data",
-        "data/train",
-        "results",
-        "results/model",
-        "results/model/mine",
-        "results/results",
-    }
+    assert set(Path().rglob("*")) == before - {Path("data/demo/train")}
+    demo.remove_outputs(recipe)
 
 
 def test_a_missing_row_is_wrong():

@@ -15,7 +15,7 @@ from PIL import Image
 from fastflower import lrfind, train
 from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
 from fastflower.optim.lr_range import has_diverged, rates, smoothed, suggest
-from fastflower.training import build, ranks
+from fastflower.training import build, exits, ranks
 from support import toy_project
 
 
@@ -53,6 +53,7 @@ def files(folder: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_range_test_leaves_no_trace_in_the_run(tmp_path, capsys):
     toy_project.project(tmp_path)
     toy_project.fit("sched.cosine_epochs=2", "data.size_epochs=[1,2]")
@@ -77,8 +78,8 @@ def test_a_range_test_leaves_no_trace_in_the_run(tmp_path, capsys):
 @pytest.mark.parametrize("command", [lrfind, train])
 def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, command):
     waited: list[float] = []
-    monkeypatch.setattr(ranks.time, "sleep", waited.append)
-    monkeypatch.setattr(ranks.signal, "signal", lambda *_, **__: None)
+    monkeypatch.setattr(exits.time, "sleep", waited.append)
+    monkeypatch.setattr(exits.signal, "signal", lambda *_, **__: None)
 
     def end(error: BaseException) -> None:
         def refuse(argv: list[str]) -> None:
@@ -90,13 +91,13 @@ def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, 
 
     end(InputError("bad"))
     assert waited == []
-    monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
-    for error in (ranks.RankFailure(4), SystemExit(PREEMPTED)):
+    monkeypatch.setenv("RANK", "1")
+    for error in (exits.RankFailure(4), SystemExit(PREEMPTED)):
         end(error)
     assert waited == []
     for error in (InputError("bad"), SystemExit(2)):
         end(error)
-    assert waited == [ranks.PATIENCE] * 2
+    assert waited == [exits.PATIENCE] * 2
 
 
 def test_the_process_group_is_closed_only_after_success(tmp_path, monkeypatch):
@@ -127,6 +128,6 @@ def test_a_rank_that_fails_prints_its_error_and_exits(tmp_path, monkeypatch, cap
     with pytest.raises(EnvironmentFault, match=advice):
         lrfind.main(["tiny.yaml", "lrfind.steps=10"])
     monkeypatch.setattr(dist, "get_global_rank", lambda: 1)
-    with pytest.raises(ranks.RankFailure):
+    with pytest.raises(exits.RankFailure):
         ranks.fit(Trainer.__new__(Trainer))
     assert f"fastflower: rank 1: {advice}" in capsys.readouterr().err

@@ -220,6 +220,7 @@ def test_the_recipe_trains_and_its_hand_in_reproduces_the_logits(recipe, trained
     assert Path("other.csv").read_text() == Path("out.csv").read_text().replace("val/", "unlabelled/")
 
 
+@pytest.mark.slow
 def test_the_programs_of_evaluate_predict_pairs(recipe, trained):
     evaluate.main(trained)
     folder = runs.MODELS / "pairs/programs"
@@ -457,7 +458,9 @@ def test_the_augmented_pairs_of_the_report_equal_those_of_training(first_rows):
     for group in panels.groups:
         for image in group.images:
             with Image.open(io.BytesIO(base64.b64decode(image.uri.partition(",")[2]))) as picture:
-                assert picture.size == (2 * image_files.THUMBNAIL_SIDE, image_files.THUMBNAIL_SIDE), group.title
+                assert picture.size == (2 * image_files.THUMBNAIL_SIDE, image_files.THUMBNAIL_SIDE), (
+                    group.title
+                )
 
 
 def test_samples_of_pairs_are_what_evaluation_and_training_make_of_them(first_rows):
