@@ -17,9 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from fastflower.campaign import cluster, heatmap, launch, plan, results
+from fastflower.campaign import cluster, launch, plan, results
 from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.search import Search
 from fastflower.core import errors, files, runs
@@ -103,12 +101,19 @@ def table_path(recipes: list[str], overrides: plan.Overrides) -> Path:
 
 def default_ranks(world_size: int) -> int:
     """The recipe's world size, limited to the number of GPUs; not limited without GPUs."""
-    return min(world_size, torch.cuda.device_count() or world_size)
+    return min(world_size, gpu_count() or world_size)
 
 
 def can_run_parallel(ranks: int) -> bool:
     """True when this machine has GPUs for two trainings and Ray is installed."""
-    return torch.cuda.device_count() >= 2 * ranks and importlib.util.find_spec("ray") is not None
+    return gpu_count() >= 2 * ranks and importlib.util.find_spec("ray") is not None
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use, 0 without one."""
+    import torch  # here: two seconds, which a refusal does not spend
+
+    return torch.cuda.device_count()
 
 
 def collect(stream: Iterator[Result], search: Search | None, table: Path) -> tuple[list[Result], bool]:
@@ -138,6 +143,8 @@ def print_summary(collected: list[Result], search: Search | None, table: Path) -
     print("\n" + results.summary_table(combined))
     grid = None if search else results.grid(combined, validation_images(collected))
     if grid:
+        from fastflower.campaign import heatmap  # here: it imports matplotlib
+
         chart = heatmap.heat_map(grid, f"{table.parent.name}: mean score")
         files.write_atomic(table.with_suffix(".png"), chart.png())
         print("\n".join(["", *grid.summary(), f"wrote {table.with_suffix('.png')}"]))

@@ -135,6 +135,7 @@ def fold_tasks(file: str, fixed: list[str], *, settings: dict[str, Any], exp: st
     for fold in derived.fold_numbers(loaded):
         # loading again would give the same recipe and cost a fifth of a second
         recipe = dataclasses.replace(loaded, exp=experiment, data=dataclasses.replace(loaded.data, fold=fold))
+        checks.check_name(recipe.exp.name)
         run = Run(exp=recipe.exp.name, backbone=recipe.model.backbone, fold=fold, seed=recipe.seed)
         planned.append(
             Task(

@@ -8,20 +8,23 @@ It is checked first, and only plain types are unpickled (`weights_only=True`).
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from isal.isal_zlib import crc32
-from torch import Tensor
 
 from fastflower.core import files
 from fastflower.core.errors import CorruptionError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 SEAL = struct.Struct("<4sI")  # mark, CRC-32 of all bytes before the comment
@@ -53,12 +56,29 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], **trainin
         "more": _compact(training_state),
     }
     try:
-        torch.save(content, temporary)
-        _seal(temporary)
-        _check_seal(temporary)
+        _write(content, temporary)
+        add_seal(temporary)
+        check_seal(temporary, "the disk did not keep what was written; write to another")
         files.replace_atomic(temporary, path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # a failed write does not name its file
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it hides no error of the write
+            temporary.unlink(missing_ok=True)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """torch.save, whose errors of the disk are OSErrors: torch itself hides them behind its own."""
+    import torch  # here, as below: it takes two seconds, which a look at a checksum does not spend
+
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load(path: Path) -> Checkpoint:
@@ -68,7 +88,9 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise InputError(f"no checkpoint {path}")
-    sealed = _check_seal(path)
+    sealed = check_seal(path, "use an older checkpoint")
+    import torch
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -112,6 +134,8 @@ def _compact(tree: Any) -> Any:
 
 
 def _map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    from torch import Tensor
+
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -121,8 +145,8 @@ def _map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _seal(path: Path) -> None:
-    """Append the checksum and register it as the zip's comment."""
+def add_seal(path: Path) -> None:
+    """Append the checksum of a zip file to it, registered as the zip's comment, which readers of zip files skip."""
     with open(path, "r+b") as file:
         file.seek(-END_OF_ZIP, 2)
         if file.read(4) != b"PK\5\6":
@@ -134,7 +158,7 @@ def _seal(path: Path) -> None:
         file.write(SEAL.pack(MARK, _crc(path, file.tell())))
 
 
-def _check_seal(path: Path) -> bool:
+def check_seal(path: Path, remedy: str) -> bool:
     """True for a valid checksum, False without one; CorruptionError for a wrong one or a file that is not a zip."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -144,7 +168,7 @@ def _check_seal(path: Path) -> bool:
     if mark != MARK and zipfile.is_zipfile(path):
         return False
     if mark != MARK or _crc(path, size - SEAL.size) != crc:
-        raise CorruptionError(f"{path}: cut short or damaged; use an older checkpoint")
+        raise CorruptionError(f"{path}: cut short or damaged; {remedy}")
     return True
 
 

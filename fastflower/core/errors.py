@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import io
 import os
@@ -9,6 +10,14 @@ import sys
 from collections.abc import Callable
 
 PREEMPTED = 75  # EX_TEMPFAIL: a signal stopped the training; the same command resumes it
+REMEDIES = {
+    errno.ENOSPC: "make room on this disk, then repeat the command",
+    errno.EDQUOT: "make room in your quota, then repeat the command",
+    errno.EROFS: "make the disk writable, or run on a copy elsewhere",
+    errno.EACCES: "give yourself permission to it, then repeat the command",
+    errno.EPERM: "give yourself permission to it, then repeat the command",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then repeat the command",
+}
 
 
 class InputError(Exception):
@@ -38,6 +47,7 @@ class Diverged(InputError):
 def run_command(main: Callable[[list[str]], int | None], *, parses_help: bool = False) -> None:
     """Run a command's `main(argv)` as a process: one line on stderr and an exit code instead of a traceback.
 
+    An error of the operating system that no room explains, such as a full disk, counts as an EnvironmentFault.
     `--help` prints the docstring of the command's module, unless the command parses it itself (`parses_help`). Under
     a launcher, every rank gets the same error and only the first prints it. Unprintable characters are escaped; a
     closed stdout is ignored.
@@ -55,11 +65,28 @@ def run_command(main: Callable[[list[str]], int | None], *, parses_help: bool = 
         code = main(sys.argv[1:])
     except InputError as error:
         if first:
-            print(f"fastflower: {error}", file=sys.stderr, flush=True)
+            print(f"fastflower: {one_line(str(error))}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `| head` is not a failure
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        if first:
+            print(f"fastflower: {one_line(str(of_machine(error)))}", file=sys.stderr, flush=True)
+        code = EnvironmentFault.exit_code
     sys.exit(code or 0)
+
+
+def one_line(text: str) -> str:
+    """A message in one line, with the control characters of names and values in it escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def of_machine(error: OSError) -> EnvironmentFault:
+    """The line for an error of the disk, the file system or the network: the path and the cause."""
+    cause = error.strerror or str(error) or type(error).__name__
+    path = error.filename2 or error.filename  # of a rename, the target
+    remedy = REMEDIES.get(error.errno or 0, "check the path, its permissions and its disk")
+    return EnvironmentFault(f"{os.fsdecode(path)}: {cause}; {remedy}" if path else f"{cause}; {remedy}")

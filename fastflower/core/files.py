@@ -8,18 +8,20 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
+import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastflower.core.errors import EnvironmentFault
+from fastflower.core.errors import EnvironmentFault, InputError
 
 ABANDONED_AFTER = 24 * 3600.0  # seconds
+TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-(?P<namespace>[0-9a-f]{8})\.tmp", re.DOTALL)
 RENAME_EXCHANGE, AT_FDCWD = 2, -100  # of renameat2(2)
 
 
@@ -51,28 +53,40 @@ def is_abandoned(temporary: Path) -> bool:
     A PID from another machine or container cannot be checked; such a file counts as abandoned after 24 h without a
     write.
     """
-    pid, _, namespace = temporary.name.split(".")[-2].partition("-")
-    if not pid.isdigit():
+    name = TEMPORARY.fullmatch(temporary.name)
+    if name is None:
         return False
-    if namespace == process_namespace():
-        return not Path(f"/proc/{pid}").exists()
+    if name["namespace"] == process_namespace():
+        return not _is_running(int(name["pid"]))
     try:
         return time.time() - temporary.lstat().st_mtime > ABANDONED_AFTER
     except OSError:  # another process has removed it
         return False
 
 
+def _is_running(pid: int) -> bool:
+    """Whether a process exists, also one of another user or one that /proc hides."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @cache
 def process_namespace() -> str:
     """An 8-character id of this boot and PID namespace; processes with the same id can check each other's PIDs.
 
-    Host names would not do: machines cloned from one image may share theirs.
+    Host names would not do: machines cloned from one image, and containers of one machine, may share theirs. Without
+    /proc the id is of this process and its children alone.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         container = os.readlink("/proc/self/ns/pid")
     except OSError:
-        boot, container = platform.node(), ""
+        boot, container = uuid.uuid4().hex, ""
     return digest(boot, container)[:8]
 
 
@@ -104,17 +118,24 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         replace_atomic(temporary, path)
+    except OSError as error:
+        if error.filename in (None, os.fspath(temporary), temporary):  # a failed write does not name its file
+            error.filename = os.fspath(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it hides no error of the write
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def temporary_folder(folder: Path, target: Path) -> Iterator[Path]:
+def temporary_folder(folder: Path, target: Path, *, contents: Sequence[str]) -> Iterator[Path]:
     """Context manager: an empty folder that `swap_in` can put at `target`; leftovers are deleted on exit.
 
-    First restores a target that a process killed within `swap_in` had moved away.
+    First restores a target that a process killed within `swap_in` had moved away, and refuses a target that `swap_in`
+    would refuse.
     """
     _restore(target)
+    _check_replaceable(target, contents)
     remove(folder)
     folder.mkdir()
     try:
@@ -124,14 +145,38 @@ def temporary_folder(folder: Path, target: Path) -> Iterator[Path]:
         remove(folder)
 
 
-def swap_in(folder: Path, target: Path) -> None:
-    """Swap a finished folder with the existing target, atomically where the file system supports it."""
+def swap_in(folder: Path, target: Path, *, contents: Sequence[str]) -> None:
+    """Swap a finished folder with the existing target, atomically where the file system supports it.
+
+    `contents`: globs of the files that fastflower writes into the target. Raises InputError when the target holds
+    anything else, which would be deleted with it.
+    """
+    _check_replaceable(target, contents)
     if not target.exists():
         os.rename(folder, target)
     elif not _exchange(folder, target):
         os.rename(target, _moved_away(target))
         os.rename(folder, target)
     fsync_folder(target.parent)
+
+
+def _check_replaceable(target: Path, contents: Sequence[str]) -> None:
+    """Refuse a target that is no folder, or one with entries that fastflower did not write."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is not a folder; move it away")
+    foreign = sorted(
+        path.name
+        for path in target.iterdir()
+        if path.is_dir() or not (any(map(path.match, contents)) or TEMPORARY.fullmatch(path.name))
+    )
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise InputError(
+            f"{target} holds {foreign[0]!r}{more}, which would be deleted when the folder is replaced; "
+            f"move it away (the folder is for {', '.join(contents)})"
+        )
 
 
 def _restore(target: Path) -> None:

@@ -19,6 +19,7 @@ RESULTS = Path("results/results")
 BUNDLE = MODELS / "bundle"
 PRETRAINED = MODELS / "pretrained_model"
 SUBMISSION = RESULTS / "submission.csv"
+COMPARISON = RESULTS / "compare.html"
 TRAINED_KINDS = ("best_clean", "best_combo", "ema_best", "swa", "last")  # of checkpoints
 SOUP_CANDIDATES = ("best_combo", "ema_best", "best_clean", "swa")  # in the order tried
 KINDS = (*TRAINED_KINDS, "soup")
@@ -107,20 +108,31 @@ def parse_member(path: Path) -> MemberName | None:
     )
 
 
-def find_members(exp: str, pattern: str) -> list[Path]:
-    """One checkpoint for each (backbone, fold, seed) of an experiment: the newest epoch that matches the pattern.
+def member_pattern(pattern: str, metric: str) -> str:
+    """The glob of an experiment's members: `auto` is the best by the metric, clean or combo."""
+    return f"best_{metric}__*.pth" if pattern == "auto" else Path(pattern).name
 
-    The pattern is a glob of file names; a leading `results/model/` is allowed and ignored.
+
+def find_members(exp: str, pattern: str, *, metric: str) -> list[Path]:
+    """One checkpoint for each (backbone, fold, seed) of an experiment that matches the pattern.
+
+    Of several kinds the best by the metric comes first, then those of SOUP_CANDIDATES, then soups; `last` is for
+    resuming, and counts only when the pattern begins with it. Of several epochs the newest is taken. A leading
+    `results/model/` in the pattern is allowed and ignored.
     """
-    newest: dict[tuple[str, int, int], tuple[int, Path]] = {}
-    for path in sorted((MODELS / exp).glob(Path(pattern).name)):
+    pattern = member_pattern(pattern, metric)
+    preferred = list(dict.fromkeys((f"best_{metric}", *SOUP_CANDIDATES, "soup")))
+    if pattern.startswith("last"):
+        preferred.append("last")
+    found: dict[tuple[str, int, int], tuple[tuple[int, int], Path]] = {}
+    for path in sorted((MODELS / exp).glob(pattern)):
         name = parse_member(path)
-        if name is None:
+        if name is None or name.kind not in preferred:
             continue
-        key = (name.backbone, name.fold, name.seed)
-        if key not in newest or name.epoch > newest[key][0]:
-            newest[key] = (name.epoch, path)
-    return [path for _, (_, path) in sorted(newest.items())]
+        key, rank = (name.backbone, name.fold, name.seed), (-preferred.index(name.kind), name.epoch)
+        if key not in found or rank > found[key][0]:
+            found[key] = (rank, path)
+    return [path for _, (_, path) in sorted(found.items())]
 
 
 def append_event(path: Path, row: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 from scipy.special import log_softmax
-from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score, top_k_accuracy_score
 
 BINARY = ("precision", "recall", "f1")
 Z95 = 1.959963984540054  # half the width of a 95% interval, in standard deviations
@@ -55,6 +54,9 @@ def scores(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, 
     With two classes, also precision, recall and F1 of the second. Macro means are over the classes that occur in
     `labels`. A row with non-finite logits counts as wrong in top-1, recall and F1; top-5, NLL and ECE are then NaN.
     """
+    # imported here: two seconds, which commands that read saved scores do not spend
+    from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score
+
     finite = np.isfinite(logits).all(axis=1)
     classes = logits.shape[1]
     guess = np.where(finite, np.nan_to_num(logits).argmax(1), -1)
@@ -87,4 +89,6 @@ def combined(clean: float, corrupted: float | None, alpha: float) -> float:
 def _top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     if logits.shape[1] <= k:  # scikit-learn warns, and wants another shape for two classes
         return 1.0
+    from sklearn.metrics import top_k_accuracy_score
+
     return float(top_k_accuracy_score(labels, logits, k=k, labels=np.arange(logits.shape[1])))

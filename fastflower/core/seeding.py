@@ -8,9 +8,12 @@ device, and in data/decode/decode.c; tests require equal bits.
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 GOLDEN = 0x9E3779B97F4A7C15
 M1 = 0xBF58476D1CE4E5B9
@@ -67,11 +70,13 @@ def hash64_tensor(x: torch.Tensor) -> torch.Tensor:
 def uniform_tensor(keys: torch.Tensor, stream: int) -> torch.Tensor:
     """`uniform` for int64 keys (B,) on any device: float32 (B,), rounded down so that it stays below 1."""
     salt = _signed(int(hash64(np.uint64(stream))))
-    return _shift(hash64_tensor(keys ^ salt), 40).to(torch.float32) * 2.0**-24
+    return _shift(hash64_tensor(keys ^ salt), 40).float() * 2.0**-24
 
 
 def seed_all(*values: int) -> None:
     """Seed Python, NumPy and torch (all devices) from the values; called at the start and before every step."""
+    import torch  # two seconds, which commands that draw or check without tensors do not spend
+
     seed = int(np.random.SeedSequence([value & 0xFFFFFFFF for value in values]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

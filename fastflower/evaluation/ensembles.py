@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
 
 from fastflower.core import scores
 from fastflower.core.errors import InputError
@@ -92,6 +89,8 @@ def learned_weights(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     L-BFGS over v and log T with the exact gradient, from equal weights.
     """
+    from scipy.optimize import minimize  # here: half a second, which a refusal does not spend
+
     z = stack.astype(np.float64)
     runs, n, _ = z.shape
     rows = np.arange(n)
@@ -181,6 +180,8 @@ def meta_learner(model: Any, classes: int) -> Predict:
 
 def logistic(stack: np.ndarray, labels: np.ndarray) -> Predict:
     """Multinomial logistic regression on the runs' log-probabilities."""
+    from sklearn.linear_model import LogisticRegression  # here: its import takes two seconds
+
     model = LogisticRegression(C=0.01, max_iter=100)
     with warnings.catch_warnings():
         # 100 steps are enough, converged or not
@@ -302,6 +303,8 @@ def scoring_parts(data: Logits[LogitsInfo]) -> np.ndarray:
     """The part (N,) each image is scored in: its fold, or five stratified parts when there is only one fold."""
     if len(np.unique(data.fold)) > 1:
         return data.fold
+    from sklearn.model_selection import StratifiedKFold  # here: its import takes two seconds
+
     smallest = int(np.unique(data.class_idx, return_counts=True)[1].min())
     parts = np.empty(len(data), dtype=np.int64)
     with warnings.catch_warnings():

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
 from fastflower.core import files, runs
@@ -94,6 +93,8 @@ def attribute(network: nn.Module, images: Tensor, targets: Tensor) -> np.ndarray
 
     An image without evidence for its target has a map of zeros. The maps of a pair lie side by side, as its images.
     """
+    from captum.attr import LayerGradCam  # here: it imports matplotlib
+
     with torch.enable_grad(), probed(network, images[:1]) as probes:
         inputs = images.detach().requires_grad_()
         cams = [

@@ -6,6 +6,7 @@ fp32 without TF32, each image once, with the views that the predictor uses.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from fastflower.data.betons.beton_file import Beton
 from fastflower.data.labels import class_differences
 from fastflower.data.loaders import EvalLoader
 from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits, average
-from fastflower.model.member import MemberCheckpoint, load_member
+from fastflower.model.member import MemberCheckpoint, MemberMeta, load_member
 from fastflower.model.network import build_network
-from fastflower.recipe import Recipe
+from fastflower.recipe import Recipe, derived
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,47 @@ def load_network(member: MemberCheckpoint, path: Path, device: torch.device) -> 
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: its tensors are not those of {member.meta.backbone} ({reason})") from None
     return network.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+def check_recipe(recipe: Recipe, members: Mapping[Path, MemberMeta]) -> None:
+    """Refuse a recipe that contradicts the trained members; InputError names the key, both values and the member.
+
+    An experiment may hold several backbones: the recipe's must be one of them, and its members must have the recipe's
+    head, one of its image sizes, its normalisation and its crop.
+    """
+    backbone = recipe.model.backbone
+    trained = sorted({meta.backbone for meta in members.values()})
+    if backbone not in trained:
+        raise InputError(
+            f"model.backbone = {backbone}, but the members of {recipe.exp.name} are of {', '.join(trained)}; give the "
+            f"recipe they were trained with, or model.backbone={trained[0]}"
+        )
+    sizes, data = derived.image_sizes(recipe), recipe.data
+    for path, meta in members.items():
+        if meta.backbone != backbone:
+            continue
+        for key, wanted, got, fits in (
+            ("model.head", recipe.model.head, meta.head, recipe.model.head == meta.head),
+            ("data.img_size", data.img_size, list(meta.size), tuple(meta.size) in sizes),
+            (
+                "data.mean",
+                data.mean,
+                list(meta.mean),
+                data.mean == "auto" or np.allclose(data.mean, meta.mean),
+            ),
+            ("data.std", data.std, list(meta.std), data.std == "auto" or np.allclose(data.std, meta.std)),
+            (
+                "eval.resize_factor",
+                recipe.eval.resize_factor,
+                meta.resize_factor,
+                recipe.eval.resize_factor == meta.resize_factor,
+            ),
+        ):
+            if not fits:
+                raise InputError(
+                    f"{key} = {wanted}, but {path.name} was trained with {got}; give the recipe it was trained with, "
+                    "or change exp.name"
+                )
 
 
 def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from fastflower.core import files
+from fastflower.core import checkpoint, files
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import from_plain, to_plain
 from fastflower.data.labels import class_differences
@@ -55,7 +54,7 @@ class MemberInfo(TrainedInfo):
     width) at the end of training; views: (height, width, mirrored) of each.
     """
 
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
 
     kind: str = "logits"
     checkpoint: str
@@ -136,14 +135,15 @@ def logits_path(folder: Path, *, backbone: str, fold: int, seed: int) -> Path:
 
 
 def save_logits(folder: Path, member: MemberLogits) -> Path:
-    """Write a member's logits atomically; returns the file."""
+    """Write a member's logits atomically, with a checksum of the whole file; returns the file."""
     check_finite(member)
     info = member.info
     path = logits_path(folder, backbone=info.backbone, fold=info.fold, seed=info.seed)
-    buffer = io.BytesIO()
     description = json.dumps({"format": info.FORMAT, **to_plain(info)})
-    np.savez(buffer, info=np.array(description), **{name: getattr(member, name) for name in ARRAYS})
-    files.write_atomic(path, buffer.getvalue())
+    with files.replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            np.savez(file, info=np.array(description), **{name: getattr(member, name) for name in ARRAYS})
+        checkpoint.add_seal(temporary)
     return path
 
 
@@ -155,6 +155,7 @@ def load_logits(path: Path) -> MemberLogits:
     """
     if not path.is_file():
         raise InputError(f"no logits {path}; run python -m fastflower.evaluate first")
+    sealed = checkpoint.check_seal(path, REMEDY)
     try:
         with np.load(path, allow_pickle=False) as file:
             content = json.loads(str(file["info"]))
@@ -165,6 +166,8 @@ def load_logits(path: Path) -> MemberLogits:
         raise CorruptionError(f"{path}: not readable ({error}); {REMEDY}") from None
     if info is None:
         raise InputError(f"{path} has format {version}, this version reads {MemberInfo.FORMAT}; {REMEDY}")
+    if not sealed:
+        raise CorruptionError(f"{path}: cut short or damaged (its checksum is missing); {REMEDY}")
     if info.kind != "logits":
         raise InputError(f"{path} holds {info.kind}, not logits; {REMEDY}")
     member = Logits(**arrays, info=info)

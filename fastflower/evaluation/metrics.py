@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 from scipy.special import log_softmax
-from sklearn.metrics import precision_recall_fscore_support
 
 from fastflower.core import scores
 from fastflower.core.records import from_plain
@@ -201,6 +200,8 @@ def class_scores(
 
     names: of the classes in plain language, empty where there is none.
     """
+    from sklearn.metrics import precision_recall_fscore_support  # here: its import takes two seconds
+
     classes = np.arange(data.logits.shape[1])
     guess = data.logits.argmax(1)
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -305,11 +306,15 @@ def over_folds(members: Sequence[SetScores]) -> dict[str, Spread]:
 
 
 def advice(members: list[MemberScores], runs: list[RunScores], fused: FusedScores) -> list[str]:
-    """Warnings derived from the scores: of each member, each run and, with several runs, the fused set."""
+    """Warnings derived from the scores: of each member, each run and, with several runs, the fused set.
+
+    That of a temperature is of the fused set, whose temperature is handed in.
+    """
     sets: list[SetScores] = [*runs, fused] if len(runs) > 1 else [*runs]
     return [
         *(line for member in members for line in stored_advice(member)),
         *(line for data in sets for line in views_advice(data)),
+        *([fused.temperature.note] if fused.temperature and fused.temperature.note else []),
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import confusion_matrix
 
 from fastflower.core import scores
 from fastflower.core.tables import escaped
@@ -30,7 +29,7 @@ def error_analysis(data: Data, t: float) -> ErrorAnalysis:
 def confusion_cells(data: Data) -> list[tuple[int, int, int]]:
     """The non-zero cells of the confusion matrix: (label, guess, images)."""
     classes = data.logits.shape[1]
-    counts = confusion_matrix(data.class_idx, data.logits.argmax(1), labels=np.arange(classes))
+    counts = _confusion(data.class_idx, data.logits.argmax(1), classes)
     return [(int(i), int(j), int(counts[i, j])) for i, j in zip(*np.nonzero(counts), strict=True)]
 
 
@@ -82,7 +81,7 @@ def confused_pairs(data: Data, t: float, *, count: int = 10, examples: int = 3) 
     probs = scores.softmax(data.logits / t)
     guess, label = probs.argmax(1), data.class_idx
     classes = probs.shape[1]
-    counts = confusion_matrix(label, guess, labels=np.arange(classes))
+    counts = _confusion(label, guess, classes)
     both = np.triu(counts + counts.T, 1)
     order = np.argsort(-both, axis=None, kind="stable")[:count]
     pairs = []
@@ -131,3 +130,10 @@ def suspects(data: Data, t: float, count: int = 24) -> list[Suspect]:
         Suspect(**vars(image_scores(data, probs, row=row)), suggested=int(suggested[row]))
         for row in order[:count]
     ]
+
+
+def _confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
+    """The confusion matrix (label, guess), int64 (C, C)."""
+    from sklearn.metrics import confusion_matrix  # here: its import takes two seconds
+
+    return confusion_matrix(labels, guesses, labels=np.arange(classes))

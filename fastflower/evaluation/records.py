@@ -86,7 +86,10 @@ class CorruptedScores(MeanTop1):
 
 @dataclass(frozen=True, kw_only=True)
 class TemperatureFit:
-    """The temperature t fitted on a set of logits; NLL and ECE of its n clean images before and after."""
+    """The temperature t fitted on a set of logits; NLL and ECE of its n clean images before and after.
+
+    note: why the images did not decide t; empty when they did.
+    """
 
     t: float
     fit_on: str
@@ -95,6 +98,7 @@ class TemperatureFit:
     nll_after: float
     ece_before: float
     ece_after: float
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

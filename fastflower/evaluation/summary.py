@@ -22,6 +22,7 @@ from fastflower.evaluation.logits import (
     missing_folds,
 )
 from fastflower.evaluation.records import (
+    REMEDY,
     ExperimentScores,
     FusedScores,
     MemberScores,
@@ -119,11 +120,18 @@ def load_member_logits(folder: Path) -> list[MemberLogits]:
     path = folder / "scores.json"
     if not path.is_file():
         raise InputError(f"no {path}; run python -m fastflower.evaluate first")
-    rows = read_record(path, ExperimentScores).members
-    return [
-        load_logits(logits_path(folder / "oof", backbone=row.backbone, fold=row.fold, seed=row.seed))
-        for row in rows
-    ]
+    return [_saved_logits(folder / "oof", row) for row in read_record(path, ExperimentScores).members]
+
+
+def _saved_logits(folder: Path, row: MemberScores) -> MemberLogits:
+    """The logits of a member of scores.json; InputError when the file holds those of another."""
+    path = logits_path(folder, backbone=row.backbone, fold=row.fold, seed=row.seed)
+    saved = load_logits(path)
+    if saved.info.checkpoint != row.checkpoint:
+        raise InputError(
+            f"{path} holds the logits of {saved.info.checkpoint}, scores.json those of {row.checkpoint}; {REMEDY}"
+        )
+    return saved
 
 
 def members_by_run(members: list[MemberLogits]) -> dict[tuple[str, int], list[MemberLogits]]:

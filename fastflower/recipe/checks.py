@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 from pathlib import Path
 
-from fastflower.core.errors import InputError
-from fastflower.recipe.derived import CORRUPTIONS, combos, derive, fold_count
+from fastflower.core import runs
+from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.recipe.derived import CORRUPTIONS, combos, derive, fold_count, parse_interval
 from fastflower.recipe.schema import Recipe
 
+RESERVED = (runs.BUNDLE.name, runs.PRETRAINED.name, runs.SUBMISSION.name, runs.COMPARISON.name)
+LONGEST_NAME = 200  # bytes; a file name holds 255, and temporary files append to it
 BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
 
 
@@ -16,6 +21,7 @@ def check(recipe: Recipe) -> list[str]:
     """Refuse contradictions (InputError) and return one line of advice for each doubtful choice."""
     advice: list[str] = []
     derive(recipe, recipe.train.world_size)  # raises for sizes, epochs and batches that do not fit together
+    parse_interval(recipe.train.save_every)
     _check_test_folder(recipe)
     check_flips(recipe)
     _check_schedule(recipe)
@@ -24,6 +30,24 @@ def check(recipe: Recipe) -> list[str]:
     _check_semi(recipe, advice)
     _advise(recipe, advice)
     return advice
+
+
+def check_name(name: str) -> None:
+    """Refuse an experiment's name that cannot name its folders, or names what is no experiment."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        fault = "must be letters, digits, _ . - only, and begin with a letter, a digit or _"
+    elif name.casefold() in RESERVED:
+        fault = "this name is reserved for a file or folder beside the experiments"
+    elif name.endswith(".yaml"):
+        fault = "must not end in .yaml, as recipes do"
+    elif len(name.encode()) > LONGEST_NAME:
+        fault = f"must have {LONGEST_NAME} bytes or less, has {len(name.encode())}"
+    else:
+        return
+    shown = name if len(name) <= 60 else f"{name[:60]}..."
+    raise InputError(
+        f"exp.name = {repr(shown)[1:-1]}: {fault}; it names folders, so set exp.name to another one"
+    )
 
 
 def check_flips(recipe: Recipe) -> None:
@@ -40,6 +64,16 @@ def check_flips(recipe: Recipe) -> None:
             f"{on[0]} = {str(flips[on[0]]).lower()}: flips change the class of these images "
             f"(data.flips_keep_class=false); set {remedy}, or allow them by checks.allow_flips=true"
         )
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise EnvironmentFault when the recipe logs to a service whose package is not installed."""
+    for package, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise EnvironmentFault(
+                f"log.{package}=true, but {package} is not installed; pip install -e '.[{package}]', "
+                f"or log.{package}=false"
+            )
 
 
 def _nested(first: str, second: str) -> bool:

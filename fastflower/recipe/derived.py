@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,6 +91,14 @@ def fold_numbers(recipe: Recipe) -> list[int]:
     if fold == "all":
         return list(range(fold_count(recipe)))
     return list(fold) if isinstance(fold, list) else [int(fold)]
+
+
+def parse_interval(text: str) -> tuple[int, str]:
+    """train.save_every as (number, "ep" or "ba"). Raises InputError for anything else."""
+    match = re.fullmatch(r"([1-9]\d*) ?(ep|ba)", text)
+    if match is None:
+        raise InputError(f"train.save_every = {text}: must be epochs such as 1ep or steps such as 200ba")
+    return int(match[1]), match[2]
 
 
 def image_sizes(recipe: Recipe) -> list[tuple[int, int]]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastflower.core.errors import InputError
+from fastflower.recipe.checks import check_name
 from fastflower.recipe.schema import Recipe, fields_of
 
 ABSENT = object()
+SUFFIXES = (".yaml", ".yml")
+LARGEST = 1_000_000  # bytes of a recipe
+DEEPEST, MOST_ALIASES = 20, 20  # of YAML: the schema needs a depth of 4
 
 
 def load(path: str | Path | None = None, changes: list[str] | None = None) -> Recipe:
@@ -36,8 +42,7 @@ def load(path: str | Path | None = None, changes: list[str] | None = None) -> Re
     except OmegaConfBaseException as error:
         raise InputError(_explain(str(path), error)) from None
     name = recipe.exp.name or (Path(path).stem if path else "default")
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise InputError(f"exp.name = {name}: letters, digits, _ . - only; it names folders")
+    check_name(name)
     recipe = dataclasses.replace(
         recipe,
         exp=dataclasses.replace(recipe.exp, name=name),
@@ -76,10 +81,14 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     if tab:
         line = text[: tab.start()].count("\n") + 1
         raise InputError(f"{path}:{line}: indented with a tab; YAML allows spaces only")
+    if isinstance(
+        _check_structure(text, str(path)), yaml.ScalarEvent
+    ):  # OmegaConf would take its text for a key
+        raise InputError(f"{path}: a recipe is a map of keys, got text")
     try:
         layer = OmegaConf.create(text)
     except Exception as error:  # PyYAML and OmegaConf raise many kinds
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not valid YAML: {_cause(error)}") from None
     if not isinstance(layer, DictConfig):
         raise InputError(
             f"{path}: a recipe is a map of keys, got {type(OmegaConf.to_container(layer)).__name__}"
@@ -89,8 +98,40 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     return [*bases, (str(path), layer)]
 
 
-def _read(path: Path) -> str:
+def _check_structure(text: str, source: str) -> yaml.NodeEvent | None:
+    """Refuse YAML that would exhaust stack or memory, by its events: PyYAML and OmegaConf build it by recursion.
+
+    Returns the event of the outermost node.
+    """
+    depth, aliases, root = 0, 0, None
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            root = root or (event if isinstance(event, yaml.NodeEvent) else None)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > DEEPEST or aliases > MOST_ALIASES:
+                raise InputError(
+                    f"{source}: not a recipe: more than {DEEPEST} lists and maps in each other, or {MOST_ALIASES} "
+                    "aliases; the deepest value of a recipe is a list of lists in a section"
+                )
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not valid YAML: {_cause(error)}") from None
+    return root
+
+
+def _cause(error: Exception) -> str:
+    """The cause and the line of a YAML error, without the text around it, which may be of any file."""
+    mark = getattr(error, "problem_mark", None)
+    cause = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return " ".join(cause.split())[:200] + (f" (line {mark.line + 1})" if mark else "")
+
+
+def _read(path: Path) -> str:
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: a recipe, or its base, is a file that ends in {' or '.join(SUFFIXES)}")
+    try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):
+            raise InputError(f"{path}: a recipe is a file of at most {LARGEST // 1000} kB")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
@@ -105,10 +146,11 @@ def _parse_changes(changes: list[str]) -> Any:
         name = change.partition("=")[0]
         if not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*", name):
             raise InputError(f"got '{change}'; a change is written key=value, such as opt.lr_ref=1e-4")
+        _check_structure(change.partition("=")[2], change[:100])
     try:
         return OmegaConf.from_dotlist(changes)
     except Exception as error:  # YAML inside a value
-        raise InputError(f"{' '.join(changes)}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{' '.join(changes)[:200]}: {_cause(error)}") from None
 
 
 def _explain(source: str, error: Exception) -> str:
@@ -117,6 +159,8 @@ def _explain(source: str, error: Exception) -> str:
     text = str(error).split("\n")[0]
     specs = {dotted: spec for dotted, _, spec in fields_of(Recipe())}
     if "not in" in text:
+        if not re.fullmatch(r"[\w.-]{1,60}", full_key):
+            return f"{source}: not a recipe: it has keys that are no names"
         near = _nearest(full_key, list(specs))
         return f"{source}: unknown key {full_key}" + (f"; did you mean {near}?" if near else "")
     if full_key in specs:
@@ -170,6 +214,8 @@ def _allowed(annotation: str) -> str:
 
 def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    if not _is_finite(value):
+        raise InputError(f"{dotted} = {value}: must be finite; nan and inf are no settings")
     limits = {name: spec.metadata[name] for name in signs if name in spec.metadata}
     if not limits:
         return
@@ -185,6 +231,15 @@ def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
         if item != item or not all(within):
             allowed = " and ".join(f"{signs[name]} {limit}" for name, limit in limits.items())
             raise InputError(f"{dotted} = {value}: must be {allowed}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value, and every number in its lists and maps, is neither infinite nor NaN."""
+    if isinstance(value, dict):
+        return all(_is_finite(item) for pair in value.items() for item in pair)
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _clip_grad(recipe: Recipe, layers: list[tuple[str, Any]]) -> float | None:

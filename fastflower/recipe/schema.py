@@ -44,7 +44,9 @@ class Data:
     val: str = key("", "validation images, in the format of data.root; empty: folds of data.root")
     unlabelled: str = key("", "folder or file of images without labels, for semi-supervised training")
     image_col: str = key("filename", "column of the file names")
-    label_col: str = key("category_id", "column of the organiser's class ids")
+    label_col: str = key(
+        "category_id", "column of the organiser's class ids; without it, a column of 0 and 1 for each class"
+    )
     flips_keep_class: bool = key(
         True, "a mirrored image has the same class; false, as for digits: flips are refused"
     )
@@ -369,8 +371,8 @@ class Tta:
 @dataclass(frozen=True)
 class Ensembling:
     find_pattern: str = key(
-        "best_combo__*fold*_seed*_epoch*_score*.pth",
-        "glob of the members' file names below results/model/<exp>",
+        "auto",
+        "glob of the members' file names below results/model/<exp>; auto: the best epochs by select.metric",
     )
     weighting: Literal["flat", "family", "hand", "learned", "greedy"] = key(
         "flat",
@@ -456,7 +458,10 @@ class Recipe:
     """A complete recipe; `recipe.data.root` is the key `data.root`."""
 
     seed: int = key(
-        42, "random seed of the split, initial weights, order, crops, augmentation and mixing", ge=0
+        42,
+        "random seed of the split, initial weights, order, crops, augmentation and mixing",
+        ge=0,
+        le=2**32 - 1,
     )
     exp: Exp = field(default_factory=Exp)
     data: Data = field(default_factory=Data)

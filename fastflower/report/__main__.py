@@ -10,7 +10,6 @@ from pathlib import Path
 from fastflower.core import errors, files, runs
 from fastflower.core.errors import InputError
 from fastflower.recipe import load
-from fastflower.report import markdown_page, page
 from fastflower.report.experiment import read_experiment
 
 FORMATS = ("html", "md")
@@ -19,6 +18,8 @@ FORMATS = ("html", "md")
 def main(argv: list[str]) -> None:
     names, page_format = parse(argv)
     experiments = [read_experiment(name, with_images=page_format == "html") for name in names]
+    from fastflower.report import markdown_page, page  # here: matplotlib takes a second
+
     for experiment in experiments:
         for note in experiment.notes:
             print(f"note: {experiment.name}: {note}")
@@ -29,8 +30,8 @@ def main(argv: list[str]) -> None:
             continue
         print_written(write_page(folder / "report.html", page.experiment_page(experiment)))
     if len(experiments) > 1 and page_format == "html":
-        files.remove_abandoned(runs.RESULTS, "compare.html")
-        print_written(write_page(runs.RESULTS / "compare.html", page.comparison_page(experiments)))
+        files.remove_abandoned(runs.RESULTS, runs.COMPARISON.name)
+        print_written(write_page(runs.COMPARISON, page.comparison_page(experiments)))
 
 
 def parse(argv: list[str]) -> tuple[list[str], str]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastflower.core import runs
-from fastflower.core.errors import InputError
+from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import read_record
-from fastflower.core.tables import escaped
+from fastflower.core.tables import escaped, read_csv
 from fastflower.data.folds import Folds, read_folds
 from fastflower.evaluation.records import EnsembleComparison, ExperimentScores, ImageScores
 from fastflower.recipe import Recipe, load
 from fastflower.recipe.run_record import RunNumbers
-from fastflower.report import thumbnails
-from fastflower.report.thumbnails import AugmentationSamples
+
+if TYPE_CHECKING:
+    from fastflower.report.thumbnails import AugmentationSamples
 
 MAX_IMAGES = {"mistakes": 36, "suspects": 18, "duplicates": 24}  # on the page
 
@@ -82,12 +82,7 @@ def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
     augmentation = None
     duplicates = _duplicates(recipe, scores.folds_hash) if recipe else []
     if recipe and with_images:
-        images = thumbnails.thumbnails(
-            Path(recipe.data.home), scores.folds_hash, rows_by_fold(scores, duplicates)
-        )
-        augmentation = thumbnails.augmented(recipe, scores.folds_hash, scores.fused.folds[0])
-        if not images:
-            notes.append(f"no betons of these folds in {recipe.data.home}; the page has no images")
+        images, augmentation = _pictures(recipe, scores, duplicates, notes=notes)
     return Experiment(
         name=exp,
         scores=scores,
@@ -118,6 +113,29 @@ def rows_by_fold(scores: ExperimentScores, duplicates: list[DuplicatePair]) -> d
     for fold, index in images:
         by_fold.setdefault(fold, set()).add(index)
     return by_fold
+
+
+def _pictures(
+    recipe: Recipe, scores: ExperimentScores, duplicates: list[DuplicatePair], *, notes: list[str]
+) -> tuple[dict[int, str], AugmentationSamples | None]:
+    """The pictures of the page; a note instead of those whose betons are damaged or missing."""
+    from fastflower.report import thumbnails  # here: torch and timm take seconds, a refusal none
+
+    images: dict[int, str] = {}
+    augmentation, damaged = None, list[str]()
+    for fold, rows in rows_by_fold(scores, duplicates).items():
+        try:
+            images |= thumbnails.thumbnails(Path(recipe.data.home), scores.folds_hash, {fold: rows})
+        except CorruptionError as error:
+            damaged.append(str(error))
+    try:
+        augmentation = thumbnails.augmented(recipe, scores.folds_hash, scores.fused.folds[0])
+    except CorruptionError as error:
+        damaged.append(str(error))
+    notes += [f"{fault}; the page lacks its images" for fault in dict.fromkeys(damaged)]
+    if not images and not damaged:
+        notes.append(f"no betons of these folds in {recipe.data.home}; the page has no images")
+    return images, augmentation
 
 
 def _duplicates(recipe: Recipe, folds_hash: str) -> list[DuplicatePair]:
@@ -173,8 +191,7 @@ def duplicate_pairs(path: Path, folds: Folds) -> list[DuplicatePair]:
     if not path.is_file():
         return []
     images = {name: ImageRef(index, int(folds.fold[index])) for index, name in enumerate(folds.filenames)}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path, ("filename", "category_id", "other", "other_category_id", "distance", "identical"))
     pairs = [
         DuplicatePair(
             images=(images.get(row["filename"]), images.get(row["other"])),

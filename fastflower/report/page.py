@@ -61,6 +61,7 @@ def experiment_page(experiment: Experiment) -> str:
         "ensemble": experiment.ensemble,
         "gradcam": gradcam(experiment),
         "thumbnails": experiment.thumbnails,
+        "advice": [*experiment.scores.advice, *experiment.notes],
         "augmentation": experiment.augmentation,
         "changed_keys": changed_keys(experiment.recipe) if experiment.recipe else [],
         "recipe_text": experiment.recipe_text,

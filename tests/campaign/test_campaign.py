@@ -217,6 +217,7 @@ def ran(monkeypatch) -> list[list[str]]:
     return arguments_of_runs
 
 
+@pytest.mark.slow
 def test_a_grid_trains_keeps_what_is_finished_and_tries_failures_again(project, ran, capfd):
     command = ["tiny.yaml", *SHORT, "opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[20,50]"]
     assert main(command) == 1
@@ -351,6 +352,7 @@ def test_a_failed_cell_is_left_out_of_the_grid(project):
 # searches
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_peak_goes_on_and_refuses_another_space(project):
     overrides = plan.parse_overrides(["opt.lr=log:1e-4..1e-2", "seed=[1,2]", "train.grad_accum=1..3"])
     journal = Path("study.journal")

@@ -39,6 +39,7 @@ def test_a_snapshot_does_not_change_while_training_continues():
     assert copy["optimizer"][0][0]["lr"] == 0.1 and copy["optimizer"][1] == ["name"]
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_detected(saved):
     data = saved.read_bytes()
     for position in range(len(data)):

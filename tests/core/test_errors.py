@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastflower.core import errors
+from fastflower import ensemble
+from fastflower.core import checkpoint, errors, runs, tables
+from fastflower.report import __main__ as report
+from support import fake_members
 
 
 @pytest.mark.parametrize(
@@ -74,6 +82,75 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         errors.run_command(main)
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"),
+            "a/b: No space left on device; make room on this disk",
+        ),
+        (
+            OSError(errno.EROFS, os.strerror(errno.EROFS), "x\n"),
+            r"x\n: Read-only file system; make the disk writable",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "t", None, "p"),
+            "p: Permission denied; give yourself",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "q"),
+            "q: No such file or directory; check the",
+        ),
+        (OSError("odd"), "odd; check"),
+    ],
+)
+def test_an_error_of_the_machine_is_one_line(raised, line, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def main(argv: list[str]) -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        errors.run_command(main)
+    assert stop.value.code == 4
+    text = capsys.readouterr().err
+    assert text.startswith(f"fastflower: {line}") and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["report", "report md", "ensemble", "checkpoint", "csv"])
+def test_a_disk_that_is_full_is_one_line_with_the_file(command, capsys, monkeypatch):
+    """By the limit of file sizes, which stops writes at any byte as a full disk does."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    fake_members.experiment(
+        runs.RESULTS / "a", [fake_members.member(fold) for fold in range(3)], [], ["data.home=d"]
+    )
+    table = [{"fold": str(fold)} for fold in fake_members.folds()]
+    fake_members.write_folds(Path("d/folds.csv"))
+    mains = {
+        "report": lambda _: report.main(["a"]),
+        "report md": lambda _: report.main(["a", "--format", "md"]),
+        "ensemble": lambda _: ensemble.main(["exp.name=a", "data.home=d"]),
+        "checkpoint": lambda _: checkpoint.save(Path("c.pth"), {"w": torch.zeros(9999)}, {}),
+        "csv": lambda _: tables.write_csv(Path("t.csv"), table * 99),
+    }
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (999, hard))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            errors.run_command(mains[command])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stop.value.code == 4
+    written = {
+        "report": "report.html", "report md": r"figures/[\w-]+.png", "ensemble": "ensemble.json",
+        "checkpoint": "c.pth", "csv": "t.csv",
+    }[command]  # fmt: skip
+    err = capsys.readouterr().err
+    assert re.fullmatch(rf"fastflower: \S*{written}: File too large; [^\n]*\n", err), err
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
 def test_a_closed_pipe_is_not_a_failure(repo: Path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastflower.core import files
-from fastflower.core.errors import EnvironmentFault
+from fastflower.core.errors import EnvironmentFault, InputError
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
@@ -80,9 +80,9 @@ def test_files_that_another_machine_writes_to_a_shared_disk_are_kept(tmp_path, m
 
 
 def replace_folder(target: Path, text: str) -> None:
-    with files.temporary_folder(target.with_name(".a.new"), target) as folder:
+    with files.temporary_folder(target.with_name(".a.new"), target, contents=["text"]) as folder:
         (folder / "text").write_text(text)
-        files.swap_in(folder, target)
+        files.swap_in(folder, target, contents=["text"])
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -115,12 +115,66 @@ def test_a_folder_replaced_by_a_process_that_is_killed_is_the_old_or_the_new(tmp
                 os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         missing += not target.exists()
-        with files.temporary_folder(tmp_path / ".a.new", target) as folder:
+        with files.temporary_folder(tmp_path / ".a.new", target, contents=["text"]) as folder:
             assert (target / "text").read_text() in ("old", "new") and not list(folder.iterdir())
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
         if not killed:
             break
     assert (target / "text").read_text() == "new" and missing == (not exchange)
+
+
+@pytest.mark.parametrize("kept", ["best__x.pth", "folder", ".notes", "sub/weights"])
+def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path, kept):
+    """Refused before the work, and again after it for what was put there meanwhile."""
+    target = tmp_path / "a"
+    replace_folder(target, "old")
+    (target / kept).parent.mkdir(exist_ok=True)
+    (target / kept).touch()
+    with pytest.raises(InputError, match=rf"{target} holds '{kept.split('/')[0]}', .*; move it away"):
+        replace_folder(target, "new")
+    saved = (target / kept).rename(tmp_path / "saved")
+    for folder in (path for path in target.iterdir() if path.is_dir()):
+        folder.rmdir()
+    (target / files.temporary_path(Path("text")).name).touch()  # of an interrupted write
+    with (
+        pytest.raises(InputError, match="holds"),
+        files.temporary_folder(tmp_path / ".a.new", target, contents=["text"]) as new,
+    ):
+        saved.rename(target / "foreign")
+        files.swap_in(new, target, contents=["text"])
+    assert (target / "text").read_text() == "old" and (target / "foreign").exists()
+    (target / "foreign").unlink()
+    replace_folder(target, "new")
+    assert [path.name for path in target.iterdir()] == ["text"]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is not a folder"):
+        replace_folder(tmp_path / "file", "new")
+
+
+def test_a_living_writer_keeps_its_file_without_proc(tmp_path, monkeypatch):
+    ours = files.temporary_path(tmp_path / "a")
+    files.process_namespace.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Path, "exists", lambda path: not str(path).startswith("/proc"))
+        patch.setattr(files.Path, "read_text", lambda *_, **__: os.stat("/absent"))
+        without = files.temporary_path(tmp_path / "a")
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+        of_child = files.temporary_path(tmp_path / "b", child)
+        hidden = files.temporary_path(tmp_path / "c", 1)  # of another user
+        for path in (ours, without, of_child, hidden):
+            path.touch()
+        files.remove_abandoned(tmp_path)
+        assert set(tmp_path.iterdir()) == {ours, without, of_child, hidden}
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        files.remove_abandoned(tmp_path)
+        assert set(tmp_path.iterdir()) == {ours, without, hidden}
+        files.process_namespace.cache_clear()  # as another process
+        files.remove_abandoned(tmp_path)
+        assert set(tmp_path.iterdir()) == {ours, without, hidden}
+    files.process_namespace.cache_clear()
 
 
 def test_an_interrupted_swap_restores_the_old_folder(tmp_path, monkeypatch):

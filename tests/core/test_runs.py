@@ -27,11 +27,34 @@ def test_find_members_takes_the_newest_epoch_once(tmp_path):
         path = runs.Run(exp="e", backbone="net", fold=fold, seed=1).checkpoint_path(kind, epoch, score)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    members = runs.find_members("e", "results/model/best_combo__*fold*_seed*_epoch*_score*.pth")
+    pattern = "results/model/best_combo__*fold*_seed*_epoch*_score*.pth"
+    members = runs.find_members("e", pattern, metric="combo")
     assert [(runs.parse_member(p).fold, runs.parse_member(p).epoch) for p in members] == [(0, 12), (1, 9)]
     assert [p.name for p in runs.Run(exp="e", backbone="net", fold=0, seed=1).checkpoints("best_combo")] == [
         "best_combo__net__fold0_seed1_epoch3_score0.5000.pth", "best_combo__net__fold0_seed1_epoch12_score0.6000.pth"
     ]  # fmt: skip
+
+
+def test_members_are_the_best_of_the_metric_and_never_last_unless_it_is_named(tmp_path):
+    fold_kinds = [
+        ("best_clean", "best_combo", "ema_best", "last", "soup"),
+        ("ema_best", "swa", "last"),
+        ("last",),
+    ]
+    for fold, kinds in enumerate(fold_kinds):
+        for epoch, kind in enumerate(kinds, 1):
+            path = runs.Run(exp="e", backbone="net", fold=fold, seed=1).checkpoint_path(kind, epoch, 0.5)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def kinds(pattern: str, metric: str) -> list[str]:
+        return [runs.parse_member(path).kind for path in runs.find_members("e", pattern, metric=metric)]
+
+    assert kinds("auto", "clean") == ["best_clean"] and kinds("auto", "combo") == ["best_combo"]
+    assert kinds("*.pth", "clean") == kinds("*", "clean") == ["best_clean", "ema_best"]
+    assert kinds("*.pth", "combo") == ["best_combo", "ema_best"]
+    assert kinds("*fold1*", "combo") == ["ema_best"] and kinds("*fold2*", "combo") == []
+    assert kinds("last__*", "combo") == ["last"] * 3 and kinds("soup__*", "combo") == ["soup"]
 
 
 def test_the_last_row_of_an_epoch_counts_and_incomplete_lines_are_dropped(tmp_path):

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MulticlassCalibrationError
 
 from fastflower.core import scores
-from fastflower.evaluation import calibration
-from support.fake_members import member
+from fastflower.evaluation import calibration, summary
+from fastflower.evaluation.logits import Logits
+from fastflower.recipe import load
+from support.fake_members import classes_csv, folds, member
 
 
 def torch_fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """The minimum of the NLL by torch's LBFGS on log T in float64."""
+    """The minimum of the NLL and the prior by torch's LBFGS on log T in float64."""
     z, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
     w = (
         torch.full((len(y),), 1 / len(y)).double()
@@ -23,7 +27,10 @@ def torch_fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = (w * torch.nn.functional.cross_entropy(z / log_t.exp(), y, reduction="none")).sum()
+        nll = torch.nn.functional.cross_entropy(z / log_t.exp(), y, reduction="none")
+        value = (w * nll).sum() + 0.5 * log_t**2 * (
+            w**2
+        ).sum()  # the sum of squares is 1 / (effective images)
         value.backward()
         return value
 
@@ -47,9 +54,56 @@ def test_t_of_scaled_log_probabilities_is_the_factor_they_were_scaled_by() -> No
     assert calibration.fit(2.5 * logits, labels) == pytest.approx(2.5, rel=0.03)
 
 
-def test_t_stays_in_its_bounds_when_every_image_is_right() -> None:
-    t = calibration.fit(np.eye(3) * 5, np.arange(3))
-    assert calibration.LOWEST <= t < 0.1
+def logits_set(logits: np.ndarray, labels: np.ndarray) -> Logits:
+    """A set of these logits (N, C), corrupted ones included."""
+    data, n = member(0), len(labels)
+    base = data.take(np.resize(np.arange(len(data)), n))
+    both = np.stack([logits, logits])
+    return replace(base, logits=logits, single=logits, corrupt=both, class_idx=labels)
+
+
+@pytest.mark.parametrize("fit_on", ["clean", "combo"])
+@pytest.mark.parametrize("case", ["no error", "one class", "one image"])
+def test_t_stays_1_with_a_line_where_images_cannot_tell(case: str, fit_on: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array({"no error": [0, 1] * 6, "one class": [1] * 300, "one image": [0]}[case])
+    logits = (3 * np.eye(2)[labels] + 0.1 * rng.normal(size=(len(labels), 2))).astype(np.float32)
+    if case == "one class":
+        logits = rng.normal(size=logits.shape).astype(np.float32)
+    fitted = calibration.fit_set(logits_set(logits, labels), fit_on, alpha=0.7, bins=15)
+    assert fitted.t == 1 and fitted.note.startswith("T stays 1: ") and fitted.nll_after == fitted.nll_before
+    column = scores.softmax(logits / fitted.t)[:, 1]  # as the table of two classes has it
+    assert len(np.unique(column)) == len(labels)
+
+
+def test_few_images_move_t_little_and_many_decide_it() -> None:
+    rng = np.random.default_rng(1)
+    for n, low, high in ((12, 1.0, 4.9), (5000, 4.5, 5.5)):
+        logits = rng.normal(size=(n, 3))
+        labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+        fitted = calibration.fit_set(
+            logits_set((5 * logits).astype(np.float32), labels), "clean", alpha=1, bins=15
+        )
+        assert low < fitted.t < high and not fitted.note
+        assert fitted.t == pytest.approx(torch_fit((5 * logits).astype(np.float32), labels), rel=1e-4)
+
+
+def test_t_at_its_limit_is_announced_and_ties_no_probabilities() -> None:
+    rng = np.random.default_rng(2)
+    logits, labels = 50 * rng.normal(size=(2000, 2)).astype(np.float32), rng.integers(0, 2, 2000)
+    data = logits_set(logits, labels)
+    fitted = calibration.fit_set(data, "clean", alpha=0.7, bins=15)
+    assert fitted.t == pytest.approx(calibration.HIGHEST, rel=1e-3) and "at the limit" in fitted.note
+    assert len(np.unique(scores.softmax(logits / fitted.t)[:, 1])) > 1990
+
+
+def test_the_note_of_the_fused_temperature_reaches_people() -> None:
+    members = [member(fold, skill=99.0) for fold in range(3)]
+    settings = load(None, ["exp.name=a"])
+    found = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
+    assert found.fused.temperature.t == 1 and [
+        line for line in found.advice if line.startswith("T stays 1: none of")
+    ]
 
 
 def test_combo_weighs_clean_and_corrupted_by_alpha() -> None:

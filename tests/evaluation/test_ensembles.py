@@ -15,11 +15,10 @@ from fastflower import ensemble
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record, write_record
-from fastflower.data.labels import write_csv
 from fastflower.evaluation import ensembles, logits, summary, tables
 from fastflower.evaluation.records import EnsembleComparison, MethodScores
 from fastflower.recipe import load
-from support.fake_members import BACKBONES, classes_csv, folds, member
+from support.fake_members import BACKBONES, classes_csv, folds, member, write_folds
 
 FREE = ensembles.Budget(mb=np.ones(3), ms=np.ones(3), max_mb=100, max_ms=100)
 
@@ -286,11 +285,7 @@ def test_the_command_reads_saved_logits_and_writes_its_table(
     settings = load(None, ["exp.name=example"])
     scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
     write_record(folder / "scores.json", scores)
-    columns = {"category_id": "7", "class_idx": "0", "group_id": "0", "sha256": ""}
-    rows = [
-        {"filename": f"image_{row}.jpg", "fold": str(fold), **columns} for row, fold in enumerate(folds())
-    ]
-    write_csv(Path("data/folds.csv"), rows)
+    write_folds(Path("data/folds.csv"))
     ensemble.main(["exp.name=example"])
     assert "mean of logits" in capsys.readouterr().out
     comparison = read_record(folder / "ensemble.json", EnsembleComparison)

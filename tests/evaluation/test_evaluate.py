@@ -17,12 +17,13 @@ from PIL import Image
 from sklearn.metrics import accuracy_score
 
 from fastflower import evaluate
-from fastflower.bundle.members import read_out_of_fold
+from fastflower.bundle.members import choose, read_out_of_fold
 from fastflower.core import files, runs
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import read_record
 from fastflower.data.betons import fold_set
-from fastflower.evaluation import inference
+from fastflower.data.betons.beton_file import open_beton
+from fastflower.evaluation import gradcam, inference, mistakes, soups
 from fastflower.evaluation.logits import load_logits
 from fastflower.evaluation.records import ExperimentScores, Temperatures
 from fastflower.model.member import load_member
@@ -67,6 +68,7 @@ def read_scores() -> ExperimentScores:
     return read_record(runs.RESULTS / "tiny" / "scores.json", ExperimentScores)
 
 
+@pytest.mark.slow
 def test_both_folds_and_backbones_become_scores_json(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +150,59 @@ def test_the_page_erases_as_training_does(project: Path, mean: str, fill: tuple[
     assert (erased.flatten(1).float().mean(1) > 0.01).all()  # erased boxes take 0.02 of the area or more
 
 
+def zero_rows(beton: Path, rows: list[int]) -> None:
+    """Overwrite the middle of these rows' pixels with zeros, as a disk that lost them would."""
+    descriptors = open_beton(beton).descriptors
+    with open(beton, "r+b") as file:
+        for row in rows:
+            file.seek(int(descriptors["offset"][row] + descriptors["size"][row] // 2))
+            file.write(bytes(64))
+
+
+@pytest.mark.parametrize("split", ["val", "val_corrupt"])
+def test_damaged_images_are_not_scored(project: Path, split: str) -> None:
+    member(0)
+    zero_rows(Path(f"data/betons/fold0_{split}.beton"), [3])
+    with pytest.raises(CorruptionError, match=f"fold0_{split}.beton: row 3 .*run convert again"):
+        evaluate.main(WORDS)
+    folder = runs.RESULTS / "tiny"
+    assert not list(folder.rglob("*.npz")) and not (folder / "scores.json").exists()
+
+
+def test_soups_and_gradcam_do_not_read_damaged_images(project: Path) -> None:
+    path, settings = member(0), load(None, WORDS)
+    data = inference.predict(path, settings, torch.device("cpu"))
+    analysis = mistakes.error_analysis(data, 1.0)
+    every_row = list(range(15))
+    zero_rows(Path("data/betons/fold0_val.beton"), every_row)
+    with pytest.raises(CorruptionError, match=r"fold0_val\.beton: row "):
+        gradcam.write_gradcam(
+            Path("cams"), [data], analysis=analysis, settings=settings, device=torch.device("cpu")
+        )
+    zero_rows(Path("data/betons/fold0_train.beton"), every_row)
+    with pytest.raises(CorruptionError, match=r"fold0_train\.beton: row "):
+        soups.refresh_norms(load_member(path), path, recipe=settings, device=torch.device("cpu"))
+
+
+def test_the_page_has_a_line_instead_of_damaged_images(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    member(0), member(1)
+    evaluate.main(WORDS)
+    files.write_atomic(runs.RESULTS / "tiny" / "meta" / "recipe.yaml", to_yaml(load(None, WORDS)))
+    every_row = list(range(15))
+    zero_rows(Path("data/betons/fold1_val.beton"), every_row)
+    zero_rows(Path("data/betons/fold0_train.beton"), every_row)
+    main(["tiny"])
+    html = (runs.RESULTS / "tiny" / "report.html").read_text(encoding="utf-8")
+    advice = html.partition('class="advice"')[2].partition("</div>")[0]
+    out = capsys.readouterr().out
+    for name in ("fold1_val", "fold0_train"):
+        line = rf"{name}.beton: row \d+ .*; the page lacks its images"
+        assert re.search(line, out) and re.search(line, advice)
+    assert 'id="augmentation"' not in html and "data:image/jpeg" in html  # those of fold 0 are sound
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_batches_change_no_label(project: Path, batch: int) -> None:
     path = member(0)
@@ -158,6 +213,7 @@ def test_batches_change_no_label(project: Path, batch: int) -> None:
     np.testing.assert_allclose(batched.logits, expected.logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_leaves_the_earlier_scores(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +282,50 @@ def test_without_corrupted_images_and_temperature_there_are_none(project: Path) 
     fused = read_scores().fused
     assert fused.corrupted is None and fused.temperature is None
     assert fused.s.top1 == fused.single.top1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["model.backbone=convnextv2_atto"],
+            r"model.backbone = convnextv2_atto, but the members of tiny are of resnet10t",
+        ),
+        (
+            ["model.head=arcface"],
+            "model.head = arcface, but best_combo__resnet10t__fold0.* was trained with linear",
+        ),
+        (["data.img_size=[48]"], r"data.img_size = \[48\], but .* was trained with \[32, 32\]"),
+        (["data.mean=[0.1,0.2,0.3]"], "data.mean = .*, but .* was trained with"),
+        (["eval.resize_factor=1.2"], "eval.resize_factor = 1.2, but .* was trained with 1.14"),
+    ],
+)
+def test_a_recipe_that_contradicts_the_members_is_refused(
+    project: Path, words: list[str], message: str
+) -> None:
+    path = member(0)
+    with pytest.raises(InputError, match=message):
+        evaluate.main([*WORDS, *words])
+    assert not (runs.RESULTS / "tiny").exists()
+    with pytest.raises(InputError, match=message):
+        choose(load(None, [*WORDS, *words]), [])
+    assert choose(load(None, [*WORDS, *words]), [path]).paths == [path]  # named by the user
+
+
+def test_evaluate_and_export_take_the_best_of_the_metric(project: Path) -> None:
+    path = member(0)
+    best_clean = path.with_name(path.name.replace("best_combo", "best_clean"))
+    last = path.with_name(path.name.replace("best_combo", "last").replace("epoch3", "epoch9"))
+    for copy in (best_clean, last):
+        copy.write_bytes(path.read_bytes())
+    for words, expected in (
+        ([], path),
+        (["select.metric=clean"], best_clean),
+        (["select.metric=clean", "ensembling.find_pattern='*.pth'"], best_clean),
+        (["ensembling.find_pattern=last*"], last),
+    ):
+        settings = load(None, [*WORDS, *words])
+        assert evaluate.member_paths(settings) == choose(settings, []).paths == [expected]
 
 
 @dataclass

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.evaluation import logits
+from fastflower.evaluation import logits, summary
 from fastflower.evaluation.logits import MemberInfo
-from support.fake_members import BACKBONES, IDS, folds, labels, member
+from support.fake_members import BACKBONES, IDS, experiment, folds, labels, member
 
 
 def members_of_run(
@@ -35,25 +35,53 @@ def test_damaged_missing_and_foreign_files_are_refused(
     with pytest.raises(InputError, match=r"no logits .* run python -m fastflower\.evaluate first"):
         logits.load_logits(tmp_path / "m.npz")
     path = logits.save_logits(tmp_path, member(0))
-    data = bytearray(path.read_bytes())
-    data[data.index(member(0).logits.tobytes()) + 100] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CorruptionError, match=r"not readable .*evaluate again"):
-        logits.load_logits(path)
     logits.save_logits(tmp_path, member(0, kind="probabilities"))
     with pytest.raises(InputError, match=r"holds probabilities, not logits; run python -m"):
         logits.load_logits(path)
     monkeypatch.setattr(MemberInfo, "FORMAT", 1)
     logits.save_logits(tmp_path, member(0))
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"has format 1, this version reads 2; run python -m"):
+    with pytest.raises(InputError, match=r"has format 1, this version reads 3; run python -m"):
         logits.load_logits(path)
     logits.save_logits(tmp_path, member(0, head=3))
     with pytest.raises(CorruptionError, match=r"head is 3, must be text"):
         logits.load_logits(path)
-    np.savez(path, logits=np.zeros(3))
-    with pytest.raises(CorruptionError, match="not readable"):
-        logits.load_logits(path)
+    with np.load(logits.save_logits(tmp_path / "b", member(0))) as file:
+        content = dict(file)
+    for foreign in ({"logits": np.zeros(3)}, content):
+        np.savez(path, **foreign)  # without a checksum
+        with pytest.raises(CorruptionError, match=r"not readable|checksum is missing.*evaluate again"):
+            logits.load_logits(path)
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
+    path = logits.save_logits(tmp_path, member(0))
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    ends = {
+        *range(60),
+        *range(len(content) - 120, len(content)),
+    }  # the headers of the first entry and of the zip
+    for position in [*ends, *rng.integers(0, len(content), 600).tolist()]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptionError, match=r"m.*npz: (not readable|cut short).*evaluate again"):
+            logits.load_logits(path)
+    for size in [*range(0, len(content), 97), *range(len(content) - 40, len(content))]:
+        path.write_bytes(content[:size])
+        with pytest.raises(CorruptionError, match="evaluate again"):
+            logits.load_logits(path)
+
+
+def test_logits_of_another_member_under_its_name_are_refused(tmp_path: Path) -> None:
+    members = [member(fold) for fold in range(3)]
+    experiment(tmp_path / "a", members, [], [])
+    oof = tmp_path / "a" / "oof"
+    (oof / "convnextv2_atto__fold1_seed42.npz").rename(oof / "convnextv2_atto__fold0_seed42.npz")
+    with pytest.raises(
+        InputError, match=r"fold0_seed42.npz holds the logits of best_combo__convnextv2_atto__fold1"
+    ):
+        summary.load_member_logits(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["logits", "single", "corrupt"])

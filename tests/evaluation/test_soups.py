@@ -66,6 +66,7 @@ def write_nearby(fold: int, kind: str, noise: float) -> None:
     save_member(path, tensors, replace(base.meta, fold=fold, kind=kind))
 
 
+@pytest.mark.slow
 def test_checkpoints_of_each_fold_become_members_that_evaluate_like_others(project, capsys) -> None:
     for fold in (0, 1):
         write_nearby(fold, "best_combo", 0.0)
@@ -74,7 +75,7 @@ def test_checkpoints_of_each_fold_become_members_that_evaluate_like_others(proje
     ensemble.main([*ATTO_WORDS, "ensembling.soup=checkpoints"])
     out = capsys.readouterr().out
     assert "accepted: " in out and "evaluate with ensembling.find_pattern=soup__*" in out
-    paths = runs.find_members("tiny", "soup__*")
+    paths = runs.find_members("tiny", "soup__*", metric="combo")
     assert [runs.parse_member(path).fold for path in paths] == [0, 1]
     soup = load_member(paths[0])
     parts = [load_member(runs.MODELS / "tiny" / name) for name in soup.meta.soup]
@@ -84,6 +85,7 @@ def test_checkpoints_of_each_fold_become_members_that_evaluate_like_others(proje
     assert evaluate.main([*ATTO_WORDS, "ensembling.find_pattern=soup__*"]) == 0
 
 
+@pytest.mark.slow
 def test_one_network_of_all_folds_is_no_member_and_its_score_comes_with_a_warning(project, capsys) -> None:
     for fold in (0, 1):
         write_nearby(fold, "best_combo", 0.0)
@@ -95,6 +97,7 @@ def test_one_network_of_all_folds_is_no_member_and_its_score_comes_with_a_warnin
     assert path.is_file() and runs.parse_member(path) is None  # its score would count as out of fold
 
 
+@pytest.mark.slow
 def test_a_worse_soup_is_refused_and_leaves_nothing(project, monkeypatch) -> None:
     write_nearby(0, "best_combo", 0.0)
     write_nearby(1, "best_combo", 0.0)

@@ -175,3 +175,17 @@ ADVICE = [
 def test_doubtful_choices_get_advice(changes, text):
     assert not [line for line in checks.check(recipe_with()) if text in line]
     assert [line for line in checks.check(recipe_with(*changes)) if text in line]
+
+
+@pytest.mark.parametrize("text, expected", [("1ep", (1, "ep")), ("200ba", (200, "ba")), ("3ep", (3, "ep"))])
+def test_intervals(text, expected):
+    assert derived.parse_interval(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "5", "0ep", "-1ep", "1.5ep", "1dur", "10sp", "often"])
+def test_strange_intervals_are_refused(text):
+    with pytest.raises(
+        InputError, match=r"train.save_every = .*: must be epochs such as 1ep or steps such as 200ba"
+    ):
+        derived.parse_interval(text)
+    assert refused("train.save_every=often").startswith("train.save_every = often: must be epochs")

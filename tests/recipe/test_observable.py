@@ -29,7 +29,6 @@ from fastflower.algorithms.fixmatch import FixMatch
 from fastflower.algorithms.mixing import MixUpCutMix
 from fastflower.bundle import gates, writer
 from fastflower.bundle.members import choose
-from fastflower.callbacks.checkpoints import parse_interval
 from fastflower.callbacks.selection import Candidate, Selection
 from fastflower.core import checkpoint, runs, seeding
 from fastflower.core.errors import InputError
@@ -107,7 +106,7 @@ def plan(recipe: Recipe) -> Any:
         [sorted(frozen_parts(epoch, recipe)) for epoch in range(numbers.epochs)],
         derived.fold_numbers(recipe),
         rates(recipe.lrfind.low, recipe.lrfind.high, recipe.lrfind.steps),
-        parse_interval(recipe.train.save_every),
+        derived.parse_interval(recipe.train.save_every),
         fold_set.stored_side(recipe),
         run.stem,
         str(run.model_dir),

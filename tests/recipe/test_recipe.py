@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
+import os
 import random
 import re
 from pathlib import Path
@@ -263,6 +265,43 @@ def test_bad_files_are_refused_in_one_line(text, message):
     assert message in refused(path=written(text))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {arrays: " + 100_000 * "[" + 100_000 * "]" + "}",
+        "a: " + 100_000 * "{a: ",
+        100_000 * "- ",
+        "a: &a [1]\n" + "b: [" + 100 * "*a, " + "]",
+    ],
+    ids=["lists", "maps", "items", "aliases"],
+)
+def test_deep_recipes_are_refused_before_they_are_built(text):
+    assert "mine.yaml: not a recipe: more than 20" in refused(path=written(text))
+
+
+def test_the_content_of_other_files_is_never_shown(tmp_path):
+    secret = "root:x:0:0:secret:/root\nsecret: [secret\n"
+    (tmp_path / "passwd").write_text(secret)
+    link = tmp_path / "passwd.yaml"
+    for content in (
+        secret,
+        "root:x:0:0:secret:/root\n",
+        "root x secret: 1\n",
+        "secret\n",
+        "- secret\n",
+        "'secret",
+    ):
+        link.write_text(content)
+        for path in (written(f"base: {link}\n"), link):
+            assert "secret" not in refused(path=path)
+    for path in (written(f"base: {tmp_path / 'passwd'}\n"), tmp_path / "passwd"):
+        assert "passwd: a recipe, or its base, is a file that ends in .yaml" in refused(path=path)
+    os.mkfifo(tmp_path / "pipe.yaml")  # opening it would wait forever
+    (tmp_path / "large.yaml").write_bytes(bytes(1_000_001))
+    for name in ("pipe.yaml", "large.yaml"):
+        assert f"{name}: a recipe is a file of at most 1000 kB" in refused(path=tmp_path / name)
+
+
 def test_a_missing_recipe_names_the_nearest():
     written("seed: 1\n", "convnext.yaml")
     assert "did you mean" in refused(path=Path("convnet.yaml"))
@@ -288,7 +327,14 @@ def test_a_missing_recipe_names_the_nearest():
         ("tta.scales=320", "tta.scales: must be a list, each a whole number"),
         ("opt.clip_grad=x", "opt.clip_grad = x: must be a number or null"),
         ("opt.lr_ref=-1", "opt.lr_ref = -1.0: must be > 0"),
-        ("opt.lr_ref=nan", "opt.lr_ref = nan: must be > 0"),
+        ("opt.lr_ref=nan", "opt.lr_ref = nan: must be finite"),
+        ("opt.lr=.inf", "opt.lr = inf: must be finite"),
+        ("sampler.rf_t=.nan", "sampler.rf_t = nan: must be finite"),
+        ("data.mean=[0.5,.inf,0.5]", "must be finite"),
+        ("ensembling.weights={a: .nan}", "ensembling.weights = {'a': nan}: must be finite"),
+        ("train.clip_grad=-.inf", "train.clip_grad = -inf: must be finite"),
+        ("seed=4294967296", "seed = 4294967296: must be >= 0 and <= 4294967295"),
+        ("data.arrays=" + 100_000 * "[", "[: not a recipe: more than 20 lists and maps in each other"),
         ("model.drop_path=1", "must be >= 0 and < 1"),
         ("aug.rrc_scale=[0.5,2]", "aug.rrc_scale = [0.5, 2.0]"),
         ("exp.name=../x", "it names folders"),
@@ -301,6 +347,33 @@ def test_bad_changes_are_refused_in_one_line(change, message):
 
 def _similarity(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (name, "reserved")
+            for name in ("bundle", "Bundle", "pretrained_model", "submission.csv", "compare.html")
+        ),
+        *(
+            (name, "letters, digits")
+            for name in (".", "..", "a/b", "../x", "a b", "a\x1b[31m", "a\nb", "-x", ".x")
+        ),
+        *((name, "200 bytes or less, has 300") for name in (300 * "n", 150 * "\u00e9")),
+        ("mine.yaml", "must not end in .yaml"),
+    ],
+)
+def test_names_that_no_folder_can_have_are_refused(name, message):
+    text = refused("exp.name=" + json.dumps(name))
+    assert text.startswith("exp.name = ") and message in text and text.isprintable() and len(text) < 220
+
+
+def test_the_name_of_a_recipe_file_obeys_the_same_rule(tmp_path):
+    (tmp_path / "bundle.yaml").write_text("seed: 1\n")
+    with pytest.raises(InputError, match=r"^exp.name = bundle: .*reserved.*set exp.name"):
+        load(tmp_path / "bundle.yaml")
+    assert load(tmp_path / "bundle.yaml", ["exp.name=" + 200 * "n"]).exp.name == 200 * "n"
 
 
 @pytest.mark.parametrize("dotted", KEYS)

@@ -271,6 +271,7 @@ def hundred_classes() -> tuple[ExperimentScores, list[dict[str, Any]]]:
     return scores, events
 
 
+@pytest.mark.slow
 def test_a_hundred_classes_fit_in_ten_megabytes(tmp_path: Path, repo: Path) -> None:
     """The page has the largest number of images, all noise; the Markdown report fits ten A4 pages."""
     scores, events = hundred_classes()
@@ -362,6 +363,7 @@ def test_paired_differences_are_those_of_the_images() -> None:
     assert comparison.paired_differences([a, other])[0].difference is None
 
 
+@pytest.mark.slow
 def test_the_markdown_report_has_the_same_numbers_and_its_figures() -> None:
     scores, _ = write_experiment("a")
     write_experiment("b", skill=1.6)
@@ -374,6 +376,7 @@ def test_the_markdown_report_has_the_same_numbers_and_its_figures() -> None:
     assert len(figures_named) >= 6 and all((runs.RESULTS / "a" / name).is_file() for name in figures_named)
 
 
+@pytest.mark.slow
 def test_temporary_files_of_a_killed_report_are_removed() -> None:
     for name in ("a", "b"):
         write_experiment(name)

@@ -11,6 +11,7 @@ import numpy as np
 from fastflower.core import files, runs
 from fastflower.core.records import write_record
 from fastflower.core.tables import write_csv
+from fastflower.data.folds import Folds, save_folds
 from fastflower.evaluation import acceptance, logits, summary, tables
 from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits
 from fastflower.evaluation.records import ExperimentScores, Temperature, Temperatures
@@ -64,6 +65,23 @@ def member(
         filename=np.array([f"image_{row}.jpg" for row in index]),
         combos=COMBOS,
         info=replace(info, **changes),
+    )
+
+
+def write_folds(path: Path, count: int = 3) -> None:
+    """Write folds.csv as convert does."""
+    column, class_idx = folds(count=count), labels()
+    rows = len(column)
+    save_folds(
+        path,
+        Folds(
+            filenames=[f"image_{row}.jpg" for row in range(rows)],
+            category_ids=[IDS[c] for c in class_idx],
+            class_idx=class_idx,
+            fold=column,
+            group=np.arange(rows),
+            sha256=[f"{row:064x}" for row in range(rows)],
+        ),
     )
 
 
