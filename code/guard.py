@@ -21,6 +21,7 @@ STALL_TIMEOUT = 900.0  # seconds without a finished row
 MAX_FRUITLESS = 3  # deaths in a row without a finished row
 PAUSE = 5.0  # seconds between two checks that mean a suspended machine or container, not a slow picture
 ERROR = 70  # exit code of the child after an unexpected exception
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT")
 
 Work = Callable[[int, int], int]
 Log = Callable[[str], None]
@@ -37,13 +38,17 @@ def run(work: Work, table: Any, log: Log) -> int:
     deaths = unexplained = fruitless = 0
     while fruitless < MAX_FRUITLESS and (table.waiting() or not deaths):
         done = table.done()
+        # a signal that ends this process between the fork and the `try` would leave the child running
+        _hold_signals(hold=True)
         child = _fork()
         if child is None:
+            _hold_signals(hold=False)
             code = _run_logged(work, deaths, unexplained=unexplained, log=log)
             return 4 if code == ERROR else code
         if child == 0:
             _run_child(work, deaths, unexplained=unexplained, log=log)
         try:
+            _hold_signals(hold=False)
             code, stalled = _watch(child, table)
         finally:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
@@ -65,6 +70,13 @@ def run(work: Work, table: Any, log: Log) -> int:
     return 4
 
 
+def _hold_signals(*, hold: bool) -> None:
+    """Have the signals that end this process wait, or deliver them."""
+    if hasattr(signal, "pthread_sigmask"):
+        how = signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, [getattr(signal, name) for name in SIGNALS])
+
+
 def _fork() -> int | None:
     """Fork: the child's id, 0 in the child, None where forking is impossible or torch would not survive it.
 
@@ -82,8 +94,9 @@ def _run_child(work: Work, deaths: int, *, unexplained: int, log: Log) -> None:
     """Run the work with default signal handlers and exit without the parent's clean-up; never returns."""
     code = ERROR
     try:
-        for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+        for name in SIGNALS:
             signal.signal(getattr(signal, name), signal.SIG_DFL)
+        _hold_signals(hold=False)
         code = _run_logged(work, deaths, unexplained=unexplained, log=log)
     finally:
         os._exit(code)

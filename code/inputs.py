@@ -47,10 +47,10 @@ class Folder:
 
     def views(self, name: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
         """The views of a photograph: uint8 (h, w, 3) for each crop. Any exception means it is unreadable."""
-        image, note = pictures.read_noted(os.path.join(self.folder, name))
+        views, note = pictures.prepare(os.path.join(self.folder, name), crops)
         if note:
             self.notes[name] = note
-        return pictures.cut_views(image, crops)
+        return views
 
     def count_added(self) -> int:
         """The number of photographs added since the folder was listed."""

@@ -79,9 +79,13 @@ def is_hidden(path: bytes) -> bool:
     return any(part.lower() in SYSTEM_NAMES or part.startswith(b".") for part in path.split(b"/"))
 
 
-def prepare(path: bytes, crops: list[dict[str, Any]]) -> list[np.ndarray]:
-    """Decode a file once and cut every view: uint8 (h, w, 3) each. Any exception means it is unreadable."""
-    return cut_views(read(path), crops)
+def prepare(path: bytes, crops: list[dict[str, Any]]) -> tuple[list[np.ndarray], str]:
+    """Decode a file once and cut every view: uint8 (h, w, 3) each, and the note of `read`.
+
+    Any exception means that the file is unreadable.
+    """
+    image, note = read(path)
+    return cut_views(image, crops), note
 
 
 def cut_views(image: Image.Image, crops: list[dict[str, Any]]) -> list[np.ndarray]:
@@ -90,12 +94,7 @@ def cut_views(image: Image.Image, crops: list[dict[str, Any]]) -> list[np.ndarra
     return [cut_view(sized[crop["stored_side"]], crop) for crop in crops]
 
 
-def read(path: bytes) -> Image.Image:
-    """Read a picture as `read_noted` does, without its note."""
-    return read_noted(path)[0]
-
-
-def read_noted(path: bytes) -> tuple[Image.Image, str]:
+def read(path: bytes) -> tuple[Image.Image, str]:
     """Read the first frame as RGB: turned upright by EXIF, alpha over white, 16 bits scaled to 8; and a note, or "".
 
     A JPEG that ends early is read as far as it goes, with a note.

@@ -119,7 +119,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         replace_atomic(temporary, path)
     except OSError as error:
-        if error.filename in (None, os.fspath(temporary), temporary):  # a failed write does not name its file
+        # a failed write does not name its file
+        if error.errno is not None and error.filename in (None, os.fspath(temporary), temporary):
             error.filename = os.fspath(path)
         raise
     finally:

@@ -55,7 +55,7 @@ class BestEpoch:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnd:
-    """How a run ended. Its file is written last: once it exists, nothing of the run is left to do."""
+    """The end of a run. Its file is written last: once it exists, nothing of the run is left to do."""
 
     FORMAT: ClassVar[int] = 1
     REMEDY: ClassVar[str] = RETRAIN

@@ -337,13 +337,13 @@ def test_a_bare_environment_has_what_the_predictor_needs_and_no_more(tmp_path):
 @pytest.mark.slow
 def test_a_failed_gate_keeps_the_old_bundle(members, capsys):
     runs.BUNDLE.mkdir(parents=True)
-    Path(runs.BUNDLE, "old").write_text("old")
+    Path(runs.BUNDLE, "bundle.json").write_text("old")
     with pytest.raises(
         InputError, match=r"^size: .* MB, allowed <= 0.01 MB; latency: .* allowed <= 0.0001 ms$"
     ):
         export.main([*WORDS, "bundle.max_mb=0.01", "bundle.max_ms=0.0001"])
     assert "FAILED" in capsys.readouterr().out
-    assert [path.name for path in runs.BUNDLE.iterdir()] == ["old"]
+    assert [path.read_text() for path in runs.BUNDLE.iterdir()] == ["old"]
     assert {path.name for path in runs.MODELS.iterdir()} == {"bundle", "tiny"}
 
 

@@ -63,7 +63,7 @@ pictures.prepare(b"plain.jpg", [crop])
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 for name in sys.argv[2:]:
     try:
-        print(name, pictures.prepare(name.encode(), [crop])[0].shape)
+        print(name, pictures.prepare(name.encode(), [crop])[0][0].shape)
     except Exception as error:
         print(name, type(error).__name__)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, time.process_time() - start)

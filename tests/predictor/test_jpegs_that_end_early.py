@@ -35,7 +35,7 @@ def test_a_complete_picture_has_conversions_pixels(code, name):
     data = COMPLETE[name]
     assert data != WHOLE
     Path("a.jpg").write_bytes(data)
-    got = np.asarray(code.pictures.read(b"a.jpg"))
+    got = np.asarray(code.pictures.read(b"a.jpg")[0])
     np.testing.assert_array_equal(got, np.asarray(image_files.decode(WHOLE)))
     np.testing.assert_array_equal(got, np.asarray(image_files.decode(data)))
 
@@ -57,7 +57,8 @@ def test_a_cut_picture_is_predicted_from_what_is_there(run, code, capsys, whole,
         "from the pixels that are there"
     )
     gap = np.abs(
-        np.asarray(code.pictures.read(b"test_dataset/cut.jpg"), float) - np.asarray(image_files.decode(whole))
+        np.asarray(code.pictures.read(b"test_dataset/cut.jpg")[0], float)
+        - np.asarray(image_files.decode(whole))
     )
     assert gap[:8].mean() < 8 and gap.mean() < 60
     if whole is WHOLE:

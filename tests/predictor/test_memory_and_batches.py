@@ -34,7 +34,7 @@ def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
     def prepare(path, crops):
         if fault := faults.pop(os.path.basename(path), None):
             raise fault
-        return [np.full((2, 2, 3), 1, np.uint8)]
+        return [np.full((2, 2, 3), 1, np.uint8)], ""
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
     table = code.table.Table([b"%d" % n for n in range(4)], IDS, prior=[1, 0, 0])
@@ -78,7 +78,7 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     ):
         sums.update(zip(rows, logits.ravel().tolist(), strict=True))
     expected = {
-        n: float(code.pictures.prepare(b"some/%d.png" % n, crop)[0].sum()) for n in range(8) if n != 4
+        n: float(code.pictures.prepare(b"some/%d.png" % n, crop)[0][0].sum()) for n in range(8) if n != 4
     }
     assert sums == expected and list(table.unreadable) == [4]
     assert ensemble.sizes[0] == 1 and max(ensemble.sizes) <= batch
@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
     def prepare(path, crops):
         nonlocal waiting
         waiting += 1
-        return [np.zeros((2, 2, 3), np.uint8)]
+        return [np.zeros((2, 2, 3), np.uint8)], ""
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
     table = code.table.Table([b"%d" % n for n in range(5000)], IDS, prior=[1, 0, 0])

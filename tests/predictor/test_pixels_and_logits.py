@@ -82,7 +82,7 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
             )
             crop = {"height": height, "width": width, "factor": factor, "interpolation": interpolation}
             crop["stored_side"] = 146
-            (got,) = code.pictures.prepare(os.fsencode(file), [crop])
+            ((got,), _) = code.pictures.prepare(os.fsencode(file), [crop])
             np.testing.assert_array_equal(got, out[0], err_msg=file.name)
 
 
@@ -96,7 +96,7 @@ def test_logits_are_the_networks(tmp_path, code, monkeypatch, backbone, head):
     networks = code.networks.Networks(str(tmp_path / "bundle"), description, hashes=hashes, device="cpu")
     assert networks.notes == []
     photograph(3, (200, 150)).save(tmp_path / "picture.png")
-    crops = code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), description["crops"])
+    crops, _ = code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), description["crops"])
     noise = [[np.roll(array, 11 * turn, axis=1) for array in crops] for turn in range(5)]
     for batch in (1, 2, 5):
         got = networks.logits(noise[:batch])
@@ -130,7 +130,7 @@ def test_fused_logits_over_t_give_the_confidence(run, code, exported):
         assert row[1:] == [IDS[row_odds.argmax()], f"{row_odds.max():.6f}"]
     with torch.inference_mode():
         crop = {"height": 32, "width": 32, "factor": 1.14, "interpolation": "bicubic", "stored_side": 73}
-        (array,) = code.pictures.prepare(b"test_dataset/000.jpg", [crop])
+        ((array,), _) = code.pictures.prepare(b"test_dataset/000.jpg", [crop])
         expected = (
             exported.members[1].network(torch.from_numpy(array).permute(2, 0, 1)[None].float())[0].numpy()
         )
@@ -155,12 +155,12 @@ def test_each_member_sees_pictures_as_it_was_trained(tmp_path, code):
     assert networks.notes == []
     photograph(3, (200, 150)).save(tmp_path / "picture.png")
     got = networks.logits(
-        [code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), description["crops"])]
+        [code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), description["crops"])[0]]
     )
     for position, member in enumerate(members):
         crop = {"height": 32, "width": 32, "factor": member.meta.resize_factor}
         crop |= {name: getattr(member.meta, name) for name in ("interpolation", "stored_side")}
-        (array,) = code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), [crop])
+        ((array,), _) = code.pictures.prepare(os.fsencode(tmp_path / "picture.png"), [crop])
         with torch.inference_mode():
             expected = member.network(torch.from_numpy(array).permute(2, 0, 1)[None].float())[0].numpy()
         np.testing.assert_allclose(got[0, position, 0], expected, atol=1e-4)

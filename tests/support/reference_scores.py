@@ -14,6 +14,7 @@ import torch
 import yaml
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
+from scipy.stats import norm
 from sklearn import metrics
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -55,10 +56,10 @@ def nll(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """T by a coarse grid and Brent's method on scikit-learn's log loss."""
+    """T by a coarse grid and Brent's method on scikit-learn's log loss and SciPy's log density of the prior."""
 
     def loss(log_t: float) -> float:
-        return nll(probabilities(logits, np.exp(log_t)), labels)
+        return nll(probabilities(logits, np.exp(log_t)), labels) - norm.logpdf(log_t) / len(labels)
 
     start = min(np.linspace(-4, 4, 33), key=loss)
     return float(np.exp(minimize_scalar(loss, bracket=(start - 0.25, start, start + 0.25), tol=1e-9).x))

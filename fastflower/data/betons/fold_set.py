@@ -126,7 +126,7 @@ def splits(settings: StorageSettings) -> tuple[str, ...]:
 
 
 def is_current(folder: Path, expected: Origin) -> bool:
-    """Whether `folder` holds a beton of the expected origin, of the size in its manifest."""
+    """True if `folder` holds a beton of the expected origin, of the size in its manifest."""
     path = folder / beton_name(expected.fold, expected.split)
     try:
         manifest = read_record(manifest_path(path), Manifest)

@@ -76,7 +76,7 @@ class Manifest:
 
     @property
     def is_consistent(self) -> bool:
-        """Whether there is one checksum for each image of each row."""
+        """True if there is one checksum for each image of each row."""
         return (
             self.rows > 0 and self.images_per_row > 0 and len(self.crc) == 8 * self.rows * self.images_per_row
         )

@@ -172,7 +172,7 @@ def _mirrored(length: int, padded: int, device: torch.device) -> Tensor:
 def _between_tiles(
     length: int, side: int, *, tiles: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pixel of a side: the tile before, the tile after, and the weight of the latter."""
+    """Per pixel of a side: the tile before, the tile after, and the weight of the latter."""
     position = torch.arange(length, device=device) / side - 0.5
     before = position.floor()
     return before.long().clamp(min=0), (before.long() + 1).clamp(max=tiles - 1), position - before

@@ -254,7 +254,7 @@ def test_images_of_any_size_go_through_conversion_loaders_and_predictor(store: s
                 name = opened.folds.filenames[index]
                 if beton is opened.val:
                     seen.add(name)
-                    assert np.array_equal(image, prepare(os.fsencode(f"data/train/{name}"), [crop])[0])
+                    assert np.array_equal(image, prepare(os.fsencode(f"data/train/{name}"), [crop])[0][0])
     assert seen > set(files)
 
 

@@ -53,6 +53,7 @@ HARMLESS = {
     "zeros instead of the end": plain()[:-2] + bytes(2),
     "many zeros instead of the end": plain()[:-2] + bytes(3000),
     "no end": plain()[:-2],
+    "scan 0 0 0, no end": scan_parameters(0, 0, 0)[:-2],
     "half an end": plain()[:-1],
     "bytes after the end": plain() + b"camera notes",
     "progressive, no end": PROGRESSIVE[:-2],
@@ -68,7 +69,7 @@ def test_every_pixel_is_there_for_the_trainer_and_the_predictor(name: str) -> No
     expected = np.asarray(image_files.decode(original))
     assert np.array_equal(np.asarray(image_files.decode(HARMLESS[name])), expected)
     Path("a.jpg").write_bytes(HARMLESS[name])
-    assert np.array_equal(np.asarray(predictor_pictures().read(b"a.jpg")), expected)
+    assert np.array_equal(np.asarray(predictor_pictures().read(b"a.jpg")[0]), expected)
 
 
 @pytest.mark.parametrize("store", ["raw", "jpeg"])
@@ -105,6 +106,18 @@ def test_files_that_lack_pixels_stay_refused(padding: int, progressive: bool) ->
     for cut in np.random.default_rng(padding).integers(start, len(data) - 4, 25):
         for ending in (b"", b"\xff\xd9"):
             assert completed(data[:cut] + bytes(padding) + ending, SIZE[::-1]) is None
+
+
+def test_a_progressive_file_without_its_last_scans_stays_refused() -> None:
+    """Cut between two scans it decodes without a warning, only less sharply."""
+    data = plain(progressive=True)
+    starts = [at for at in range(len(data)) if data.startswith(b"\xff\xda", at)]
+    assert len(starts) > 4 and completed(data[:-2], SIZE[::-1]) == data
+    for start in starts[1:]:
+        table = data.rfind(b"\xff\xc4", 0, start)  # the Huffman table that belongs to the scan
+        cut = table if data.find(b"\xff\xda", table) == start else start
+        for ending in (b"", b"\xff\xd9", bytes(50)):
+            assert completed(data[:cut] + ending, SIZE[::-1]) is None
 
 
 def test_a_hole_of_zeros_stays_refused() -> None:
