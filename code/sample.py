@@ -108,7 +108,9 @@ def match(sample: Sample, names: list[bytes], folder: str) -> tuple[int, list[by
             if hits > closest[0]:
                 closest = hits, position, files, labels
     hits, position, files, labels = closest
-    raise Unfollowable(f"{sample.path} {_difference(sample.column(position), labels, files, folder, hits)}")
+    raise Unfollowable(
+        f"{sample.path} {_difference(sample.column(position), labels, files=files, folder=folder, hits=hits)}"
+    )
 
 
 def _keys(names: list[str]) -> list[Callable[[str], str]]:
@@ -137,7 +139,7 @@ def _keys(names: list[str]) -> list[Callable[[str], str]]:
 
 
 def _difference(
-    labels: list[str], keys: list[str], files: dict[str, list[bytes]], folder: str, hits: int
+    labels: list[str], keys: list[str], *, files: dict[str, list[bytes]], folder: str, hits: int
 ) -> str:
     """The first reason why the rows are not the images, in words."""
     listed: dict[str, str] = {}

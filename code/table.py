@@ -31,7 +31,7 @@ class Column(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How to write the table: header, columns, delimiter, and whether `number` is of the second class."""
+    """The layout of the table: header, columns, delimiter, and whether `number` is of the second class."""
 
     header: list[str]
     columns: list[Column]

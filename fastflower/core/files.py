@@ -65,7 +65,7 @@ def is_abandoned(temporary: Path) -> bool:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a process exists, also one of another user or one that /proc hides."""
+    """True if a process exists, also one of another user or one that /proc hides."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

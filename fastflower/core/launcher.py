@@ -74,7 +74,7 @@ def _is_rank() -> bool:
 
 
 def _sibling_runs() -> bool:
-    """Whether another process has this rank's port and another rank number."""
+    """True if another process has this rank's port and another rank number."""
     port, rank = (f"\0{name}={os.environ[name]}\0" for name in ("MASTER_PORT", "RANK"))
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():

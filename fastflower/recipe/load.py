@@ -234,7 +234,7 @@ def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a value, and every number in its lists and maps, is neither infinite nor NaN."""
+    """True if a value, and every number in its lists and maps, is neither infinite nor NaN."""
     if isinstance(value, dict):
         return all(_is_finite(item) for pair in value.items() for item in pair)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""How a rank ends: refused before training, failed during it. Imports nothing heavy, so that refusals come at once."""
+"""The ends of a rank: refused before training, failed during it. Imports nothing heavy, so refusals come at once."""
 
 from __future__ import annotations
 

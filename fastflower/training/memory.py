@@ -35,7 +35,7 @@ SHORTAGE = re.compile(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says, in any of torch's and CUDA's words, that memory was short."""
+    """True if an error says, in any of torch's and CUDA's words, that memory was short."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(SHORTAGE.search(str(error)))

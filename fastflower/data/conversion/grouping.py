@@ -31,7 +31,7 @@ Embed = Callable[[Iterable[np.ndarray]], np.ndarray]  # images uint8 (H, W, 3) t
 
 
 def wants_hashing(recipe: Recipe, table: LabelTable, side: int) -> bool:
-    """Decide whether to compute perceptual hashes of images stored at a short side; prints the decision of data.group=auto."""
+    """True if perceptual hashes are computed, for images stored at a short side; prints data.group=auto's choice."""
     if table.source.images_per_row > 1:
         if recipe.data.group in ("phash", "embedding"):
             raise InputError(

@@ -26,7 +26,7 @@ SYSTEM_NAMES = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path has a hidden or system entry in it, such as .ipynb_checkpoints/, @eaDir/, ._a.jpg or Thumbs.db.
+    """True if a path has a hidden or system entry in it, such as .ipynb_checkpoints/, @eaDir/, ._a.jpg or Thumbs.db.
 
     Such entries are copies and leftovers of other programs, never images, classes or rows of a table.
     """
@@ -78,7 +78,7 @@ def list_images(root: Path) -> Listing:
 
 
 def has_class_folders(root: Path) -> bool:
-    """Whether a folder has subfolders that can be classes."""
+    """True if a folder has subfolders that can be classes."""
     return any(entry.is_dir() and not is_hidden(entry.name) for entry in root.iterdir())
 
 
