@@ -9,12 +9,15 @@ from composer.loggers import Logger
 from fastflower.data.transforms.augment import augment
 from fastflower.recipe.schema import Aug
 
+KEYS = ("key", "strong_key")  # of a batch's images, and of its unlabelled ones
+
 
 class DeviceAugment(Algorithm):
     """AFTER_DATALOADER: move the batch to the device and augment each image with its own key.
 
-    "image" becomes float32 (B, 3, H, W) in 0..255, channels last. `fill` (3,), in 0..255, is the colour of erased
-    boxes. With `pairs`, the two halves of each image are augmented independently.
+    Keys stay on the host, where all random numbers are drawn. "image" becomes float32 (B, 3, H, W) in 0..255,
+    channels last. `fill` (3,), in 0..255, is the colour of erased boxes. With `pairs`, the two halves of each image
+    are augmented independently.
     """
 
     def __init__(self, aug: Aug, erase_p: float, *, fill: tuple[float, ...], pairs: bool = False) -> None:
@@ -28,9 +31,10 @@ class DeviceAugment(Algorithm):
 
     @torch.no_grad()
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
-        batch = state.device.batch_to_device(state.batch)
+        keys = {name: state.batch[name] for name in KEYS if name in state.batch}
+        batch = state.device.batch_to_device({k: v for k, v in state.batch.items() if k not in keys})
         self.fill = self.fill.to(batch["image"].device)
         images = augment(
-            batch["image"], batch["key"], aug=self.aug, erase_p=self.erase_p, fill=self.fill, pairs=self.pairs
+            batch["image"], keys["key"], aug=self.aug, erase_p=self.erase_p, fill=self.fill, pairs=self.pairs
         )
-        state.batch = {**batch, "image": images}
+        state.batch = {**batch, **keys, "image": images}

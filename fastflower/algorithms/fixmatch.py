@@ -32,10 +32,12 @@ def unlabelled_weight(epoch: int, step: int, *, steps: int, lambda_u: float, ram
 
 
 class FixMatch(Algorithm):
-    """BEFORE_FORWARD: append the unlabelled views to the labelled images. AFTER_FORWARD: split their logits off.
-    AFTER_LOSS: add lambda_u times their loss. EPOCH_START, BATCH_END: reset and add up the epoch's counts.
+    """BATCH_START: augment the strong views. BEFORE_FORWARD: append the unlabelled views to the labelled images.
+    AFTER_FORWARD: split their logits off. AFTER_LOSS: add lambda_u times their loss. EPOCH_START, BATCH_END: reset
+    and add up the epoch's counts.
 
-    Works on a microbatch with "weak" and "strong" uint8 (b, mu, H, W, 3), "strong_key" and "truth" int64 (b, mu).
+    Works on a batch with "weak" and "strong" uint8 (B, mu, H, W, 3), "strong_key" and "truth" int64 (B, mu), the keys
+    on the host. Strong views become float32 (B, mu, 3, H, W), and the keys are taken out of the batch.
     `teacher`, in eval mode, labels the weak views in a forward pass of its own; None: the network labels them, as
     in the paper. `fill` (3,), in 0..255, is the colour of erased boxes.
 
@@ -74,11 +76,22 @@ class FixMatch(Algorithm):
     def _handlers(self) -> dict[Event, Any]:
         return {
             Event.EPOCH_START: self._reset,
+            Event.BATCH_START: self._augment_strong,
             Event.BEFORE_FORWARD: self._append_views,
             Event.AFTER_FORWARD: self._split_logits,
             Event.AFTER_LOSS: self._add_loss,
             Event.BATCH_END: self._count,
         }
+
+    @torch.no_grad()
+    def _augment_strong(self, state: State) -> None:
+        if self.semi.method == "fixmatch":
+            batch = dict(state.batch)
+            images, keys = batch["strong"], batch.pop("strong_key").flatten()
+            views = augment(
+                images.flatten(0, 1), keys, aug=self.aug, erase_p=self.erase_p, fill=self.fill
+            ).unflatten(0, images.shape[:2])
+            state.batch = {**batch, "strong": views}
 
     def _append_views(self, state: State) -> None:
         batch = state.batch
@@ -90,9 +103,7 @@ class FixMatch(Algorithm):
         if self.teacher is None or self.semi.method == "pseudo":
             views.append(weak)
         if self.semi.method == "fixmatch":
-            images, keys = batch["strong"].flatten(0, 1), batch["strong_key"].flatten()
-            with torch.no_grad():
-                views.append(augment(images, keys, aug=self.aug, erase_p=self.erase_p, fill=self.fill))
+            views.append(batch["strong"].flatten(0, 1))
         state.batch = {**batch, "image": torch.cat([batch["image"], *views])}
 
     def _split_logits(self, state: State) -> None:

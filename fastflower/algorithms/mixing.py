@@ -20,8 +20,8 @@ def mix_probability(recipe: Recipe, epoch: int) -> float:
 class MixUpCutMix(Algorithm):
     """BATCH_START: mix the batch and write "target", a function of (seed, epoch, step), the same on every rank.
 
-    "target" is float32 (B, C) for every batch, mixed or not. With `teacher`, probabilities (rows of the training
-    beton, C), it is (B, 2C): the labels' targets, then the teacher's.
+    "target" is float32 (B, C) for every batch, mixed or not; "key" is taken out of the batch. With `teacher`,
+    probabilities (rows of the training beton, C), it is (B, 2C): the labels' targets, then the teacher's.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, teacher: Tensor | None = None) -> None:
@@ -60,4 +60,5 @@ class MixUpCutMix(Algorithm):
             alpha=alpha,
             teacher=teacher_rows,
         )
-        state.batch = {**batch, "image": images, "target": targets}
+        rest = {name: column for name, column in batch.items() if name != "key"}
+        state.batch = {**rest, "image": images, "target": targets}

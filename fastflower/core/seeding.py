@@ -2,7 +2,8 @@
 
 There is no state, so workers, ranks and resumed runs draw the same numbers. The hash is SplitMix64 (Steele, Lea,
 Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014). It is implemented for NumPy, for torch on any
-device, and in data/decode/decode.c; tests require equal bits.
+device, and in data/decode/decode.c; tests require equal bits. Numbers per row are drawn on the host: a GPU would
+launch ten kernels for each; only noise, a number per pixel, is drawn on the device.
 """
 
 from __future__ import annotations
@@ -68,9 +69,11 @@ def hash64_tensor(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniform_tensor(keys: torch.Tensor, stream: int) -> torch.Tensor:
-    """`uniform` for int64 keys (B,) on any device: float32 (B,), rounded down so that it stays below 1."""
-    salt = _signed(int(hash64(np.uint64(stream))))
-    return _shift(hash64_tensor(keys ^ salt), 40).float() * 2.0**-24
+    """`uniform` for int64 keys on the host, of any shape: float32, rounded down so that it stays below 1."""
+    import torch  # see seed_all
+
+    bits = hash64(keys.numpy().view(np.uint64) ^ hash64(np.uint64(stream))) >> np.uint64(40)
+    return torch.from_numpy(bits.astype(np.float32) * np.float32(2.0**-24))
 
 
 def seed_all(*values: int) -> None:

@@ -79,7 +79,7 @@ def test_a_run_knows_its_memory_before_it_starts(emulation, tmp_path: Path):
     assert "tf32 False False" in done.stdout
     run = Run(exp="fits", backbone="convnextv2_atto", fold=0, seed=42)
     assert checkpoint.load(run.checkpoints("last")[-1]).training_state["scaler"] == {}  # of bfloat16
-    (row,) = (row for row in runs.read_events(run.events_path) if row["event"] == "epoch")
+    (row,) = (row for row in runs.read_events(run.events_path, []) if row["event"] == "epoch")
     assert 0 < row["gpu_peak_mb"] < 1000
 
 
@@ -89,3 +89,33 @@ def test_a_gpu_that_holds_no_image_is_refused_in_one_line(emulation, tmp_path: P
     assert done.returncode == 4
     assert "a microbatch of 1 image does not fit" in done.stderr and "grad_checkpointing=true" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+WAITS = """
+from emu import *
+from fastflower import train
+from fastflower.callbacks.progress import Progress
+from fastflower.core import errors
+batch_end, seen = Progress.batch_end, []
+def counted(self, state, logger):
+    batch_end(self, state, logger)
+    seen.append(count("streamsync") + count("devsync"))
+    print("waits", *(b - a for a, b in zip(seen, seen[1:])), flush=True)
+Progress.batch_end = counted
+sys.argv[0] = "train.py"
+errors.run_command(train.main)
+"""
+
+
+def test_a_step_waits_for_the_gpu_four_times(emulation, tmp_path: Path):
+    """Composer reads the loss twice and the size of the batch, and the gradient guard the norm."""
+    toy_project.project(tmp_path)
+    Path("waits.py").write_text(WAITS)
+    words = ("model.drop_path=0", "train.batch_per_gpu=10", *toy_project.ONE, "exp.name=waits")
+    command = [sys.executable, "waits.py", "tiny.yaml", "model.backbone=convnextv2_atto", *words]
+    done = subprocess.run(
+        command, env={**emulation, "FAKE_MB": "1000"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("waits")]
+    assert steps[-1][-2:] == ["4", "4"], steps[-1]

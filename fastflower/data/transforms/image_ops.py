@@ -1,9 +1,9 @@
 """Batched pixel operations: every row of a batch has its own strength, without a loop over rows.
 
-Images are float32 (B, 3, H, W) in 0..255, of any memory format (planar is fastest on a CPU); strengths are
-(B,) on the same device. Operations may overwrite their input: use only the result. A row's result does not depend
-on the other rows. Formulas are those of `torchvision.transforms.v2.functional` for float images; docstrings mention
-the differences.
+Images are float32 (B, 3, H, W) in 0..255 on any device, of any memory format (planar is fastest on a CPU);
+strengths are (B,) on the host, where arithmetic with them costs no kernel launch. Operations may overwrite their
+input: use only the result. A row's result does not depend on the other rows. Formulas are those of
+`torchvision.transforms.v2.functional` for float images; docstrings mention the differences.
 
 Products and sums are used instead of `lerp`, `addcmul` and `where`: the first two round differently in vector tails
 and on GPUs, `where` costs a CPU twenty times an addition.
@@ -22,9 +22,14 @@ from fastflower.core import seeding
 RADIUS = 3  # pixels, of the blur
 
 
-def column(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
-    return values.view(-1, 1, 1, 1)
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device; from pinned memory, so that the host does not wait for the GPU's earlier work."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def column(values: Tensor, x: Tensor) -> Tensor:
+    """Host values (B,) as (B, 1, 1, 1) on the device of x."""
+    return on_device(values, x.device).view(-1, 1, 1, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -33,20 +38,20 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def grey(x: Tensor) -> Tensor:
-    """Luminance (B, 1, H, W) with ITU-R 601 weights as torchvision rounds them."""
+def grey(x: Tensor, scale: int = 1) -> Tensor:
+    """Luminance (B, 1, H, W), times `scale`, with ITU-R 601 weights as torchvision rounds them."""
     red, green, blue = x.split(1, 1)
-    return (red * 0.2989).add_(green * 0.587).add_(blue * 0.114)
+    return (red * (0.2989 * scale)).add_(green * (0.587 * scale)).add_(blue * (0.114 * scale))
 
 
 def blend(x: Tensor, degenerate: Tensor, factor: Tensor) -> Tensor:
     """factor * x + (1 - factor) * degenerate, clamped to 0..255."""
-    factor = column(factor)
-    return x.mul_(factor).add_(degenerate * (1 - factor)).clamp_(0, 255)
+    factor, rest = on_device(torch.stack([factor, 1 - factor]), x.device).view(2, -1, 1, 1, 1)
+    return x.mul_(factor).add_(degenerate * rest).clamp_(0, 255)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return x.mul_(column(factor)).clamp_(0, 255)
+    return x.mul_(column(factor, x)).clamp_(0, 255)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
     The mean is taken over sixteenths of a grey level: sums of whole numbers are exact in any order, hence
     the same for every batch and device (sides up to 4096), within 0.03 of the plain mean.
     """
-    sixteenths = (grey(x) * 16).round_().sum(3).double().sum(2)
+    sixteenths = grey(x, 16).round_().sum(3).sum(2, dtype=torch.float64)
     mean = (sixteenths / (16 * x.shape[2] * x.shape[3])).float()
     return blend(x, mean[:, :, None, None], factor)
 
@@ -75,7 +80,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = high - low
     distance = (red - green).sub_(blue).add_(low).div_(chroma.clamp(min=1e-6)).add_(2)
-    angle = distance.copysign_(blue - green).add_(3 + 6 * column(shift))
+    angle = distance.copysign_(blue - green).add_(column(3 + 6 * shift, x))
     angle.sub_((angle * (1 / 6)).floor_().mul_(6))
     complements = constant((3.0, 5.0, 1.0), x.device).view(1, 3, 1, 1)
     depth = (angle - complements).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)  # 2 - d = ||h - c| - 3| - 1
@@ -93,13 +98,13 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
 
 def posterize(x: Tensor, bits: Tensor) -> Tensor:
     """Keep the upper `bits` (whole numbers 0..8) of each value."""
-    step = column(torch.exp2(8 - bits).round())  # a GPU's exp2 need not be exact
+    step = column(torch.exp2(8 - bits), x)
     return (x.round() / step).floor_().mul_(step)
 
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:
     """Invert the values from the threshold up."""
-    return torch.where(x >= column(threshold), 255 - x, x)
+    return torch.where(x >= column(threshold, x), 255 - x, x)
 
 
 def autocontrast(x: Tensor) -> Tensor:
@@ -111,9 +116,14 @@ def autocontrast(x: Tensor) -> Tensor:
 
 
 def _histograms(values: Tensor) -> Tensor:
-    """Int64 (N, 256): counts of the levels 0..255 in each row of values, int64 (N, pixels)."""
-    offsets = 256 * torch.arange(len(values), device=values.device)[:, None]
-    return torch.bincount((values + offsets).reshape(-1), minlength=256 * len(values)).view(-1, 256)
+    """Int64 (N, 256): counts of the levels 0..255 in each row of values, int64 (N, pixels).
+
+    Not `bincount`, for which the host waits until a GPU has found the largest level.
+    """
+    ones = torch.ones(1, 1, dtype=torch.int64, device=values.device).expand_as(values)
+    return torch.zeros(len(values), 256, dtype=torch.int64, device=values.device).scatter_add_(
+        1, values, ones
+    )
 
 
 def equalize(x: Tensor) -> Tensor:
@@ -142,7 +152,7 @@ def clahe(x: Tensor, clip: Tensor, tiles: int) -> Tensor:
     columns = _mirrored(width, wide * tiles, device)
     padded = level[:, 0].long()[:, rows][:, :, columns].view(batch, tiles, tall, tiles, wide).transpose(2, 3)
     counts = _histograms(padded.reshape(batch * tiles**2, area)).view(batch, tiles**2, 256)
-    limit = (clip.double() * area / 256).long().clamp(min=1)[:, None, None]
+    limit = on_device((clip.double() * area / 256).long().clamp(min=1), device)[:, None, None]
     excess = (counts - limit).clamp(min=0).sum(2, keepdim=True)
     remainder = excess % 256
     bins = torch.arange(256, device=device)
@@ -183,39 +193,44 @@ def shuffle(x: Tensor, draw: Tensor) -> Tensor:
     first = (draw * 3).long()
     second = (first + 1 + (draw * 6).long() % 2) % 3
     order = torch.stack([first, second, 3 - first - second], 1)
-    return x[torch.arange(len(x), device=x.device)[:, None], order]
+    return x[torch.arange(len(x), device=x.device)[:, None], on_device(order, x.device)]
 
 
 def warp(x: Tensor, matrix: Tensor) -> Tensor:
     """Sample bilinearly at matrix (B, 2, 3) @ (column, row, 1), in pixels from the centre, mirrored at the border.
 
-    The result is planar whatever the memory format of x.
+    The matrix is on the host. The result is planar whatever the memory format of x.
     """
     height, width = x.shape[2:]
-    columns = torch.arange(width, device=x.device, dtype=torch.float32) - (width - 1) / 2
-    rows = torch.arange(height, device=x.device, dtype=torch.float32) - (height - 1) / 2
-    scale = constant((2 / width, 2 / height), x.device)[:, None]
-    across, down, shift = (matrix * scale).unsqueeze(2).unsqueeze(2).unbind(-1)  # each (B, 2, 1, 1)
-    grid = (across * columns) + (down * rows[:, None]).add_(shift)  # (B, 2, H, W)
+    scaled = matrix * torch.tensor([2 / width, 2 / height])[:, None]
+    across = scaled[:, :, :1] * _centred(width)  # (B, 2, W)
+    down = (scaled[:, :, 1:2] * _centred(height)).add_(scaled[:, :, 2:])  # (B, 2, H)
+    sides = on_device(torch.cat([across, down], 2), x.device)
+    grid = sides[:, :, None, :width] + sides[:, :, width:, None]  # (B, 2, H, W)
     return F.grid_sample(x, grid.permute(0, 2, 3, 1), "bilinear", "reflection", align_corners=False)
+
+
+def _centred(length: int) -> Tensor:
+    """Float32 (length,): distances in pixels from the centre of a side."""
+    return torch.arange(length, dtype=torch.float32) - (length - 1) / 2
 
 
 def rotation(degrees: Tensor) -> Tensor:
     """The matrix (B, 2, 3) that turns an image counter-clockwise about its centre."""
-    angle = torch.deg2rad(degrees.double())  # float64: its sine rounds to one float32 on every device
+    angle = torch.deg2rad(degrees.double())  # float64: its sine rounds to one float32 on every processor
     cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
     return torch.stack([cos, -sin, zero, sin, cos, zero], 1).float().view(-1, 2, 3)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of sigma (B,) pixels, cut at a radius of 3, mirrored at the border."""
-    offsets = torch.arange(-RADIUS, RADIUS + 1, device=x.device)
+    offsets = torch.arange(-RADIUS, RADIUS + 1)
     weights = torch.exp(-0.5 * (offsets / sigma.double()[:, None]) ** 2)
-    weights = (weights / weights.sum(1, keepdim=True)).float()
+    weights = on_device((weights / weights.sum(1, keepdim=True)).float(), x.device)[:, :, None, None, None]
     x = F.pad(x, [RADIUS] * 4, mode="reflect")
     for dim in (2, 3):
         side = x.shape[dim] - 2 * RADIUS
-        taps = [x.narrow(dim, k, side) * column(weights[:, k]) for k in range(2 * RADIUS + 1)]
+        taps = [x.narrow(dim, k, side) * weights[:, k] for k in range(2 * RADIUS + 1)]
         x = taps[0]
         for tap in taps[1:]:
             x = x.add_(tap)
@@ -223,33 +238,39 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def noise(x: Tensor, keys: Tensor, sigma: Tensor) -> Tensor:
-    """Add noise of standard deviation sigma (B,), one counter-based draw per value.
+    """Add noise of standard deviation sigma (B,), one counter-based draw per value; keys (B,) are on the host.
 
     A draw is the sum of the four 16-bit words of a hash: nearly normal (excess kurtosis -0.3), and exact on every
     device.
     """
     positions = torch.arange(x[0].numel(), device=x.device)
-    bits = seeding.hash64_tensor(seeding.hash64_tensor(keys)[:, None] ^ positions)
+    bits = seeding.hash64_tensor(on_device(seeding.hash64_tensor(keys), x.device)[:, None] ^ positions)
     total = (bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF) + (bits >> 48 & 0xFFFF)
     normal = (total - 2 * 0xFFFF).float().mul_(3**0.5 / 0x10000)
-    return x.add_(normal.view(x.shape).mul_(column(sigma))).clamp_(0, 255)
+    return x.add_(normal.view(x.shape).mul_(column(sigma, x))).clamp_(0, 255)
 
 
 def erase(x: Tensor, box: Tensor, fill: Tensor) -> Tensor:
-    """Fill box (B, 4) = top, left, height, width with `fill` (3,); height 0 changes nothing."""
-    top, left, height, width = box.view(-1, 4, 1, 1).unbind(1)
-    rows = torch.arange(x.shape[2], device=x.device)[:, None]
-    columns = torch.arange(x.shape[3], device=x.device)
-    down = ((rows >= top) & (rows < top + height)).float()
-    across = ((columns >= left) & (columns < left + width)).float()
-    inside = (down * across)[:, None]
+    """Fill box (B, 4) = top, left, height, width, on the host, with `fill` (3,) on the device of x; height 0 changes
+    nothing.
+    """
+    top, left, height, width = box[:, :, None].unbind(1)
+    down, across = spans(top, height, x.shape[2]), spans(left, width, x.shape[3])
+    sides = on_device(torch.cat([down, across], 1).float(), x.device)  # (B, H + W)
+    inside = sides[:, None, : x.shape[2], None] * sides[:, None, None, x.shape[2] :]
     return x.mul_(1 - inside).add_(inside * fill.view(1, 3, 1, 1))
+
+
+def spans(start: Tensor, size: Tensor, length: int) -> Tensor:
+    """Bool (B, length): the positions of a side from start (B, 1) to start + size."""
+    position = torch.arange(length)
+    return (position >= start) & (position < start + size)
 
 
 def flip_rows(images: Tensor, chosen: Tensor) -> Tensor:
     """Turn the chosen (B,) images upside down; any dtype, (B, H, W, C)."""
     batch, height = images.shape[:2]
-    down = torch.arange(height, device=images.device)
+    down = torch.arange(height)
     order = torch.where(chosen[:, None], height - 1 - down, down)
-    lines = order + height * torch.arange(batch, device=images.device)[:, None]
-    return images.reshape(batch * height, -1).index_select(0, lines.view(-1)).view(images.shape)
+    lines = on_device((order + height * torch.arange(batch)[:, None]).view(-1), images.device)
+    return images.reshape(batch * height, -1).index_select(0, lines).view(images.shape)

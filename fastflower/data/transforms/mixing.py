@@ -18,6 +18,7 @@ from scipy import special
 from torch import Tensor
 
 from fastflower.core import seeding
+from fastflower.data.transforms import image_ops
 
 Kind = Literal["none", "mixup", "cutmix"]
 APPLIED, METHOD, WEIGHT, CENTRE_ROW, CENTRE_COLUMN = range(3000, 3005)  # random streams
@@ -54,10 +55,10 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mix each row i with row (i + B/2) mod B.
 
-    Images are float (B, 3, H, W), labels and keys int64 (B,). Returns images of the same dtype and memory format,
-    and float32 targets (B, num_classes) whose rows sum to 1. A teacher's probabilities (B, C) are mixed alike and
-    appended to the targets' columns. Ranks that hold every world-th row of a global batch form the same pairs as
-    one rank would, if their batches are even. A batch of one row is not mixed.
+    Images are float (B, 3, H, W), labels int64 (B,), keys int64 (B,) on the host. Returns images of the same dtype
+    and memory format, and float32 targets (B, num_classes) whose rows sum to 1. A teacher's probabilities (B, C) are
+    mixed alike and appended to the targets' columns. Ranks that hold every world-th row of a global batch form the
+    same pairs as one rank would, if their batches are even. A batch of one row is not mixed.
     """
     targets = F.one_hot(labels, num_classes).float()
     if teacher is not None:
@@ -67,32 +68,33 @@ def mix(
         return images, targets
     weight = beta(keys, alpha)
     if kind == "mixup":
-        visible = (1 - weight)[:, None, None, None]
+        visible = image_ops.column(1 - weight, images)
     else:
-        visible, weight = boxes(keys, weight, images.shape[2:])
+        down, across, weight = boxes(keys, weight, images.shape[2:])
+        sides = image_ops.on_device(torch.cat([down, across], 1), images.device)  # (B, H + W)
+        visible = sides[:, None, : down.shape[1], None] & sides[:, None, None, down.shape[1] :]
     visible = visible.to(images.dtype)  # weight of the partner, by pixel
-    weight = weight[:, None]
+    own, partner = image_ops.on_device(torch.stack([weight, 1 - weight]), images.device)[:, :, None]
     mixed = _partners(images, half).mul_(visible).add_(images * (1 - visible))
-    return mixed, targets * weight + _partners(targets, half) * (1 - weight)
+    return mixed, targets * own + _partners(targets, half) * partner
 
 
 def beta(keys: Tensor, alpha: float) -> Tensor:
     """Draws (B,), float32, from Beta(alpha, alpha): the quantile function at each key's uniform number.
 
-    Interpolated between 4097 knots: probabilities are within 1/4096 everywhere, values within 1e-4 on average. Only
-    products and sums, hence equal on every device.
+    Interpolated between 4097 knots: probabilities are within 1/4096 everywhere, values within 1e-4 on average.
     """
-    table = _quantiles(alpha, keys.device)
+    table = _quantiles(alpha)
     position = seeding.uniform_tensor(keys, WEIGHT) * KNOTS
     knot = position.long()
     low, high = table[knot], table[knot + 1]
     return low + (high - low) * (position - knot)
 
 
-def boxes(keys: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Bool (B, 1, H, W), true in the CutMix box, and the fraction of pixels outside it, float32 (B,).
+def boxes(keys: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows (B, H) and columns (B, W) of the CutMix boxes, bool, and the fraction of pixels outside, float32 (B,).
 
-    `size` is (height, width). The box has sqrt(1 - weight) of each side and a uniform centre, and is cut at the border.
+    `size` is (height, width). A box has sqrt(1 - weight) of each side and a uniform centre, and is cut at the border.
     """
     height, width = size
     side = (1 - weight.double()).sqrt()
@@ -101,15 +103,14 @@ def boxes(keys: Tensor, weight: Tensor, size: Sequence[int]) -> tuple[Tensor, Te
         _span(keys, CENTRE_COLUMN, side=side, length=width),
     )
     area = down.sum(1) * across.sum(1)
-    return (down[:, :, None] & across[:, None])[:, None], 1 - area / (height * width)
+    return down, across, 1 - area / (height * width)
 
 
 def _span(keys: Tensor, stream: int, *, side: Tensor, length: int) -> Tensor:
     """Bool (B, length): positions within a span of floor(side * length) around a uniform centre."""
     size = (side * length).floor()
     start = (seeding.uniform_tensor(keys, stream) * length).floor() - (size / 2).floor()
-    position = torch.arange(length, device=keys.device)
-    return (position >= start[:, None]) & (position < (start + size)[:, None])
+    return image_ops.spans(start[:, None], size[:, None], length)
 
 
 def _partners(rows: Tensor, half: int) -> Tensor:
@@ -117,6 +118,5 @@ def _partners(rows: Tensor, half: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _quantiles(alpha: float, device: torch.device) -> Tensor:
-    knots = special.betaincinv(alpha, alpha, np.linspace(0, 1, KNOTS + 1))
-    return torch.from_numpy(knots).float().to(device)
+def _quantiles(alpha: float) -> Tensor:
+    return torch.from_numpy(special.betaincinv(alpha, alpha, np.linspace(0, 1, KNOTS + 1))).float()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import AugMix, InterpolationMode, RandAugment, RandomErasing
 from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2 import functional as tv
@@ -77,6 +78,21 @@ def test_without_augmentation_only_the_dtype_changes(aug: Aug) -> None:
     images = pictures(6)
     erase_p = 1.0 if aug.strength == 0 else 0.0
     assert torch.equal(augment(images, keys_of(6), aug=aug, erase_p=erase_p, fill=FILL), floats(images))
+
+
+def test_a_shift_is_a_random_crop_of_the_padded_image() -> None:
+    images, keys = pictures(400, 20, 40), keys_of(400)
+    out = augment(images, keys, aug=changed(translate=[0.1, 0.1]), erase_p=0, fill=FILL)
+    padded = np.pad(images.numpy(), ((0, 0), (2, 2), (4, 4), (0, 0)), mode="symmetric")
+    offsets = set()
+    for got, image in zip(out.permute(0, 2, 3, 1).numpy(), padded, strict=True):
+        crops = {
+            (y, x): np.abs(image[y : y + 20, x : x + 40] - got).max() for y in range(5) for x in range(9)
+        }
+        nearest = min(crops, key=lambda offset: crops[offset])
+        assert crops[nearest] < 0.01
+        offsets.add(nearest)
+    assert len(offsets) == 45  # every shift of whole pixels
 
 
 @pytest.mark.parametrize("aug", [Aug(), EVERYTHING], ids=["default", "everything"])
@@ -328,6 +344,41 @@ def test_strength_scales_linearly() -> None:
     )
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations on meta tensors that would launch a kernel, and copies from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.copies = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (list, tuple)) else [result]
+        on_device = any(isinstance(output, Tensor) and output.is_meta for output in outputs)
+        if on_device and not (function.is_view or "split" in str(function) or "empty" in str(function)):
+            from_host = "_to_copy" in str(function) and not args[0].is_meta
+            self.copies += from_host
+            self.kernels += not from_host
+        return result
+
+
+def test_the_default_augmentation_launches_few_kernels() -> None:
+    images, fill = (
+        torch.empty(64, 224, 224, 3, dtype=torch.uint8, device="meta"),
+        torch.empty(3, device="meta"),
+    )
+    with Launches() as count:
+        augment(images, keys_of(64), aug=Aug(), erase_p=0.1, fill=fill)
+    assert count.kernels < 60 and count.copies < 10
+
+
+def test_no_operation_waits_for_the_device() -> None:
+    """Meta tensors have no values: reading one on the host, as `item` and `nonzero` do, raises."""
+    images = torch.empty(64, 32, 32, 3, dtype=torch.uint8, device="meta")
+    out = augment(images, keys_of(64), aug=EVERYTHING, erase_p=0.5, fill=FILL)
+    assert out.is_meta and out.shape == (64, 3, 32, 32)
+
+
 def test_constants_are_made_once() -> None:
     assert image_ops.constant(FILL, torch.device("cpu")) is image_ops.constant(FILL, torch.device("cpu"))
 
@@ -335,12 +386,12 @@ def test_constants_are_made_once() -> None:
 @pytest.mark.gpu
 def test_gpu_equals_cpu_within_rounding() -> None:
     images, keys = pictures(64), keys_of(64)
-    default = augment(images.cuda(), keys.cuda(), aug=Aug(), erase_p=0.3, fill=FILL)
+    default = augment(images.cuda(), keys, aug=Aug(), erase_p=0.3, fill=FILL)
     assert default.is_cuda and default.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(
         default.cpu(), augment(images, keys, aug=Aug(), erase_p=0.3, fill=FILL), atol=0.02, rtol=0
     )
-    everything = augment(images.cuda(), keys.cuda(), aug=EVERYTHING, erase_p=0.3, fill=FILL).cpu()
+    everything = augment(images.cuda(), keys, aug=EVERYTHING, erase_p=0.3, fill=FILL).cpu()
     difference = (everything - augment(images, keys, aug=EVERYTHING, erase_p=0.3, fill=FILL)).abs()
     assert (
         difference > 0.5
