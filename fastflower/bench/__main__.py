@@ -1,4 +1,4 @@
-"""Benchmarks on this machine: `python -m fastflower.bench loader|decoder|convert|predict|fuzz [--help]`."""
+"""Benchmarks on this machine: `python -m fastflower.bench NAME [--help]`, NAME being one of BENCHES."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from fastflower.core import errors
 
-BENCHES = ("loader", "decoder", "convert", "predict", "fuzz")
+BENCHES = ("loader", "step", "decoder", "convert", "predict", "fuzz", "attack", "backbones")
 
 
 def main(argv: list[str]) -> int | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastflower.bench import peers
 from fastflower.bench.pictures import RATIO, SCALE, Epoch, Pictures, pooled, stored_side
+from fastflower.core.errors import EnvironmentFault
 from fastflower.data.decode.kernel import Crop, library
 
 
@@ -75,7 +76,13 @@ CONTENDERS: dict[str, Callable[[Pictures, int, int], Epoch]] = {
     "fastflower pre-scaled jpeg": functools.partial(fastflower, kind="jpeg"),
     "fastflower pre-scaled raw": functools.partial(fastflower, kind="raw"),
 }
-NEEDS = {"simplejpeg": "simplejpeg", "DALI": "nvidia.dali", "SPDL": "spdl.io", "TensorFlow": "tensorflow"}
+NEEDS = {
+    "ffcv": "ffcv",
+    "simplejpeg": "simplejpeg",
+    "DALI": "nvidia.dali",
+    "SPDL": "spdl.io",
+    "TensorFlow": "tensorflow",
+}
 
 
 def missing(name: str) -> str | None:
@@ -87,6 +94,15 @@ def missing(name: str) -> str | None:
         return None if importlib.util.find_spec(module) else module
     except ModuleNotFoundError:  # the parent package is missing
         return module
+
+
+def check_stock() -> None:
+    """Raise EnvironmentFault where FFCV, with which the others are compared, is not installed."""
+    if missing(STOCK):
+        raise EnvironmentFault(
+            "this compares with FFCV, which is not installed; pip install -e '.[ffcv]' builds it (needs "
+            "libturbojpeg0-dev, libopencv-dev and pkg-config); everything else works without"
+        )
 
 
 def _loads(library: str) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from fastflower.bench.contenders import check_stock
 from fastflower.bench.pictures import photographs
 from fastflower.core.errors import InputError
 from fastflower.core.files import write_json
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     if not args.probe and not (args.data.is_dir() and photographs(args.data, 1)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
+    check_stock()
     import fastflower.data.conversion.pipeline  # noqa: F401  # before any clock starts, after all refusals
 
     if args.probe:

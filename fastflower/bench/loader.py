@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastflower.bench.contenders import CONTENDERS, STOCK, available
+from fastflower.bench.contenders import CONTENDERS, STOCK, available, check_stock
 from fastflower.bench.pictures import Epoch, Pictures, photographs
 from fastflower.bench.startup import process_start, refusals, starts
 from fastflower.core.errors import InputError
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int | None:
     args = parser.parse_args(argv)
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
+    check_stock()
     if args.probe:
         name, work = args.probe
         print(

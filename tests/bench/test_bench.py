@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastflower.bench import contenders, decoder
+from fastflower.bench import contenders, decoder, step
 from fastflower.bench.__main__ import main
 from fastflower.bench.contenders import CONTENDERS, STOCK
 from fastflower.bench.pictures import Pictures, photographs
@@ -49,7 +49,7 @@ def test_decoding_alone_reads_every_photograph(folder: Path, tmp_path: Path) -> 
 
 
 def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="bench: got speed, choose from loader, decoder"):
+    with pytest.raises(InputError, match="bench: got speed, choose from loader, "):
         main(["speed"])
     with pytest.raises(InputError, match="bench: got nothing"):
         main([])
@@ -118,3 +118,45 @@ def test_the_predictor_is_compared_with_the_plain_loop(
         main(["predict", "--data", str(tmp_path / "absent")])
     with pytest.raises(InputError, match=r"bundle.half.*gpu"):
         main([*arguments, "--half", "some"])
+
+
+@pytest.mark.slow
+def test_trainers_take_turns_and_the_table_has_their_ratio(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(9, 25):
+        (folder / f"{i}.jpg").write_bytes((folder / f"{i % 9}.jpg").read_bytes())
+    words = [
+        "--data",
+        str(folder),
+        "--backbone",
+        "test_resnet",
+        "--size",
+        "32",
+        "--batch",
+        "8",
+        "--rounds",
+        "1",
+    ]
+    main(["step", *words, "--trainers", "same", "plain", "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["trainer"] for row in rows] == [step.TITLES["same"], step.TITLES["plain"]]
+    assert rows[0]["ratio"] == 1.0
+    assert all(row["images_per_s"] > 0 and row["peak_mb"] > 100 for row in rows)
+    assert "| test_resnet, 32, 8 | plain loop" in capsys.readouterr().out
+
+
+def test_too_few_photographs_for_two_steps_are_refused(folder: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"9 photographs: an epoch needs two batches of 32 .* give 85 or more"
+    ):
+        main(["step", "--data", str(folder)])
+
+
+def test_a_trainer_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    settings = step.Settings(
+        project=str(tmp_path), ffcv="", classes=2, backbone="no_such_network", size=32, batch=2, epochs=1,
+        threads=1, device="cpu",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"(?s)plain has ended: .*no_such_network"):
+        step.Contender.start("plain", settings, tmp_path)
