@@ -88,14 +88,22 @@ class Networks:
         return self.logits(pictures)
 
     def fuse(self, logits: np.ndarray) -> np.ndarray:
-        """Logits divided by T, float64 (N, C): the mean over views, then the weighted mean over members.
+        """Logits divided by T, float64 (N, C): the mean or votes of the views, then the weighted mean over members.
 
-        A member whose logits of a picture are not finite has weight 0 there; NaN where no member is finite.
+        It is the mean of the members' logits, or the log of that of their probabilities. A member whose logits of a
+        picture are not finite has weight 0 there; NaN where no member is finite.
         """
+        # twin of reduce_views and combine in fastflower/evaluation/logits.py
         means = logits.astype(np.float64).mean(axis=2)  # (N, members, C)
+        if self.bundle["reduce"] == "vote":
+            votes = (logits.argmax(axis=3)[..., None] == np.arange(logits.shape[3])).sum(axis=2)
+            means = np.log((votes + softmax(means)) / (logits.shape[2] + 1))
         weights = np.isfinite(means).all(axis=2) * np.array([member["weight"] for member in self.members])
         with np.errstate(invalid="ignore"):
             weights = weights / weights.sum(axis=1, keepdims=True)
+        if self.bundle["space"] == "probabilities":
+            total = (np.nan_to_num(softmax(means)) * weights[:, :, None]).sum(axis=1)
+            return np.log(np.maximum(total, 1e-30)) / self.bundle["temperature"]
         return (np.nan_to_num(means) * weights[:, :, None]).sum(axis=1) / self.bundle["temperature"]
 
     def device_and_precision(self) -> str:
@@ -207,6 +215,13 @@ class Networks:
         with torch.jit.optimized_execution(False):  # saves the profiling of the first two runs
             logits = self.programs[program["file"]](floats, *inputs)
         return np.array(logits.tolist(), dtype=np.float32)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis; NaN where a logit is not finite."""
+    with np.errstate(invalid="ignore"):
+        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return odds / odds.sum(axis=-1, keepdims=True)
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:

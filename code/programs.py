@@ -27,14 +27,16 @@ dropout dropout_ einsum elu elu_ eq erf exp expand expand_as flatten flip floor 
 gelu gelu_ glu grid_sampler group_norm gt hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_
 im2col index index_select instance_norm layer_norm le leaky_relu leaky_relu_ linalg_vector_norm linear log
 log_sigmoid log_softmax logical_and logical_not logical_or lstm lt masked_fill masked_fill_ matmul max
-max_pool2d maximum mean meshgrid min minimum mish mish_ movedim mul mul_ narrow ne neg norm ones pad permute
-pixel_shuffle pixel_unshuffle pow prelu reciprocal reflection_pad2d relu relu6 relu6_ relu_ remainder repeat
+max_pool2d maximum mean meshgrid min minimum mish mish_ movedim mul mul_ narrow ne neg norm one_hot ones pad
+permute pixel_shuffle pixel_unshuffle pow prelu reciprocal reflection_pad2d relu relu6 relu6_ relu_ remainder repeat
 repeat_interleave replication_pad2d reshape reshape_as rms_norm roll rsqrt rsub scaled_dot_product_attention
 select selu selu_ sigmoid sigmoid_ silu silu_ sin size slice softmax softplus split split_with_sizes sqrt
-square squeeze stack std sub sub_ sum t tanh tanh_ to transpose tril triu type_as unbind unfold unsqueeze
-unsqueeze_ upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var view where zeros
+square squeeze stack std sub sub_ sum t tanh tanh_ tile to transpose tril triu type_as unbind unfold unsqueeze
+unsqueeze_ upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d
+upsample_nearest2d var view where zeros
 """
 CONVERSIONS = frozenset({"int", "float", "bool"})
+PRIMITIVES = frozenset({"ops.prim.NumToTensor", "ops.prim.device"})  # a number as tensor, a tensor's device
 TYPES = frozenset(
     {"List[Tensor]", "List[Optional[Tensor]]", "List[int]", "Optional[Tensor]", "Optional[int]"}
 )
@@ -166,7 +168,7 @@ class _Check:
         values = [*node.args, *(keyword.value for keyword in node.keywords)]
         if called == "annotate" and len(values) == 2 and ast.unparse(values[0]) in TYPES:
             values = values[1:]
-        elif called not in CONVERSIONS and called != "ops.prim.NumToTensor":
+        elif called not in CONVERSIONS and called not in PRIMITIVES:
             module, _, operator = called.partition(".")
             if module != "torch" or operator not in OPERATORS.split():
                 _refuse(node, f"a call of {called[:60]}")

@@ -7,10 +7,7 @@ with its network before it is written.
 from __future__ import annotations
 
 import copy
-import io
-import re
-import runpy
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fastflower.bundle.description import FusedNorm
+from fastflower.bundle.tracing import compile_text, text_and_constants
 from fastflower.core.errors import InputError
+from fastflower.model.network import NetworkSpec
 
 TOLERANCE = 1e-4  # largest difference of fp32 logits between predictor and trainer
 BATCHES = (1, 2, 5)
-CODE = Path(__file__).resolve().parents[2] / "code"
 CONVOLUTIONS = (nn.Conv2d, timm.layers.Conv2dSame)  # kinds that use their weight unchanged
 
 
@@ -62,15 +60,7 @@ def trace(
         if not stored and name not in computed:
             tensors[key] = value.clone()
         inputs.append(key)
-    with warnings.catch_warnings(), torch.no_grad():
-        # the tracer warns of every Python branch; the result is compared below
-        warnings.simplefilter("ignore")
-        program = torch.jit.trace(
-            with_weights(fused, list(weights)), (example, *weights.values()), check_trace=False
-        )
-    text, constants = text_and_constants(program)
-    if 'torch.device("cpu")' in text:
-        raise InputError(f"{title}: its program is bound to the CPU; choose another backbone or tta.scales")
+    text, constants = text_and_constants(fused, weights, example)
     for name, value in constants.items():
         inputs.append(f"{name}@{height}x{width}")
         tensors[inputs[-1]] = value
@@ -85,36 +75,46 @@ def trace(
     )
 
 
-def text_and_constants(program: Any) -> tuple[str, dict[str, Tensor]]:
-    """The text of a traced function, and the constant tensors that became arguments of it, by name.
+@torch.inference_mode()
+def try_export(spec: NetworkSpec, network: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise InputError for a network that could not be handed in after its training, at one of the views' sizes.
 
-    Single numbers are written into the text.
+    Tries networks of equal spec and sizes once in a process. Makes and runs the program of each size on the network's
+    device, with pictures that use up no random numbers. Logits may be 1 % off: `trace` compares them exactly.
     """
-    buffer = io.BytesIO()
-    torch.jit.save(program, buffer)
-    buffer.seek(0)
-    text, table = torch.jit.load(buffer).code_with_constants
-    text = text.replace("def forward(self,\n", "def forward(", 1)
-    arguments = {}
-    for name, value in table.const_mapping.items():
-        number = "" if value.ndim else f"ops.prim.NumToTensor({value.item()})"
-        written = number or f"constant_{name}"
-        text = re.sub(rf"\bCONSTANTS\.{name}\b", written, text)
-        if not number:
-            arguments[written] = value
-            text = text.replace(") -> Tensor:", f",\n    {written}: Tensor) -> Tensor:", 1)
-    return text, arguments
+    key = (spec, *sizes)
+    if key in _tried:
+        return
+    for height, width in sizes:
+        title = f"model.backbone = {spec.backbone} at {height}x{width}"
+        try:
+            fixed = fixed_size(network, height, width)
+            weights = {key: t.detach() for key, t in (*fixed.named_parameters(), *fixed.named_buffers())}
+            pixels = torch.arange(2 * 3 * height * width, device=next(iter(weights.values())).device)
+            images = (pixels * 997 % 256).float().view(2, 3, height, width)
+            text, constants = text_and_constants(fixed, weights, images)
+            program = compile_text(text, title)
+            with torch.jit.optimized_execution(False):
+                got = program(images[:1], *weights.values(), *constants.values())
+            want = fixed(images[:1])
+        except InputError:
+            raise
+        except Exception as error:  # the tracer and the networks raise many kinds
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"{title}: it cannot be exported for the predictor ({reason}); choose another backbone"
+            ) from None
+        if got.shape != want.shape or not float((got - want).abs().max()) <= 0.01 * max(
+            1.0, float(want.abs().max())
+        ):
+            raise InputError(
+                f"{title}: its program follows the batch or the values of the images that it was traced with; "
+                "choose another backbone"
+            )
+    _tried.add(key)
 
 
-def compile_text(text: str, title: str) -> Any:
-    """Compile a program as the predictor does; InputError for one that the predictor would refuse."""
-    predictor = runpy.run_path(str(CODE / "programs.py"))
-    try:
-        return predictor["compile_program"](text)
-    except predictor["Refused"] as error:
-        raise InputError(
-            f"{title}: its program {error}, which the predictor does not run; choose another backbone"
-        ) from None
+_tried: set[tuple[Any, ...]] = set()  # what try_export found to work
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
 
     Inside the program these steps would fix the dtype and device of this machine.
     """
-    network = copy.deepcopy(network)
+    network = copy.deepcopy(network).eval()
     modules: list[Any] = list(network.modules())  # timm's, whose attributes nn.Module does not declare
     masked = [module for module in modules if getattr(module, "dynamic_mask", False)]
     for module in modules:
@@ -188,12 +188,12 @@ def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
         module.get_attn_mask = _remembered(module)
     if masked:
         with torch.no_grad():
-            network(torch.zeros(1, 3, height, width))
+            network(torch.zeros(1, 3, height, width, device=next(network.parameters()).device))
     for module in masked:
         del module.get_attn_mask
         module.dynamic_mask = False
     for module in modules:
-        if type(module) is GlobalResponseNorm:
+        if isinstance(module, GlobalResponseNorm):  # timm's, or the lean one of training
             module.__class__ = QuickResponseNorm
     return network.eval()
 
@@ -201,15 +201,16 @@ def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
 class QuickResponseNorm(GlobalResponseNorm):
     """ConvNeXt V2's response norm in fewer passes over its input.
 
-    On a CPU torch's norm over two axes takes four times as long as the mean of squares. Dividing by 32 first keeps
-    the squares within half precision for inputs up to 8000.
+    On a CPU torch's norm over two axes takes four times as long as the mean of squares. The squares are in float32,
+    because in half precision an input of 256 has an infinite one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (x.shape[axis] for axis in self.spatial_dim)
         scale = 32 * (height * width) ** 0.5  # not math.sqrt, which would write this size into the program
-        norm = (x / 32).square().mean(self.spatial_dim, keepdim=True).sqrt() * scale
-        relative = norm / (norm.mean(self.channel_dim, keepdim=True) + self.eps)
+        # the division makes a tensor of its own: the tracer would take x itself for its float32 version from here on
+        rms = (x / 32).float().square().mean(self.spatial_dim, keepdim=True).sqrt()  # the norm over the scale
+        relative = (rms / (rms.mean(self.channel_dim, keepdim=True) + self.eps / scale)).type_as(x)
         return torch.addcmul(self.bias.view(self.wb_shape), x, 1 + self.weight.view(self.wb_shape) * relative)
 
 
@@ -225,22 +226,6 @@ def _remembered(module: Any) -> Any:
     return run
 
 
-def with_weights(network: nn.Module, names: list[str]) -> Any:
-    """The network as a function (images, *weights); torch's functional_call cannot be traced."""
-    slots = []
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module = network.get_submodule(owner)
-        slots.append((module._parameters if leaf in module._parameters else module._buffers, leaf))
-
-    def run(images: Tensor, *weights: Tensor) -> Tensor:
-        for (tensors, leaf), value in zip(slots, weights, strict=True):
-            tensors[leaf] = value  # type: ignore[assignment]
-        return network(images)
-
-    return run
-
-
 def check_program(
     program: Any, title: str, *, network: nn.Module, height: int, width: int, weights: list[Tensor]
 ) -> None:
@@ -249,10 +234,16 @@ def check_program(
     for batch in BATCHES:
         images = (torch.rand(batch, height, width, 3, generator=generator) * 255).permute(0, 3, 1, 2)
         with torch.inference_mode(), torch.jit.optimized_execution(False):
-            gap = float((program(images, *weights) - network(images)).abs().max())
-        if not gap <= TOLERANCE:
+            want = network(images)
+            try:
+                gap = float((program(images, *weights) - want).abs().max())
+            except RuntimeError as error:  # written for the batch that it was traced with
+                reason = str(error).strip().splitlines()[-1]
+                raise InputError(f"{title}: its program fails at batch {batch} ({reason})") from None
+        allowed = TOLERANCE * max(1.0, float(want.abs().max()))
+        if not gap <= allowed:
             raise InputError(
-                f"{title}: traced logits are {gap:.2g} off at batch {batch}, {TOLERANCE:g} is allowed"
+                f"{title}: traced logits are {gap:.2g} off at batch {batch}, {allowed:g} is allowed"
             )
 
 

@@ -6,10 +6,8 @@ Nothing is ever downloaded: weights come from a local folder, or are random wher
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,17 +15,13 @@ from unittest import mock
 import timm
 import timm.data
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastflower.core import runs
-from fastflower.core.errors import CorruptionError, InputError
-from fastflower.model import compare
-
-Size = tuple[int, int]
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+from fastflower.core.errors import InputError
+from fastflower.model import compare, ocec, own_network
+from fastflower.model.pretrained import find_weights
+from fastflower.model.sizes import Size, accepts, create, features, fit, refusal, text
+from fastflower.model.weight_files import read_weights
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,15 @@ def build_backbone(
     Raises InputError for an unknown name, an unsupported size, or weights that are missing or do not fit.
     """
     check_sizes(name, sizes)
-    arguments, _ = _fit(name, tuple(sizes))
-    if drop_path:
+    arguments, _ = fit(name, tuple(sizes))
+    if own_network.is_own(name):
+        _check_own(name, drop_path=drop_path, pretrained=pretrained)
+    elif drop_path:
         arguments = {**arguments, "drop_path_rate": drop_path}
     report = None
     try:
-        if pretrained is None:
-            backbone = _create(name, arguments)
+        if pretrained is None or own_network.is_own(name):
+            backbone = create(name, arguments)
         else:
             backbone, report = _create_loaded(name, arguments, find_weights(name, pretrained))
     except TypeError as error:
@@ -91,25 +87,36 @@ def build_backbone(
 
 
 def profile(name: str, sizes: Sequence[Size]) -> Profile:
-    """The profile of a backbone at these sizes, from timm's configuration; allocates no weights."""
+    """The profile of a backbone at these sizes, from its configuration and by trying it; allocates no weights."""
     check_sizes(name, sizes)
-    _, backbone = _fit(name, tuple(sizes))
-    config = timm.data.resolve_model_data_config(backbone)
+    _, backbone = fit(name, tuple(sizes))
+    if own_network.is_own(name):
+        config = own_network.preprocessing(backbone)
+    else:
+        config = timm.data.resolve_model_data_config(backbone)
     return Profile(
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
-        features=_features(backbone, sizes[0]),
+        features=features(backbone, sizes[0]),
     )
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for a name that timm does not know; the message lists the nearest ones."""
+    """Raise InputError for a name that timm does not know; the message lists the nearest ones.
+
+    A name with a colon is an own network, whose function must exist.
+    """
+    if own_network.is_own(name):
+        own_network.find(name)
+        return
     compare.register()
+    compare.register_trunk(name)
+    ocec.register(name)
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
-        hint = f"; near: {', '.join(near)}" if near else "; see timm.list_models()"
+        hint = f"; near: {', '.join(near)}" if near else "; see timm.list_models(), or give module:function"
         raise InputError(f"model.backbone = {name}: timm {timm.__version__} has no such model{hint}")
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in known:
@@ -127,109 +134,88 @@ def check_sizes(
     `key` is the recipe's key that holds the sizes.
     """
     check_name(name)
-    _, backbone = _fit(name, tuple(built_for or sizes))
+    built_for = tuple(built_for or sizes)
+    _, backbone = fit(name, built_for)
     for size in sizes:
-        if not _accepts(backbone, size):
-            near = " or ".join(_format(s) for s in _nearest(backbone, size))
-            hint = f"the nearest that it takes: {near}" if near else "choose another backbone"
-            raise InputError(f"{key} = {_format(size)}: {name} cannot take images of this size; {hint}")
+        if not accepts(backbone, size):
+            raise InputError(f"{key} = {text(size)}: {name} {refusal(name, size, built_for)}")
 
 
-def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
-    """The file with a backbone's published weights; InputError lists every path that was tried."""
-    stems = dict.fromkeys((name, name.partition(".")[0]))
-    for stem in stems:
-        snapshots = folder / f"models--timm--{stem}" / "snapshots"  # of a Hugging Face cache
-        tried = [folder / (stem + suffix) for suffix in SUFFIXES]
-        tried += [folder / stem / file for file in FOLDER_FILES]
-        tried += [path for file in FOLDER_FILES for path in sorted(snapshots.glob(f"*/{file}"))]
-        for path in tried:
-            if path.is_file():
-                return path
-    files, suffixes = (f"{{{','.join(ends)}}}" for ends in (FOLDER_FILES, SUFFIXES))
-    paths = ", ".join(
-        f"{stem}{suffixes}, {stem}/{files}, models--timm--{stem}/snapshots/*/{files}" for stem in stems
-    )
-    raise InputError(
-        f"no pretrained weights of {name} in {folder}; looked for {paths}; put one there or set model.pretrained=false"
-    )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a weight file, without wrapping dictionaries and `module.`; no code in it is executed."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CorruptionError(f"{path}: cut short or damaged ({error}); copy it again") from None
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+def _check_own(name: str, *, drop_path: float, pretrained: Path | None) -> None:
+    """Refuse keys that an own network cannot follow."""
+    if drop_path:
         raise InputError(
-            f"{path}: not plain tensors, and nothing in it was run ({reason}); give .safetensors"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise CorruptionError(f"{path}: cut short or damaged ({reason}); copy it again") from None
-    while isinstance(content, dict) and (
-        wrapper := next((k for k in ("state_dict", "model") if k in content), None)
-    ):
-        content = content[wrapper]
-    if not (isinstance(content, dict) and content and all(isinstance(t, Tensor) for t in content.values())):
-        raise InputError(f"{path}: holds no dictionary of tensors; give a state dict of the backbone")
-    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
-
-
-def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
-    return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
-
-
-@lru_cache(maxsize=32)
-def _fit(name: str, sizes: tuple[Size, ...]) -> tuple[dict[str, Any], nn.Module]:
-    """timm's arguments for a backbone that takes these sizes, and that backbone on the meta device (shapes only).
-
-    Position embeddings are resampled per batch where timm supports it; else the default size is used if it fits;
-    else the backbone is built for the one size.
-    """
-    with torch.device("meta"):
-        try:
-            return {"dynamic_img_size": True}, _create(name, {"dynamic_img_size": True}).eval()
-        except TypeError:
-            plain = _create(name, {}).eval()
-        patch = _patch(plain)
-        if len(set(sizes)) > 1 or _accepts(plain, sizes[0]) or any(side % patch for side in sizes[0]):
-            return {}, plain
-        arguments = {"img_size": sizes[0]}
-        try:
-            return arguments, _create(name, arguments).eval()
-        except (TypeError, AssertionError, ValueError, RuntimeError):  # unknown argument, impossible size
-            return {}, plain
+            f"model.drop_path = {drop_path}: {name} is an own network, whose function decides; set it to 0"
+        )
+    if pretrained is not None:
+        raise InputError(
+            f"model.pretrained = true: {name} is an own network without published weights; set it to false (its "
+            "function may load weights, and model.init starts from a file)"
+        )
 
 
 def _create_loaded(name: str, arguments: dict[str, Any], path: Path) -> tuple[nn.Module, LoadReport]:
-    """Create a backbone with the weights of a file.
+    """Create a backbone with the weights of a file."""
+    backbone, weights, report = _create_matched(
+        name, arguments, tensors=read_weights(path).tensors, path=path
+    )
+    backbone.load_state_dict(weights, strict=False)
+    return backbone, report
+
+
+def check_weights(name: str, tensors: dict[str, Tensor], path: Path) -> LoadReport:
+    """Match the tensors of a file with a backbone on the meta device, which allocates no weights.
+
+    Raises InputError where the backbone needs others.
+    """
+    with torch.device("meta"):
+        return _create_matched(name, {}, tensors=tensors, path=path)[2]
+
+
+def match_weights(
+    name: str, sizes: Sequence[Size], *, tensors: dict[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors of a file by the names of a backbone built for `sizes`, and the report of what matched.
+
+    Raises InputError where the backbone needs others.
+    """
+    arguments, _ = fit(name, tuple(sizes))
+    with torch.device("meta"):
+        if own_network.is_own(name):
+            return _match(create(name, arguments), tensors, path=path, classifier=None, convert=None)
+        return _create_matched(name, arguments, tensors=tensors, path=path)[1:]
+
+
+def _create_matched(
+    name: str, arguments: dict[str, Any], *, tensors: dict[str, Tensor], path: Path
+) -> tuple[nn.Module, dict[str, Tensor], LoadReport]:
+    """A new backbone, the tensors of a file by its names, and the report of what matched.
 
     timm passes each architecture's conversion of published weights (renames, resampled position embeddings) only to
     its own loader, which is therefore patched during this one call.
     """
-    weights, reports = read_weights(path), []
+    matches: list[tuple[dict[str, Tensor], LoadReport]] = []
 
     def load(
         model: nn.Module, pretrained_cfg: dict[str, Any], filter_fn: Callable | None = None, **_: Any
     ) -> None:
-        reports.append(
-            _load(model, weights, path=path, classifier=pretrained_cfg.get("classifier"), convert=filter_fn)
-        )
+        classifier = pretrained_cfg.get("classifier")
+        with torch.device(
+            "cpu"
+        ):  # where the conversion makes tensors, also for a backbone on the meta device
+            matches.append(_match(model, tensors, path=path, classifier=classifier, convert=filter_fn))
 
     with mock.patch.object(timm.models._builder, "load_pretrained", load):
         backbone = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
-    return backbone, reports[0]
+    if not matches:  # a network of this project, of which nothing is published: the file has its own names
+        matches.append(_match(backbone, tensors, path=path, classifier=None, convert=None))
+    return backbone, *matches[0]
 
 
-def _load(
+def _match(
     model: nn.Module, weights: dict[str, Tensor], *, path: Path, classifier: Any, convert: Callable | None
-) -> LoadReport:
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors of a file by the backbone's names; InputError when some are missing or have another shape."""
     classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
     if convert is not None:
         try:
@@ -254,46 +240,9 @@ def _load(
             f"{path}: {len(wrong)} tensors have another shape ({wrong[0]}: {got}, the backbone has {want}); "
             "give this backbone's own weights or set model.pretrained=false"
         )
-    model.load_state_dict({key: weights[key] for key in common}, strict=False)
-    return LoadReport(
-        path,
-        matched=len(common),
-        missing=missing,
-        unexpected=tuple(key for key in unmatched if key not in dropped),
-        dropped=dropped,
-    )
-
-
-def _accepts(backbone: nn.Module, size: Size) -> bool:
-    try:
-        _features(backbone, size)
-    except (AssertionError, RuntimeError, ValueError):
-        return False
-    return True
-
-
-@lru_cache(maxsize=256)
-def _features(backbone: nn.Module, size: Size) -> int:
-    with torch.no_grad(), torch.device("meta"):
-        return backbone(torch.empty(2, 3, *size)).shape[1]
-
-
-def _nearest(backbone: nn.Module, size: Size) -> list[Size]:
-    """The nearest smaller and larger sizes that a backbone takes, in steps of its patch size or of 32."""
-    step = _patch(backbone)
-    height, width = (side // step * step for side in size)
-    up = (height < size[0] or width < size[1]) * step
-    below = [(height - k * step, width - k * step) for k in range(8)]
-    above = [(height + up + k * step, width + up + k * step) for k in range(8)]
-    nearest = [
-        next((s for s in side if min(s) > 0 and _accepts(backbone, s)), None) for side in (below, above)
-    ]
-    return [size for size in nearest if size is not None]
-
-
-def _patch(backbone: nn.Module) -> int:
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
-    return patch[0] if patch else 32
+    unexpected = tuple(key for key in unmatched if key not in dropped)
+    report = LoadReport(path, matched=len(common), missing=missing, unexpected=unexpected, dropped=dropped)
+    return {key: weights[key] for key in common}, report
 
 
 def _checkpoint_gradients(backbone: nn.Module, name: str) -> None:
@@ -303,10 +252,6 @@ def _checkpoint_gradients(backbone: nn.Module, name: str) -> None:
         raise InputError(
             f"model.grad_checkpointing: {name} cannot recompute activations; set it to false"
         ) from None
-
-
-def _format(size: Size) -> str:
-    return str(size[0]) if size[0] == size[1] else f"[{size[0]}, {size[1]}]"
 
 
 def _first(names: Sequence[str], count: int = 3) -> str:

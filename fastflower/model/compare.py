@@ -2,19 +2,23 @@
 
 `register` adds them to timm, so that recipes name them like any backbone:
 `compare_resnet<blocks of the three stages>_<fusion>[_cbam][_w<percent of the width>]`, such as
-compare_resnet333_adaptive_cbam or compare_resnet222_distance_w112.
+compare_resnet333_adaptive_cbam or compare_resnet222_distance_w112; and `compare_<timm name>_<fusion>` with any network
+of timm as the trunk, from random weights, such as compare_efficientnet_b0_adaptive.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import timm
 import torch
 from timm.layers.cbam import CbamModule
 from timm.models import register_model
+from timm.models._manipulate import checkpoint_seq
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
@@ -57,9 +61,13 @@ class CompareNet(nn.Module):
             width_in = width_out
         self.stages = nn.Sequential(*stages)
         self.features = nn.Linear(width_in, FEATURES)
+        self._fuse_by(fusion)
+        self.grad_checkpointing = False
+        self.pretrained_cfg = self.default_cfg = CONFIG
+
+    def _fuse_by(self, fusion: str) -> None:
         self.terms = FUSIONS[fusion]
         self.shares = nn.Parameter(torch.zeros(6)) if fusion == "adaptive" else None
-        self.pretrained_cfg = self.default_cfg = CONFIG
 
     def forward(self, pairs: Tensor) -> Tensor:
         first, second = (self.embed(half) for half in pairs.chunk(2, dim=3))
@@ -71,12 +79,63 @@ class CompareNet(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, F), with the same weights for both images of a pair."""
-        return self.features(self.stages(self.stem(images)).mean((2, 3)))
+        x = self.stem(images)
+        maps = checkpoint_seq(self.stages, x) if self.grad_checkpointing else self.stages(x)
+        return self.features(maps.mean((2, 3)))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the stages' activations in the backward pass."""
+        self.grad_checkpointing = enable
 
     def group_matcher(self, *, coarse: bool = False) -> dict[str, Any]:
         """timm's description of the layers, from first to last."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^features|^shares", (99999,))]}
+
+
+class TrunkCompareNet(CompareNet):
+    """Pairs side by side (B, 3, H, 2W) -> fused features, with a network of timm as the trunk."""
+
+    def __init__(self, trunk: str, fusion: str, drop_path: float) -> None:
+        nn.Module.__init__(self)
+        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        self.trunk: Any = timm.create_model(trunk, num_classes=0, **options)
+        with torch.no_grad():
+            width = self.trunk.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
+        self.trunk.train()
+        self.features = nn.Linear(width, FEATURES)
+        self._fuse_by(fusion)
+        config = timm.data.resolve_model_data_config(self.trunk)
+        self.pretrained_cfg = self.default_cfg = {
+            **CONFIG,
+            **{k: config[k] for k in ("mean", "std", "interpolation")},
+        }
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, F), with the same weights for both images of a pair."""
+        return self.features(self.trunk(images))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the trunk's activations in the backward pass, where it can."""
+        self.trunk.set_grad_checkpointing(enable)
+
+    def group_matcher(self, *, coarse: bool = False) -> dict[str, Any]:
+        """The trunk's description of its layers, from first to last; the layer of features is of the last."""
+        return _inside("trunk", self.trunk.group_matcher(coarse=coarse))
+
+
+def _inside(prefix: str, patterns: Any) -> Any:
+    """timm's patterns of layers, for a network that is a part of another one."""
+    if isinstance(patterns, str):
+        return rf"^{prefix}\.(?:{patterns.replace('^', '')})"
+    if isinstance(patterns, dict):
+        inside = {name: _inside(prefix, value) for name, value in patterns.items()}
+        blocks = inside.get("blocks", [])
+        blocks = blocks if isinstance(blocks, list) else [(blocks, None)]
+        return {**inside, "blocks": [*blocks, (r"^features|^shares", (99999,))]}
+    if isinstance(patterns, (list, tuple)):
+        return type(patterns)(_inside(prefix, value) for value in patterns)
+    return patterns
 
 
 def _block(width_in: int, width_out: int, stride: int) -> BasicBlock:
@@ -86,6 +145,31 @@ def _block(width_in: int, width_out: int, stride: int) -> BasicBlock:
             nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
         )
     return BasicBlock(width_in, width_out, stride, shortcut)
+
+
+_WITH_TRUNK = re.compile(rf"compare_(?P<trunk>\w+)_(?P<fusion>{'|'.join(FUSIONS)})")
+
+
+def register_trunk(name: str) -> None:
+    """Register the network of a name with timm, if it is compare_<timm name>_<fusion>."""
+    match = _WITH_TRUNK.fullmatch(name)
+    if timm.is_model(name) or match is None or not timm.is_model(match["trunk"]):
+        return
+    trunk, fusion = match["trunk"], match["fusion"]
+
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
+        cache_dir: Any = None,
+        num_classes: int = 0,
+        drop_path_rate: float = 0.0,
+    ) -> TrunkCompareNet:
+        return TrunkCompareNet(trunk, fusion, drop_path_rate)
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = __name__
+    register_model(create)
 
 
 @lru_cache(maxsize=1)

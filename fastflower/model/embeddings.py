@@ -14,9 +14,11 @@ from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.data.conversion.grouping import Embed
 from fastflower.data.decode.kernel import eval_box
-from fastflower.model.backbones import build_backbone, check_name, find_weights, profile
+from fastflower.model.backbones import build_backbone, check_name, profile
+from fastflower.model.pretrained import locate_weights
+from fastflower.model.sizes import fitting
 from fastflower.recipe import Recipe
-from fastflower.recipe.derived import largest_size
+from fastflower.recipe.derived import eval_factor, largest_size
 
 BATCH = 32
 
@@ -29,14 +31,13 @@ def embedder(recipe: Recipe) -> Embed:
     """
     name = recipe.model.backbone if recipe.data.group_backbone == "auto" else recipe.data.group_backbone
     check_name(name)
-    try:
-        find_weights(name)
-    except InputError:
+    if not locate_weights(name):
         raise InputError(
-            f"data.group = embedding: no weights of {name} in {runs.PRETRAINED}; put {name}.safetensors there, "
-            "or use data.group=phash"
-        ) from None
-    size = (largest_size(recipe),) * 2
+            f"data.group = embedding: no weights of {name} in {runs.PRETRAINED}; get them by "
+            f"python -m fastflower.weights {name}, or use data.group=phash"
+        )
+    side = largest_size(recipe)
+    (size,) = fitting(name, [(side, side)], largest=side)
     network, _ = build_backbone(name, [size], pretrained=runs.PRETRAINED)
     config = profile(name, [size])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +46,7 @@ def embedder(recipe: Recipe) -> Embed:
 
     def centre_crop(pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
-        box = eval_box(height, width, size=size, factor=recipe.eval.resize_factor)
+        box = eval_box(height, width, size=size, factor=eval_factor(recipe))
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box))
 
     @torch.inference_mode()

@@ -19,7 +19,7 @@ from fastflower.model.network import NetworkSpec
 class MemberMeta(NetworkSpec):
     """The description of a member: its network, crop, classes, run and scores."""
 
-    resize_factor: float  # short side before the centre crop / side of the crop
+    resize_factor: float  # short side before the centre crop / side of the crop; 0: no crop
     stored_side: int  # short side of the images in the betons, pixels
     class_ids: tuple[str, ...]
     class_hash: str
@@ -31,10 +31,11 @@ class MemberMeta(NetworkSpec):
     epoch: int  # from 1
     recipe: str  # YAML
     version: str  # of fastflower
-    kind: str  # best_clean, best_combo, ema_best, swa, last or soup
+    kind: str  # best_clean, best_combo, best_f1, ema_best, swa, last or soup
     weights: str  # raw, ema or swa
     scores: dict[str, float | None]  # by metric and weights, such as clean_ema; empty for a soup
     soup: tuple[str, ...] = ()  # the files whose weights were averaged
+    time: str = ""  # when it was written: 2026-01-31 23:59:59
 
 
 @dataclass(frozen=True)

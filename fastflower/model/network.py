@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm.layers
@@ -15,6 +15,7 @@ from fastflower.core.errors import InputError
 from fastflower.model import backbones
 from fastflower.model.heads import build_head
 from fastflower.model.response_norm import use_lean_response_norms
+from fastflower.model.sizes import fitting, view_scales
 from fastflower.recipe import Recipe, derived
 
 
@@ -68,6 +69,10 @@ class NetworkSpec:
             interpolation=profile.interpolation,
         )
 
+    def scales(self, asked: list[int]) -> list[int]:
+        """The sides of square views nearest to those asked that this network takes."""
+        return view_scales(self.backbone, self.size, asked) if self.size[0] == self.size[1] else asked
+
     @property
     def fill(self) -> tuple[float, ...]:
         """The colour of erased boxes, (3,) in 0..255: 0 after normalisation."""
@@ -98,6 +103,40 @@ class Network(nn.Module):
         return self.head(self.dropout(self.backbone((images - self.mean) / self.std)))
 
 
+def fitted(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with the nearest sizes that its backbone takes, and a line for each key that changed.
+
+    A network that takes one size only is trained at one size. No side exceeds those of the recipe, for which images
+    were stored. Raises InputError for a backbone without such a size.
+    """
+    name, asked = recipe.model.backbone, derived.image_sizes(recipe)
+    backbones.check_name(name)
+    sizes = fitting(name, asked, largest=derived.largest_size(recipe))
+    square = all(height == width for height, width in sizes)
+    scales = view_scales(name, sizes[-1], recipe.tta.scales) if square else recipe.tta.scales
+    lines, data, train = [], recipe.data, recipe.train
+    if sizes != asked:
+        kept = [place for place, size in enumerate(sizes) if size not in sizes[place + 1 :]]
+        data = replace(data, img_size=[_plain(sizes[place]) for place in kept])
+        if isinstance(data.size_epochs, list) and len(data.size_epochs) == len(asked):
+            data = replace(data, size_epochs=[data.size_epochs[place] for place in kept])
+        if isinstance(train.stage_batch, list) and len(train.stage_batch) == len(asked):
+            train = replace(train, stage_batch=[train.stage_batch[place] for place in kept])
+        lines.append(
+            f"data.img_size = {data.img_size}, the nearest to {[_plain(size) for size in asked]} that {name} takes"
+            + (" in one training" if len(kept) < len(asked) else "")
+        )
+    if scales != recipe.tta.scales:
+        lines.append(f"tta.scales = {scales}, the nearest to {recipe.tta.scales} that {name} takes")
+    tta = replace(recipe.tta, scales=scales)
+    return replace(recipe, data=data, train=train, tta=tta), lines
+
+
+def _plain(size: tuple[int, int]) -> int | list[int]:
+    """A size as recipes write it."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
 def build_network(spec: NetworkSpec) -> Network:
     """The network of a checkpoint's spec with random weights, ready for `load_state_dict`."""
     backbone, _ = backbones.build_backbone(spec.backbone, [spec.size])
@@ -113,22 +152,27 @@ def training_network(
     """
     model, sizes = recipe.model, derived.image_sizes(recipe)
     spec = NetworkSpec.from_recipe(recipe, num_classes)
-    if all(height == width for height, width in sizes):
-        backbones.check_sizes(
-            spec.backbone, [(side, side) for side in recipe.tta.scales], key="tta.scales", built_for=sizes
-        )
     backbone, report = backbones.build_backbone(
         spec.backbone,
         sizes,
         drop_path=model.drop_path,
         grad_checkpointing=model.grad_checkpointing,
-        pretrained=pretrained if model.pretrained else None,
+        pretrained=pretrained if model.pretrained and not model.init else None,
     )
     use_lean_response_norms(backbone)
     network = Network(backbone, _head(spec, sizes), spec=spec, drop_rate=model.drop_rate)
     if recipe.train.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_channels_last(network)
+    if model.init:  # its caller loads the weights
+        return network, spec, []
     return network, spec, [str(report or f"{spec.backbone}: random initial weights (model.pretrained=false)")]
+
+
+def use_channels_last(network: nn.Module) -> None:
+    """Store kernels and other tensors of four axes channels-last; torch's own way fails for those of five."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def batch_norms(network: nn.Module) -> dict[str, BatchNorm]:

@@ -19,7 +19,14 @@ from fastflower.core.records import to_plain
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
 from fastflower.model.member import parse_meta
-from fastflower.model.network import NetworkSpec, build_network, synchronise_norms, training_network
+from fastflower.model.network import (
+    NetworkSpec,
+    build_network,
+    fitted,
+    synchronise_norms,
+    training_network,
+    use_channels_last,
+)
 from fastflower.recipe import load, schema
 from support.member_metas import member_meta
 
@@ -136,17 +143,27 @@ def test_pretrained_weights_are_read_from_the_default_folder() -> None:
     with pytest.raises(InputError) as caught:
         training_network(recipe("model.pretrained=true"), CLASSES)
     assert str(caught.value) == (
-        "no pretrained weights of test_convnext2 in results/model/pretrained_model; looked for "
-        "test_convnext2{.safetensors,.pth,.pt,.bin}, test_convnext2/{model.safetensors,pytorch_model.bin}, "
-        "models--timm--test_convnext2/snapshots/*/{model.safetensors,pytorch_model.bin}; "
-        "put one there or set model.pretrained=false"
+        "no pretrained weights of test_convnext2 in results/model/pretrained_model; get them by "
+        "python -m fastflower.weights test_convnext2, or set model.pretrained=false"
     )
 
 
-def test_views_that_the_backbone_cannot_take_are_refused_before_training() -> None:
-    with pytest.raises(InputError, match=r"tta.scales = 100: .* the nearest that it takes: 96 or 112"):
-        training_network(recipe("tta.scales=[64,100]", backbone="test_vit"), CLASSES)
-    training_network(recipe("tta.scales=[100]", "data.img_size=[[32,64]]", backbone="test_vit"), CLASSES)
+def test_views_that_the_backbone_cannot_take_are_adapted_before_training() -> None:
+    adapted, lines = fitted(recipe("tta.scales=[64,100]", backbone="test_vit"))
+    assert adapted.tta.scales == [64, 96]
+    assert lines == ["tta.scales = [64, 96], the nearest to [64, 100] that test_vit takes"]
+    oblong = recipe("tta.scales=[100]", "data.img_size=[[32,64]]", backbone="test_vit")
+    assert fitted(oblong) == (oblong, [])  # which has one view, of its own size
+
+
+def test_tensors_of_five_axes_keep_their_layout() -> None:
+    network = nn.Module()
+    network.kernel, network.table = (
+        nn.Parameter(torch.rand(4, 3, 2, 2)),
+        nn.Parameter(torch.rand(2, 3, 1, 2, 2)),
+    )
+    use_channels_last(network)
+    assert network.kernel.is_contiguous(memory_format=torch.channels_last) and network.table.is_contiguous()
 
 
 def test_recipe_keys_reach_the_network() -> None:

@@ -102,11 +102,57 @@ def test_more_parts_than_stages_are_split_between_blocks() -> None:
         part_by_parameter(MetaNetwork("convnextv2_atto"), [*map(str, range(40)), "head"])
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        (
+            "poolformer_s12",
+            {"front": {"stem", "stages.0", "stages.1"}, "middle": {"stages.2"}, "back": {"stages.3"}},
+        ),
+        ("pit_ti_224", {"middle": {"transformers.1"}}),
+        ("vgg11", {"front": {"features.0", "features.3", "features.6"}}),
+    ],
+)
+def test_blocks_in_names_serve_where_timm_has_no_layers(name: str, blocks: dict[str, set[str]]) -> None:
+    found: dict[str, set[str]] = {part: set() for part in FOUR}
+    for parameter, part in part_by_parameter(MetaNetwork(name), FOUR).items():
+        components = parameter.split(".")[1:]
+        found[part].add(
+            ".".join(components[: 2 if len(components) > 2 or components[0] == "features" else 1])
+        )
+    assert all(found.values())
+    for part, expected in blocks.items():
+        assert {name for name in found[part] if not name.startswith("stem")} >= expected - {"stem"}, found
+
+
+@pytest.mark.parametrize("name", ["fastvit_t8", "mambaout_femto", "efficientvim_m1"])
+def test_closing_layers_are_no_part(name: str) -> None:
+    network = MetaNetwork(name)
+    sizes = dict.fromkeys(FOUR, 0)
+    for parameter, part in part_by_parameter(network, FOUR).items():
+        sizes[part] += network.get_parameter(parameter).numel()
+    assert min(sizes[part] for part in FOUR[:3]) > 0.02 * sum(sizes.values())
+
+
+def test_a_decay_gives_each_layer_its_own_rate() -> None:
+    network = MetaNetwork("vit_tiny_patch16_224")
+    groups = param_groups(network, 1.0, recipe("llrd.decay=0.75"))
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert len(rate) == len(list(network.parameters()))
+    assert rate[id(network.head.weight)] == 1.0
+    for block in range(12):
+        norm = network.get_parameter(f"backbone.blocks.{block}.norm1.weight")
+        assert rate[id(norm)] == pytest.approx(0.75 ** (12 - block))
+    assert rate[id(network.backbone.patch_embed.proj.weight)] == rate[id(network.backbone.pos_embed)]
+    assert list(dict.fromkeys(group["part"] for group in groups)) == FOUR  # what unfreeze_schedule names
+    assert [g["name"] for g in groups][:3] == ["front, layer 1", "front, layer 1, no decay", "front, layer 2"]
+
+
 def test_a_backbone_without_layers_is_refused_for_layerwise_lr() -> None:
     network = MetaNetwork("resnet18")
     network.backbone = nn.Sequential(nn.Linear(3, 16))
     with pytest.raises(
-        InputError, match=r"llrd.enabled: timm defines no layers for Sequential; set llrd.enabled=false"
+        InputError, match=r"got 3 factors and one for the head, Sequential has 1 layers; give fewer"
     ):
         param_groups(network, 1e-4, recipe())
     assert len(param_groups(network, 1e-4, recipe("llrd.enabled=false"))) == 4

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import shutil
+import types
 import zipfile
 from pathlib import Path
 
@@ -175,8 +176,12 @@ class Odd(nn.Module):
             return means * self.table
         if self.kind == "infinite":
             return means.masked_fill(means > 127, float("-inf")).softmax(1)
-        if self.kind == "bound":
-            return means + torch.arange(3)
+        if self.kind == "positions":  # as rotary embeddings: from the size of the input
+            return means + torch.arange(x.shape[3], device=x.device).float().cos()[:3]
+        if self.kind == "batch":  # as Fourier embeddings: zeros of the batch's shape
+            return means + torch.zeros(x.shape[0], 3, device=x.device).cumsum(1)
+        if self.kind == "follows":
+            return means * (2 if len(x) == 2 else 1)
         (first,) = (means / x.shape[2]).chunk(1)
         return torch.nn.functional.gelu(first * 0.25, approximate="tanh")
 
@@ -191,11 +196,60 @@ def test_constants_are_written_out_or_become_arguments(kind):
 
 @pytest.mark.parametrize(
     ("kind", "fault"),
-    [("fourier", r"holds a call of torch.fft_fft in line \d+, which the predictor does not"), ("bound", "bound to")],
-)  # fmt: skip
+    [("fourier", r"holds a call of torch.fft_fft in line \d+, which the predictor does not")],
+)
 def test_export_refuses_a_network_that_the_predictor_would(kind, fault):
     with pytest.raises(InputError, match=f"^a.pth at 32x48: its program .*{fault}"):
         program.trace(Path("a.pth"), Odd(kind), height=32, width=48, tensors={})
+
+
+@pytest.mark.parametrize("kind", ["positions", "batch"])
+def test_positions_computed_from_the_size_run_on_any_device(code, kind):
+    """What follows the size alone becomes an argument; what follows the batch is made where the images are."""
+    tensors: dict[str, Tensor] = {}
+    traced = program.trace(Path("a.pth"), Odd(kind), height=32, width=48, tensors=tensors)
+    assert "cpu" not in traced.text and "torch.device(" not in traced.text
+    assert ("torch.arange" in traced.text) is False
+    assert (len(traced.inputs) == 1) is (kind == "positions") and ("ops.prim.device" in traced.text) is (
+        kind == "batch"
+    )
+    compiled = code.programs.compile_program(traced.text)
+    for batch in (1, 4):
+        images = torch.rand(batch, 3, 32, 48) * 255
+        torch.testing.assert_close(
+            compiled(images, *(tensors[name] for name in traced.inputs)), Odd(kind)(images)
+        )
+
+
+class Spec(types.SimpleNamespace):
+    """What a trial reads of a network's specification."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("fourier", r"holds a call of torch.fft_fft in line \d+, which the predictor does not run"),
+        ("follows", "its program follows the batch or the values of the images"),
+        ("narrow", r"it cannot be exported for the predictor \(.*\); choose another backbone"),
+    ],
+)
+def test_a_network_that_could_not_be_handed_in_is_refused_before_training(kind, fault):
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), Odd(kind) if kind != "narrow" else nn.Linear(5, 2))
+    works = nn.Sequential(nn.Conv2d(3, 3, 1), Odd("positions"))
+    before = torch.get_rng_state()
+    with pytest.raises(InputError, match=f"^model.backbone = odd at 32x32: .*{fault}"):
+        program.try_export(Spec(backbone="odd"), network, [(32, 32)])
+    program.try_export(Spec(backbone="odd"), works, [(32, 32), (48, 32)])
+    assert torch.equal(torch.get_rng_state(), before) and network.training
+
+
+def test_sizes_fixed_in_a_program_leave_the_batch_free():
+    """A graph with zeros of the batch's shape behind a position table keeps its first axis."""
+    network = nn.Sequential(Odd("batch"))
+    traced = program.trace(Path("a.pth"), network, height=16, width=16, tensors={})
+    assert "torch.size" in traced.text
 
 
 def test_every_operator_exists_and_none_takes_a_path(code):

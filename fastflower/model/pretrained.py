@@ -1,0 +1,62 @@
+"""The files of published weights below results/model/pretrained_model/: where they belong and which one is taken.
+
+Imports no torch: commands look for weights before the imports that take seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastflower.core import runs
+from fastflower.core.errors import InputError
+from fastflower.recipe import Recipe, derived
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def target_path(name: str, folder: Path = runs.PRETRAINED) -> Path:
+    """The path at which `fastflower.weights` puts a backbone's weights."""
+    return folder / f"{name}.safetensors"
+
+
+def locate_weights(name: str, folder: Path = runs.PRETRAINED) -> Path | None:
+    """The file with a backbone's published weights, or None.
+
+    With its tag before without; a file `<name>.safetensors`, .pth, .pt or .bin before a folder `<name>/` as the hub
+    has it, before a copy of the hub's cache.
+    """
+    for stem in dict.fromkeys((name, name.partition(".")[0])):
+        snapshots = folder / f"models--timm--{stem}" / "snapshots"
+        paths = [folder / (stem + suffix) for suffix in SUFFIXES]
+        paths += [folder / stem / file for file in FOLDER_FILES]
+        paths += [path for file in FOLDER_FILES for path in sorted(snapshots.glob(f"*/{file}"))]
+        for path in paths:
+            if path.is_file():
+                return path
+    return None
+
+
+def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
+    """The file with a backbone's published weights; InputError names the command that gets them."""
+    path = locate_weights(name, folder)
+    if path is None:
+        raise InputError(
+            f"no pretrained weights of {name} in {folder}; get them by python -m fastflower.weights {name}, "
+            "or set model.pretrained=false"
+        )
+    return path
+
+
+def check_present(recipe: Recipe) -> None:
+    """Refuse a recipe whose training begins with weights that are missing; a run that has ended needs none."""
+    name = recipe.model.backbone
+    if recipe.model.init or not recipe.model.pretrained or ":" in name or locate_weights(name):
+        return
+    waiting = [
+        fold
+        for fold in derived.fold_numbers(recipe)
+        if not runs.Run(exp=recipe.exp.name, backbone=name, fold=fold, seed=recipe.seed).end_path.is_file()
+    ]
+    if waiting:
+        find_weights(name)
