@@ -1,0 +1,1 @@
+"""fastflower in other programs: trained models that predict, and betons as a torch Dataset."""
