@@ -9,10 +9,11 @@ from fastflower.recipe import Recipe
 
 
 def build_optimizer(groups: list[Group], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum over `param_groups`; on GPUs a step is one fused kernel.
+    """AdamW, Adam or SGD with Nesterov momentum over `param_groups`; on GPUs a step is one fused kernel.
 
     AdamW's decay is decoupled: a step subtracts lr * weight_decay times the weight (Composer's DecoupledAdamW
-    subtracts weight_decay times the weight, whatever the lr). SGD adds it to the gradient, hence to the momentum.
+    subtracts weight_decay times the weight, whatever the lr). Adam and SGD add it to the gradient, hence to the
+    momentum.
     """
     fused = device.type == "cuda"
     if recipe.opt.name == "sgd":
@@ -20,4 +21,5 @@ def build_optimizer(groups: list[Group], recipe: Recipe, device: torch.device) -
         return torch.optim.SGD(
             groups, momentum=momentum, nesterov=momentum > 0, foreach=not fused, fused=fused
         )
-    return torch.optim.AdamW(groups, foreach=not fused, fused=fused)
+    kind = torch.optim.Adam if recipe.opt.name == "adam" else torch.optim.AdamW
+    return kind(groups, foreach=not fused, fused=fused)

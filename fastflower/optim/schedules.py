@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fastflower.core.errors import InputError
 from fastflower.optim.groups import part_names
 from fastflower.recipe import Recipe
+from fastflower.recipe.starting_point import warmup_epochs
 
 THRESHOLD = 1e-4  # minimum relative improvement, torch's default
 
@@ -23,15 +24,22 @@ def lr_factor(
 ) -> float:
     """The factor on every group's initial_lr at a step; epoch and step count from 0.
 
-    Warm-up starts above 0 and reaches 1 at its last step. `cosine` then falls from 1 to eta_min at the end of
-    cosine_epochs and stays there; `plateau` is `plateau_factor` after the warm-up; `none` is 1 throughout. Progress
-    is measured in epochs, so the cosine stays continuous when the number of steps per epoch changes.
+    Warm-up starts above 0 and reaches 1 at its last step, or in its last epoch. `cosine` then falls from 1 to eta_min
+    at the end of cosine_epochs and stays there; `plateau` is `plateau_factor` after the warm-up; `cyclic` goes from
+    eta_min to 1 and back, in straight lines of cycle_steps steps (torch's CyclicLR, "triangular"); `none` is 1
+    throughout. Progress is measured in epochs, so the cosine stays continuous when the number of steps per epoch
+    changes.
     """
     sched = recipe.sched
     step += epoch * steps_per_epoch
-    warmup, end = sched.warmup_epochs * steps_per_epoch, sched.cosine_epochs * steps_per_epoch
+    warmup, end = round(warmup_epochs(recipe) * steps_per_epoch), sched.cosine_epochs * steps_per_epoch
     if sched.name == "none":
         return batch_factor
+    if sched.name == "cyclic":
+        rise = 1 - abs(step / sched.cycle_steps % 2 - 1)
+        return batch_factor * (sched.eta_min + (1 - sched.eta_min) * rise)
+    if step < warmup and sched.warmup_unit == "epoch":
+        return batch_factor * min(1.0, (epoch + 1) / warmup_epochs(recipe))
     if step < warmup:
         return batch_factor * (step + 1) / warmup
     if sched.name == "plateau":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -9,10 +10,19 @@ from pathlib import Path
 
 from fastflower.core import runs
 from fastflower.core.errors import EnvironmentFault, InputError
-from fastflower.recipe.derived import CORRUPTIONS, combos, derive, fold_count, parse_interval
+from fastflower.recipe.derived import CORRUPTIONS, combos, derive, fold_count, parse_interval, scaled_lr
 from fastflower.recipe.schema import Recipe
+from fastflower.recipe.starting_point import (
+    from_scratch,
+    layerwise,
+    lr_bound,
+    lr_rule,
+    origin,
+    warmup_epochs,
+)
 
 RESERVED = (runs.BUNDLE.name, runs.PRETRAINED.name, runs.SUBMISSION.name, runs.COMPARISON.name)
+SMALL_BATCH = 8  # images, below which a gradient from scratch is mostly noise
 LONGEST_NAME = 200  # bytes; a file name holds 255, and temporary files append to it
 BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
 
@@ -24,11 +34,13 @@ def check(recipe: Recipe) -> list[str]:
     parse_interval(recipe.train.save_every)
     _check_test_folder(recipe)
     check_flips(recipe)
+    _check_start(recipe)
     _check_schedule(recipe)
     _check_balance(recipe, advice)
     _check_ranges(recipe)
     _check_semi(recipe, advice)
     _advise(recipe, advice)
+    _advise_start(recipe, advice)
     return advice
 
 
@@ -90,12 +102,27 @@ def _check_test_folder(recipe: Recipe) -> None:
         )
 
 
+def _check_start(recipe: Recipe) -> None:
+    start = f"model.init = {recipe.model.init}" if recipe.model.init else "model.pretrained = true"
+    if recipe.checks.from_scratch and (recipe.model.pretrained or recipe.model.init):
+        raise InputError(
+            f"{start}: this recipe trains from scratch (checks.from_scratch=true), as its contest demands; set "
+            "model.pretrained=false and no model.init, or checks.from_scratch=false"
+        )
+    if recipe.model.init and recipe.model.init == recipe.exp.name:
+        raise InputError(
+            f"model.init = {recipe.model.init}: an experiment cannot start from itself; set another exp.name, or "
+            "train.extend=true to train it longer"
+        )
+
+
 def _check_schedule(recipe: Recipe) -> None:
     sched = recipe.sched
-    if sched.warmup_epochs >= sched.cosine_epochs:
+    if warmup_epochs(recipe) > sched.cosine_epochs / 2:
         raise InputError(
-            f"sched.warmup_epochs = {sched.warmup_epochs} must be below sched.cosine_epochs = {sched.cosine_epochs}, "
-            "the number of all epochs; lower the first or raise the second"
+            f"sched.warmup_epochs = {sched.warmup_epochs:g} of {sched.cosine_epochs} epochs: the learning rate would "
+            f"hardly have risen when it must fall; use auto or at most {sched.cosine_epochs / 2:g}, or raise "
+            "sched.cosine_epochs"
         )
     final = recipe.reg.mix_final_epoch
     if final != "auto" and not 1 <= int(final) <= sched.cosine_epochs:
@@ -104,7 +131,7 @@ def _check_schedule(recipe: Recipe) -> None:
         )
     unfreeze = recipe.llrd.unfreeze_schedule
     if unfreeze is not None:
-        if not recipe.llrd.enabled:
+        if not layerwise(recipe):
             raise InputError(
                 "llrd.unfreeze_schedule needs llrd.enabled=true; enable it or set the schedule to null"
             )
@@ -164,14 +191,18 @@ def _check_ranges(recipe: Recipe) -> None:
     for name, values, length in (
         *((name, span, 2) for name, span in spans.items()),
         ("aug.jitter", aug.jitter, 4),
+        ("aug.translate", aug.translate, 2),
     ):
         if len(values) != length:
             raise InputError(f"{name} = {values}: must have {length} numbers")
     for name, (low, high) in spans.items():
         if low > high:
             raise InputError(f"{name} = [{low:g}, {high:g}]: the first must not exceed the second")
-    if recipe.opt.lr_min_bound > recipe.opt.lr_max_bound:
-        raise InputError("opt.lr_min_bound is above opt.lr_max_bound; swap them")
+    if recipe.opt.lr_min_bound > lr_bound(recipe):
+        raise InputError(
+            f"opt.lr_min_bound = {recipe.opt.lr_min_bound:g} is above opt.lr_max_bound = {lr_bound(recipe):g}; "
+            "lower the first or raise the second"
+        )
     if recipe.lrfind.low >= recipe.lrfind.high:
         raise InputError(
             f"lrfind.low = {recipe.lrfind.low:g} is not below lrfind.high = {recipe.lrfind.high:g}; swap them"
@@ -192,6 +223,15 @@ def _check_ranges(recipe: Recipe) -> None:
     count = fold_count(recipe)
     if fold != "all" and not (folds and all(type(k) is int and 0 <= k < count for k in folds)):
         raise InputError(f"data.fold = {fold}: must be all, or a number (or list) in 0..{count - 1}")
+    if recipe.ensembling.average == "probabilities" and "greedy" in (
+        recipe.ensembling.weighting,
+        recipe.bundle.members,
+    ):
+        key = "ensembling.weighting" if recipe.ensembling.weighting == "greedy" else "bundle.members"
+        raise InputError(
+            f"{key} = greedy chooses by the mean of logits; with ensembling.average=probabilities use another, or "
+            "ensembling.average=logits"
+        )
     if not recipe.tta.scales:
         raise InputError("tta.scales is empty; give at least one image size")
 
@@ -245,6 +285,29 @@ def _advise(recipe: Recipe, advice: list[str]) -> None:
         )
 
 
+def _advise_start(recipe: Recipe, advice: list[str]) -> None:
+    """Lines for settings that cannot work for what the training starts from, with the value to use."""
+    numbers, rule, start = derive(recipe, recipe.train.world_size), lr_rule(recipe), origin(recipe)
+    if not rule.lowest <= numbers.lr <= rule.highest:
+        side = "barely learns" if numbers.lr < rule.lowest else "diverges or forgets what it knows"
+        open_keys = dataclasses.replace(recipe.opt, lr="auto", lr_ref="auto", lr_max_bound="auto")
+        usual, _ = scaled_lr(dataclasses.replace(recipe, opt=open_keys), numbers.batch_global)
+        advice.append(
+            f"lr {numbers.lr:.3g} {start} {side} ({recipe.opt.name} learns at {rule.lowest:g} to {rule.highest:g}); "
+            f"use opt.lr={usual:.2g}, or the rate that python -m fastflower.lrfind suggests"
+        )
+    if from_scratch(recipe) and layerwise(recipe) and min(recipe.llrd.multipliers) < 1:
+        advice.append(
+            f"llrd.enabled=true from scratch holds the first layers, which know nothing, at "
+            f"{min(recipe.llrd.multipliers):g} of the learning rate; use llrd.enabled=auto"
+        )
+    if from_scratch(recipe) and numbers.batch_global < SMALL_BATCH:
+        advice.append(
+            f"a global batch of {numbers.batch_global} from scratch learns from noise; raise train.batch_per_gpu or "
+            f"train.grad_accum to {SMALL_BATCH} images or more"
+        )
+
+
 def _advise_plateau(recipe: Recipe, advice: list[str]) -> None:
     sched, batch = recipe.sched, recipe.train.batch_per_gpu
     if sched.patience < 5:
@@ -253,7 +316,7 @@ def _advise_plateau(recipe: Recipe, advice: list[str]) -> None:
         )
     if sched.factor <= 0.5:
         advice.append(f"sched.factor = {sched.factor:g}: the learning rate falls fast; 0.7 or 0.8 is gentler")
-    if not sched.warmup_epochs:
+    if not warmup_epochs(recipe):
         advice.append("sched.warmup_epochs = 0: plateau without warm-up; 5 epochs stabilise the start")
     if batch >= 4096 and recipe.opt.lr != "auto" and recipe.opt.lr <= 1e-4:
         advice.append(f"opt.lr = {recipe.opt.lr:g} at {batch} images a device may be small; try 2e-4 or 3e-4")

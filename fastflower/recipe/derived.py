@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastflower.core.errors import InputError
 from fastflower.recipe.schema import Recipe
+from fastflower.recipe.starting_point import lr_bound, lr_rule
 
 CORRUPTIONS = ("gaussian_noise", "blur", "brightness", "jpeg", "occlusion")
 LEVELS = {"low": ("low",), "medium": ("medium",), "low_medium": ("low", "medium")}  # of robust.level
@@ -70,18 +72,26 @@ def derive(recipe: Recipe, world_size: int) -> Derived:
 
 
 def scaled_lr(recipe: Recipe, batch_global: int) -> tuple[float, str]:
-    """The learning rate and how it was computed: lr_ref * batch / 256, times a factor for large batches, bounded."""
-    opt = recipe.opt
+    """The learning rate and how it was computed: lr_ref * batch / 256, times a factor for large batches, bounded.
+
+    Where the recipe leaves lr_ref open, the rule of the starting point gives it; from scratch Adam's rate grows with
+    the root of the batch.
+    """
+    opt, rule = recipe.opt, lr_rule(recipe)
     if opt.lr != "auto":
         return float(opt.lr), "explicit: no scaling, no bounds"
-    lr = opt.lr_ref * batch_global / opt.lr_ref_batch
-    note = f"{opt.lr_ref:g} x {batch_global} / {opt.lr_ref_batch}"
+    lr_ref = rule.lr_ref if opt.lr_ref == "auto" else float(opt.lr_ref)
+    lr, note = lr_ref * batch_global / opt.lr_ref_batch, f"{lr_ref:g} x {batch_global} / {opt.lr_ref_batch}"
+    if opt.lr_ref == "auto" and rule.root:
+        lr = lr_ref * math.sqrt(batch_global / opt.lr_ref_batch)
+        note = f"{lr_ref:g} x sqrt({batch_global} / {opt.lr_ref_batch})"
     if batch_global > opt.large_batch_threshold and opt.large_batch_factor != 1:
         lr *= opt.large_batch_factor
         note += f" x {opt.large_batch_factor:g} (large batch)"
-    bounded = min(max(lr, opt.lr_min_bound), opt.lr_max_bound)
+    largest = lr_bound(recipe)
+    bounded = min(max(lr, opt.lr_min_bound), largest)
     if bounded != lr:
-        note += f" = {lr:g}, held in [{opt.lr_min_bound:g}, {opt.lr_max_bound:g}]"
+        note += f" = {lr:g}, held in [{opt.lr_min_bound:g}, {largest:g}]"
     return bounded, note
 
 
@@ -132,6 +142,11 @@ def largest_size(recipe: Recipe) -> int:
 def resize_side(size: int, factor: float) -> int:
     """The short side before the centre crop; with factor 1.14: 224 -> 255, 320 -> 365, 384 -> 438, 448 -> 511."""
     return round(size * factor)
+
+
+def eval_factor(recipe: Recipe) -> float:
+    """The short side before the centre crop over the side of the crop; 0 where the whole image is resized."""
+    return recipe.eval.resize_factor if recipe.data.resize == "crop" else 0.0
 
 
 def mix_final_epoch(recipe: Recipe) -> int | None:

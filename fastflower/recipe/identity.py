@@ -7,6 +7,7 @@ from typing import Any
 
 from fastflower.recipe.derived import Derived
 from fastflower.recipe.schema import Recipe, fields_of
+from fastflower.recipe.starting_point import settled
 
 # keys that may change before a resume: they set paths, speed and later commands, not the trained weights;
 # data keys are compared by the hashes of the converted data, batch keys by the global batch
@@ -15,7 +16,7 @@ FREE = (
     *("data.root", "data.csv", "data.image_col", "data.label_col", "data.home", "data.test", "data.fold"),
     *("data.unlabelled", "data.store", "data.raw_share", "data.jpeg_quality", "data.on_bad", "data.workers"),
     *("train.batch_per_gpu", "train.world_size", "train.grad_accum", "train.stage_batch"),
-    *("train.save_every", "train.keep_every", "train.max_nonfinite", "train.compile"),
+    *("train.save_every", "train.keep_every", "train.max_nonfinite", "train.compile", "train.extend"),
 )
 
 
@@ -26,6 +27,7 @@ def identity(
 ) -> dict[str, Any]:
     """The values that must be equal in a checkpoint and the run that resumes from it; `data`: hashes of the data."""
     keys = {name: value for name, value, _ in fields_of(recipe) if not name.startswith(FREE)}
+    keys |= settled(recipe)  # `auto` and the value that it takes are equal
     batches = [stage.batch_per_gpu * derived.world_size * recipe.train.grad_accum for stage in derived.stages]
     return {"recipe": keys, "data": dict(data), "global batch": {"by stage": batches}}
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.recipe.checks import check_name
 from fastflower.recipe.schema import Recipe, fields_of
@@ -23,20 +25,43 @@ LARGEST = 1_000_000  # bytes of a recipe
 DEEPEST, MOST_ALIASES = 20, 20  # of YAML: the schema needs a depth of 4
 
 
+@dataclass(frozen=True)
+class Layer:
+    """Keys that one source gives; `source` is a file, or the changes of the command line joined by spaces."""
+
+    source: str
+    keys: DictConfig
+    is_file: bool = True
+
+    def names(self, dotted: str) -> bool:
+        """True if this layer gives the key a value."""
+        return _value(self.keys, dotted) is not ABSENT
+
+
 def load(path: str | Path | None = None, changes: list[str] | None = None) -> Recipe:
     """Read a recipe file and `key=value` changes into a validated Recipe.
 
     Raises InputError for anything unknown, mistyped, out of range, missing or contradictory.
     """
+    return merge(read_layers(path, changes), path)
+
+
+def read_layers(path: str | Path | None = None, changes: list[str] | None = None) -> list[Layer]:
+    """The layers of a recipe, each of which overrules those before it: base recipes, the file, the changes."""
     layers = _layers(Path(path), ()) if path else []
     if changes:
-        layers.append((" ".join(changes), _parse_changes(changes)))
+        layers.append(Layer(" ".join(changes), _parse_changes(changes), is_file=False))
+    return layers
+
+
+def merge(layers: list[Layer], path: str | Path | None) -> Recipe:
+    """The recipe of the defaults and these layers; `path` of the file names the experiment if no layer does."""
     merged = OmegaConf.structured(Recipe)
-    for source, layer in layers:
+    for layer in layers:
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, layer.keys)
         except OmegaConfBaseException as error:
-            raise InputError(_explain(source, error)) from None
+            raise InputError(_explain(layer.source, error)) from None
     try:
         recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -53,16 +78,6 @@ def load(path: str | Path | None = None, changes: list[str] | None = None) -> Re
     return recipe
 
 
-def parse_command(argv: list[str]) -> Recipe:
-    """The recipe of a command line: `[recipe.yaml] [key=value ...]`."""
-    files = [argument for argument in argv if "=" not in argument]
-    if len(files) > 1:
-        raise InputError(
-            f"got {len(files)} recipe files ({', '.join(files)}); give one, then changes as key=value"
-        )
-    return load(files[0] if files else None, [argument for argument in argv if "=" in argument])
-
-
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML with every key; `load` of this text gives an equal recipe."""
     tree = dataclasses.asdict(recipe)
@@ -71,8 +86,8 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
-def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
-    """The (source, keys) of a recipe file and its base recipes, the outermost base first."""
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
+    """The layers of a recipe file and its base recipes, the outermost base first."""
     path = path.resolve()
     if path in seen:
         raise InputError(f"{path}: its base recipes form a circle; remove one `base:`")
@@ -95,7 +110,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
         )
     base = layer.pop("base", None)
     bases = _layers(path.parent / str(base), (*seen, path)) if base else []
-    return [*bases, (str(path), layer)]
+    return [*bases, Layer(str(path), layer)]
 
 
 def _check_structure(text: str, source: str) -> yaml.NodeEvent | None:
@@ -136,6 +151,9 @@ def _read(path: Path) -> str:
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        installed = runs.shipped("recipes") / path.name
+        if installed.is_file() and installed != path:
+            hint = f"; did you mean {installed}, which came with fastflower?"
         raise InputError(f"no recipe {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
@@ -161,17 +179,17 @@ def _explain(source: str, error: Exception) -> str:
     if "not in" in text:
         if not re.fullmatch(r"[\w.-]{1,60}", full_key):
             return f"{source}: not a recipe: it has keys that are no names"
-        near = _nearest(full_key, list(specs))
+        near = nearest(full_key, list(specs))
         return f"{source}: unknown key {full_key}" + (f"; did you mean {near}?" if near else "")
     if full_key in specs:
         value = re.search(r"[Vv]alue '(.*?)'", text)
         got = f" = {value[1].replace('None', 'null')}" if value else ""
         where = "" if f"{full_key}=" in source else f"{source}: "  # a change shows its key itself
-        return f"{where}{full_key}{got}: must be {_allowed(str(specs[full_key].type))}"
+        return f"{where}{full_key}{got}: must be {allowed(str(specs[full_key].type))}"
     return f"{source}: a section holds keys, as in opt.lr=1e-3, and has no value itself"
 
 
-def _nearest(unknown: str, names: list[str]) -> str | None:
+def nearest(unknown: str, names: list[str]) -> str | None:
     """The key or section most similar to an unknown key: by full name, by last component, or by section."""
     last_components = {name.rsplit(".", 1)[-1]: name for name in names}
     sections = {spec.name: spec.name for spec in dataclasses.fields(Recipe)}
@@ -187,7 +205,7 @@ def _nearest(unknown: str, names: list[str]) -> str | None:
     return None
 
 
-def _allowed(annotation: str) -> str:
+def allowed(annotation: str) -> str:
     """The values that an annotation of the schema allows, in plain English."""
     names = {
         "int": "a whole number",
@@ -242,12 +260,11 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _clip_grad(recipe: Recipe, layers: list[tuple[str, Any]]) -> float | None:
+def _clip_grad(recipe: Recipe, layers: list[Layer]) -> float | None:
     """The value of train.clip_grad or of its alias opt.clip_grad; InputError when both are given and differ."""
-    alias_values = [_value(layer, "opt.clip_grad") for _, layer in layers]
-    if all(value is ABSENT for value in alias_values):
+    if not any(layer.names("opt.clip_grad") for layer in layers):
         return recipe.train.clip_grad
-    both = any(_value(layer, "train.clip_grad") is not ABSENT for _, layer in layers)
+    both = any(layer.names("train.clip_grad") for layer in layers)
     if both and recipe.train.clip_grad != recipe.opt.clip_grad:
         raise InputError(
             f"opt.clip_grad = {recipe.opt.clip_grad} and train.clip_grad = {recipe.train.clip_grad} "

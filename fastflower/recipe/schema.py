@@ -50,6 +50,10 @@ class Data:
     flips_keep_class: bool = key(
         True, "a mirrored image has the same class; false, as for digits: flips are refused"
     )
+    symmetric: bool = key(
+        False,
+        "pairs: the question does not depend on their order; training exchanges the images of half of them",
+    )
     num_classes: int | Auto = key(
         "auto", "number of classes; auto: the number of different ids in the label file"
     )
@@ -65,6 +69,10 @@ class Data:
     )
     fold_csv: str = key(
         "", "split=given: file with the columns data.fold_col and data.image_col; empty: data.csv"
+    )
+    group_col: str = key(
+        "",
+        "column of data.csv whose equal values share a fold, such as film, writer or patient; empty: none",
     )
     fold: Any = key(0, "validation fold: a number, a list of numbers, or all")
     labels_per_class: int | None = key(
@@ -84,6 +92,10 @@ class Data:
     )
     img_size: Any = key(
         [224, 320], "image size: one square size, a list of sizes by stage, or [[height, width]]"
+    )
+    resize: Literal["crop", "whole"] = key(
+        "crop",
+        "images of another aspect than data.img_size are cut (crop), or resized as a whole, without a centre crop",
     )
     size_epochs: Any = key(
         "auto", "last epoch of each stage, counted from 1; auto: stages in the proportion 15 : 25 : 8"
@@ -119,6 +131,13 @@ class Aug:
     vflip_p: float = key(0.1, "probability of a vertical flip", ge=0, le=1)
     rotation_deg: float = key(
         10.0, "largest rotation in degrees, either way; corners are filled by reflection", ge=0, le=180
+    )
+    translate: list[float] = key(
+        [0.0, 0.0],
+        "largest shift across and down as fractions of the width and height, in whole pixels; the uncovered margin "
+        "is filled by reflection, as in a random crop of a padded image",
+        ge=0,
+        le=0.5,
     )
     jitter: list[float] = key(
         [0.2, 0.2, 0.2, 0.1], "colour jitter of brightness, contrast, saturation and hue", ge=0, le=1
@@ -163,6 +182,11 @@ class Model:
     pretrained: bool = key(
         True, "start from the weights in results/model/pretrained_model/; false: from scratch"
     )
+    init: str = key(
+        "",
+        "start from the best member of another experiment, by its name, or from a weight file, by its path, "
+        "instead of model.pretrained; empty: do not",
+    )
     head: Literal["linear", "arcface", "cosface"] = key("linear", "classifier on the pooled features")
     margin: float = key(0.3, "margin of arcface (in radians) and cosface", ge=0, lt=1)
     head_scale: float = key(30.0, "arcface, cosface: scale of the cosine logits", gt=0)
@@ -198,14 +222,23 @@ class Distill:
 
 @dataclass(frozen=True)
 class Opt:
-    name: Literal["adamw", "sgd"] = key("adamw", "optimizer")
+    name: Literal["adamw", "adam", "sgd"] = key(
+        "adamw", "optimizer; adam adds the weight decay to the gradients, as torch's Adam does"
+    )
     lr: float | int | Auto = key(
         "auto", "learning rate, without scaling or bounds; auto: lr_ref scaled to the global batch"
     )
-    lr_ref: float = key(2.0e-4, "learning rate at a global batch of lr_ref_batch", gt=0)
+    lr_ref: float | int | Auto = key(
+        "auto",
+        "learning rate at a global batch of lr_ref_batch; auto: 2e-4 from trained weights; 2e-3 from scratch, scaled "
+        "with the root of the batch",
+        gt=0,
+    )
     lr_ref_batch: int = key(256, "global batch for which lr_ref holds", ge=1)
     lr_min_bound: float = key(5e-6, "smallest scaled learning rate", gt=0)
-    lr_max_bound: float = key(5e-4, "largest scaled learning rate", gt=0)
+    lr_max_bound: float | int | Auto = key(
+        "auto", "largest scaled learning rate; auto: 5e-4 from trained weights, 4e-3 from scratch", gt=0
+    )
     large_batch_factor: float = key(
         1.0, "additional factor on the scaled learning rate above large_batch_threshold", gt=0, le=1
     )
@@ -234,19 +267,34 @@ class Train:
     compile: bool = key(False, "use torch.compile; costs minutes at each image size")
     max_nonfinite: int = key(10, "consecutive non-finite steps after which training stops", ge=1)
     save_every: str = key("1ep", "interval of last.pth in epochs or batches: 1ep, 200ba")
+    extend: bool = key(
+        False,
+        "go on with a finished or interrupted run whose recipe had fewer sched.cosine_epochs; the learning rate "
+        "continues where a training of the new length is at that epoch",
+    )
     keep_every: int = key(0, "interval in epochs of copies of last.pth kept as epoch__*.pth; 0: none", ge=0)
 
 
 @dataclass(frozen=True)
 class Sched:
-    name: Literal["warmup_cosine", "plateau", "none"] = key("warmup_cosine", "learning-rate schedule")
-    warmup_epochs: int = key(5, "epochs of linear warm-up, counted in cosine_epochs", ge=0)
+    name: Literal["warmup_cosine", "plateau", "cyclic", "none"] = key(
+        "warmup_cosine", "learning-rate schedule; cyclic and none have no warm-up"
+    )
+    warmup_epochs: float | int | Auto = key(
+        "auto",
+        "epochs of linear warm-up, counted in cosine_epochs, at most half of them; auto: an eighth of them, up to 5",
+        ge=0,
+    )
+    warmup_unit: Literal["step", "epoch"] = key("step", "the warm-up rises at each step, or at each epoch")
     cosine_epochs: int = key(40, "number of epochs, warm-up included", ge=1)
-    eta_min: float = key(0.0, "warmup_cosine: final learning rate as a fraction of the peak", ge=0, lt=1)
+    eta_min: float = key(
+        0.0, "warmup_cosine, cyclic: lowest learning rate as a fraction of the peak", ge=0, lt=1
+    )
+    cycle_steps: int = key(2000, "cyclic: steps from the lowest learning rate to the peak, and back", ge=1)
     factor: float = key(0.5, "plateau: factor on the learning rate", gt=0, lt=1)
     patience: int = key(3, "plateau: epochs without improvement before the learning rate falls", ge=0)
     monitor: Literal["score", "val_loss"] = key(
-        "score", "plateau: metric to improve; score should rise, val_loss fall"
+        "score", "plateau: metric to improve; score, that of select.metric, should rise, val_loss fall"
     )
 
 
@@ -259,9 +307,18 @@ class LrFind:
 
 @dataclass(frozen=True)
 class Llrd:
-    enabled: bool = key(True, "layer-wise learning rates")
+    enabled: bool | Auto = key(
+        "auto", "layer-wise learning rates; auto: from trained weights, not from scratch"
+    )
     multipliers: list[float] = key(
         [0.25, 0.5, 1.0, 1.5], "factors on the learning rate, from the first layers to the head", ge=0
+    )
+    decay: float | None = key(
+        None,
+        "factor on the learning rate from each layer to the one before it, such as 0.75, the head having 1; "
+        "null: llrd.multipliers",
+        gt=0,
+        le=1,
     )
     unfreeze_schedule: Any = key(
         None, "map of an epoch to the parts that train from then on; null: all parts, always"
@@ -339,7 +396,10 @@ class Robust:
 
 @dataclass(frozen=True)
 class Es:
-    enabled: bool = key(True, "stop early when the score no longer improves")
+    enabled: bool = key(True, "stop early when es.monitor no longer improves")
+    monitor: Literal["score", "val_loss"] = key(
+        "score", "metric that must improve; score, that of select.metric, should rise, val_loss fall"
+    )
     patience: int = key(10, "epochs without improvement before training stops", ge=1)
     min_delta: float = key(0.001, "smallest gain that counts as improvement", ge=0)
     reset_on_stage: bool = key(True, "restart the count and the best score when the image size grows")
@@ -347,8 +407,10 @@ class Es:
 
 @dataclass(frozen=True)
 class Select:
-    metric: Literal["clean", "combo"] = key(
-        "combo", "score that selects the best epoch: clean top-1, or combo for S of clean and corrupted top-1"
+    metric: Literal["clean", "combo", "f1"] = key(
+        "combo",
+        "score that selects the best epoch: clean top-1, combo for S of clean and corrupted top-1, or f1 for F1 of "
+        "the second of two classes, macro F1 of more",
     )
     alpha: float = key(0.7, "weight of clean in S = alpha * clean + (1 - alpha) * corrupted", ge=0, le=1)
 
@@ -356,7 +418,10 @@ class Select:
 @dataclass(frozen=True)
 class Eval:
     resize_factor: float = key(
-        1.14, "short side before the centre crop, as a multiple of the image size", ge=1, le=2
+        1.14,
+        "short side before the centre crop of data.resize=crop, as a multiple of the image size",
+        ge=1,
+        le=2,
     )
     batch: int = key(0, "images per evaluation batch; 0: batch_per_gpu", ge=0)
     ece_bins: int = key(15, "bins of the expected calibration error", ge=2)
@@ -366,6 +431,19 @@ class Eval:
 class Tta:
     scales: list[int] = key([320, 384], "image sizes of the views", ge=16)
     hflip: bool = key(True, "add the mirror image of each view")
+    rotations: list[float] = key(
+        [], "degrees by which each view is rotated for further ones, such as [-10, 10]", ge=-180, le=180
+    )
+    shift: float = key(
+        0.0,
+        "fraction of the side by which each view is shifted, in four directions, for further ones",
+        ge=0,
+        le=0.5,
+    )
+    reduce: Literal["mean", "vote"] = key(
+        "mean",
+        "a member's prediction: the mean of the views' logits, or their votes, ties broken by the mean",
+    )
 
 
 @dataclass(frozen=True)
@@ -377,6 +455,9 @@ class Ensembling:
     weighting: Literal["flat", "family", "hand", "learned", "greedy"] = key(
         "flat",
         "weights of the runs: equal, equal by backbone, ensembling.weights, by NLL, or greedy within bundle's limits",
+    )
+    average: Literal["logits", "probabilities"] = key(
+        "logits", "what is averaged over the members; learned weights are those of its mean"
     )
     weights: Any = key(None, "hand: map of a backbone, or '<backbone> seed <seed>', to its weight")
     soup: Literal["none", "checkpoints", "folds"] = key(
@@ -450,6 +531,9 @@ class Log:
 class Checks:
     allow_double_correction: bool = key(False, "allow a balancing sampler together with balanced softmax")
     allow_flips: bool = key(False, "allow flips although data.flips_keep_class is false")
+    from_scratch: bool = key(
+        False, "refuse pretrained weights and other starting points, as contests from scratch demand"
+    )
     allow_unlabelled_test: bool = key(False, "allow data.unlabelled to contain the images to predict")
 
 

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,14 @@ from fastflower.algorithms.learning_rate import LearningRate
 from fastflower.algorithms.lr_range import LrRangeTest
 from fastflower.algorithms.mixing import MixUpCutMix
 from fastflower.algorithms.stages import StageSchedule
+from fastflower.bundle.program import try_export
 from fastflower.callbacks.checkpoints import CheckpointSaver, Stateful
-from fastflower.callbacks.progress import Progress
+from fastflower.callbacks.progress import Progress, side
 from fastflower.callbacks.recorder import Recorder
 from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.stop import Stop
 from fastflower.callbacks.trackers import trackers
+from fastflower.callbacks.trends import Trends
 from fastflower.core import seeding
 from fastflower.core.console import Console
 from fastflower.core.errors import InputError
@@ -40,6 +43,7 @@ from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.transforms.augment import augment
 from fastflower.data.unlabelled import UnlabelledBatches, exclusion_notice
 from fastflower.evaluation import distillation
+from fastflower.evaluation.inference import views_of
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
 from fastflower.model.network import (
@@ -54,11 +58,14 @@ from fastflower.optim.optimizers import build_optimizer
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import Derived, derive, parse_interval
 from fastflower.recipe.run_record import ParameterGroup, RunNumbers
+from fastflower.recipe.starting_point import reasons
 from fastflower.training.fold_data import Loaders, Position, class_counts, loaders
+from fastflower.training.initial import load_initial
 from fastflower.training.memory import MemoryTrial
-from fastflower.training.ranks import TIMEOUT, Machine, one_may_fail
+from fastflower.training.ranks import TIMEOUT, Machine, on_rank_zero, one_may_fail
 from fastflower.training.record import RunFacts, member_meta
 from fastflower.training.samples import COLUMNS, save_samples
+from fastflower.training.trainer import FoldTrainer
 
 SWA_BATCHES = 50  # to re-estimate BatchNorm statistics
 
@@ -94,10 +101,12 @@ def training(
     stop: Stop,
     console: Console,
     identity: dict[str, Any],
+    resuming: bool = False,
 ) -> Training:
-    """Build one run; `identity` decides which checkpoints it may resume from."""
+    """Build one run; `identity` decides which checkpoints it may resume from. One that resumes needs no weights."""
     derived, position, counts = derive(recipe, machine.world), Position(), class_counts(recipe, fold)
-    network, spec, notes = _network(recipe, len(counts), machine)
+    network, spec, notes = _network(recipe, len(counts), machine, fold=None if resuming else fold)
+    on_rank_zero(lambda: _try_export(recipe, network, spec, images=fold.train.images_per_row))
     notes += exclusion_notice(recipe, fold)
     data = loaders(
         recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
@@ -134,8 +143,11 @@ def training(
         tensorboard=recipe.log.tensorboard,
         extra_entries=[algorithm.row for algorithm in semi.values()],
     )
+    trends = Trends(recipe)
+    progress = Progress(console, derived, recorder=recorder, scoring=scoring, trends=trends)
     components: dict[str, Stateful] = {
         **averages,
+        "trends": trends,
         "guard": guard,
         "schedule": schedule,
         "scoring": scoring,
@@ -161,7 +173,7 @@ def training(
         algorithms=[*semi.values(), schedule, guard, *averages.values()],
         max_duration=f"{derived.epochs}ep",
         eval_dataloader=[_evaluator(label, loader) for label, loader in data.evaluation.items()],
-        callbacks=[scoring, recorder, saver, Progress(console, derived, recorder=recorder, scoring=scoring)],
+        callbacks=[scoring, recorder, saver, progress],
         loggers=trackers(recipe, run),
         run_name=f"{run.exp}_{run.stem}",
         compile_config={"dynamic": False} if recipe.train.compile else None,
@@ -199,7 +211,7 @@ def lr_range_test(
 ) -> tuple[list[float], list[float]]:
     """Learning rates tried and their losses, from a training of the recipe's network that writes no files."""
     position, counts = Position(), class_counts(recipe, fold)
-    network, spec, _ = _network(recipe, len(counts), machine)
+    network, spec, _ = _network(recipe, len(counts), machine, fold=fold)
     data = loaders(
         recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
     )
@@ -236,7 +248,7 @@ def _trainer(
     **options: Any,
 ) -> Trainer:
     """Composer's Trainer with all that a run and an lr range test share; augmentation runs before `algorithms`."""
-    return Trainer(
+    return FoldTrainer(
         model=classifier,
         train_dataloader=data.train,
         spin_dataloaders=False,  # on resume it would start and abandon an iterator for every past epoch
@@ -280,10 +292,18 @@ def _memory_trial(trainer: Trainer, classifier: Classifier, data: Loaders) -> Me
     )
 
 
-def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, NetworkSpec, list[str]]:
-    """The recipe's network on this rank's device, initialised equally on all ranks, its spec and notes for people."""
+def _network(
+    recipe: Recipe, classes: int, machine: Machine, *, fold: FoldSet | None
+) -> tuple[Network, NetworkSpec, list[str]]:
+    """The recipe's network on this rank's device, initialised equally on all ranks, its spec and notes for people.
+
+    Without `fold`, for a run that resumes, the weights of model.init are left out.
+    """
     seeding.seed_all(recipe.seed)
     network, spec, notes = training_network(recipe, classes)
+    notes = [*reasons(recipe), *notes]
+    if recipe.model.init and fold is not None:
+        notes += load_initial(network, spec, recipe=recipe, fold=fold)
     network, synchronised = synchronise_norms(
         network, recipe, device=machine.torch_device, world_size=machine.world
     )
@@ -295,6 +315,12 @@ def _network(recipe: Recipe, classes: int, machine: Machine) -> tuple[Network, N
             "train.batch_per_gpu (or train.stage_batch), or choose a backbone without BatchNorm"
         )
     return network, spec, notes + _norm_notes(network, synchronised, machine)
+
+
+def _try_export(recipe: Recipe, network: Network, spec: NetworkSpec, *, images: int) -> None:
+    """Refuse, before the training, a network that could not be handed in; a row of the data has `images` images."""
+    views = views_of(spec.size, spec.scales(recipe.tta.scales), hflip=False)
+    try_export(spec, network, [(view.height, images * view.width) for view in views])
 
 
 def _facts(
@@ -337,22 +363,30 @@ def _facts(
     return RunFacts(run, numbers, classes=len(fold.classes), group_table=describe_groups(groups))
 
 
-def save_sample_picture(recipe: Recipe, training: Training) -> None:
-    """Save a picture of epoch 0's first samples, through a separate loader as a single rank would see them."""
-    train, spec, run = training.data.train, training.spec, training.run
+def save_sample_pictures(recipe: Recipe, training: Training) -> None:
+    """Save pictures of epoch 0's first samples, samples_<run>.png, and samples_<run>_<size>.png for later sizes."""
+    run, stages = training.run, training.scoring.derived.stages
+    sizes = list(dict.fromkeys((stage.height, stage.width) for stage in stages))
+    for position, size in enumerate(sizes):
+        suffix = f"_{side(list(size))}" if position else ""
+        _save_sample_picture(recipe, training, size, run.results_dir / f"samples_{run.stem}{suffix}.png")
+
+
+def _save_sample_picture(recipe: Recipe, training: Training, size: tuple[int, int], path: Path) -> None:
+    """Save the picture of a size, through a separate loader that reads as a single rank would."""
+    train, spec = training.data.train, training.spec
     extras = train.extras
     if isinstance(extras, UnlabelledBatches):
-        extras = replace(extras, batch=lambda epoch: COLUMNS, mu=1, rank=0, world=1)
+        extras = replace(extras, batch=lambda epoch: COLUMNS, size=lambda epoch: size, mu=1, rank=0, world=1)
     loader = TrainLoader(
         train.beton,
         train.order,
         seed=train.seed,
         batch=lambda epoch: COLUMNS,
-        size=train.size,
+        size=lambda epoch: size,
         crop=train.crop,
         extras=extras,
     )
-    path = run.results_dir / f"samples_{run.stem}.png"
     save_samples(
         path,
         recipe,
@@ -388,10 +422,9 @@ def _averages(
             loader = copy.copy(data.train)
             loader.cursor = lambda: (state.timestamp.epoch.value - 1, 0)
             for batch in itertools.islice(loader, SWA_BATCHES):
-                batch = state.device.batch_to_device(batch)
                 pairs = data.train.beton.images_per_row == 2
                 yield augment(
-                    batch["image"],
+                    state.device.batch_to_device(batch["image"]),
                     batch["key"],
                     aug=recipe.aug,
                     erase_p=recipe.reg.erase_p,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from fastflower.core.errors import PREEMPTED, InputError
+from fastflower.core.errors import PREEMPTED, InputError, of_machine, one_line
 
 PATIENCE = 60.0  # seconds that other ranks wait for rank 0 to print why all exit
 
@@ -25,16 +25,22 @@ class RankFailure(SystemExit):
 def rank_zero_reports() -> Iterator[None]:
     """If every rank rejects the input, rank 0 prints the reason and sets the exit code.
 
-    The others wait: the launcher ends all ranks when one exits, and rank 0 may not have printed yet.
+    The others wait: the launcher ends all ranks when one exits, and rank 0 may not have printed yet. A rank that still
+    runs after PATIENCE was alone with its error, and prints it itself.
     """
     try:
         yield
     except RankFailure:
         raise
-    except (InputError, SystemExit) as error:
-        if int(os.environ.get("RANK", "0")) and getattr(error, "code", None) != PREEMPTED:
+    except (InputError, OSError, SystemExit) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank and getattr(error, "code", None) != PREEMPTED:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
+            if not isinstance(error, SystemExit):
+                fault = of_machine(error) if isinstance(error, OSError) else error
+                print(f"fastflower: rank {rank}: {one_line(str(fault))}", file=sys.stderr, flush=True)
+                raise RankFailure(fault.exit_code) from None
         raise
 
 

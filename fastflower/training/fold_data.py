@@ -16,7 +16,7 @@ from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
 from fastflower.data.unlabelled import UnlabelledBatches, labelled_rows, unlabelled_rows
 from fastflower.recipe import Recipe
-from fastflower.recipe.derived import Derived
+from fastflower.recipe.derived import Derived, eval_factor
 from fastflower.training.ranks import Machine, on_rank_zero
 
 
@@ -102,7 +102,7 @@ def loaders(
     def steps(epoch: int) -> int:
         return len(labelled) * passes // (per_rank(epoch) * machine.world)
 
-    crop, threads = Crop.of(recipe.aug), recipe.data.workers
+    crop, threads = Crop.of(recipe), recipe.data.workers
     extras = None
     if recipe.semi.enabled:
         weak = replace(crop, scale=(recipe.semi.weak_scale[0], recipe.semi.weak_scale[1]))
@@ -150,7 +150,7 @@ def loaders(
                 beton,
                 batch,
                 size=lambda: size(position.scored_epoch),
-                factor=recipe.eval.resize_factor,
+                factor=eval_factor(recipe),
                 interpolation=interpolation,
                 rank=machine.rank,
                 world=machine.world,

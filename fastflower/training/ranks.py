@@ -21,7 +21,7 @@ from composer.utils import dist
 from fastflower.callbacks.checkpoints import remove_leftovers
 from fastflower.core import launcher
 from fastflower.core.console import Console
-from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.core.errors import EnvironmentFault, InputError, of_machine
 from fastflower.core.files import digest, locked
 from fastflower.core.runs import Run
 from fastflower.recipe import Recipe
@@ -165,13 +165,17 @@ def own_words(error: BaseException) -> str:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and return its result on every rank; an InputError of it ends all ranks, printed once."""
+    """Run `work` on rank 0 and return its result on every rank; an InputError or OSError ends all, printed once."""
     outcome: list[Any] = [None, None]  # result, error
     if dist.get_global_rank() == 0:
         try:
             outcome[0] = work()
         except InputError as error:
             outcome[1] = error
+        except OSError as error:
+            if dist.get_world_size() == 1:
+                raise
+            outcome[1] = of_machine(error)  # or the other ranks would wait for this one
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome)
     result, failure = outcome
@@ -205,10 +209,10 @@ def one_may_fail(machine: Machine, memory: MemoryTrial) -> Iterator[None]:
             raise
         # NCCL's is a DistError, gloo's a RuntimeError
         elif isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
-            fault = EnvironmentFault(
-                f"another rank has ended, and its own message says why, or cannot be reached: {own_words(error)}"
-            )
+            fault = EnvironmentFault(f"{launcher.SURVIVOR}, or cannot be reached: {own_words(error)}")
             fault.exit_code = (machine.watch and machine.watch.failed_code()) or fault.exit_code
+        elif isinstance(error, OSError):
+            fault = of_machine(error)
         if machine.watch is not None:
             machine.watch.announce(fault.exit_code if fault else 1)
         if fault is not None:

@@ -19,15 +19,23 @@ from fastflower.callbacks.checkpoints import FIXED_NAMES
 from fastflower.callbacks.progress import side
 from fastflower.callbacks.scoring import Scoring
 from fastflower.core import files
-from fastflower.core.console import clock
+from fastflower.core.console import clock, timestamp
 from fastflower.core.records import to_plain, write_record
 from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.model.member import MemberMeta
 from fastflower.model.network import NetworkSpec
 from fastflower.recipe import Recipe, to_yaml
-from fastflower.recipe.derived import Derived
-from fastflower.recipe.run_record import BestEpoch, RunEnd, RunNumbers, numbers_path
+from fastflower.recipe.derived import Derived, eval_factor
+from fastflower.recipe.run_record import (
+    BestEpoch,
+    Environment,
+    RunEnd,
+    RunNumbers,
+    numbers_path,
+    write_recipe,
+)
+from fastflower.recipe.starting_point import origin, warmup_epochs
 
 PACKAGES = (
     "torch",
@@ -71,7 +79,7 @@ def member_meta(
     network = replace(spec, size=(stage.height, stage.width))
     return MemberMeta(
         **vars(network),
-        resize_factor=recipe.eval.resize_factor,
+        resize_factor=eval_factor(recipe),
         stored_side=fold.val.origin.stored_side,
         class_ids=tuple(fold.classes.ids),
         class_hash=fold.classes.hash,
@@ -86,25 +94,25 @@ def member_meta(
         kind=kind,
         weights=weights,
         scores=scores,
+        time=timestamp(),
     )
 
 
-def versions() -> dict[str, Any]:
+def versions() -> Environment:
     """The environment, to repeat a run elsewhere: packages, git state, Python, devices, command line."""
     cuda = torch.cuda.is_available()
-    return {
-        "fastflower": __version__,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git": git_state(),
-        "platform": platform.platform(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if cuda
-        else ["cpu"],
-        "cuda": torch.version.cuda if cuda else None,
-        "threads": torch.get_num_threads(),
-        "command": sys.argv,
-    }
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return Environment(
+        fastflower=__version__,
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        git=git_state(),
+        platform=platform.platform(),
+        devices=gpus if cuda else ["cpu"],
+        cuda=torch.version.cuda if cuda else None,
+        threads=torch.get_num_threads(),
+        command=sys.argv,
+    )
 
 
 def _version(name: str) -> str | None:
@@ -130,13 +138,20 @@ def git_state() -> dict[str, Any] | None:
 
 
 def write_meta(recipe: Recipe, facts: RunFacts, *, advice: list[str], determinism: str) -> None:
-    """Write recipe, folds, classes, versions and derived numbers to meta/."""
+    """Write recipe, folds, classes, versions and derived numbers to meta/.
+
+    recipe.yaml and versions.json there are those of the experiment's latest start; each start of a run, a resume
+    included, keeps its own in meta/<run>/<time>/.
+    """
     folder = facts.run.meta_dir
     facts.run.end_path.unlink(missing_ok=True)  # of a training whose checkpoints were removed or damaged
-    files.write_atomic(folder / "recipe.yaml", to_yaml(recipe))
+    started = folder / facts.run.stem / timestamp().replace(":", "-").replace(" ", "_")
+    environment = versions()
+    for place in (started, folder):
+        write_recipe(place / "recipe.yaml", recipe)
+        write_record(place / "versions.json", environment)
     for name in ("folds.csv", "classes.csv"):
         files.write_atomic(folder / name, (Path(recipe.data.home) / name).read_bytes())
-    files.write_json(folder / "versions.json", versions())
     write_numbers(facts, advice, determinism)
 
 
@@ -215,13 +230,12 @@ def summary(end: RunEnd) -> list[str]:
 def header(recipe: Recipe, facts: RunFacts) -> list[str]:
     """The run for people, in about ten lines."""
     numbers, run = facts.numbers, facts.run
-    pretrained = "pretrained" if recipe.model.pretrained else "from scratch"
     accum = f" x {recipe.train.grad_accum}" if recipe.train.grad_accum > 1 else ""
     smoothing = f"smoothing {recipe.reg.ls_eps:g}, " if recipe.loss.name != "ce" else ""
     rows = [
         (
             "network",
-            f"{run.backbone}, {numbers.parameters / 1e6:.1f} M parameters, {pretrained}, {recipe.model.head} head",
+            f"{run.backbone}, {numbers.parameters / 1e6:.1f} M parameters, {origin(recipe)}, {recipe.model.head} head",
         ),
         ("data", _data(facts)),
         ("devices", f"{numbers.world_size} x {numbers.device}, {numbers.precision}"),
@@ -265,7 +279,9 @@ def _semi(recipe: Recipe, unlabelled: int) -> str:
 def _schedule(recipe: Recipe) -> str:
     if recipe.sched.name == "none":
         return "constant"
-    return f"{recipe.sched.name}, {recipe.sched.warmup_epochs} epochs of warm-up"
+    if recipe.sched.name == "cyclic":
+        return f"cyclic from {recipe.sched.eta_min:g} of it, {recipe.sched.cycle_steps} steps up and as many down"
+    return f"{recipe.sched.name}, {warmup_epochs(recipe):g} epochs of warm-up"
 
 
 def _stages(recipe: Recipe, numbers: RunNumbers) -> str:
@@ -289,12 +305,16 @@ def _averages(recipe: Recipe) -> str:
 
 def _best_by(recipe: Recipe) -> str:
     alpha = recipe.select.alpha
-    if recipe.select.metric == "clean" or not recipe.robust.enabled:
+    if recipe.select.metric == "f1":
+        score = "F1"
+    elif recipe.select.metric == "clean" or not recipe.robust.enabled:
         score = "clean top-1"
     else:
         score = f"S = {alpha:g} clean + {1 - alpha:g} corrupted"
     stop = (
-        f"patience {recipe.es.patience} of {recipe.es.min_delta:g}" if recipe.es.enabled else "no early stop"
+        f"patience {recipe.es.patience} of {recipe.es.min_delta:g} in {recipe.es.monitor}"
+        if recipe.es.enabled
+        else "no early stop"
     )
     return f"{score}, {stop}"
 

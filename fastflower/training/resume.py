@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from fastflower.core.checkpoint import Checkpoint
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import from_plain
 from fastflower.core.runs import Run
+from fastflower.optim.schedules import lr_factor
+from fastflower.recipe import Recipe
+from fastflower.recipe.derived import derive
 from fastflower.recipe.identity import differences
+
+# keys that say how long a training is: train.extend lets them change
+HORIZON = {"sched.cosine_epochs", "sched.warmup_epochs", "data.size_epochs"}
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,16 @@ class ResumePoint:
     path: Path
     finished: str
     done: str
+    extended_from: int = 0  # epochs of the recipe before train.extend; 0: it is the same
 
 
-def find_resume_point(run: Run, identity: dict[str, Any], say: Callable[[str], None]) -> ResumePoint | None:
-    """The newest intact `last` of a run, or None. Raises InputError when it is of another version, recipe or data."""
+def find_resume_point(
+    run: Run, identity: dict[str, Any], say: Callable[[str], None], *, longer: Recipe | None = None
+) -> ResumePoint | None:
+    """The newest intact `last` of a run, or None. Raises InputError when it is of another version, recipe or data.
+
+    `longer` is the recipe where train.extend allows more epochs than the run had.
+    """
     newest = load_last(run, say)
     if newest is None:
         return None
@@ -43,11 +55,17 @@ def find_resume_point(run: Run, identity: dict[str, Any], say: Callable[[str], N
     check_layout(path, last.meta)
     meta = from_plain(ResumeMeta, {field.name: last.meta[field.name] for field in fields(ResumeMeta)})
     changed = differences(meta.identity, identity)
+    then, now = (values["recipe"]["sched.cosine_epochs"] for values in (meta.identity, identity))
+    extendable = now > then and {line.partition(":")[0] for line in changed} <= HORIZON
+    if extendable and longer is not None:
+        _check_stages(meta.identity, last, longer)
+        return ResumePoint(path, "", "", extended_from=then)
     if changed:
+        more = f"; train.extend=true goes on to {now} epochs" if extendable else ""
         ellipsis = "; ..." if len(changed) > 4 else ""
         raise InputError(
             f"{run.model_dir} holds fold {run.fold}, seed {run.seed} of another recipe or other data "
-            f"({'; '.join(changed[:4])}{ellipsis}); undo that or choose another exp.name"
+            f"({'; '.join(changed[:4])}{ellipsis}); undo that or choose another exp.name{more}"
         )
     done = ""
     if meta.finished and run.end_path.exists():
@@ -56,6 +74,43 @@ def find_resume_point(run: Run, identity: dict[str, Any], say: Callable[[str], N
             f"best epoch {meta.best['epoch']} with {meta.best['score']:.4f}; nothing to do"
         )
     return ResumePoint(path, meta.finished, done)
+
+
+def _check_stages(before: dict[str, Any], last: Checkpoint, recipe: Recipe) -> None:
+    """Refuse an extension in which epochs that are over would have had other image sizes."""
+    values, done = before["recipe"], last.training_state["parts"]["scoring"]["epoch"]
+    old = replace(
+        recipe,
+        sched=replace(recipe.sched, cosine_epochs=values["sched.cosine_epochs"]),
+        data=replace(recipe.data, size_epochs=values["data.size_epochs"]),
+    )
+    then, now = derive(old, 1), derive(recipe, 1)
+    if any(then.stages.index(then.stage(k)) != now.stages.index(now.stage(k)) for k in range(done)):
+        ends = [*(stage.last for stage in then.stages[:-1]), now.epochs]
+        raise InputError(
+            f"data.size_epochs = {recipe.data.size_epochs}: the {done} epochs that are over had other image sizes; to "
+            f"extend this run set data.size_epochs={ends}".replace(", ", ",")
+        )
+
+
+def extend(recipe: Recipe, components: dict[str, Any], *, extended_from: int, epoch: int) -> str:
+    """Let a restored run go on beyond its end after `epoch` epochs; a line that says how.
+
+    Weights, moments, averages, bests and the state of every schedule are kept. Patience starts anew; SWA too, where
+    its first epoch of the longer training is still to come.
+    """
+    selection, swa = components["scoring"].selection, components.get("swa")
+    selection.stopped, selection.idle = "", 0
+    if swa is not None and epoch < swa.first_epoch:
+        swa.averaged = swa.last_epoch = 0
+        swa.shadows.pop("swa", None)
+    total = recipe.sched.cosine_epochs
+    before = replace(recipe, sched=replace(recipe.sched, cosine_epochs=extended_from))
+    factors = [lr_factor(epoch, 0, steps_per_epoch=1000, recipe=one) for one in (before, recipe)]
+    return (
+        f"extended from {extended_from} to {total} epochs: epoch {epoch + 1} goes on at {factors[1]:.2f} of the peak "
+        f"learning rate, where a training of {total} epochs is then; before it was {factors[0]:.2f}"
+    )
 
 
 def load_last(run: Run, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:

@@ -14,6 +14,7 @@ from fastflower.data.transforms import preview
 from fastflower.data.transforms.augment import augment
 from fastflower.data.unlabelled import strong_augmentation
 from fastflower.recipe import Recipe
+from fastflower.recipe.derived import eval_factor
 
 COLUMNS = 8  # images in a row
 GAP = 4  # pixels between images
@@ -34,7 +35,7 @@ def sample_rows(
         beton,
         batch["row"].numpy(),
         size=size,
-        factor=recipe.eval.resize_factor,
+        factor=eval_factor(recipe),
         interpolation=interpolation,
         threads=loader.threads,
     )

@@ -11,6 +11,7 @@ from fastflower.callbacks.stop import Stop
 from fastflower.core import checkpoint
 from fastflower.core.console import Console
 from fastflower.core.runs import Run
+from fastflower.model.network import fitted
 from fastflower.recipe import Recipe, derived
 from fastflower.recipe.identity import identity as run_identity
 from fastflower.training import build, fold_data, ranks, record, resume
@@ -18,6 +19,8 @@ from fastflower.training import build, fold_data, ranks, record, resume
 
 def train(recipe: Recipe, advice: list[str]) -> None:
     """Train the folds of a checked recipe; `advice` are the lines of its check."""
+    recipe, lines = fitted(recipe)
+    advice = [*lines, *advice]
     machine = ranks.prepare(recipe)
     stop = Stop()
     try:
@@ -39,13 +42,21 @@ def train_fold(
     fold = fold_data.open_data(recipe, run.fold)
     identity = run_identity(recipe, derived.derive(recipe, machine.world), fold.data_identity())
     ranks.check_inputs_agree(identity)
-    point = ranks.on_rank_zero(lambda: resume.find_resume_point(run, identity, console.write))
+    longer = recipe if recipe.train.extend else None
+    point = ranks.on_rank_zero(lambda: resume.find_resume_point(run, identity, console.write, longer=longer))
     if point is not None and point.done:
         console.write(point.done)
         return
     fold_data.verify(fold)
     training = build.training(
-        recipe, run, fold=fold, machine=machine, stop=stop, console=console, identity=identity
+        recipe,
+        run,
+        fold=fold,
+        machine=machine,
+        stop=stop,
+        console=console,
+        identity=identity,
+        resuming=point is not None,
     )
     try:
         if point is not None:
@@ -55,6 +66,10 @@ def train_fold(
                 network=training.network,
                 components=training.components,
             )
+        if point is not None and point.extended_from:
+            epoch = training.trainer.state.timestamp.epoch.value
+            line = resume.extend(recipe, training.components, extended_from=point.extended_from, epoch=epoch)
+            advice = [line, *advice]
         if point is not None and point.finished:  # killed between its last step and its summary
             ranks.on_rank_zero(lambda: supersede(run, "last", point.path))
         else:
@@ -69,7 +84,7 @@ def train_fold(
 
 
 def announce(recipe: Recipe, training: build.Training, *, machine: ranks.Machine, advice: list[str]) -> None:
-    """Write the start of a run: console header, meta/, the picture of samples, the start row of events.jsonl."""
+    """Write the start of a run: console header, meta/, the pictures of samples, the start row of events.jsonl."""
     if machine.rank:
         return
     facts, say, start = training.facts, training.console.write, training.trainer.state.timestamp
@@ -90,7 +105,7 @@ def announce(recipe: Recipe, training: build.Training, *, machine: ranks.Machine
     if start.batch.value:
         say(f"  resuming after epoch {epoch}, step {step} of the next", "bold")
     else:
-        build.save_sample_picture(recipe, training)
+        build.save_sample_pictures(recipe, training)
     say()
     row = {"event": "start", "from_epoch": epoch, "from_step": step, **training.scoring.derived.as_dict()}
     training.recorder.write(row)

@@ -108,6 +108,23 @@ def test_plateau_warms_up_then_follows_its_factor_and_none_is_constant() -> None
     assert {lr_factor(e, s, steps_per_epoch=9, recipe=none) for e in (0, 3, 50) for s in (0, 8)} == {1.0}
 
 
+def test_a_warmup_by_epochs_rises_once_an_epoch() -> None:
+    recipe = curve("sched.name=plateau", "sched.warmup_epochs=5", "sched.warmup_unit=epoch")
+    got = [lr_factor(e, s, steps_per_epoch=3, recipe=recipe) for e in range(7) for s in range(3)]
+    assert got == pytest.approx([f for f in (0.2, 0.4, 0.6, 0.8, 1, 1, 1) for _ in range(3)])
+
+
+def test_cyclic_equals_torchs() -> None:
+    recipe = curve("sched.name=cyclic", "sched.eta_min=0.01", "sched.cycle_steps=20")
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    torchs = torch.optim.lr_scheduler.CyclicLR(reference, base_lr=1e-5, max_lr=1e-3, step_size_up=20)
+    for step in range(90):
+        lr = 1e-3 * lr_factor(step // 7, step % 7, steps_per_epoch=7, recipe=recipe)
+        assert lr == pytest.approx(reference.param_groups[0]["lr"], rel=1e-9)
+        reference.step()
+        torchs.step()
+
+
 @pytest.mark.parametrize("monitor", ["score", "val_loss"])
 @pytest.mark.parametrize("patience", [0, 1, 2, 3])
 def test_plateau_equals_torchs(patience: int, monitor: str) -> None:
@@ -180,6 +197,15 @@ def test_adamw_decays_by_lr_times_decay() -> None:
     optimizer.step()
     got = [g["params"][0][0].item() for g in optimizer.param_groups]
     assert got == pytest.approx([1 - 0.1 * 0.05, 1 - 0.2 * 0.05, 1.0], abs=1e-7)
+
+
+def test_adam_adds_the_decay_to_the_gradient() -> None:
+    optimizer = build_optimizer([group(0.1, 0.05)], curve("opt.name=adam"), torch.device("cpu"))
+    (weight,) = optimizer.param_groups[0]["params"]
+    weight.grad = torch.zeros(3)
+    optimizer.step()
+    assert type(optimizer) is torch.optim.Adam
+    assert weight[0].item() == pytest.approx(1 - 0.1, abs=1e-5)  # a step of lr along the decay's sign
 
 
 def test_sgd_takes_the_recipes_momentum() -> None:

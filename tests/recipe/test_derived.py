@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastflower.core.errors import InputError
-from fastflower.recipe import checks, derived, load, schema
+from fastflower.recipe import checks, derived, load, schema, starting_point
 
 
 def recipe_with(*changes: str) -> schema.Recipe:
@@ -46,6 +46,28 @@ def test_the_learning_rate_of_large_batches_may_scale_less():
         "held in"
         in derived.derive(recipe_with("opt.large_batch_factor=0.8", "train.batch_per_gpu=128"), 8).lr_note
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "lr", "layerwise", "warmup"),
+    [
+        ([], 1e-4, True, 5),
+        (["sched.cosine_epochs=6"], 1e-4, True, 0.75),
+        (["model.pretrained=false", "train.batch_per_gpu=8", "sched.cosine_epochs=6"], 5e-4, False, 0.75),
+        (["model.pretrained=false", "model.init=other"], 1e-4, True, 5),
+        (["model.pretrained=false", "opt.name=sgd"], 0.05, False, 5),
+        (["model.pretrained=false", "opt.lr_ref=2e-4"], 1e-4, False, 5),
+    ],
+)
+def test_auto_follows_what_the_training_starts_from(changes, lr, layerwise, warmup):
+    recipe = recipe_with(*changes)
+    assert derived.derive(recipe, 2).lr == pytest.approx(lr)
+    assert starting_point.layerwise(recipe) == layerwise
+    assert starting_point.warmup_epochs(recipe) == warmup
+    assert [starting_point.origin(recipe)] == [
+        line.split(":")[0].removeprefix("auto, ") for line in starting_point.reasons(recipe)
+    ]
+    assert not [line for line in checks.check(recipe) if " lr " in line]
 
 
 def test_an_explicit_lr_is_taken_as_it_is():
@@ -111,7 +133,10 @@ REFUSALS = [
     (["data.size_epochs=[15,50]"], "sched.cosine_epochs = 40"),
     (["data.size_epochs=auto", "data.img_size=[8,16,24,32]"], "give the last epoch of each of the 4 sizes"),
     (["train.stage_batch=[64]"], "one batch for each of the 2 sizes"),
-    (["sched.cosine_epochs=5"], "lower the first or raise the second"),
+    (
+        ["sched.warmup_epochs=5", "sched.cosine_epochs=6"],
+        "5 of 6 epochs: the learning rate would hardly have risen when it must fall; use auto or at most 3",
+    ),
     (["reg.mix_final_epoch=99"], "an epoch in 1..40"),
     (["llrd.unfreeze_schedule={1: head}"], "a map of epoch -> list of parts"),
     (["llrd.unfreeze_schedule={90: [head]}"], "epoch 90 is outside 1..40"),
@@ -126,7 +151,7 @@ REFUSALS = [
     (["aug.jitter=[0.1]"], "must have 4 numbers"),
     (["aug.rrc_scale=[1,0.5]"], "the first must not exceed the second"),
     (["aug.rrc_ratio=[2,1]"], "the first must not exceed the second"),
-    (["opt.lr_min_bound=1e-3"], "swap them"),
+    (["opt.lr_min_bound=1e-3"], "above opt.lr_max_bound = 0.0005; lower the first"),
     (["lrfind.low=2"], "not below lrfind.high"),
     (["opt.lr=0"], "must be auto or > 0"),
     (["data.mean=[0.5,0.5]"], "three numbers in 0..1"),
@@ -153,6 +178,11 @@ def test_double_correction_can_be_asked_for():
 
 
 ADVICE = [
+    (["opt.lr=1e-6"], "lr 1e-06 from pretrained weights barely learns"),
+    (["opt.lr=0.1"], "use opt.lr=0.0001, or the rate that"),
+    (["model.pretrained=false", "opt.lr=1.25e-5", "train.batch_per_gpu=8"], "use opt.lr=0.0005, or"),
+    (["model.pretrained=false", "llrd.enabled=true"], "use llrd.enabled=auto"),
+    (["model.pretrained=false", "train.batch_per_gpu=2"], "a global batch of 4 from scratch"),
     (["sampler.type=none", "sampler.undersample_frac=0.1"], "sampler.undersample_frac"),
     (["reg.mix_prob=0"], "limits overfitting"),
     (["sampler.oversample_cap=4"], "sampler.oversample_cap"),

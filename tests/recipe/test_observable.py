@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -35,8 +36,11 @@ from fastflower.core.errors import InputError
 from fastflower.core.records import to_plain
 from fastflower.core.runs import Run
 from fastflower.data.betons import fold_set
+from fastflower.data.betons.beton_file import RAW, BetonWriter, EncodedImage, open_beton
 from fastflower.data.conversion.pipeline import convert
+from fastflower.data.decode.kernel import Crop
 from fastflower.data.labels import read_labels
+from fastflower.data.loaders import train_images
 from fastflower.data.samplers import order
 from fastflower.data.transforms.augment import augment
 from fastflower.evaluation import acceptance, distillation, summary
@@ -50,6 +54,7 @@ from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
 from fastflower.recipe import Recipe, checks, derived, load, schema, to_yaml
 from fastflower.recipe.derived import derive
 from fastflower.training import build, fold_data, ranks
+from fastflower.training.initial import load_initial
 from support import fake_members, toy_project
 
 KEYS = [name for name, _, _ in schema.fields_of(Recipe())]
@@ -172,11 +177,24 @@ def unlabelled(recipe: Recipe) -> Any:
     )  # fmt: skip
     # as if the first class were hardly ever predicted
     fixmatch.mean_prediction = torch.tensor([1e-4, 0.1, 0.9], dtype=torch.float64)
-    fixmatch.apply(Event.BEFORE_FORWARD, state, None)
+    for event in (Event.BATCH_START, Event.BEFORE_FORWARD):
+        fixmatch.apply(event, state, None)
     state.outputs = state.batch["image"].mean((2, 3)) * torch.tensor([0.05, 0.06, 0.07])
     for event in (Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):
         fixmatch.apply(event, state, None)
     return sha(state.batch["image"]), float(state.loss), fixmatch.row()
+
+
+def paired(recipe: Recipe) -> Any:
+    """Training crops of pairs."""
+    with BetonWriter(Path("pairs.beton"), 8, images_per_row=2) as writer:
+        for row in range(8):
+            pixels = [np.full((16, 16, 3), shade + row, np.uint8) for shade in (50, 200)]
+            writer.append(0, row, *(EncodedImage(RAW, p.data.cast("B"), height=16, width=16) for p in pixels))
+        writer.commit()
+    rows, size = np.arange(8), (16, 16)
+    pairs = open_beton(Path("pairs.beton"))
+    return sha(train_images(pairs, rows, keys=rows.astype(np.uint64), size=size, crop=Crop.of(recipe)))
 
 
 def drawn(recipe: Recipe) -> Any:
@@ -206,6 +224,22 @@ def network(recipe: Recipe) -> Any:
     return notes_and_result(work)
 
 
+def begun(recipe: Recipe) -> Any:
+    """The network with the weights of model.init."""
+    seeding.seed_all(0)
+    fold = fold_set.open_fold(recipe, 0)
+    built, spec, _ = training_network(recipe, len(fold.classes))
+    if recipe.model.init:
+        load_initial(built, spec, recipe=recipe, fold=fold)
+    return sha(*built.state_dict().values())
+
+
+def resumed(recipe: Recipe) -> Any:
+    """The result of training where a run of one epoch has ended: an exit code or an error message."""
+    Path("observed.yaml").write_text(to_yaml(recipe))
+    return notes_and_result(lambda: train.main(["observed.yaml"]))[1]
+
+
 def objective(recipe: Recipe) -> Any:
     """The loss of fixed logits."""
     loss = build_loss(recipe, [50, 20, 5])
@@ -230,7 +264,9 @@ def judged(recipe: Recipe) -> Any:
     course = [(0.50, 0.30), (0.60, 0.35), (0.59, 0.42), (0.60, 0.20), (0.6004, 0.20)] + [(0.6, 0.2)] * 12
     seen = []
     for epoch, (clean, corrupted) in enumerate(course, 1):
-        verdict = selection.update(epoch, int(epoch > 3), {"raw": Candidate(clean, corrupted, clean)})
+        verdict = selection.update(
+            epoch, int(epoch > 3), {"raw": Candidate(clean, corrupted, clean, f1=clean, val_loss=1 / epoch)}
+        )
         seen.append((verdict.new, verdict.stop, verdict.patience_left, selection.best))
     return seen
 
@@ -266,7 +302,7 @@ def trained(recipe: Recipe) -> Any:
         end,
         files,
         weights,
-        runs.read_events(run.events_path)[1:] and toy_project.epochs(recipe.exp.name),
+        runs.read_events(run.events_path, [])[1:] and toy_project.epochs(recipe.exp.name),
     )
 
 
@@ -286,7 +322,7 @@ def arguments(recipe: Recipe) -> Any:
         )
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen) as seen:
-        patch.setattr(build, "Trainer", trainer)
+        patch.setattr(build, "FoldTrainer", trainer)
         fold, run = fold_set.open_fold(recipe, 0), toy_project.run_of()
         build.training(
             recipe,
@@ -386,8 +422,10 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "data.form": (converted, "folders", "data.home=new data.root=foldered"),
     "data.arrays": (converted, "[z,y]", "data.home=new data.root=numbers.npz data.arrays=[x,y]"),
     "data.shape": (converted, "[24,32,3]", "data.home=new data.root=flat.npz data.shape=[32,24,3]"),
+    "data.symmetric": (paired, "true", ""),
     "data.val": (converted, "held_out.npz", "data.home=new data.root=flat.npz data.shape=[32,24,3]"),
     "data.unlabelled": (converted, "data/train", "data.home=new"),
+    "data.group_col": (converted, "other", "data.home=new data.csv=given.csv"),
     "data.fold_col": (converted, "other", f"{GIVEN} data.csv=given.csv"),
     "data.fold_csv": (converted, "folds.csv", f"{GIVEN} data.csv=given.csv"),
     "data.image_col": (converted, "picture", "data.home=new"),
@@ -404,6 +442,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "data.group_cosine": (converted, "0.999", EMBEDDED),
     "data.labels_per_class": (batches, "3", ""),
     "data.img_size": (batches, "[16,48]", ""),
+    "data.resize": (batches, "whole", ""),
     "data.size_epochs": (batches, "[2,3]", ""),
     "data.store": (converted, "jpeg", "data.home=new data.store=raw"),
     "data.raw_share": (converted, "1e-9", "data.home=new"),
@@ -418,6 +457,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "aug.hflip_p": (batches, "0", ""),
     "aug.vflip_p": (batches, "1", ""),
     "aug.rotation_deg": (batches, "90", ""),
+    "aug.translate": (batches, "[0.1,0.2]", ""),
     "aug.jitter": (batches, "[0,0,0,0]", ""),
     "aug.photometric_p": (batches, "1", ""),
     "aug.clahe_p": (batches, "1", ""),
@@ -450,10 +490,11 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "distill.temperature": (taught, "5", "distill.teacher=[elders]"),
     "distill.t_squared": (taught, "false", "distill.teacher=[elders]"),
     "opt.name": (network, "sgd", ""),
+    "model.init": (begun, "tiny", f"{ONE} exp.name=next"),
     "opt.lr": (plan, "0.1", ""),
     "opt.lr_ref": (plan, "1e-3", "opt.lr=auto"),
     "opt.lr_ref_batch": (plan, "16", "opt.lr=auto"),
-    "opt.lr_min_bound": (plan, "4e-4", "opt.lr=auto"),
+    "opt.lr_min_bound": (plan, "1e-3", "opt.lr=auto"),
     "opt.lr_max_bound": (plan, "6e-6", "opt.lr=auto"),
     "opt.large_batch_factor": (plan, "0.5", "opt.lr=auto opt.large_batch_threshold=8"),
     "opt.large_batch_threshold": (plan, "8", "opt.lr=auto opt.large_batch_factor=0.5"),
@@ -473,9 +514,12 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "train.max_nonfinite": (trained, "2", f"{ONE} opt.lr=1e30"),
     "train.save_every": (plan, "7ba", ""),
     "train.keep_every": (trained, "1", ONE),
+    "train.extend": (resumed, "true", f"{ONE} sched.cosine_epochs=2"),
     "sched.name": (plan, "none", ""),
-    "sched.warmup_epochs": (plan, "2", ""),
+    "sched.warmup_epochs": (plan, "0.5", ""),
     "sched.cosine_epochs": (plan, "4", "data.size_epochs=auto"),
+    "sched.warmup_unit": (plan, "epoch", "sched.warmup_epochs=4 sched.cosine_epochs=8 data.size_epochs=auto"),
+    "sched.cycle_steps": (plan, "7", "sched.name=cyclic sched.cycle_steps=3"),
     "sched.eta_min": (plan, "0.5", ""),
     "sched.factor": (plan, "0.1", f"sched.name=plateau {MANY}"),
     "sched.patience": (plan, "1", f"sched.name=plateau {MANY}"),
@@ -485,6 +529,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "lrfind.steps": (plan, "50", ""),
     "llrd.enabled": (network, "false", ""),
     "llrd.multipliers": (network, "[0.1,1]", ""),
+    "llrd.decay": (network, "0.75", ""),
     "llrd.unfreeze_schedule": (plan, "{1: [head], 3: [back]}", ""),
     "reg.ls_eps": (objective, "0.3", ""),
     "reg.mixup": (batches, "4", MIXED),
@@ -515,6 +560,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "robust.kinds": (converted, "[jpeg]", "data.home=new"),
     "robust.level": (converted, "medium", "data.home=new"),
     "es.enabled": (judged, "false", ""),
+    "es.monitor": (judged, "val_loss", ""),
     "es.patience": (judged, "3", ""),
     "es.min_delta": (judged, "0.0001", ""),
     "es.reset_on_stage": (judged, "false", ""),
@@ -524,6 +570,10 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "eval.batch": (batches, "3", ""),
     "eval.ece_bins": (summed_up, "5", ""),
     "tta.scales": (bundled, "[32,48]", ""),
+    "tta.rotations": (bundled, "[-10,10]", ""),
+    "tta.shift": (bundled, "0.1", ""),
+    "tta.reduce": (bundled, "vote", ""),
+    "ensembling.average": (summed_up, "probabilities", ""),
     "tta.hflip": (bundled, "false", ""),
     "ensembling.find_pattern": (matched, "ema_best__*", ""),
     "ensembling.weighting": (summed_up, "family", ""),
@@ -548,6 +598,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "log.mlflow": (trained, "true", ONE),
     "data.flips_keep_class": (plan, "false", ""),
     "checks.allow_flips": (plan, "true", "data.flips_keep_class=false"),
+    "checks.from_scratch": (plan, "true", "model.pretrained=true"),
     "checks.allow_unlabelled_test": (plan, "true", "semi.enabled=true data.unlabelled=a/b data.test=a"),
     "checks.allow_double_correction": (plan, "true", "loss.name=bsce"),
 }  # fmt: skip
@@ -605,11 +656,26 @@ def test_no_key_is_left_out():
     assert sorted(CHANGES) == sorted(KEYS)
 
 
+@pytest.fixture(scope="module")
+def unchanged(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable, str], str]:
+    """What an observer sees before a key is changed; observed twice, once for all keys that need the same changes."""
+
+    @functools.cache
+    def observed(observer: Callable[[Recipe], Any], needed: str) -> str:
+        home = tmp_path_factory.mktemp("unchanged")
+        first, second = (
+            repr(observe(observer, needed, folder=home / name, project=project))
+            for name in ("before", "again")
+        )
+        assert first == second, "an observer must give the same twice"
+        return first
+
+    return observed
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_key_changes_what_an_observer_sees(name, project, tmp_path):
+def test_a_key_changes_what_an_observer_sees(name, unchanged, project, tmp_path):
     observer, value, needed = CHANGES[name]
-    before = observe(observer, needed, folder=tmp_path / "before", project=project)
-    again = observe(observer, needed, folder=tmp_path / "again", project=project)
+    before = unchanged(observer, needed)
     after = observe(observer, f"{needed} {name}={value}", folder=tmp_path / "after", project=project)
-    assert repr(before) == repr(again), "an observer must give the same twice"
-    assert repr(before) != repr(after)
+    assert repr(after) != before

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastflower.core.errors import InputError
-from fastflower.recipe import checks, derived, load, parse_command, schema, to_yaml
+from fastflower.recipe import checks, derived, load, parse_command, schema, starting_point, to_yaml
 
 # the keys that the specification names, with its defaults; None: it gives no default
 SPECIFIED = {
@@ -156,7 +156,7 @@ def refused(*changes: str, path: Path | None = None) -> str:
 
 
 def test_every_specified_key_has_the_specified_default():
-    defaults = values(load())
+    defaults = values(load()) | starting_point.settled(load())  # `auto` and the value that it takes
     assert len(SPECIFIED) == 52
     assert {name: defaults[name] for name, value in SPECIFIED.items() if value is not None} == {
         name: value for name, value in SPECIFIED.items() if value is not None
@@ -165,8 +165,9 @@ def test_every_specified_key_has_the_specified_default():
 
 
 def test_the_specified_recipe_loads_with_spaces_and_changes_nothing():
-    got = values(load(written(SPECIFIED_RECIPE.replace("\t", "  "))))
-    want = values(load())
+    specified = load(written(SPECIFIED_RECIPE.replace("\t", "  ")))
+    got = values(specified) | starting_point.settled(specified)
+    want = values(load()) | starting_point.settled(load())
     assert got.pop("exp.name") == "mine"
     want.pop("exp.name")
     assert got == want
@@ -326,8 +327,8 @@ def test_a_missing_recipe_names_the_nearest():
         ("seed=null", "seed = null: must be a whole number"),
         ("tta.scales=320", "tta.scales: must be a list, each a whole number"),
         ("opt.clip_grad=x", "opt.clip_grad = x: must be a number or null"),
-        ("opt.lr_ref=-1", "opt.lr_ref = -1.0: must be > 0"),
-        ("opt.lr_ref=nan", "opt.lr_ref = nan: must be finite"),
+        ("opt.lr_ref=-1", "opt.lr_ref = -1: must be > 0"),
+        ("opt.lr_ref=nan", "opt.lr_ref = nan: must be a number or auto"),
         ("opt.lr=.inf", "opt.lr = inf: must be finite"),
         ("sampler.rf_t=.nan", "sampler.rf_t = nan: must be finite"),
         ("data.mean=[0.5,.inf,0.5]", "must be finite"),
@@ -431,3 +432,15 @@ def test_every_key_is_read_by_the_program(repo):
     reads = set().union(*(_dotted_reads(path) for path in files))
     names = {name if "." in name else f"recipe.{name}" for name in KEYS}
     assert sorted(names - reads - {"opt.clip_grad"}) == []
+
+
+def test_a_recipe_from_scratch_refuses_any_other_start(repo):
+    food = repo / "recipes/food_fixmatch.yaml"
+    checks.check(load(food))
+    with pytest.raises(
+        InputError, match=r"model.pretrained = true: this recipe trains from scratch .*; set model"
+    ):
+        checks.check(load(food, ["model.pretrained=true"]))
+    with pytest.raises(InputError, match=r"model.init = other: this recipe trains from scratch"):
+        checks.check(load(food, ["model.init=other"]))
+    checks.check(load(food, ["model.pretrained=true", "checks.from_scratch=false"]))

@@ -1,0 +1,66 @@
+"""The arguments of a command: recipes, experiments, and changes as key=value.
+
+An experiment's name means the recipe that its training recorded in meta/. It never ends as a recipe's file does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from fastflower.core import runs
+from fastflower.core.errors import InputError
+from fastflower.recipe.load import SUFFIXES, load
+from fastflower.recipe.schema import Recipe
+
+
+def parse_command(argv: list[str]) -> Recipe:
+    """The recipe of a command line: `[recipe.yaml or experiment] [key=value ...]`."""
+    names, changes = split_arguments(argv)
+    if len(names) > 1:
+        raise InputError(
+            f"got {len(names)} recipe files ({', '.join(names)}); give one, then changes as key=value"
+        )
+    return load(locate(names[0]) if names else None, changes)
+
+
+def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The names (recipes and experiments) and the changes (key=value) among arguments."""
+    options = [argument for argument in argv if argument.startswith("-") and "=" not in argument]
+    if options:
+        raise InputError(f"got {options[0]}, which is no option of this command; --help shows what it takes")
+    changes = [argument for argument in argv if "=" in argument]
+    return [argument for argument in argv if "=" not in argument], changes
+
+
+def locate(name: str) -> Path:
+    """The recipe file that an argument means: a path, or the recorded recipe of an experiment or of its folder.
+
+    Raises InputError with near names when it is neither. An experiment's name never ends as a recipe's file does.
+    """
+    path = Path(name)
+    if path.suffix in SUFFIXES:
+        return path
+    inside = path.resolve().parent == runs.RESULTS.resolve()
+    recorded = recorded_recipe(path.name if inside else name)
+    if recorded.is_file() or path.is_file():  # a file of another kind is refused by what reads it
+        return recorded if recorded.is_file() else path
+    known = {exp: exp for exp in recorded_experiments()}
+    known |= {file.stem: str(file) for folder in (Path(), Path("recipes")) for file in folder.glob("*.yaml")}
+    near = [known[stem] for stem in difflib.get_close_matches(path.name, list(known), n=3)]
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else "train an experiment, or give the path of a recipe"
+    )
+    raise InputError(
+        f"{name} is neither a recipe (a file that ends in .yaml) nor an experiment (no {recorded}); {hint}"
+    )
+
+
+def recorded_recipe(exp: str) -> Path:
+    """The file in which the training of an experiment records its recipe."""
+    return runs.RESULTS / exp / "meta" / "recipe.yaml"
+
+
+def recorded_experiments() -> list[str]:
+    """The names of the experiments that have a recorded recipe."""
+    return sorted(path.parent.parent.name for path in runs.RESULTS.glob("*/meta/recipe.yaml"))
