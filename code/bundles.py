@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import glob
 import hashlib
 import json
 import os
 import re
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sample import Sample
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-FORMAT = 4
+FORMAT = 5
+CLASS_COLUMNS = ["class_idx", "category_id", "n"]  # of classes.csv; names follow
+CHECK = "check"  # the column of row checksums in classes.csv
+ESCAPE = re.compile(r"\\x([01][0-9a-f]|7f|[89][0-9a-f])")
 
 # The fields of bundle.json: a type, a value, a list of one kind, a map of fields; a tuple lists alternatives.
 # twin of the records in fastflower/bundle/description.py
@@ -26,6 +30,8 @@ FIELDS = {
     "half": ("all", "gpu", "none"),
     "temperature": float,
     "hflip": bool,
+    "reduce": ("mean", "vote"),
+    "space": ("logits", "probabilities"),
     "pairs": (None, {"arrays": [str], "shape": ("auto", [int])}),
     "crops": [
         {
@@ -164,15 +170,13 @@ def classes_of(bundle: dict[str, Any]) -> Classes:
     return Classes(bundle["class_ids"], bundle["prior"], bundle["columns"])
 
 
-def fallback_classes(folder: str, sample: Sample | None) -> Classes | None:
-    """Classes for a table without networks: the bundle's, else the training data's, else the sample's."""
-    counts: dict[str, float] = {}
-    for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
-        damaged = contextlib.suppress(OSError, ValueError, KeyError, csv.Error)
-        with damaged, open(path, encoding="utf-8-sig", newline="") as file:
-            counts = {row["category_id"]: float(row["n"]) for row in csv.DictReader(file)}
-        if counts:
-            break
+def fallback_classes(folder: str, sample: Sample | None, notes: list[str]) -> Classes | None:
+    """Classes for a table without networks: the bundle's, else the training data's, else the sample's.
+
+    A line for each damaged file is appended to `notes`.
+    """
+    rows = next(_class_tables(folder, notes), [])
+    counts = {row["category_id"]: float(row["n"]) for row in rows}
     counts = counts or Counter(sample.answers() if sample else ())
     if not counts:
         return None
@@ -180,16 +184,51 @@ def fallback_classes(folder: str, sample: Sample | None) -> Classes | None:
     return Classes(list(counts), [count / total for count in counts.values()], "sample")
 
 
-def labelings(folder: str, class_ids: list[str]) -> list[list[str]]:
-    """The class ids, then the classes' names from classes.csv, in the order of the logits."""
-    for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
-        damaged = contextlib.suppress(OSError, ValueError, KeyError, csv.Error)
-        with damaged, open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-            if [row["category_id"] for row in rows] == class_ids:
-                columns = [name for name in rows[0] if name not in ("class_idx", "category_id", "n", "check")]
-                return [class_ids, *([str(row[name]) for row in rows] for name in columns)]
+def labelings(folder: str, class_ids: list[str], notes: list[str]) -> list[list[str]]:
+    """The class ids, then the classes' names from classes.csv, in the order of the logits; `notes` as above."""
+    for rows in _class_tables(folder, notes):
+        if [row["category_id"] for row in rows] == class_ids:
+            columns = [name for name in rows[0] if name not in (*CLASS_COLUMNS, CHECK)]
+            return [class_ids, *([row[name] for row in rows] for name in columns)]
     return [class_ids]
+
+
+def _class_tables(folder: str, notes: list[str]) -> Iterator[list[dict[str, str]]]:
+    """The rows of the classes.csv of the bundle, then of the training data; a note instead of a damaged one."""
+    for path in (os.path.join(folder, "classes.csv"), nearest("data/classes.csv")):
+        if os.path.exists(path):
+            try:
+                yield read_checked_rows(path)
+            except (OSError, ValueError, KeyError, csv.Error) as error:
+                notes.append(f"{path} is left out: {error}")
+
+
+# twin of read_sealed in fastflower/core/tables.py
+def read_checked_rows(path: str) -> list[dict[str, str]]:
+    """The rows of a classes.csv, whose column `check` is a CRC-32 of the cells to its left; ValueError if damaged."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = list(csv.reader(file))
+    header = lines[0] if lines else []
+    if header[:3] != CLASS_COLUMNS or CHECK not in header or not lines[1:]:
+        raise ValueError(f"it has not the columns {', '.join(CLASS_COLUMNS)} and {CHECK}, or no rows")
+    rows = []
+    for number, cells in enumerate(lines[1:]):
+        row = dict(zip(header, map(_restored, cells)))
+        checked = "\0".join([str(number), str(len(lines) - 1), *list(row.values())[: header.index(CHECK)]])
+        crc = zlib.crc32(checked.encode("utf-8", "surrogateescape"))
+        if len(cells) != len(header) or row[CHECK] != f"{crc:08x}":
+            raise ValueError(f"row {number} is damaged or was edited, or rows are missing")
+        rows.append(row)
+    return rows
+
+
+def _restored(cell: str) -> str:
+    """A cell with its control characters, which the table writes as \\x1b."""
+    if not ESCAPE.search(cell):
+        return cell
+    return re.sub(
+        r"\\(\\|x(..))", lambda mark: chr(int(mark[2], 16)) if mark[2] else "\\", cell, flags=re.DOTALL
+    )
 
 
 def default_folder() -> str:

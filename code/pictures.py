@@ -149,8 +149,13 @@ def stored(image: Image.Image, side: int | None) -> Image.Image:
 
 
 def cut_view(image: Image.Image, crop: dict[str, Any]) -> np.ndarray:
-    """Resample the largest centred box of the view's shape, divided by `factor`: uint8 (h, w, 3)."""
+    """Resample the largest centred box of the view's shape, divided by `factor`: uint8 (h, w, 3).
+
+    With factor 0 it is the whole picture.
+    """
     (width, height), (w, h) = image.size, (crop["width"], crop["height"])
+    if crop["factor"] == 0:
+        return np.array(image.resize((w, h), FILTERS[crop["interpolation"]]))
     scale = min(width / w, height / h) / crop["factor"]
     left, top = (width - w * scale) / 2, (height - h * scale) / 2
     box = (max(left, 0), max(top, 0), min(left + w * scale, width), min(top + h * scale, height))

@@ -53,11 +53,12 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     sample, unfollowed = find_sample(options)
     bundle, hashes, problem = None, {}, None
+    notes: list[str] = []
     try:
         bundle, hashes = bundles.read(options.bundle)
         classes = bundles.classes_of(bundle)
     except Problem as error:
-        problem, classes = error, bundles.fallback_classes(options.bundle, sample)
+        problem, classes = error, bundles.fallback_classes(options.bundle, sample, notes)
         if classes is None:
             raise
     try:
@@ -82,9 +83,13 @@ def main(argv: list[str]) -> int:
     layout = default_layout(columns)
     if sample and names:
         try:
-            names, labels, layout = follow(sample, names, columns=columns, classes=classes, options=options)
+            names, labels, layout = follow(
+                sample, names, columns=columns, classes=classes, options=options, notes=notes
+            )
         except Unfollowable as difference:
             unfollowed = str(difference)
+    for note in dict.fromkeys(notes):
+        log_error(note)
     table = Table(names, classes.ids, prior=classes.prior, layout=layout, labels=labels)
     code = 0
     if names or not os.path.exists(options.csv):  # an empty table never replaces a full one
@@ -121,17 +126,23 @@ def find_sample(options: argparse.Namespace) -> tuple[Sample | None, str]:
 
 
 def follow(
-    sample: Sample, names: list[bytes], *, columns: str, classes: bundles.Classes, options: argparse.Namespace
+    sample: Sample,
+    names: list[bytes],
+    *,
+    columns: str,
+    classes: bundles.Classes,
+    options: argparse.Namespace,
+    notes: list[str],
 ) -> tuple[list[bytes], list[bytes], Layout]:
     """Names in the sample's order, the labels to write for them, and the layout; raises Unfollowable.
 
-    The columns are the sample's unless the bundle asks for others.
+    The columns are the sample's unless the bundle asks for others. A line for each damaged file is appended to `notes`.
     """
     image, ordered = match(sample, names, options.folder)
     labels = [label.encode("utf-8", "surrogateescape") for label in sample.column(image)]
     layout = default_layout(columns)
     if columns in ("sample", "binary"):
-        labelings = bundles.labelings(options.bundle, classes.ids)
+        labelings = bundles.labelings(options.bundle, classes.ids, notes)
         of_sample = layout_of(sample, image, labelings, second_class=layout.second_class)
         if columns == "sample" or any(column.kind == "number" for column in of_sample.columns):
             layout = of_sample

@@ -18,6 +18,7 @@ from fastflower.optim.groups import freeze_batch_norms, part_by_parameter, part_
 from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import Derived, scaled_lr
+from fastflower.recipe.starting_point import warmup_epochs
 
 
 def stage_factor(recipe: Recipe, derived: Derived, epoch: int) -> float:
@@ -78,7 +79,7 @@ class LearningRate(Algorithm):
             freeze_batch_norms(self.network, self.part_of, frozen)
 
     def _step_plateau(self, epoch: int) -> None:
-        if epoch + 1 >= self.recipe.sched.warmup_epochs:
+        if epoch + 1 >= warmup_epochs(self.recipe):
             self.plateau.step(self.monitored())
         if self.derived.stage(epoch) != self.derived.stage(epoch + 1):
             self.plateau.restart()

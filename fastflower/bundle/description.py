@@ -11,7 +11,10 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True)
 class ViewCrop:
-    """The way a picture is cut for one view: size in pixels, margin, resampling, and its short side in betons."""
+    """The way a picture is cut for one view: size in pixels, margin, resampling, and its short side in betons.
+
+    `factor` is the short side before the crop over the side of the crop; 0 resizes the whole picture.
+    """
 
     height: int
     width: int
@@ -78,7 +81,7 @@ class PairArrays:
 class BundleDescription:
     """The content of bundle.json; `prior` are the class frequencies of the training data."""
 
-    FORMAT: ClassVar[int] = 4
+    FORMAT: ClassVar[int] = 5
     REMEDY: ClassVar[str] = "run python -m fastflower.export"
 
     fastflower: str
@@ -89,6 +92,8 @@ class BundleDescription:
     half: Literal["all", "gpu", "none"]
     temperature: float
     hflip: bool
+    reduce: Literal["mean", "vote"]
+    space: Literal["logits", "probabilities"]
     pairs: PairArrays | None
     tolerance: float
     pixel_tolerance: int

@@ -26,13 +26,14 @@ from torch import nn
 from fastflower.bundle import sandbox
 from fastflower.bundle.description import BundleDescription, ViewCrop
 from fastflower.bundle.held_out import HeldOut, collect, write_betons
-from fastflower.bundle.writer import CODE, Member
+from fastflower.bundle.tracing import CODE
+from fastflower.bundle.writer import Member
 from fastflower.core import runs, scores
 from fastflower.core.records import to_plain
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.loaders import eval_images
 from fastflower.evaluation.inference import load_network
-from fastflower.evaluation.logits import Logits
+from fastflower.evaluation.logits import Logits, combine, reduce_views
 from fastflower.model.member import load_member
 from fastflower.recipe import Recipe
 
@@ -131,10 +132,8 @@ def trainer_logits(
     for row in range(count):
         views = [
             [
-                views_logits(
-                    member.network, betons, row=row, crop=bundle.crops[view.crop], hflip=bundle.hflip
-                )
-                for view in entry.views
+                views_logits(network, betons, row=row, crop=bundle.crops[view.crop], hflip=bundle.hflip)
+                for network, view in zip(member.versions, entry.views, strict=True)
             ]
             for member, entry in zip(members, bundle.members, strict=True)
         ]
@@ -308,17 +307,19 @@ def out_of_fold_agreement(
     """
     count, right_bundle, right_evaluate = 0, 0, 0
     for row, fold in enumerate(photographs.fold):
-        predicted, saved_sum = 0.0, 0.0
+        predicted, known, weights = [], [], []
         for position, (member, entry) in enumerate(zip(members, bundle.members, strict=True)):
             saved = out_of_fold.get(member.path.name)
             if saved is not None and member.meta.fold == fold:
                 (saved_row,) = np.flatnonzero(saved.index == photographs.index[row])
-                predicted = predicted + entry.weight * got[row, position].mean(axis=0)
-                saved_sum = saved_sum + entry.weight * saved.logits[saved_row]
-        if isinstance(predicted, np.ndarray):
+                predicted.append(reduce_views(list(got[row, position][:, None]), bundle.reduce))
+                known.append(saved.logits[[saved_row]])
+                weights.append(entry.weight)
+        if predicted:
+            shares, label = np.array(weights) / sum(weights), photographs.class_idx[row]
             count += 1
-            right_bundle += int(predicted.argmax() == photographs.class_idx[row])
-            right_evaluate += int(np.argmax(saved_sum) == photographs.class_idx[row])
+            right_bundle += int(combine(predicted, shares, bundle.space).argmax() == label)
+            right_evaluate += int(combine(known, shares, bundle.space).argmax() == label)
     if not count:
         return Gate(
             "out of fold", got="no logits; run python -m fastflower.evaluate", allowed="", passed=None

@@ -11,8 +11,12 @@ import numpy as np
 from PIL import Image
 
 from fastflower.bundle.description import BundleDescription, PairArrays
+from fastflower.core.errors import CorruptionError
+from fastflower.core.tables import escaped
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import RAW, Beton, BetonWriter, EncodedImage, open_beton
+from fastflower.data.conversion.encode import content_of
+from fastflower.data.folds import Folds
 from fastflower.data.readers import image_files, sources
 from fastflower.data.readers.arrays import open_npz
 from fastflower.data.readers.sources import Source
@@ -67,6 +71,7 @@ def collect(folder: Path, recipe: Recipe, members: list[Member]) -> HeldOut:
         count = min(opened.val.rows, max(1, MOST_ROWS // len(folds)))
         for row in np.linspace(0, opened.val.rows - 1, count).astype(int).tolist():
             index = int(opened.val.index[row])
+            _check_content(source, opened.folds, index)
             rows.append((opened.folds.filenames[index], int(opened.val.labels[row]), index, fold))
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     names, labels, indices, row_folds = zip(*rows, strict=True)
@@ -76,6 +81,16 @@ def collect(folder: Path, recipe: Recipe, members: list[Member]) -> HeldOut:
         else save_photographs(folder, source, names)
     )
     return HeldOut(files=files, class_idx=np.array(labels), index=np.array(indices), fold=np.array(row_folds))
+
+
+def _check_content(source: Source, folds: Folds, index: int) -> None:
+    """Raise CorruptionError unless the original of a row of folds.csv is the one that was converted."""
+    name = folds.filenames[index]
+    if content_of(source, name) != folds.sha256[index]:
+        raise CorruptionError(
+            f"{escaped(name)} is not the image that was converted: its SHA-256 is not that of folds.csv; restore it, "
+            "or move folds.csv away, convert and train again"
+        )
 
 
 def save_photographs(folder: Path, source: Source, names: Sequence[str]) -> list[Path]:

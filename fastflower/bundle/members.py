@@ -97,14 +97,15 @@ def weights_from_runs(recipe: Recipe, members: list[tuple[str, int]]) -> np.ndar
 def _same_weighting(recipe: Recipe, fitted: Temperatures) -> bool:
     """True when evaluate fitted the ensemble by the recipe's weighting."""
     ensembling = recipe.ensembling
-    return fitted.weighting == ensembling.weighting and (
+    return (fitted.weighting, fitted.space) == (ensembling.weighting, ensembling.average) and (
         ensembling.weighting != "hand" or fitted.hand_weights == ensembling.weights
     )
 
 
 def _weighting_in_words(fitted: Temperatures) -> str:
     """The weighting by which evaluate fused the runs, in words."""
-    return f"hand {fitted.hand_weights}" if fitted.weighting == "hand" else fitted.weighting
+    weighting = f"hand {fitted.hand_weights}" if fitted.weighting == "hand" else fitted.weighting
+    return weighting if fitted.space == "logits" else f"{weighting}, in the mean of probabilities"
 
 
 def choose_greedily(recipe: Recipe, paths: list[Path]) -> ChosenMembers:

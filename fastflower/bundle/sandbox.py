@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from packaging.requirements import Requirement
 
-from fastflower.bundle.writer import CODE
+from fastflower.bundle.tracing import CODE
 from fastflower.core import runs
 
 REQUIRED = ("torch", "numpy", "pillow")

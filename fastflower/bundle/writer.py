@@ -7,12 +7,8 @@ export the predictor uses the programs that evaluate writes beside the members' 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
-import shutil
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,14 +29,15 @@ from fastflower.bundle.description import (
     Program,
     ViewCrop,
 )
-from fastflower.bundle.program import CODE, TOLERANCE, TracedProgram, logits_of_test_picture, trace
+from fastflower.bundle.program import TOLERANCE, TracedProgram, logits_of_test_picture, trace
 from fastflower.core import runs
 from fastflower.core.errors import InputError
-from fastflower.core.files import remove_abandoned, replacing, swap_in, temporary_folder, temporary_path
+from fastflower.core.files import remove_abandoned, swap_in, temporary_folder, temporary_path
 from fastflower.core.records import write_record
-from fastflower.core.tables import read_csv
-from fastflower.data.labels import check_columns, class_differences
+from fastflower.core.tables import CHECK, sealed_rows, write_csv
+from fastflower.data.labels import check_columns, class_differences, read_class_rows
 from fastflower.evaluation.inference import load_network, views_of
+from fastflower.evaluation.moves import moved, moves_of
 from fastflower.model.member import MemberCheckpoint, MemberMeta, load_member
 from fastflower.recipe import Recipe
 
@@ -54,12 +51,16 @@ T = TypeVar("T")
 
 @dataclass
 class Member:
-    """A checkpoint to export: its meta, its tensors as stored, and its network with the weights so rounded."""
+    """A checkpoint to export: its meta, its tensors as stored, and its network with the weights so rounded.
+
+    versions: the network of each view in the bundle, with its rotation or shift.
+    """
 
     path: Path
     meta: MemberMeta
     stored: dict[str, Tensor]
     network: nn.Module
+    versions: list[nn.Module] = field(default_factory=list)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -180,9 +181,7 @@ def write_bundle(
     ]
     for text, file in inventory.files.items():
         (folder / file).write_text(text, encoding="ascii")
-    (folder / "classes.csv").write_text(
-        classes_csv(meta, Path(recipe.data.home) / "classes.csv"), encoding="utf-8"
-    )
+    write_classes(folder / "classes.csv", meta, Path(recipe.data.home) / "classes.csv")
     counts = np.sum([member.meta.class_counts for member in members], axis=0, dtype=np.float64)
     description = BundleDescription(
         fastflower=fastflower.__version__,
@@ -193,6 +192,8 @@ def write_bundle(
         half=half,
         temperature=temperature,
         hflip=recipe.tta.hflip,
+        reduce=recipe.tta.reduce,
+        space=recipe.ensembling.average,
         pairs=PairArrays(list(arrays), recipe.data.shape) if arrays else None,
         tolerance=TOLERANCE,
         pixel_tolerance=PIXEL_TOLERANCE,
@@ -219,12 +220,16 @@ def _write_member(
     standalone: bool,
 ) -> BundleMember:
     """Store a member's tensors at `path` and describe it; `images` is 2 for pairs, else 1."""
-    tensors, views, expected = unpack(member.stored), [], []
-    sizes = views_of(member.size, recipe.tta.scales, hflip=recipe.tta.hflip)
+    tensors, views, expected, versions = unpack(member.stored), [], [], []
+    sizes = views_of(member.size, member.meta.scales(recipe.tta.scales), hflip=recipe.tta.hflip)
     for height, width in dict.fromkeys((view.height, view.width) for view in sizes):
-        traced = trace(member.path, member.network, height=height, width=images * width, tensors=tensors)
-        views.append(inventory.add_view(crop_of(member.meta, height, width), traced))
-        expected.append(logits_of_test_picture(member.network, height, images * width))
+        for move in moves_of(recipe.tta):
+            network = moved(member.network, move, (height, width), images=images)
+            traced = trace(member.path, network, height=height, width=images * width, tensors=tensors)
+            views.append(inventory.add_view(crop_of(member.meta, height, width), traced))
+            expected.append(logits_of_test_picture(network, height, images * width))
+            versions.append(network)
+    member.versions = versions
     added = {name: tensor for name, tensor in tensors.items() if name not in member.stored}
     saved = {**member.stored, **added} if standalone else added
     # not by save_file, which hides the errors of the disk behind its own
@@ -239,23 +244,24 @@ def _write_member(
     )
 
 
-def classes_csv(meta: MemberMeta, converted: Path) -> str:
-    """The classes, their counts, and their names where the classes that convert wrote are the same.
+def write_classes(path: Path, meta: MemberMeta, converted: Path) -> None:
+    """Write the classes, their counts, and their names where the classes that convert wrote are the same.
 
-    The predictor follows samples by the names, and falls back on the counts when bundle.json is missing or damaged.
+    The predictor follows samples by the names, and falls back on the counts when bundle.json is missing or damaged. The
+    checksum of a row covers its names too.
     """
-    rows: list[dict[str, object]] = [
-        {"class_idx": position, "category_id": class_id, "n": count}
+    rows = [
+        {"class_idx": str(position), "category_id": str(class_id), "n": str(count)}
         for position, (class_id, count) in enumerate(zip(meta.class_ids, meta.class_counts, strict=True))
     ]
-    known = read_csv(converted, ("category_id",)) if converted.is_file() else []
-    if [row["category_id"] for row in known] == [str(class_id) for class_id in meta.class_ids]:
-        rows = [{**names, **row} for row, names in zip(rows, known, strict=True)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    known = read_class_rows(converted) if converted.is_file() else []
+    if [row["category_id"] for row in known] == [row["category_id"] for row in rows]:
+        names = [name for name in known[0] if name not in (*rows[0], CHECK)]
+        rows = [
+            {**row, **{name: of_class[name] or "" for name in names}}
+            for row, of_class in zip(rows, known, strict=True)
+        ]
+    write_csv(path, sealed_rows(rows, tuple(rows[0]), count=len(rows)))
 
 
 def crop_of(meta: MemberMeta, height: int, width: int) -> ViewCrop:
@@ -304,18 +310,3 @@ def publish(folder: Path, target: Path = runs.BUNDLE) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     swap_in(folder, target, contents=CONTENTS)
-
-
-def zip_hand_in(path: Path, top: str = "") -> None:
-    """Write the archive to hand in: code/ and results/model/bundle/, inside a folder `top` when given.
-
-    Equal bundles give equal bytes. Nothing is compressed: weights do not get smaller.
-    """
-    remove_abandoned(path.parent, path.name)
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for file in [*sorted(CODE.glob("*.py")), *sorted(runs.BUNDLE.iterdir())]:
-            folder = Path("code") if file.parent == CODE else runs.BUNDLE
-            entry = zipfile.ZipInfo((Path(top) / folder / file.name).as_posix())
-            entry.external_attr = 0o100644 << 16
-            with archive.open(entry, "w") as target, open(file, "rb") as source:
-                shutil.copyfileobj(source, target, 1 << 20)

@@ -1,4 +1,4 @@
-"""Checkpoint files: best_clean, best_combo, ema_best and swa as members, `last` to resume from.
+"""Checkpoint files: best_clean, best_combo, best_f1, ema_best and swa as members, `last` to resume from.
 
 Every file is written to a temporary path, checked and renamed; only then is its predecessor removed. Of `last` the
 previous generation is kept. All hold plain tensors, numbers and text, copied to the host at the step they belong to
@@ -30,11 +30,11 @@ from fastflower.core import checkpoint, files
 from fastflower.core.errors import PREEMPTED, EnvironmentFault
 from fastflower.core.files import fsync_folder, temporary_path
 from fastflower.core.records import to_plain
-from fastflower.core.runs import TRAINED_KINDS, Run
+from fastflower.core.runs import TRAINED_KINDS, Run, parse_member
 from fastflower.model.member import MemberMeta, save_member
 
 # layout of the training state in `last`; raise it when a component's state changes its keys: resume refuses others
-LAYOUT = 1
+LAYOUT = 2
 FIXED_NAMES = {kind: f"{kind}.pth" for kind in TRAINED_KINDS}
 
 
@@ -85,8 +85,19 @@ def publish(run: Run, kind: str, *, epoch: int, score: float, write: Callable[[P
 
 
 def supersede(run: Run, kind: str, path: Path) -> None:
-    """Link the fixed name of a kind to a checkpoint, and remove the kind's other checkpoints."""
-    _link(path, run.model_dir / FIXED_NAMES[kind])
+    """Link the fixed name of a kind, and remove the run's other checkpoints of it.
+
+    `last.pth` is the one written last; the others belong to the best of all runs of the experiment, whatever their
+    backbone, fold and seed.
+    """
+    fixed = run.model_dir / FIXED_NAMES[kind]
+    if kind == "last":
+        _link(path, fixed)
+    else:
+        linked = None
+        while linked != (best := _best_of_all(run, kind, path)):  # again if another run saved in between
+            _link(best, fixed, temporary=path)
+            linked = best
     for predecessor in run.checkpoints(kind):
         if predecessor != path:
             predecessor.unlink(missing_ok=True)
@@ -108,12 +119,25 @@ def _keep_previous(run: Run) -> None:
         _link(current[-1], previous_last(run))
 
 
-def _link(path: Path, name: Path) -> None:
+def _best_of_all(run: Run, kind: str, path: Path) -> Path:
+    """The checkpoint of the highest score of a kind: the run's own `path`, or one of the experiment's other runs."""
+    names = {other: parse_member(other) for other in sorted(run.model_dir.glob(f"{kind}__*.pth"))}
+    own = (run.backbone, run.fold, run.seed)
+    scores = {
+        other: name.score
+        for other, name in names.items()
+        if name and name.kind == kind and (other == path or (name.backbone, name.fold, name.seed) != own)
+    }
+    return max(scores, key=lambda other: scores[other], default=path)
+
+
+def _link(path: Path, name: Path, *, temporary: Path | None = None) -> None:
     """Atomically make `name` a hard link to `path`; a copy where the disk has no hard links.
 
-    The temporary link is named after `path`, which identifies the run: all runs of an experiment share fixed names.
+    The temporary link is named after `temporary` (default: `path`), a checkpoint of this run: all runs of an
+    experiment share fixed names.
     """
-    temporary = temporary_path(path)
+    temporary = temporary_path(temporary or path)
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)

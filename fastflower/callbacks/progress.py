@@ -14,6 +14,7 @@ from composer.loggers import Logger
 
 from fastflower.callbacks.recorder import Recorder
 from fastflower.callbacks.scoring import Scoring
+from fastflower.callbacks.trends import Trends
 from fastflower.core.console import Console, clock
 from fastflower.recipe.derived import Derived
 
@@ -22,9 +23,9 @@ PLAIN_SECONDS = 5.0  # minimum between two lines in a pipe
 MOVING_SECONDS = 0.2  # between two updates in a terminal
 NORM_HIGH, NORM_LOW = 1e4, 1e-7  # mean gradient norms that deserve a warning
 
-COLUMNS = (  # (name, width) in an epoch's row; "ema" after a score is that of the averaged weights
-    ("epoch", 6), ("size", 4), ("lr", 7), ("train", 6), ("val", 6), ("clean", 6), ("ema", 6), ("corr", 6), ("ema", 6),
-    ("S", 6), ("best", 12), ("pat", 3), ("img/s", 5), ("left", 7),
+COLUMNS = (  # (name, width) in an epoch's row; "acc" in training, "ema" after a score: that of the averaged weights
+    ("epoch", 6), ("size", 4), ("lr", 7), ("train", 6), ("acc", 6), ("val", 6), ("clean", 6), ("ema", 6), ("corr", 6),
+    ("ema", 6), ("S", 6), ("best", 12), ("pat", 3), ("img/s", 5), ("left", 7),
 )  # fmt: skip
 
 
@@ -33,9 +34,10 @@ def side(size: list[int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
-def headline() -> str:
-    """The column names above `epoch_line`."""
-    return "  ".join(name.rjust(width) for name, width in COLUMNS)
+def headline(metric: str = "combo") -> str:
+    """The column names above `epoch_line`; F1 stands in the place of S where it selects the best epoch."""
+    names = ("F1" if (name, metric) == ("S", "f1") else name for name, _ in COLUMNS)
+    return "  ".join(name.rjust(width) for name, (_, width) in zip(names, COLUMNS, strict=True))
 
 
 def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
@@ -55,12 +57,13 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
         side(row["size"]),
         f"{row['lr_max']:.1e}",
         f"{row['train_loss']:.4f}",
+        score("train_acc"),
         f"{row['val_loss']:.4f}",
         score("clean_raw"),
         score(f"clean_{average}"),
         score("corrupt_raw"),
         score(f"corrupt_{average}"),
-        score(f"s_{row['chosen']}"),
+        score("score"),
         f"{best['score']:.4f} @{best['epoch']}{star}" if best["epoch"] else "-",
         "-" if patience is None else str(patience),
         f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}",
@@ -92,8 +95,11 @@ def time_left(derived: Derived, done: int, seconds: float) -> float:
 class Progress(Callback):
     """BATCH_END: the moving line. EVAL_START: the set being scored. EVAL_AFTER_ALL: the epoch's row and notes."""
 
-    def __init__(self, console: Console, derived: Derived, *, recorder: Recorder, scoring: Scoring) -> None:
+    def __init__(
+        self, console: Console, derived: Derived, *, recorder: Recorder, scoring: Scoring, trends: Trends
+    ) -> None:
         self.console = console
+        self.trends = trends
         self.derived = derived
         self.recorder = recorder
         self.scoring = scoring
@@ -129,7 +135,7 @@ class Progress(Callback):
     def eval_after_all(self, state: State, logger: Logger) -> None:
         row = self.recorder.row
         if self.rows % HEADER_EVERY == 0:
-            self.console.write(headline(), "bold")
+            self.console.write(headline(self.scoring.recipe.select.metric), "bold")
         self.rows += 1
         left = (
             0.0 if self.scoring.selection.stopped else time_left(self.derived, row["epoch"], row["seconds"])
@@ -138,7 +144,7 @@ class Progress(Callback):
             epoch_line(row, self.derived.epochs, left),
             "green" if row["best"]["epoch"] == row["epoch"] else "",
         )
-        for note in self._notes(row):
+        for note in [*self._notes(row), *self.trends.update(row)]:
             self.console.write(f"        {note}", "yellow")
 
     def _notes(self, row: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from fastflower.core import runs
 from fastflower.core.runs import Run
 from fastflower.recipe.derived import Derived
 
-SUMS = ("loss", "norm", "steps", "images", "wait", "seconds", "skipped")
+SUMS = ("loss", "norm", "steps", "images", "wait", "seconds", "skipped", "hits", "seen")
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
@@ -77,8 +77,10 @@ class Meter:
 
 
 class Recorder(Callback):
-    """BEFORE_DATALOADER, AFTER_DATALOADER, BATCH_END: measure. EVAL_AFTER_ALL: write the epoch's row, kept in `row`.
+    """BEFORE_DATALOADER, AFTER_DATALOADER, AFTER_LOSS, BATCH_END: measure. EVAL_AFTER_ALL: write the epoch's row, kept
+    in `row`.
 
+    The training accuracy is that of the augmented images against their label, in mixed ones that of the larger share.
     EPOCH_START: reset the sums and the peak of GPU memory. `extra_entries` are functions that return further entries
     of the row.
     """
@@ -103,6 +105,10 @@ class Recorder(Callback):
         self.row: dict[str, Any] = {}
         self._wait_start = self._eval_start = time.perf_counter()
         self._wait_seconds = 0.0
+        self._hits: list[torch.Tensor] = []  # right answers and images of this step's microbatches, (2,) each
+        self._counts: torch.Tensor | None = (
+            None  # their sum on the device, read when somebody asks: reading waits
+        )
         self._writer: Any = None
 
     def epoch_start(self, state: State, logger: Logger) -> None:
@@ -116,8 +122,21 @@ class Recorder(Callback):
     def after_dataloader(self, state: State, logger: Logger) -> None:
         self._wait_seconds = time.perf_counter() - self._wait_start
 
+    def after_loss(self, state: State, logger: Logger) -> None:
+        logits, batch = state.outputs, state.batch
+        assert isinstance(logits, torch.Tensor)
+        target = batch.get("target")  # with distillation the teacher's probabilities follow the labels
+        labels = batch["label"] if target is None else target[:, : logits.shape[1]].argmax(1)
+        right = (logits.detach().argmax(1) == labels).sum()
+        self._hits.append(torch.stack([right, torch.ones_like(labels).sum()]))
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        sums, now = self.meter.sums, time.perf_counter()
+        sums = self.meter.sums
+        step, self._hits = torch.stack(self._hits).sum(0), []
+        if dist.get_world_size() > 1:  # at each step, so that a checkpoint holds the counts of all ranks
+            dist.all_reduce(step)
+        self._counts = step if self._counts is None else self._counts + step
+        now = time.perf_counter()
         sums["steps"] += 1
         sums["skipped"] += self.guard.skipped
         if not self.guard.skipped:
@@ -149,6 +168,7 @@ class Recorder(Callback):
             runs.append_event(run.events_path, {**key, **row, "time": round(time.time(), 1)})
 
     def _epoch_row(self, state: State) -> dict[str, Any]:
+        self._add_counts()
         scores, meter, epoch = self.scoring.latest, self.meter, state.timestamp.epoch.value
         assert scores is not None and scores.verdict is not None
         stage, best = self.derived.stage(epoch - 1), self.scoring.selection.best
@@ -164,7 +184,9 @@ class Recorder(Callback):
             "lr_max": max(meter.lr.values(), default=math.nan),
             "lr_groups": meter.lr,
             "train_loss": meter.mean("loss"),
+            "train_acc": meter.sums["hits"] / meter.sums["seen"] if meter.sums["seen"] else math.nan,
             "val_loss": self.scoring.val_loss,
+            "score": self.scoring.score,
             **scores.flat(),
             "per_kind": scores.per_kind,
             "chosen": chosen,
@@ -194,7 +216,15 @@ class Recorder(Callback):
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
 
+    def _add_counts(self) -> None:
+        """Add the right answers counted on the device to the meter's sums."""
+        if self._counts is not None:
+            for name, count in zip(("hits", "seen"), self._counts.tolist(), strict=True):
+                self.meter.sums[name] += count
+            self._counts = None
+
     def state_dict(self) -> dict[str, Any]:
+        self._add_counts()
         return self.meter.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

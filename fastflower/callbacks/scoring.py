@@ -151,6 +151,8 @@ class Scoring(Callback):
                 clean=row["top1"],
                 corrupted=latest.corrupted.get(name),
                 macro_recall=row["macro_recall"],
+                f1=row.get("f1", row["macro_f1"]),
+                val_loss=row["nll"],
                 finite=bool(np.isfinite(row["nll"])),
             )
             for name, row in latest.clean.items()
@@ -159,7 +161,7 @@ class Scoring(Callback):
             _raise_diverged(epoch)
         verdict = latest.verdict = self.selection.update(epoch, stage, candidates)
         self.epoch, self.flat = epoch, latest.flat()
-        self.score = verdict.s.get(verdict.chosen, 0.0)
+        self.score = verdict.score
         self.val_loss = latest.clean[verdict.chosen or "raw"]["nll"]
         if self.selection.best.epoch == epoch:
             self.best_flat = self.flat

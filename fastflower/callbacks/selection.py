@@ -21,11 +21,16 @@ TINY = 1e-9  # 0.902 - 0.901 is a little less than 0.001
 
 @dataclass(frozen=True)
 class Candidate:
-    """The scores of one set of weights at one epoch; corrupted is None without a corrupted set."""
+    """The scores of one set of weights at one epoch; corrupted is None without a corrupted set.
+
+    f1 is that of the second of two classes, or the macro F1 of more.
+    """
 
     clean: float
     corrupted: float | None
     macro_recall: float
+    f1: float
+    val_loss: float
     finite: bool = True
 
 
@@ -43,6 +48,7 @@ class Verdict:
     """The decision after an epoch."""
 
     s: dict[str, float]  # S by weights
+    score: float  # that of select.metric, of the chosen weights; 0 when none is finite
     chosen: str  # the weights with the highest watched score, "" when none is finite
     new: dict[str, str]  # kind of checkpoint to write -> weights to put in it
     stop: bool
@@ -53,7 +59,10 @@ class Verdict:
 
 @dataclass
 class Selection:
-    """The state machine: a best for each of the four kinds of checkpoint, patience by the one of select.metric."""
+    """The state machine: a best for each kind of checkpoint, and patience by es.monitor.
+
+    best_f1 is kept where select.metric asks for it, best_clean, best_combo and ema_best always.
+    """
 
     select: Select
     es: Es
@@ -83,25 +92,37 @@ class Selection:
             for name, candidate in finite.items()
         }
         clean = {name: candidate.clean for name, candidate in finite.items()}
-        new = self._update_bests(epoch, s, clean)
-        watched = s if self.select.metric == "combo" else clean
+        f1 = {name: candidate.f1 for name, candidate in finite.items()}
+        watched = {"clean": clean, "combo": s, "f1": f1}[self.select.metric]
+        new = self._update_bests(epoch, s, clean, f1 if self.select.metric == "f1" else {})
         chosen = prefer(watched)
-        stop = self._update_patience(watched.get(chosen, -math.inf), epoch)
+        monitored = watched.get(chosen, -math.inf)
+        if chosen and self.es.monitor == "val_loss":
+            monitored = -finite[chosen].val_loss
+        stop = self._update_patience(monitored, epoch)
         alarm = bool(chosen) and self._macro_alarm(s[chosen], finite[chosen].macro_recall)
         if alarm:
             notes.append(
                 f"S rose to {s[chosen]:.4f} while macro recall fell to {finite[chosen].macro_recall:.4f} "
-                f"(best {self.macro_best:.4f}): rare classes got worse in favour of frequent ones"
+                f"(best {self.macro_best:.4f}): rare classes got worse in favour of frequent ones; try "
+                "sampler.type=weighted_en or class_balanced, or loss.name=bsce or focal without such a sampler"
             )
         patience_left = max(0, self.es.patience - self.idle) if self._may_stop else None
         return Verdict(
-            s=s, chosen=chosen, new=new, stop=stop, patience_left=patience_left, notes=notes, alarm=alarm
+            s=s,
+            score=watched.get(chosen, 0.0),
+            chosen=chosen,
+            new=new,
+            stop=stop,
+            patience_left=patience_left,
+            notes=notes,
+            alarm=alarm,
         )
 
     @property
     def best(self) -> Best:
         """The best of the kind that select.metric names."""
-        return self.bests.get("best_combo" if self.select.metric == "combo" else "best_clean", Best())
+        return self.bests.get(f"best_{self.select.metric}", Best())
 
     def _start_stage(self, stage: int) -> None:
         if self.stage < 0 or self.es.reset_on_stage:
@@ -109,11 +130,19 @@ class Selection:
             self.macro_best, self.s_before, self.alarmed = -math.inf, math.inf, False
         self.stage = stage
 
-    def _update_bests(self, epoch: int, s: dict[str, float], clean: dict[str, float]) -> dict[str, str]:
+    def _update_bests(
+        self, epoch: int, s: dict[str, float], clean: dict[str, float], f1: dict[str, float]
+    ) -> dict[str, str]:
         new = {}
         ema = {name: value for name, value in s.items() if name == "ema"}
         swa = {name: value for name, value in s.items() if name == "swa"}
-        for kind, values in (("best_clean", clean), ("best_combo", s), ("ema_best", ema), ("swa", swa)):
+        for kind, values in (
+            ("best_clean", clean),
+            ("best_combo", s),
+            ("best_f1", f1),
+            ("ema_best", ema),
+            ("swa", swa),
+        ):
             name = prefer(values)
             if name and values[name] > self.bests.get(kind, Best()).score:
                 self.bests[kind] = Best(values[name], epoch, name)
@@ -126,7 +155,8 @@ class Selection:
         else:
             self.idle += 1
         if self._may_stop and self.idle >= self.es.patience:
-            self.stopped = f"no gain of {self.es.min_delta:g} in {self.idle} epochs up to epoch {epoch}"
+            gain = "fall of the validation loss by" if self.es.monitor == "val_loss" else "gain of"
+            self.stopped = f"no {gain} {self.es.min_delta:g} in {self.idle} epochs up to epoch {epoch}"
         return bool(self.stopped)
 
     @property

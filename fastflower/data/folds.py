@@ -15,7 +15,7 @@ import numpy as np
 
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
-from fastflower.core.tables import CHECK, escaped, read_csv, read_sealed, sealed_rows, write_csv
+from fastflower.core.tables import CHECK, escaped, read_sealed, sealed_rows, write_csv
 from fastflower.data.labels import LabelTable
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import fold_count
@@ -23,6 +23,11 @@ from fastflower.recipe.derived import fold_count
 ALWAYS_TRAIN = -1
 COLUMNS = ("filename", "category_id", "class_idx", "fold", "group_id", "sha256")
 SKIPPED = ("filename", "category_id", "reason")
+DUPLICATES = "duplicates.csv"  # below data.home
+DUPLICATE_COLUMNS = (
+    *("group_id", "filename", "category_id", "other", "other_category_id"),
+    *("distance", "identical", "cosine"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,20 @@ class Folds:
 def make_folds(table: LabelTable, groups: np.ndarray, recipe: Recipe) -> np.ndarray:
     """Assign a fold to each row by data.split, seeded by the recipe: int64 (N,).
 
-    scikit-learn splits one row per group, labelled with the group's most frequent class. A class that would be missing
-    from some fold's training goes, with its groups, to fold -1.
+    Rows of one group, of near-duplicates or by data.group_col, have one fold. scikit-learn splits one row per group,
+    labelled with the group's most frequent class; with data.group_col, whose groups may be large and mixed,
+    stratified_group is its StratifiedGroupKFold of all rows. A class that would be missing from some fold's training
+    goes, with its groups, to fold -1.
     """
+    if table.given_groups is not None:
+        groups = _joined(groups, table.given_groups)
     representative = _group_labels(table.class_idx, groups)
     if table.given_folds is not None:
         fold = _unsplit_groups(groups, table.given_folds)
     elif recipe.data.split == "ratio":
         fold = _unsplit_groups(groups, _ratio(len(table), recipe))
+    elif table.given_groups is not None and recipe.data.split == "stratified_group":
+        fold = _stratified_groups(table.class_idx, groups, recipe)
     else:
         from sklearn.model_selection import KFold, StratifiedKFold  # a second of import, for new folds only
 
@@ -155,6 +166,11 @@ def read_folds(path: Path) -> Folds:
     )
 
 
+def read_duplicates(path: Path, folds: Folds) -> list[dict[str, str]]:
+    """Read duplicates.csv, a row for each image but the first of its group; CorruptionError if it is damaged."""
+    return read_sealed(path, DUPLICATE_COLUMNS, count=len(folds) - len(np.unique(folds.group)))
+
+
 def load_folds(home: Path, table: LabelTable, recipe: Recipe) -> tuple[Folds, LabelTable]:
     """Read folds.csv, and the label table without the images of skipped.csv, which it does not cover.
 
@@ -191,6 +207,11 @@ def load_folds(home: Path, table: LabelTable, recipe: Recipe) -> tuple[Folds, La
             f"{path}: the given folds have changed for {len(moved)} images, such as "
             f"{escaped(folds.filenames[moved[0]])}; restore them, or move it away for new folds"
         )
+    if table.given_groups is not None and len(divided := _divided(folds, table.given_groups)):
+        raise InputError(
+            f"{path} divides {len(divided)} groups of data.group_col = {recipe.data.group_col} between folds, such as "
+            f"that of {escaped(folds.filenames[divided[0]])}; move it away for new folds, or leave data.group_col empty"
+        )
     return folds, table
 
 
@@ -216,13 +237,14 @@ def check_leaks(folds: Folds, fold: int) -> None:
 
 
 def write_skipped(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    """Write skipped images as rows of (filename, category_id, reason)."""
-    write_csv(path, (dict(zip(SKIPPED, row, strict=True)) for row in rows), SKIPPED)
+    """Write skipped images as rows of (filename, category_id, reason); there is one or more."""
+    named = (dict(zip(SKIPPED, row, strict=True)) for row in rows)
+    write_csv(path, sealed_rows(named, SKIPPED, count=len(rows)), (*SKIPPED, CHECK))
 
 
 def _skipped(home: Path) -> set[str]:
     path = home / "skipped.csv"
-    return {row["filename"] for row in read_csv(path, SKIPPED)} if path.exists() else set()
+    return {row["filename"] for row in read_sealed(path, SKIPPED)} if path.exists() else set()
 
 
 def _group_labels(class_idx: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -232,6 +254,38 @@ def _group_labels(class_idx: np.ndarray, groups: np.ndarray) -> np.ndarray:
     order = np.lexsort((label, -counts, group))
     first = np.unique(group[order], return_index=True)[1]
     return label[order][first]
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The groups, numbered from 0, of rows that are linked through a group of either kind: int64 (N,)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    offset = int(first.max()) + 1
+    size = offset + int(second.max()) + 1
+    links = coo_array((np.ones(len(first)), (first, second + offset)), shape=(size, size))
+    component = connected_components(links, directed=False)[1][first]
+    return np.unique(component, return_inverse=True)[1].astype(np.int64)
+
+
+def _stratified_groups(class_idx: np.ndarray, groups: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """The folds of scikit-learn's StratifiedGroupKFold: int64 (N,)."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    splits = recipe.data.n_splits
+    count = len(np.unique(groups))
+    if count < splits:
+        raise InputError(
+            f"data.n_splits = {splits}: data.group_col = {recipe.data.group_col} has {count} groups, and a group is in "
+            f"one fold; lower it to {max(count, 2)} or less"
+        )
+    splitter = StratifiedGroupKFold(splits, shuffle=True, random_state=recipe.seed)
+    fold = np.zeros(len(groups), np.int64)
+    with warnings.catch_warnings():  # `rare_classes` reports these classes by name
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        for number, (_, held_out) in enumerate(splitter.split(class_idx, class_idx, groups)):
+            fold[held_out] = number
+    return fold
 
 
 def _check_class_sizes(table: LabelTable, representative: np.ndarray, recipe: Recipe) -> None:
@@ -264,6 +318,12 @@ def _unsplit_groups(groups: np.ndarray, fold: np.ndarray) -> np.ndarray:
 def _moved(folds: Folds, given: np.ndarray) -> list[int]:
     """Rows whose fold is neither the given one nor -1, to which split groups were moved."""
     return np.flatnonzero((folds.fold != given) & (folds.fold != ALWAYS_TRAIN)).tolist()
+
+
+def _divided(folds: Folds, groups: np.ndarray) -> np.ndarray:
+    """The first row of each group that has rows in several folds, ascending."""
+    first = np.unique(groups, return_index=True)[1][groups]
+    return np.unique(first[folds.fold != folds.fold[first]])
 
 
 def _keep_in_training(class_idx: np.ndarray, groups: np.ndarray, fold: np.ndarray) -> np.ndarray:

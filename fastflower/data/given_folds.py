@@ -1,4 +1,4 @@
-"""Folds that people give: by a column of a table, or by a validation folder of its own."""
+"""Folds that people give, by a column of a table or by a validation folder of its own, and groups by a column."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from fastflower.core.errors import InputError
 from fastflower.core.tables import escaped, restored
 from fastflower.data.readers.image_folders import FileSource
-from fastflower.data.readers.label_files import MAX_LISTED, csv_rows
+from fastflower.data.readers.label_files import MAX_LISTED, LabelRow, csv_rows
 from fastflower.data.readers.sources import Source
 from fastflower.recipe import Recipe
 
@@ -26,21 +26,7 @@ def read(recipe: Recipe, filenames: Sequence[str], source: Source) -> np.ndarray
     """
     data = recipe.data
     path = Path(data.fold_csv or data.csv)
-    rows, *_ = csv_rows(
-        path, Path(data.root), image_col=data.image_col, label_col=data.fold_col, one_hot=False
-    )
-    row_of = {restored(row.filename): row for row in rows}
-    if isinstance(source, FileSource):
-        named = set(filenames)
-        for name in [name for name in row_of if name not in named]:
-            meant = source.respelled(name)
-            if len(meant) == 1:
-                row_of.setdefault(meant[0], row_of[name])
-    missing = [name for name in filenames if name not in row_of]
-    if missing:
-        raise InputError(
-            f"{path}: no fold for {len(missing)} of {len(filenames)} images, such as {escaped(missing[0])}"
-        )
+    row_of = _column(recipe, path, data.fold_col, filenames=filenames, source=source)
     folds = np.zeros(len(filenames), np.int64)
     for position, name in enumerate(filenames):
         text = row_of[name].category_id.strip()
@@ -63,6 +49,39 @@ def read(recipe: Recipe, filenames: Sequence[str], source: Source) -> np.ndarray
             )
         )
     return folds
+
+
+def read_groups(recipe: Recipe, filenames: Sequence[str], source: Source) -> np.ndarray:
+    """The group that data.group_col of data.csv gives each image, as numbers from 0: int64 (N,).
+
+    Images without a group are groups of their own.
+    """
+    column = recipe.data.group_col
+    row_of = _column(recipe, Path(recipe.data.csv), column, filenames=filenames, source=source)
+    texts = [row_of[name].category_id.strip() or f"\0{name}" for name in filenames]
+    return np.unique(texts, return_inverse=True)[1].astype(np.int64)
+
+
+def _column(
+    recipe: Recipe, path: Path, column: str, *, filenames: Sequence[str], source: Source
+) -> dict[str, LabelRow]:
+    """The rows of a table by the image that they name, with the column's text as their category_id."""
+    rows, *_ = csv_rows(
+        path, Path(recipe.data.root), image_col=recipe.data.image_col, label_col=column, one_hot=False
+    )
+    row_of = {restored(row.filename): row for row in rows}
+    if isinstance(source, FileSource):
+        named = set(filenames)
+        for name in [name for name in row_of if name not in named]:
+            meant = source.respelled(name)
+            if len(meant) == 1:
+                row_of.setdefault(meant[0], row_of[name])
+    missing = [name for name in filenames if name not in row_of]
+    if missing:
+        raise InputError(
+            f"{path}: no {column} for {len(missing)} of {len(filenames)} images, such as {escaped(missing[0])}"
+        )
+    return row_of
 
 
 def check_trained(recipe: Recipe, ids: Sequence[str], *, class_idx: np.ndarray, folds: np.ndarray) -> None:

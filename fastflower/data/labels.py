@@ -82,7 +82,8 @@ class LabelTable:
     """One row per image, sorted by file name.
 
     class_idx: int64 (N,). sizes: bytes of each file, int64 (N,). names: the label file's columns of class names.
-    given_folds: the fold that the labels or data.val give each row, int64 (N,), or None.
+    given_folds: the fold that the labels or data.val give each row, int64 (N,), or None. given_groups: the group that
+    data.group_col gives each row, likewise.
     """
 
     filenames: list[str]
@@ -94,6 +95,7 @@ class LabelTable:
     notices: tuple[str, ...] = ()
     source: Source = field(default=FileSource(Path()), compare=False)
     given_folds: np.ndarray | None = None
+    given_groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.filenames)
@@ -118,6 +120,7 @@ class LabelTable:
             class_idx=self.class_idx[rows],
             sizes=self.sizes[rows],
             given_folds=None if self.given_folds is None else self.given_folds[rows],
+            given_groups=None if self.given_groups is None else self.given_groups[rows],
         )
 
 
@@ -148,6 +151,8 @@ def read_labels(recipe: Recipe) -> LabelTable:
         )
     if recipe.data.split == "given" and not labelled.held_out:
         table = replace(table, given_folds=given_folds.read(recipe, table.filenames, table.source))
+    if recipe.data.group_col:
+        table = replace(table, given_groups=given_folds.read_groups(recipe, table.filenames, table.source))
     if table.given_folds is not None:
         given_folds.check_trained(
             recipe, table.classes.ids, class_idx=table.class_idx, folds=table.given_folds

@@ -26,6 +26,7 @@ from fastflower.core.workers import cores
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.decode.kernel import Crop, decode_eval, decode_train
 
+SWAP_STREAM = 1090  # of random numbers; decode.c and augment.py use others
 Batch = dict[str, torch.Tensor]
 Size = tuple[int, int]
 Extras = Callable[
@@ -198,15 +199,20 @@ def train_images(
 ) -> torch.Tensor:
     """Random training crops of rows (B,) by their keys, uint64 (B,): uint8 (B, h, w, 3), of pairs (B, h, 2w, 3).
 
-    The key of a pair's second image is derived from that of the first. A row's checksum is checked when the process
+    The key of a pair's second image is derived from that of the first; with crop.swap it is on the left in half of
+    the pairs. A row's checksum is checked when the process
     reads it for the first time.
     """
     beton.verify_rows(rows)
-    images = []
+    images, first_keys = [], keys
     for side in _sides(beton):
         images.append(allocate(len(rows), *size))
         decode_train(side, rows, keys=keys, out=images[-1].numpy(), crop=crop, threads=threads)
         keys = seeding.hash64(keys)
+    if crop.swap and len(images) == 2:
+        swapped = torch.from_numpy(seeding.uniform(first_keys, SWAP_STREAM) < 0.5).view(-1, 1, 1, 1)
+        first, second = images
+        images = [torch.where(swapped, second, first), torch.where(swapped, first, second)]
     return _side_by_side(images)
 
 

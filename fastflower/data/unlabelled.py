@@ -11,9 +11,9 @@ import torch
 
 from fastflower.core import seeding
 from fastflower.core.errors import InputError
-from fastflower.core.tables import read_csv
+from fastflower.core.tables import read_sealed
 from fastflower.data.betons.beton_file import Beton
-from fastflower.data.betons.fold_set import FoldSet
+from fastflower.data.betons.fold_set import UNLABELLED_COLUMNS, UNLABELLED_TABLE, FoldSet
 from fastflower.data.decode.kernel import Crop
 from fastflower.data.loaders import Batch, Size, TrainLoader
 from fastflower.recipe import Recipe
@@ -53,7 +53,8 @@ def unlabelled_rows(recipe: Recipe, fold: FoldSet) -> tuple[Beton, np.ndarray]:
     else:
         key, beton = f"data.unlabelled = {recipe.data.unlabelled}", fold.unlabelled
         held_out = {fold.folds.sha256[index] for index in fold.val.index}
-        listed = read_csv(Path(recipe.data.home) / "unlabelled.csv", ("filename", "sha256"))
+        path = Path(recipe.data.home) / UNLABELLED_TABLE
+        listed = read_sealed(path, UNLABELLED_COLUMNS, count=beton.rows)
         rows = np.flatnonzero([listed[index]["sha256"] not in held_out for index in beton.index])
     if beton.images_per_row == 2:
         raise InputError(

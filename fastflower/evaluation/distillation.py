@@ -1,7 +1,9 @@
-"""Distillation targets: the teachers' out-of-fold probabilities for the training images.
+"""Distillation targets: the teachers' probabilities for the training images.
 
 Out of fold, because members are nearly certain of the images they trained on. The teachers of an image were trained
-on the student's validation labels; that leak is second-hand and small, but it is one.
+on the student's validation labels; that leak is second-hand and small, but it is one. Where validation images are
+given apart (data.val), no image is out of fold, and the teachers predict the images they trained on, as their networks
+would beside the student in training.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from torch import Tensor
 from fastflower.core import runs, scores
 from fastflower.core.errors import InputError
 from fastflower.data.betons.fold_set import FoldSet
-from fastflower.evaluation import logits, summary
+from fastflower.data.loaders import EvalLoader
+from fastflower.evaluation import inference, logits, summary
 from fastflower.evaluation.logits import MemberLogits
+from fastflower.model.member import load_member
 from fastflower.recipe import Recipe
 
 
@@ -46,14 +50,38 @@ def probabilities(recipe: Recipe, fold: FoldSet, num_classes: int) -> Tensor | N
             "logits; train and evaluate the teacher with data.fold=all"
         )
     if not taught.any():
-        raise InputError(
-            f"distill.teacher = {names}: all {len(rows)} training images train in every fold, so that no member has "
-            "out-of-fold logits of one; convert with folds (data.val=), and train and evaluate the teacher with "
-            "data.fold=all"
-        )
+        mean = np.mean([_on_training_images(name, recipe, fold) for name in names], axis=0)
+        return torch.from_numpy(scores.softmax(mean / t).astype(np.float32))
     targets = np.eye(num_classes, dtype=np.float32)[fold.train.labels]
     targets[taught] = scores.softmax(fused.logits[rows[taught]].astype(np.float64) / t)
     return torch.from_numpy(targets)
+
+
+def _on_training_images(name: str, recipe: Recipe, fold: FoldSet) -> np.ndarray:
+    """The mean logits of a teacher's members on the training beton, one view each: float64 (rows, C)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    total, members = np.zeros(()), summary.load_member_logits(runs.RESULTS / name)
+    for member in members:
+        path = runs.MODELS / name / member.info.checkpoint
+        teacher = load_member(path)
+        meta = teacher.meta
+        loader = EvalLoader(
+            fold.train,
+            recipe.eval.batch or recipe.train.batch_per_gpu,
+            size=lambda size=meta.size: size,  # type: ignore[misc]
+            factor=meta.resize_factor,
+            interpolation=meta.interpolation,
+            threads=recipe.data.workers,
+        )
+        network = inference.load_network(teacher, path, device)
+        try:
+            (values,) = inference.logits_of(
+                [network], loader, rows=fold.train.rows, flips=(False,), device=device
+            )
+        finally:
+            loader.close()
+        total = total + values.astype(np.float64)
+    return np.asarray(total / len(members))
 
 
 def _check(name: str, member: MemberLogits, *, fold: FoldSet, num_classes: int) -> None:

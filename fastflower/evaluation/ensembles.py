@@ -180,18 +180,27 @@ def meta_learner(model: Any, classes: int) -> Predict:
 
 def logistic(stack: np.ndarray, labels: np.ndarray) -> Predict:
     """Multinomial logistic regression on the runs' log-probabilities."""
+    return meta_learner(fit_logistic(stack, labels), stack.shape[2])
+
+
+def fit_logistic(stack: np.ndarray, labels: np.ndarray) -> Any:
+    """scikit-learn's fitted model of `logistic`."""
     from sklearn.linear_model import LogisticRegression  # here: its import takes two seconds
 
     model = LogisticRegression(C=0.01, max_iter=100)
     with warnings.catch_warnings():
         # 100 steps are enough, converged or not
         warnings.simplefilter("ignore", category=UserWarning)
-        model.fit(features(stack), labels)
-    return meta_learner(model, stack.shape[2])
+        return model.fit(features(stack), labels)
 
 
 def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    """Gradient-boosted trees on the same features.
+    """Gradient-boosted trees on the same features."""
+    return meta_learner(fit_lightgbm(stack, labels), stack.shape[2])
+
+
+def fit_lightgbm(stack: np.ndarray, labels: np.ndarray) -> Any:
+    """LightGBM's fitted model of `lightgbm`.
 
     There is a tree for each class and round; each uses about 64 of the features, as with all of them a hundred
     classes would take an hour.
@@ -210,8 +219,7 @@ def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
         force_col_wise=True,
         verbose=-1,
     )
-    model.fit(features(stack), labels)
-    return meta_learner(model, stack.shape[2])
+    return model.fit(features(stack), labels)
 
 
 def hand_weights(sets: Sequence[RunLogits], given: Any) -> np.ndarray:
@@ -262,6 +270,8 @@ def run_weights(sets: Sequence[RunLogits], recipe: Recipe) -> tuple[np.ndarray, 
     def fit(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if weighting == "greedy":
             return greedy_weights(stack, labels, budget=budget)
+        if recipe.ensembling.average == "probabilities":
+            return mixture_weights(stack, labels)
         return learned_weights(stack, labels)
 
     stack = np.stack([run.logits for run in aligned])

@@ -19,13 +19,21 @@ from torch import Tensor, nn
 
 from fastflower.core import files, runs
 from fastflower.core.errors import InputError
+from fastflower.core.records import write_record
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import open_beton
 from fastflower.data.loaders import eval_images
 from fastflower.data.readers.image_files import thumbnail, thumbnail_jpeg
 from fastflower.evaluation.inference import load_network
 from fastflower.evaluation.logits import MemberLogits
-from fastflower.evaluation.records import ErrorAnalysis, ImageScores
+from fastflower.evaluation.records import (
+    BackboneBorder,
+    BorderFraction,
+    ErrorAnalysis,
+    GradCamPicture,
+    GradCams,
+    ImageScores,
+)
 from fastflower.model.compare import CompareNet
 from fastflower.model.member import MemberMeta, load_member
 from fastflower.recipe import Recipe
@@ -204,8 +212,8 @@ def write_gradcam(
         for right, images in ((False, analysis.mistakes), (True, analysis.right))
         for rank, image in enumerate(images[:COUNTED])
     ]
-    pictures: list[dict[str, Any]] = []
-    border: list[dict[str, Any]] = []
+    pictures: list[GradCamPicture] = []
+    border: list[BackboneBorder] = []
     for backbone in dict.fromkeys(member.info.backbone for member in members):
         seed = min(member.info.seed for member in members if member.info.backbone == backbone)
         fractions: dict[bool, list[float]] = {False: [], True: []}
@@ -216,29 +224,29 @@ def write_gradcam(
                     fractions[example.right].append(result.border)
                 if example.shown:
                     name = f"{backbone}__row{image.index}_class{result.target}.jpg"
-                    picture = thumbnail(overlay(result.pixels, result.cam))
-                    files.write_atomic(folder / name, thumbnail_jpeg(picture))
+                    data = thumbnail_jpeg(thumbnail(overlay(result.pixels, result.cam)))
+                    files.write_atomic(folder / name, data)
                     pictures.append(
-                        {
-                            "index": image.index,
-                            "filename": image.filename,
-                            "label": image.label,
-                            "guess": image.guess,
-                            "backbone": backbone,
-                            "right": example.right,
-                            "target": result.target,
-                            "file": name,
-                            "border": result.border,
-                        }
+                        GradCamPicture(
+                            index=image.index,
+                            filename=image.filename,
+                            label=image.label,
+                            guess=image.guess,
+                            backbone=backbone,
+                            right=example.right,
+                            target=result.target,
+                            file=name,
+                            digest=files.digest(data),
+                            border=result.border,
+                        )
                     )
-        border.append(
-            {"backbone": backbone, "wrong": _mean(fractions[False]), "right": _mean(fractions[True])}
-        )
-    files.write_json(folder / "gradcam.json", {"even": EVEN, "border": border, "images": pictures})
+        wrong, right = (_mean(fractions[outcome]) for outcome in (False, True))
+        border.append(BackboneBorder(backbone=backbone, wrong=wrong, right=right))
+    write_record(folder / "gradcam.json", GradCams(even=EVEN, border=border, images=pictures))
 
 
-def _mean(fractions: list[float]) -> dict[str, Any]:
-    return {"n": len(fractions), "mean": float(np.mean(fractions)) if fractions else None}
+def _mean(fractions: list[float]) -> BorderFraction:
+    return BorderFraction(n=len(fractions), mean=float(np.mean(fractions)) if fractions else None)
 
 
 def _maps(

@@ -5,8 +5,9 @@ fp32 without TF32, each image once, with the views that the predictor uses.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.labels import class_differences
 from fastflower.data.loaders import EvalLoader
-from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits, average
+from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits, reduce_views
+from fastflower.evaluation.moves import Move, moved, moves_of
 from fastflower.model.member import MemberCheckpoint, MemberMeta, load_member
-from fastflower.model.network import build_network
+from fastflower.model.network import build_network, fitted, use_channels_last
 from fastflower.recipe import Recipe, derived
 
 
@@ -47,31 +49,36 @@ def views_of(size: tuple[int, int], scales: list[int], *, hflip: bool) -> list[V
 
 @torch.inference_mode()
 def logits_of(
-    network: nn.Module, loader: EvalLoader, *, rows: int, flips: tuple[bool, ...], device: torch.device
+    networks: Sequence[nn.Module],
+    loader: EvalLoader,
+    *,
+    rows: int,
+    flips: tuple[bool, ...],
+    device: torch.device,
 ) -> list[np.ndarray]:
-    """Logits (rows, C) float32 in the order of the beton for each of `flips`; every image is decoded once.
+    """Logits (rows, C) float32 in the order of the beton of each network and flip; every image is decoded once.
 
     Raises InputError unless the loader yields every row exactly once.
     """
-    by_flip: list[np.ndarray] = []
+    by_view: list[np.ndarray] = []
     reads = np.zeros(rows, dtype=np.int64)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         for batch in loader:
             images = batch["image"].to(device, non_blocking=True)  # uint8 (B, H, W, 3)
             valid = batch["valid"].numpy()
             batch_rows = batch["row"].numpy()[valid]
-            for position, flip in enumerate(flips):
+            for position, (network, flip) in enumerate(itertools.product(networks, flips)):
                 view = images.flip(2) if flip else images
                 logits = network(view.permute(0, 3, 1, 2).float()).float().cpu().numpy()
-                if len(by_flip) == position:
-                    by_flip.append(np.empty((rows, logits.shape[1]), dtype=np.float32))
-                by_flip[position][batch_rows] = logits[valid]
+                if len(by_view) == position:
+                    by_view.append(np.empty((rows, logits.shape[1]), dtype=np.float32))
+                by_view[position][batch_rows] = logits[valid]
             np.add.at(reads, batch_rows, 1)
     if (reads != 1).any():
         raise InputError(
             f"{loader}: {int((reads != 1).sum())} images were not read exactly once; run convert again"
         )
-    return by_flip
+    return by_view
 
 
 def load_network(member: MemberCheckpoint, path: Path, device: torch.device) -> nn.Module:
@@ -82,7 +89,8 @@ def load_network(member: MemberCheckpoint, path: Path, device: torch.device) -> 
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: its tensors are not those of {member.meta.backbone} ({reason})") from None
-    return network.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    use_channels_last(network)
+    return network.to(device).eval()
 
 
 def check_recipe(recipe: Recipe, members: Mapping[Path, MemberMeta]) -> None:
@@ -98,7 +106,7 @@ def check_recipe(recipe: Recipe, members: Mapping[Path, MemberMeta]) -> None:
             f"model.backbone = {backbone}, but the members of {recipe.exp.name} are of {', '.join(trained)}; give the "
             f"recipe they were trained with, or model.backbone={trained[0]}"
         )
-    sizes, data = derived.image_sizes(recipe), recipe.data
+    sizes, data = derived.image_sizes(fitted(recipe)[0]), recipe.data
     for path, meta in members.items():
         if meta.backbone != backbone:
             continue
@@ -113,10 +121,16 @@ def check_recipe(recipe: Recipe, members: Mapping[Path, MemberMeta]) -> None:
             ),
             ("data.std", data.std, list(meta.std), data.std == "auto" or np.allclose(data.std, meta.std)),
             (
+                "data.resize",
+                data.resize,
+                "crop" if meta.resize_factor else "whole",
+                (data.resize == "crop") == bool(meta.resize_factor),
+            ),
+            (
                 "eval.resize_factor",
-                recipe.eval.resize_factor,
+                derived.eval_factor(recipe),
                 meta.resize_factor,
-                recipe.eval.resize_factor == meta.resize_factor,
+                derived.eval_factor(recipe) == meta.resize_factor,
             ),
         ):
             if not fits:
@@ -148,7 +162,10 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
     network = load_network(member, path, device)
     size = meta.size
 
-    def run(beton: Beton, size: tuple[int, int], flips: tuple[bool, ...]) -> list[np.ndarray]:
+    def run(
+        beton: Beton, size: tuple[int, int], flips: tuple[bool, ...], moves: Sequence[Move] = (Move(),)
+    ) -> list[np.ndarray]:
+        """The logits of every move, plain and mirrored."""
         batch = recipe.eval.batch or recipe.train.batch_per_gpu
         loader = EvalLoader(
             beton,
@@ -161,15 +178,17 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
             threads=recipe.data.workers,
         )
         try:
-            return logits_of(network, loader, rows=beton.rows, flips=flips, device=device)
+            networks = [moved(network, move, size, images=beton.images_per_row) for move in moves]
+            return logits_of(networks, loader, rows=beton.rows, flips=flips, device=device)
         finally:
             loader.close()
 
-    views = views_of(size, recipe.tta.scales, hflip=recipe.tta.hflip)
+    moves = moves_of(recipe.tta)
+    views = views_of(size, meta.scales(recipe.tta.scales), hflip=recipe.tta.hflip)
     flips = (False, True) if recipe.tta.hflip else (False,)
     start = time.perf_counter()
     sizes = dict.fromkeys((view.height, view.width) for view in views)
-    by_size = {view_size: run(clean, view_size, flips) for view_size in sizes}
+    by_size = {view_size: run(clean, view_size, flips, moves) for view_size in sizes}
     seconds = time.perf_counter() - start
     single = by_size[size][0] if size in by_size else run(clean, size, (False,))[0]
     n, classes = single.shape
@@ -187,7 +206,7 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
         head=meta.head,
         stored=meta.scores.get(f"clean_{meta.weights}"),
         size=size,
-        views=[(view.height, view.width, view.flip) for view in views],
+        views=[(view.height, view.width, view.flip) for view in views for _ in moves],
         class_ids=list(meta.class_ids),
         class_hash=meta.class_hash,
         folds_hash=opened.folds.hash,
@@ -195,7 +214,9 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
         ms=1000 * seconds / n,
     )
     return Logits(
-        logits=average([logits for by_flip in by_size.values() for logits in by_flip]),
+        logits=reduce_views(
+            [logits for by_view in by_size.values() for logits in by_view], recipe.tta.reduce
+        ),
         single=single,
         corrupt=corrupt.reshape(len(combos), n, classes),
         class_idx=clean.labels,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
+from scipy.special import softmax
 
 from fastflower.core import checkpoint, files
 from fastflower.core.errors import CorruptionError, InputError
@@ -282,8 +283,10 @@ def align(sets: Sequence[Logits[T]]) -> list[Logits[T]]:
     return [data.take(np.argsort(data.index, kind="stable")) for data in reduced]
 
 
-def fuse(sets: Sequence[RunLogits], weights: np.ndarray | None = None) -> Logits[FusedInfo]:
-    """The weighted mean of the logits of M runs over the images that all of them cover.
+def fuse(
+    sets: Sequence[RunLogits], weights: np.ndarray | None = None, *, space: str = "logits"
+) -> Logits[FusedInfo]:
+    """The weighted mean of the logits, or probabilities, of M runs over the images that all of them cover.
 
     weights: (M,), or (M, N) with separate weights for each of the N common images; None: equal.
     """
@@ -298,9 +301,9 @@ def fuse(sets: Sequence[RunLogits], weights: np.ndarray | None = None) -> Logits
         folds_hash=first.info.folds_hash,
     )
     return Logits(
-        logits=average([run.logits for run in aligned], weights),
-        single=average([run.single for run in aligned], weights),
-        corrupt=average([run.corrupt for run in aligned], weights),
+        logits=combine([run.logits for run in aligned], weights, space),
+        single=combine([run.single for run in aligned], weights, space),
+        corrupt=combine([run.corrupt for run in aligned], weights, space),
         class_idx=first.class_idx,
         index=first.index,
         fold=first.fold,
@@ -308,6 +311,30 @@ def fuse(sets: Sequence[RunLogits], weights: np.ndarray | None = None) -> Logits
         combos=first.combos,
         info=info,
     )
+
+
+def reduce_views(views: Sequence[np.ndarray], how: str) -> np.ndarray:
+    """The logits of V views (N, C) as one prediction: their mean, or for `vote` the log of their shares of votes.
+
+    The mean votes too, with its probabilities, which breaks ties and leaves no class without any. Float32 (N, C).
+    """
+    # twin of Networks.fuse in code/networks.py
+    mean = average(list(views))
+    if how == "mean":
+        return mean
+    classes = np.arange(mean.shape[1])
+    votes = np.sum([logits.argmax(1)[:, None] == classes for logits in views], axis=0)
+    shares: np.ndarray = np.log((votes + softmax(mean.astype(np.float64), axis=1)) / (len(views) + 1))
+    return shares.astype(np.float32)
+
+
+def combine(arrays: list[np.ndarray], weights: np.ndarray | None, space: str) -> np.ndarray:
+    """The weighted mean of M arrays of logits (..., N, C), or the log of that of their probabilities."""
+    if space == "logits":
+        return average(arrays, weights)
+    mean = average([softmax(array.astype(np.float64), axis=-1) for array in arrays], weights)
+    log: np.ndarray = np.log(np.maximum(mean, 1e-30))
+    return log.astype(np.float32)
 
 
 def family_weights(backbones: list[str]) -> np.ndarray:

@@ -59,7 +59,7 @@ def summarise(
     runs = members_by_run(members)
     sets = [assemble(run_members, folds) for run_members in runs.values()]
     by_image, weights = ensembles.run_weights(sets, recipe)
-    fused = fuse(sets, by_image)
+    fused = fuse(sets, by_image, space=recipe.ensembling.average)
     fit_on = recipe.ts.fit_on if recipe.ts.enabled else None
     alpha, bins = recipe.select.alpha, recipe.eval.ece_bins
     class_counts = np.array([int(row["n"]) for row in classes])
@@ -96,6 +96,7 @@ def summarise(
         bins=bins,
         weighting=recipe.ensembling.weighting,
         hand_weights=recipe.ensembling.weights,
+        space=recipe.ensembling.average,
         class_hash=info.class_hash,
         folds_hash=info.folds_hash,
         folds=every_fold,
@@ -156,6 +157,7 @@ def temperatures(scores: ExperimentScores) -> Temperatures:
         fused=scores.fused.temperature,
         weighting=scores.weighting,
         hand_weights=scores.hand_weights,
+        space=scores.space,
         weights=scores.fused.weights,
         folds=scores.fused.folds,
         missing=scores.missing,

@@ -21,14 +21,15 @@ from PIL import Image
 from timm.layers.grn import GlobalResponseNorm
 
 from fastflower import convert, export
-from fastflower.bundle import gates, sandbox, writer
+from fastflower.bundle import archive, gates, held_out, program, sandbox, writer
 from fastflower.bundle import members as bundle_members
 from fastflower.bundle.description import BundleDescription, BundleMember, Program
 from fastflower.bundle.members import ChosenMembers, choose, member_weights, temperature_of
 from fastflower.bundle.program import QuickResponseNorm, check_program
 from fastflower.core import checkpoint, files, runs
-from fastflower.core.errors import InputError
+from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import read_record, write_record
+from fastflower.data.betons import fold_set
 from fastflower.data.labels import read_classes
 from fastflower.evaluation import logits, summary
 from fastflower.model.member import save_member
@@ -50,7 +51,8 @@ def described(weights: tuple[float, ...] = (), **changes: object) -> BundleDescr
     """A description of members with these weights, for gates that read a few fields only."""
     fields = {
         "fastflower": "0", "class_ids": ["10", "17"], "class_hash": "", "prior": [0.5, 0.5], "columns": "three",
-        "half": "gpu", "temperature": 1.0, "hflip": False, "pairs": None, "tolerance": 1e-4, "pixel_tolerance": 0,
+        "half": "gpu", "temperature": 1.0, "hflip": False, "reduce": "mean", "space": "logits", "pairs": None,
+        "tolerance": 1e-4, "pixel_tolerance": 0,
         "crops": [], "programs": [Program(file="", inputs=[], norms=[], half_keeps=[])],
         "members": [
             BundleMember(name="", weights="", weight=weight, views=[], expected=[]) for weight in weights
@@ -109,11 +111,15 @@ def test_export_makes_a_hand_in_that_runs(members, capsys):
     )
     for path in runs.BUNDLE.iterdir():
         assert path.read_bytes() == Path("again", path.name).read_bytes(), path.name
-    writer.zip_hand_in(Path("again.zip"))
+    described = [(member.path, member.meta) for member in writer.load_members(members, "fp16")]
+    records, omitted = archive.training_records(load(None, WORDS), described)
+    assert omitted == []
+    archive.zip_hand_in(Path("again.zip"), records=records)
     assert Path("again.zip").read_bytes() == Path("hand-in.zip").read_bytes()
-    with zipfile.ZipFile("hand-in.zip") as archive:
-        assert {"code/predict.py", "results/model/bundle/bundle.json"} <= set(archive.namelist())
-        archive.extractall("stranger")
+    with zipfile.ZipFile("hand-in.zip") as packed:
+        names = {"code/predict.py", "results/model/bundle/bundle.json", "training/REPRODUCE.md"}
+        assert names <= set(packed.namelist())
+        packed.extractall("stranger")
     command = [sys.executable, "stranger/code/predict.py", "photos", "submission.csv", "--threads", "1"]
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert len(Path("submission.csv").read_text().splitlines()) == 25
@@ -152,6 +158,52 @@ def test_photographs_of_data_val_are_handed_in_from_there():
 
 
 @pytest.mark.slow
+def test_an_original_that_is_not_the_converted_one_is_refused(members, monkeypatch):
+    """As when a disk beneath the file system changes it: size, times and inode stay, so no short cut shows it."""
+    loaded = writer.load_members(members[:1], "fp16")
+    monkeypatch.setattr(fold_set, "inputs_hash", lambda home, table: table_hash)
+    table_hash = fold_set.open_beton(Path("data/betons/fold0_val.beton")).origin.inputs_hash
+    opened = fold_set.open_fold(load(None, WORDS), 0)
+    name = opened.folds.filenames[int(opened.val.index[0])]
+    Path("photos", name).write_bytes(Path("photos", name).read_bytes() + b"\0")
+    with pytest.raises(CorruptionError, match=f"{name} is not the image that was converted: its SHA-256"):
+        held_out.collect(Path("held out"), load(None, WORDS), loaded)
+
+
+def test_the_archive_holds_what_repeats_the_training_as_far_as_it_fits(members):
+    results, logs = runs.RESULTS / "tiny", runs.MODELS / "tiny"
+    for path, text in {
+        results / "meta/recipe.yaml": "seed: 42\n",
+        results / "meta/run/2026-01-31_10-00-00/recipe.yaml": "seed: 42\n",
+        results / "meta/run/2026-01-31_10-00-00/versions.json": "{}",
+        results / "meta/folds.csv": "filename\n",
+        results / "scores.json": "{}",
+        logs / "train_run.log": "x" * 2000,
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    runs.BUNDLE.mkdir(parents=True)
+    Path(runs.BUNDLE, "bundle.json").write_text("{}")
+    described = [(path, bundle_members.read_meta(path)) for path in members]
+    records, omitted = archive.training_records(load(None, WORDS), described)
+    assert omitted == [] and next(iter(records)) == "REPRODUCE.md"
+    assert {"tiny/meta/recipe.yaml", "tiny/scores.json", "tiny/train_run.log", "tiny/meta/folds.csv"} <= set(
+        records
+    )
+    assert "tiny/meta/run/2026-01-31_10-00-00/versions.json" in records
+    text = records["REPRODUCE.md"].decode()
+    assert "python -m fastflower.train training/tiny/meta/recipe.yaml model.backbone=resnet10t" in text
+    assert all(path.name in text for path in members) and "python code/predict.py" in text
+    size = sum(path.stat().st_size + 200 for path in archive._hand_in()) + sum(
+        len(c) + 200 for c in records.values()
+    )
+    limit = [*WORDS, f"bundle.max_mb={(size - 100) / 1e6}"]
+    fewer, omitted = archive.training_records(load(None, limit), described)
+    assert omitted == ["tiny/train_run.log"] and set(fewer) == set(records) - set(omitted)
+    archive.zip_hand_in(Path("a.zip"), records=fewer)
+    assert Path("a.zip").stat().st_size <= size
+
+
 def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
     export.main([*WORDS, "tta.scales=[32]"])
     half = sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*"))
@@ -161,8 +213,8 @@ def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
     output = capsys.readouterr().out
     assert re.search(r"int8 +\d+ right of 24, \d+ before +>= \d+ right +passed", output)
     assert len(re.findall(r"int8 best_combo__.*: top-1 0\.\d+ -> 0\.\d+, NLL .* \(n = 24\)", output)) == 2
-    with zipfile.ZipFile("a.zip") as archive:
-        assert {name.split("/")[0] for name in archive.namelist()} == {"team 7"}
+    with zipfile.ZipFile("a.zip") as packed:
+        assert {name.split("/")[0] for name in packed.namelist()} == {"team 7"}
 
 
 @pytest.mark.slow
@@ -378,7 +430,7 @@ def test_what_a_killed_export_left_is_removed():
     with writer.temporary_bundle() as folder:
         writer.publish(folder)
     files.temporary_path(Path("a.zip"), dead).touch()
-    writer.zip_hand_in(Path("a.zip"))
+    archive.zip_hand_in(Path("a.zip"))
     assert {path.name for path in Path().iterdir()} == {"a.zip", "results"}
 
 
@@ -632,9 +684,22 @@ def test_the_quick_response_norm_is_timms(channels_last):
     for scale in (1, 1e-3, 0):
         inputs = torch.from_numpy(values * scale)
         np.testing.assert_allclose(quick(inputs).detach(), plain(inputs).detach(), rtol=1e-5, atol=1e-6)
-    inputs = torch.from_numpy(values / np.abs(values).max() * 8000)
-    expected, got = plain(inputs).detach(), quick.half()(inputs.half()).detach().float()
-    assert float((got - expected).abs().max()) <= 2e-3 * float(expected.abs().max())
+    for side, rms in ((12, 2000), (96, 1000), (96, 4000)):  # float16 holds 65504
+        wide = torch.from_numpy(rng.normal(size=(1, side, side, 12)).astype(np.float32).clip(-4, 4) * rms)
+        inputs = wide if channels_last else wide.permute(0, 3, 1, 2)
+        expected, got = plain(inputs).detach(), copy.deepcopy(quick).half()(inputs.half()).detach().float()
+        assert float((got - expected).abs().max()) <= 2e-3 * float(expected.abs().max())
+    assert torch.isfinite(quick.half()(torch.zeros(1, 12, 12, 12).half())).all()
+
+
+def test_the_quick_response_norm_leaves_a_program_its_half_precision():
+    """The tracer takes a tensor and its float32 version for one: cast back, the next layer would meet float32."""
+    norm = GlobalResponseNorm(6, channels_last=False)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3), norm, torch.nn.Conv2d(6, 2, 3), torch.nn.Flatten()
+    )
+    traced = program.trace(Path("a.pth"), network, height=8, width=8, tensors={})
+    assert traced.half_keeps == []
 
 
 def test_one_program_serves_all_members_and_convolutions_all_sizes(members):

@@ -64,6 +64,35 @@ def test_other_runs_of_the_experiment_are_left_alone():
     assert other.checkpoints("best_combo") and len(RUN.checkpoints("best_combo")) == 1
 
 
+def test_fixed_names_belong_to_the_best_of_all_runs_and_last_to_the_latest(monkeypatch):
+    fixed = RUN.model_dir / "best_combo.pth"
+    other = Run(exp="exp", backbone="vit", fold=1, seed=7)
+
+    def save_other(kind: str, score: float) -> Path:
+        return publish(other, kind, epoch=9, score=score, write=partial(checkpoint.save, tensors={}, meta={}))
+
+    first = save("best_combo", 1, 0.7)
+    second = save_other("best_combo", 0.6)
+    assert fixed.samefile(first) and second.exists()
+    assert fixed.samefile(save_other("best_combo", 0.8))
+    assert fixed.samefile(other.checkpoints("best_combo")[0])
+    own = save("best_combo", 2, 0.5)  # of a larger size, say: lower, and it replaces the run's own 0.7
+    assert not first.exists() and own.exists() and fixed.samefile(other.checkpoints("best_combo")[0])
+    save("last", 1, 0.9)
+    assert (RUN.model_dir / "last.pth").samefile(save_other("last", 0.1))
+    original = checkpoints._link
+
+    def slow(path: Path, name: Path, **options: object) -> None:
+        monkeypatch.setattr(checkpoints, "_link", original)
+        save_other("best_combo", 0.9)  # while this run links its own
+        original(path, name, **options)
+
+    monkeypatch.setattr(checkpoints, "_link", slow)
+    save("best_combo", 3, 0.85)
+    assert fixed.samefile(other.checkpoints("best_combo")[0])
+    assert not list(RUN.model_dir.glob(".*"))
+
+
 def test_two_generations_of_last():
     for epoch in (1, 2, 3):
         save("last", epoch, 0.5)

@@ -19,7 +19,7 @@ from fastflower.recipe.schema import Es, Select
 
 
 def one(clean: float, corrupted: float | None = None, macro: float = 0.5, finite: bool = True) -> Candidate:
-    return Candidate(clean, corrupted, macro, finite)
+    return Candidate(clean, corrupted, macro, f1=clean, val_loss=1 - clean, finite=finite)
 
 
 def machine(stages: int = 1, metric: str = "combo", **es: object) -> Selection:
@@ -118,6 +118,30 @@ def test_the_watched_score_can_be_clean():
     selection.update(2, 0, {"raw": one(0.8, 0.9)})
     assert selection.best.epoch == 1
     assert selection.bests["best_combo"].epoch == 2
+
+
+def test_f1_can_choose_stop_and_be_kept():
+    selection = Selection(Select(metric="f1"), Es(patience=2, min_delta=0.0), 1)
+    course = [(0.9, 0.5), (0.8, 0.7), (0.95, 0.6), (0.99, 0.65)]  # clean top-1 and F1
+    verdicts = [
+        selection.update(epoch, 0, {"raw": Candidate(clean, None, 0.5, f1=f1, val_loss=1.0)})
+        for epoch, (clean, f1) in enumerate(course, 1)
+    ]
+    assert [v.score for v in verdicts] == [0.5, 0.7, 0.6, 0.65] and [v.stop for v in verdicts][-1]
+    assert (selection.best.epoch, selection.best.score) == (2, 0.7)
+    assert verdicts[1].new == {"best_f1": "raw"} and "best_clean" in verdicts[3].new
+    assert "best_f1" not in machine(metric="clean").update(1, 0, {"raw": one(0.5)}).new
+
+
+def test_early_stopping_can_follow_the_validation_loss():
+    selection = Selection(Select(metric="clean"), Es(patience=2, min_delta=0.01, monitor="val_loss"), 1)
+    course = [(0.5, 1.0), (0.6, 0.9), (0.7, 0.895), (0.8, 0.91)]  # accuracy rises, the loss does not fall
+    stops = [
+        selection.update(e, 0, {"raw": Candidate(clean, None, 0.5, f1=clean, val_loss=loss)}).stop
+        for e, (clean, loss) in enumerate(course, 1)
+    ]
+    assert stops == [False, False, False, True] and selection.best.epoch == 4
+    assert selection.stopped == "no fall of the validation loss by 0.01 in 2 epochs up to epoch 4"
 
 
 def test_the_alarm_rings_once_when_rare_classes_pay():

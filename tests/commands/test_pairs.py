@@ -21,10 +21,11 @@ import torch
 from composer.core import Event
 from PIL import Image
 from timm.layers.cbam import CbamModule
+from timm.models._manipulate import group_parameters
 
 from fastflower import convert, evaluate, export, sample_data, train
 from fastflower.algorithms.augmentation import DeviceAugment
-from fastflower.bundle import gates, held_out, program, writer
+from fastflower.bundle import gates, held_out, program
 from fastflower.bundle.description import PairArrays
 from fastflower.core import runs, scores, seeding
 from fastflower.core.errors import InputError
@@ -33,7 +34,7 @@ from fastflower.data.betons.fold_set import open_fold
 from fastflower.data.decode import kernel
 from fastflower.data.decode.kernel import Crop, decode_eval, decode_train
 from fastflower.data.folds import read_folds
-from fastflower.data.loaders import EvalLoader, TrainLoader
+from fastflower.data.loaders import EvalLoader, TrainLoader, train_images
 from fastflower.data.readers import image_files, sources
 from fastflower.data.transforms import preview
 from fastflower.data.transforms.augment import augment
@@ -42,7 +43,7 @@ from fastflower.model.backbones import build_backbone, profile
 from fastflower.model.compare import FEATURES, FUSIONS, CompareNet
 from fastflower.model.member import save_member
 from fastflower.model.network import Network, NetworkSpec, build_network
-from fastflower.recipe import derived, load, parse_command, schema
+from fastflower.recipe import checks, derived, load, parse_command, schema
 from fastflower.report import thumbnails
 from fastflower.training import samples
 from support.member_metas import member_meta
@@ -162,6 +163,55 @@ def test_recipes_name_layers_fusion_attention_and_width():
     assert timm.is_model("compare_resnet333_adaptive_cbam_w112")
 
 
+def test_any_network_of_timm_compares_pairs():
+    name = "compare_test_efficientnet_distance"
+    network, _ = build_backbone(name, [(32, 32)])
+    pairs = torch.randn(2, 3, 32, 64)
+    a, b = (network.eval().features(network.trunk(half)) for half in pairs.chunk(2, 3))
+    torch.testing.assert_close(network(pairs), (a - b).abs())
+    torch.testing.assert_close(network(pairs), network(torch.cat(pairs.chunk(2, 3)[::-1], 3)))
+    assert profile(name, [(32, 32)]).features == FEATURES
+    layers = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
+    parts = set(layers.values())
+    assert len(parts) > 3 and sum(p.numel() for p in network.trunk.parameters()) > 90_000
+    with pytest.raises(InputError, match=r"timm .* has no such model"):
+        build_backbone("compare_no_such_network_distance", [(32, 32)])
+
+
+def test_activations_of_both_images_can_be_recomputed():
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network, _ = build_backbone("compare_resnet222_concat_w25", [(32, 32)], grad_checkpointing=recompute)
+        network.eval()(torch.ones(2, 3, 32, 64)).sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_symmetric_questions_exchange_half_of_the_pairs(coloured):
+    fold = open_fold(coloured, 0)
+    rows, keys = np.arange(24), seeding.hash64(np.arange(24, dtype=np.uint64))
+    assert (
+        Crop.of(coloured).swap
+        and not Crop.of(replace(coloured, data=replace(coloured.data, symmetric=False))).swap
+    )
+    crop = replace(Crop.of(coloured), hflip_p=0.0)
+    images = train_images(fold.train, rows, keys=keys, size=(16, 16), crop=crop)
+    plain = train_images(fold.train, rows, keys=keys, size=(16, 16), crop=replace(crop, swap=False))
+    assert red_and_blue(plain)
+    swapped = np.array([not red_and_blue(image[None]) for image in images.numpy()])
+    assert 5 < swapped.sum() < 19
+    exchanged = torch.cat(plain.chunk(2, 2)[::-1], 2)
+    assert torch.equal(images, torch.where(torch.from_numpy(swapped).view(-1, 1, 1, 1), exchanged, plain))
+
+
+@pytest.mark.parametrize("flip", ["aug.hflip_p=0.5", "tta.hflip=true"])
+def test_flips_of_digits_in_pairs_are_refused(repo, flip):
+    with pytest.raises(InputError, match=r"flips change the class of these images"):
+        checks.check(load(repo / "recipes/pairs.yaml", [flip]))
+
+
 def test_the_recipe_has_the_published_hyperparameters(repo):
     r = load(repo / "recipes/pairs.yaml")
     assert (r.opt.lr, r.opt.weight_decay, r.opt.name, r.train.batch_per_gpu) == (1e-3, 5e-4, "adamw", 64)
@@ -186,7 +236,7 @@ def trained(recipe, repo) -> list[str]:
 
 def test_the_recipe_trains_and_its_hand_in_reproduces_the_logits(recipe, trained, capsys):
     run = Run(exp="pairs", backbone=recipe.model.backbone, fold=0, seed=42)
-    (row,) = [row for row in read_events(run.events_path) if row["event"] == "epoch"]
+    (row,) = [row for row in read_events(run.events_path, []) if row["event"] == "epoch"]
     assert 0 <= row["clean_raw"] <= 1 and 0 <= row["f1_raw"] <= 1
     assert len(run.checkpoints("best_clean")) == 1
     assert evaluate.main(trained) == 0
@@ -224,7 +274,7 @@ def test_the_recipe_trains_and_its_hand_in_reproduces_the_logits(recipe, trained
 def test_the_programs_of_evaluate_predict_pairs(recipe, trained):
     evaluate.main(trained)
     folder = runs.MODELS / "pairs/programs"
-    code = Path(writer.CODE, "predict.py")
+    code = runs.shipped("code") / "predict.py"
     arguments = [sys.executable, str(code), "data/pairs/val.npz", "out.csv", "--bundle", str(folder)]
     done = subprocess.run([*arguments, "--logits", "logits.npz"], check=True, capture_output=True, text=True)
     assert (
@@ -435,7 +485,7 @@ def first_rows(coloured) -> tuple[schema.Recipe, TrainLoader]:
     recipe = replace(coloured, aug=strong, reg=replace(coloured.reg, erase_p=0.7))
     beton, crop = (
         open_fold(recipe, 0).train,
-        Crop((0.9, 1.0), (strong.rrc_ratio[0], strong.rrc_ratio[1]), 0.0),
+        Crop((0.9, 1.0), (strong.rrc_ratio[0], strong.rrc_ratio[1]), 0.0, swap=recipe.data.symmetric),
     )
     size, order = (lambda epoch: (16, 16)), (lambda epoch: np.arange(8))
     return recipe, TrainLoader(beton, order, seed=recipe.seed, batch=lambda epoch: 8, size=size, crop=crop)

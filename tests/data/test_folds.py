@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.data import folds
@@ -44,6 +45,52 @@ def test_stratified_folds_equal_those_of_scikit_learn() -> None:
     counts = np.array([[np.sum((got.fold == k) & (got.class_idx == c)) for k in range(5)] for c in range(7)])
     assert (np.ptp(counts, axis=1) <= 1).all()
     assert got.numbers == [0, 1, 2, 3, 4]
+
+
+def filmed(count: int, films: np.ndarray) -> LabelTable:
+    return dataclasses.replace(table_of([str(k % 3) for k in range(count)]), given_groups=films)
+
+
+def test_a_column_of_groups_gives_the_folds_of_stratified_group_kfold() -> None:
+    films = np.random.default_rng(3).integers(0, 25, 300) ** 2 % 25  # of different sizes
+    films = np.array(
+        [list(dict.fromkeys(films.tolist())).index(film) for film in films]
+    )  # by first appearance
+    table = filmed(300, films)
+    got = folds.make_folds(table, np.arange(300), settings("data.group_col=film", "data.n_splits=4"))
+    want = np.zeros(300, int)
+    splitter = StratifiedGroupKFold(4, shuffle=True, random_state=42)
+    for k, (_, held_out) in enumerate(splitter.split(films, table.class_idx, films)):
+        want[held_out] = k
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["stratified", "stratified_group", "kfold", "ratio"])
+def test_near_duplicates_join_the_groups_of_a_column(kind: str) -> None:
+    films = np.arange(120) // 4
+    near = np.arange(120)
+    near[8] = near[3]  # the first and the third film share an image
+    near = np.unique(near, return_inverse=True)[1]
+    got = folds.make_folds(filmed(120, films), near, settings("data.group_col=film", f"data.split={kind}"))
+    assert all(len(set(got[films == film])) == 1 for film in range(30))
+    assert got[3] == got[8]
+
+
+def test_groups_that_no_folds_can_keep_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"data.group_col = film has 2 groups, and a group is in one fold; lower it to 2"
+    ):
+        folds.make_folds(filmed(20, np.arange(20) % 2), np.arange(20), settings("data.group_col=film"))
+    made = split([str(k % 3) for k in range(60)])
+    folds.save_folds(tmp_path / "folds.csv", made)
+    table = filmed(60, np.arange(60) // 10)
+    with pytest.raises(
+        InputError, match=r"divides 6 groups of data.group_col = film between folds, such as that of 0000"
+    ):
+        folds.load_folds(tmp_path, table, settings("data.group_col=film"))
+    folds.load_folds(
+        tmp_path, dataclasses.replace(table, given_groups=np.arange(60)), settings("data.group_col=x")
+    )
 
 
 @pytest.mark.parametrize("kind", ["stratified", "stratified_group", "kfold", "ratio"])

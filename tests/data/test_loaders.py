@@ -19,7 +19,7 @@ from fastflower.core.workers import cores
 from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
 from fastflower.data.decode.kernel import Crop, decode_eval
 from fastflower.data.loaders import Batch, EvalLoader, TrainLoader
-from fastflower.recipe.schema import Aug
+from fastflower.recipe import load
 
 ROWS = 23
 
@@ -279,9 +279,10 @@ def test_a_slow_reader_bounds_the_prefetched_batches(beton: Beton) -> None:
 
 
 def test_the_training_crop_follows_the_recipe() -> None:
-    aug = Aug(rrc_scale=[0.5, 1.0], rrc_ratio=[1.0, 1.5], hflip_p=0.25, strength=2.0)
-    assert Crop.of(aug) == Crop((0.5, 1.0), (1.0, 1.5), 0.5)
-    assert Crop.of(Aug(hflip_p=0.8, strength=2.0)).hflip_p == 1.0
+    words = ["aug.rrc_scale=[0.5,1]", "aug.rrc_ratio=[1,1.5]", "aug.hflip_p=0.25", "aug.strength=2"]
+    assert Crop.of(load(None, words)) == Crop((0.5, 1.0), (1.0, 1.5), 0.5)
+    assert Crop.of(load(None, [*words, "aug.hflip_p=0.8"])).hflip_p == 1.0
+    assert Crop.of(load(None, ["data.resize=whole"])).whole
 
 
 def test_cores_are_shared_by_ranks() -> None:

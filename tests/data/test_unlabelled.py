@@ -244,6 +244,7 @@ def one_step(overrides: list[str], teacher: nn.Module | None = None):
             algorithm.apply(name, state, None)
 
     event(Event.EPOCH_START)
+    event(Event.BATCH_START)
     event(Event.BEFORE_FORWARD)
     state.outputs = network(state.batch["image"])
     event(Event.AFTER_FORWARD)
@@ -461,7 +462,7 @@ def test_the_food_recipe_converts_trains_and_evaluates(repo, tmp_path, capsys):
     assert "30 images, 2 beside each labelled one, fixmatch from 0.3" in output
     assert "1 images of data.unlabelled validate this fold and are left out" in output
     run = Run(exp="food", backbone="resnet10t", fold=0, seed=42)
-    (epoch,) = [row for row in runs.read_events(run.events_path) if row["event"] == "epoch"]
+    (epoch,) = [row for row in runs.read_events(run.events_path, []) if row["event"] == "epoch"]
     assert epoch["mask_rate"] > 0 and epoch["pseudo_accuracy"] is None
     assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
     with Image.open(run.results_dir / f"samples_{run.stem}.png") as picture:
@@ -486,7 +487,9 @@ def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo
     few, alone = (
         next(
             row
-            for row in runs.read_events(Run(exp=name, backbone="test_resnet", fold=0, seed=42).events_path)
+            for row in runs.read_events(
+                Run(exp=name, backbone="test_resnet", fold=0, seed=42).events_path, []
+            )
             if row["event"] == "epoch"
         )
         for name in ("few", "alone")

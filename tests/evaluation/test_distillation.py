@@ -16,11 +16,15 @@ from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.records import write_record
 from fastflower.data.betons import fold_set
+from fastflower.data.loaders import eval_images
 from fastflower.evaluation import distillation, summary
 from fastflower.evaluation.logits import Logits, MemberInfo, load_logits, save_logits
 from fastflower.model.losses import build_loss
+from fastflower.model.member import save_member
+from fastflower.model.network import NetworkSpec, build_network
 from fastflower.recipe import load, schema
 from support import toy_project
+from support.member_metas import member_meta
 
 WORDS = "distill.teacher=[elders] loss.name=ce"
 
@@ -126,7 +130,7 @@ def change_folds_hash(folds_hash: str) -> None:
         save_logits(path.parent, dataclasses.replace(member, info=info))
 
 
-def test_teachers_without_logits_of_any_training_image_are_refused(tmp_path):
+def test_with_validation_images_of_their_own_the_teachers_predict_the_training_images(tmp_path):
     """A fold file with separate validation images: all others train in every fold."""
     toy_project.project(tmp_path)
     write_teacher(folds=(1,))
@@ -134,10 +138,20 @@ def test_teachers_without_logits_of_any_training_image_are_refused(tmp_path):
     fold = np.where(opened.folds.fold == 1, 1, -1)
     opened = dataclasses.replace(opened, folds=dataclasses.replace(opened.folds, fold=fold))
     change_folds_hash(opened.folds.hash)
-    with pytest.raises(
-        InputError, match=r"all \d+ training images train in every fold, so that no member has"
-    ):
-        distillation.probabilities(student(), opened, 4)
+    (member,) = summary.load_member_logits(runs.RESULTS / "elders")
+    spec = NetworkSpec.from_recipe(student(), 4)
+    network = build_network(spec).eval()
+    torch.nn.init.normal_(network.head.weight)
+    save_member(
+        runs.MODELS / "elders" / member.info.checkpoint, dict(network.state_dict()), member_meta(spec)
+    )
+    got = distillation.probabilities(student("distill.temperature=5"), opened, 4)
+    rows = np.arange(opened.train.rows)
+    images = eval_images(opened.train, rows, size=spec.size, factor=1.14, interpolation=spec.interpolation)
+    with torch.no_grad():
+        logits = network(images.permute(0, 3, 1, 2).float()).numpy()
+    np.testing.assert_allclose(got.numpy(), softmax(logits / 5, axis=1), atol=1e-4)
+    assert got.shape == (opened.train.rows, 4) and np.ptp(got.numpy(), axis=0).max() > 0.05
 
 
 def test_teacher_is_mixed_as_the_labels_are(tmp_path):

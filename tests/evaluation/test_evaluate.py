@@ -28,7 +28,8 @@ from fastflower.evaluation.logits import load_logits
 from fastflower.evaluation.records import ExperimentScores, Temperatures
 from fastflower.model.member import load_member
 from fastflower.model.network import build_network
-from fastflower.recipe import load, to_yaml
+from fastflower.recipe import load
+from fastflower.recipe.run_record import write_recipe
 from fastflower.report import thumbnails
 from fastflower.report.__main__ import main
 from support.evaluated_members import BACKBONES, WORDS, member
@@ -118,7 +119,7 @@ def test_the_page_shows_the_images_of_its_mistakes(project: Path) -> None:
     member(1)
     evaluate.main(WORDS)
     settings = load(None, WORDS)
-    files.write_atomic(runs.RESULTS / "tiny" / "meta" / "recipe.yaml", to_yaml(settings))
+    write_recipe(runs.RESULTS / "tiny" / "meta" / "recipe.yaml", settings)
     main(["tiny"])
     html = (runs.RESULTS / "tiny" / "report.html").read_text(encoding="utf-8")
     mistakes = html.partition('id="mistakes-list"')[2].partition("</ul></section>")[0]
@@ -189,7 +190,7 @@ def test_the_page_has_a_line_instead_of_damaged_images(
 ) -> None:
     member(0), member(1)
     evaluate.main(WORDS)
-    files.write_atomic(runs.RESULTS / "tiny" / "meta" / "recipe.yaml", to_yaml(load(None, WORDS)))
+    write_recipe(runs.RESULTS / "tiny" / "meta" / "recipe.yaml", load(None, WORDS))
     every_row = list(range(15))
     zero_rows(Path("data/betons/fold1_val.beton"), every_row)
     zero_rows(Path("data/betons/fold0_train.beton"), every_row)

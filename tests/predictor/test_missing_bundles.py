@@ -287,8 +287,9 @@ def test_a_bundle_older_than_the_evaluated_members_is_told(run, code, evaluated,
 
 
 def test_a_bundle_of_another_format_is_refused(code, exported, monkeypatch):
+    written = code.bundles.FORMAT
     monkeypatch.setattr(code.bundles, "FORMAT", 99)
-    with pytest.raises(code.bundles.Problem, match="has format 4, this predictor reads 99"):
+    with pytest.raises(code.bundles.Problem, match=f"has format {written}, this predictor reads 99"):
         code.predict.main(["a", "b.csv", "--bundle", str(exported.folder)])
 
 

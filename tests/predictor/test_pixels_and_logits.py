@@ -75,7 +75,11 @@ def test_pixels_are_those_of_the_betons(tmp_path, code):
         writer.commit()
     beton = open_beton(tmp_path / "val.beton")
     for row, file in enumerate(files):
-        for height, width, factor, interpolation in ((128, 128, 1.14, "bicubic"), (32, 48, 1.0, "bilinear")):
+        for height, width, factor, interpolation in (
+            (128, 128, 1.14, "bicubic"),
+            (32, 48, 1.0, "bilinear"),
+            (32, 64, 0.0, "bilinear"),  # the whole picture
+        ):
             out = np.empty((1, height, width, 3), np.uint8)
             decode_eval(
                 beton, np.array([row]), out=out, factor=factor, interpolation=interpolation, threads=1

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from fastflower.bundle import writer
-from support.predictor_runs import IDS, jpeg, write_photographs
+from support.predictor_runs import IDS, jpeg, write_class_table, write_photographs
 
 SAMPLE = Path("ref/predictions_sample.csv")
 FILES = ["000.jpg", "001.jpg", "002.jpg"]
+NAMED = (("7", "3", "seven"), ("012", "9", "twelve"), ("rose, red", "4", "rose"))  # id, count, name
 
 
 @pytest.fixture
@@ -99,8 +100,7 @@ def test_a_sample_is_followed_by_its_content(table, name):
 def test_a_column_for_each_class_gets_its_probability(table, exported, header):
     """By id, by a prefixed id, or by the name of the class."""
     shutil.copytree(exported.folder, "named")
-    rows = ["class_idx,category_id,n,name", "0,7,3,seven", "1,012,9,twelve", '2,"rose, red",4,rose']
-    Path("named/classes.csv").write_text("\n".join(rows) + "\n")
+    write_class_table(Path("named/classes.csv"), *NAMED, named=1)
     text = header + "\n" + "".join(f"0.2,{name},0.3,0.5\n" for name in ("002", "000", "001"))
     exit_code, written, answers = table(text, "--logits", "logits.npz", "--bundle", "named")
     first, *rows = list(csv.reader(io.StringIO(written)))
@@ -179,21 +179,45 @@ def test_two_photographs_of_one_stem_are_told_apart_by_whole_names_only(table, c
 
 def test_the_bundle_names_its_classes_as_conversion_does(code, exported):
     meta = exported.members[0].meta
-    assert len(writer.classes_csv(meta, Path("classes.csv")).splitlines()[0].split(",")) == 3
-    named = 'class_idx,category_id,n,name\n0,7,99,seven\n1,012,99,twelve\n2,"rose, red",99,rose\n'
-    for text, names in ((named, [["seven", "twelve", "rose"]]), (named.replace("012", "13"), [])):
-        Path("classes.csv").write_text(text)
-        Path("bundle").mkdir(exist_ok=True)
-        Path("bundle/classes.csv").write_text(writer.classes_csv(meta, Path("classes.csv")))
-        assert code.bundles.labelings("bundle", IDS) == [IDS, *names]
-        assert code.bundles.fallback_classes("bundle", None).ids == IDS
+    written = Path("bundle/classes.csv")
+    written.parent.mkdir()
+    writer.write_classes(written, meta, Path("classes.csv"))
+    assert written.read_text().splitlines()[0] == "class_idx,category_id,n,check"
+    seven, _, rose = NAMED
+    for classes, names in (
+        (NAMED, [["seven", "twelve", "rose"]]),
+        ((seven, ("13", "9", "twelve"), rose), []),
+    ):
+        write_class_table(Path("classes.csv"), *classes)
+        writer.write_classes(written, meta, Path("classes.csv"))
+        notes: list[str] = []
+        assert code.bundles.labelings("bundle", IDS, notes) == [IDS, *names]
+        assert code.bundles.fallback_classes("bundle", None, notes).ids == IDS and not notes
+
+
+def test_damaged_classes_are_left_out_with_a_line(code, monkeypatch):
+    """Of two files the whole one is used, and control characters come back as the table of conversion keeps them."""
+    monkeypatch.setattr(code.bundles, "ROOT", str(Path.cwd()))
+    for folder in ("data", "bundle"):
+        Path(folder).mkdir()
+        write_class_table(Path(folder, "classes.csv"), ("a\\x1b", "3", "n\x1b"), ("b", "5", "m"), named=1)
+    content = Path("bundle/classes.csv").read_bytes()
+    for bit in range(0, 8 * len(content), 5):
+        broken = bytearray(content)
+        broken[bit // 8] ^= 1 << bit % 8
+        Path("bundle/classes.csv").write_bytes(broken)
+        notes: list[str] = []
+        assert code.bundles.fallback_classes("bundle", None, notes).prior == [3 / 8, 5 / 8]
+        ids = ["a\\x1b", "b"]
+        assert code.bundles.labelings("bundle", ids, notes)[:2] == [ids, ["n\x1b", "m"]]
+    Path("data/classes.csv").write_bytes(content[:-4])
+    assert code.bundles.fallback_classes("bundle", None, notes := []) is None
+    assert len(notes) == 2 and "row 1 is damaged or was edited" in notes[1]
 
 
 def test_a_sample_of_class_names_gets_names(table, exported):
     shutil.copytree(exported.folder, "named")
-    Path("named/classes.csv").write_text(
-        'class_idx,category_id,n,name\n0,7,3,seven\n1,012,9,twelve\n2,"rose, red",4,rose\n'
-    )
+    write_class_table(Path("named/classes.csv"), *NAMED, named=1)
     exit_code, text, answers = table("id,flower\n000,seven\n001,rose\n002,rose\n", "--bundle", "named")
     name_of = dict(zip(IDS, ["seven", "twelve", "rose"], strict=True))
     assert exit_code == 0

@@ -32,6 +32,7 @@ from fastflower.recipe import Recipe, derived
 from fastflower.recipe.derived import combos
 
 CONTENTS, UNLABELLED_CONTENTS = "contents.json", "unlabelled_contents.json"  # below data.home
+UNLABELLED_TABLE, UNLABELLED_COLUMNS = "unlabelled.csv", ("filename", "sha256")  # below data.home
 PIXEL_FORMAT = 2  # of the stored pixels; raised when the same recipe would store other pixels
 
 
@@ -66,7 +67,7 @@ class FoldSet:
 
 def stored_side(recipe: Recipe) -> int:
     """The short side in pixels that the largest stage or view needs before its centre crop."""
-    return derived.resize_side(derived.largest_size(recipe), recipe.eval.resize_factor)
+    return derived.resize_side(derived.largest_size(recipe), derived.eval_factor(recipe) or 1.0)
 
 
 def storage_settings(recipe: Recipe, store: str) -> StorageSettings:

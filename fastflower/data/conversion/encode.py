@@ -193,8 +193,7 @@ def _encode_chunk(encoding: Encoding, names: list[str], validating: list[bool]) 
                     )
                     for number in range(images)
                 ]
-                # the hash of a pair does not depend on the order of its images
-                chunk.sha256.append(hashes[0] if images == 1 else digest(*sorted(hashes)))
+                chunk.sha256.append(_row_hash(hashes))
                 workers.count_done()
     except OSError as error:
         raise EnvironmentFault(
@@ -282,6 +281,16 @@ def _decode_jpeg(header: Header, data: bytes, side: int) -> _Decoded:
     keeps_file = reduced == size and max(size) <= MAX_ASPECT * side
     image = Image.fromarray(decode_file(data, size, reduced))
     return _Decoded(image, data if keeps_file else b"", header.format)
+
+
+def content_of(source: Source, name: str) -> str:
+    """The hash of a row's images as folds.csv records it."""
+    return _row_hash([_sha256(source.read(name, number)) for number in range(source.images_per_row)])
+
+
+def _row_hash(hashes: list[str]) -> str:
+    """The hash of a row from those of its images; that of a pair does not depend on their order."""
+    return hashes[0] if len(hashes) == 1 else digest(*sorted(hashes))
 
 
 def _sha256(image: bytes | np.ndarray) -> str:

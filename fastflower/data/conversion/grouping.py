@@ -8,24 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from fastflower.core.errors import InputError
-from fastflower.core.tables import escaped
+from fastflower.core.tables import escaped, sealed_rows
 from fastflower.core.workers import cores
 from fastflower.data import duplicates
 from fastflower.data.conversion.encode import Spool
-from fastflower.data.folds import Folds, make_folds, rare_classes
+from fastflower.data.folds import DUPLICATE_COLUMNS, DUPLICATES, Folds, make_folds, rare_classes
 from fastflower.data.labels import LabelTable
 from fastflower.recipe import Recipe
-
-DUPLICATE_COLUMNS = (
-    "group_id",
-    "filename",
-    "category_id",
-    "other",
-    "other_category_id",
-    "distance",
-    "identical",
-    "cosine",
-)
 
 Embed = Callable[[Iterable[np.ndarray]], np.ndarray]  # images uint8 (H, W, 3) to unit vectors (N, F)
 
@@ -88,9 +77,10 @@ def new_folds(
     copies = np.flatnonzero(first != np.arange(len(groups)))
     _print_findings(folds, table, copies=copies, originals=first[copies], home=Path(recipe.data.home))
     cosines = None if vectors is None else (vectors[copies] * vectors[first[copies]]).sum(1)
-    return folds, _duplicate_rows(
+    rows = _duplicate_rows(
         folds, copies, originals=first[copies], hashes=hashes, hashed=hashed, cosines=cosines
     )
+    return folds, sealed_rows(rows, DUPLICATE_COLUMNS, count=len(copies))
 
 
 def _print_findings(
@@ -99,7 +89,7 @@ def _print_findings(
     if len(copies):
         print(
             f"{len(copies)} images are copies or near-copies of another and share its fold: "
-            f"{home / 'duplicates.csv'}"
+            f"{home / DUPLICATES}"
         )
     conflicts = [
         (row, original)

@@ -19,16 +19,18 @@ import numpy as np
 
 from fastflower.core import files
 from fastflower.core.errors import EnvironmentFault, InputError
-from fastflower.core.tables import escaped, write_csv
+from fastflower.core.tables import CHECK, escaped, read_sealed, sealed_rows, write_csv
 from fastflower.core.workers import Progress, cores
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import BetonWriter
 from fastflower.data.betons.manifest import NO_FOLD, UNLABELLED, Origin, StorageSettings
 from fastflower.data.conversion import assemble, encode
 from fastflower.data.conversion.class_chart import class_chart
-from fastflower.data.conversion.grouping import DUPLICATE_COLUMNS, Embed, new_folds, wants_hashing
+from fastflower.data.conversion.grouping import Embed, new_folds, wants_hashing
 from fastflower.data.conversion.storage import choose_store
 from fastflower.data.folds import (
+    DUPLICATE_COLUMNS,
+    DUPLICATES,
     Folds,
     check_leaks,
     load_folds,
@@ -36,7 +38,7 @@ from fastflower.data.folds import (
     save_folds,
     write_skipped,
 )
-from fastflower.data.labels import MAX_LISTED, LabelTable, class_stats, write_classes
+from fastflower.data.labels import MAX_LISTED, LabelTable, class_stats, read_class_rows, write_classes
 from fastflower.data.readers import contents
 from fastflower.data.readers.sources import Source, open_unlabelled
 from fastflower.recipe import Recipe
@@ -86,7 +88,9 @@ def convert(
                 settings = fold_set.storage_settings(recipe, store)
                 origins = _fold_origins(settings, table, folds=folds, content=content)
                 origins += [unlabelled.origin(settings)] if unlabelled else []
-                if all(fold_set.is_current(home / "betons", origin) for origin in origins):
+                if all(fold_set.is_current(home / "betons", origin) for origin in origins) and _has_tables(
+                    home, table, unlabelled=bool(unlabelled)
+                ):
                     return converted(settings, folds, up_to_date=True)
         settings = fold_set.storage_settings(recipe, choose_store(recipe, table, home))
         validating = folds.fold >= 0 if folds else may_validate(table, recipe)
@@ -132,16 +136,34 @@ def convert(
                 processes=cores(recipe.data.workers),
                 meanwhile=chart,
             )
-        if unlabelled and not assemble.reuse(home, folder, unlabelled.origin(settings)):
+        if unlabelled and not (
+            (home / fold_set.UNLABELLED_TABLE).is_file()
+            and assemble.reuse(home, folder, unlabelled.origin(settings))
+        ):
             _convert_unlabelled(recipe, unlabelled, settings=settings, home=home, folder=folder)
         write_classes(home / "classes.csv", table)
         write_csv(home / "class_stats.csv", class_stats(table))
         files.write_atomic(home / "class_stats.png", chart())
         if duplicate_rows is not None:
-            write_csv(home / "duplicates.csv", duplicate_rows, DUPLICATE_COLUMNS)
+            write_csv(home / DUPLICATES, duplicate_rows, (*DUPLICATE_COLUMNS, CHECK))
             save_folds(home / "folds.csv", folds)
         assemble.replace_set(home, folder)
         return converted(settings, folds, up_to_date=False)
+
+
+def _has_tables(home: Path, table: LabelTable, *, unlabelled: bool) -> bool:
+    """True if the tables beside current betons are whole; a missing classes.csv is written from the labels.
+
+    Raises CorruptionError for a damaged one, which the user may have edited.
+    """
+    if (home / "classes.csv").is_file():
+        read_class_rows(home / "classes.csv")
+    else:
+        write_classes(home / "classes.csv", table)
+    if not unlabelled or not (listed := home / fold_set.UNLABELLED_TABLE).is_file():
+        return not unlabelled
+    read_sealed(listed, fold_set.UNLABELLED_COLUMNS)
+    return True
 
 
 @dataclass(frozen=True)
@@ -199,8 +221,10 @@ def _convert_unlabelled(
         with BetonWriter(path, len(usable), images_per_row=images.source.images_per_row) as writer:
             for index, encoded in enumerate(spool.read(np.array(usable), encode.TRAIN)):
                 writer.append(-1, index, *encoded)
-            rows = ({"filename": images.names[row], "sha256": spool.sha256[row]} for row in usable)
-            write_csv(home / "unlabelled.csv", rows, ("filename", "sha256"))
+            columns = fold_set.UNLABELLED_COLUMNS
+            rows = (dict(zip(columns, (images.names[row], spool.sha256[row]), strict=True)) for row in usable)
+            table = home / fold_set.UNLABELLED_TABLE
+            write_csv(table, sealed_rows(rows, columns, count=len(usable)), (*columns, CHECK))
             writer.commit(images.origin(settings))
 
 

@@ -52,6 +52,11 @@ def choose_store(recipe: Recipe, table: LabelTable, home: Path) -> str:
             f"{_size(in_use)} of raw pixels a fold {'fit' if fits else 'and the files of all folds do not fit'} "
             f"in {fraction:.0%} of memory ({_size(ram)}) and free disk ({_size(free)})"
         )
+    if keeps_files:
+        print(
+            f"note: most photographs have a short side of at most {side}, which data.img_size and tta.scales ask for; "
+            "they are stored in their own size, never enlarged, and training enlarges its crops of them"
+        )
     print(f"store: {store}, short side {side}; {reason}; about {_size(disk[store])} on disk while converting")
     if disk[store] * MARGIN > free:
         raise EnvironmentFault(

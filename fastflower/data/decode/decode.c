@@ -33,6 +33,7 @@ typedef struct { /* beton_file.DESCRIPTOR */
 
 typedef struct {
     double scale[2], ratio[2], flip;
+    double whole; /* not 0: ratios are the crop's aspect over the image's, not over the target's */
 } Crop;
 
 typedef struct {
@@ -145,9 +146,9 @@ typedef struct {
     int top, left, height, width, flip;
 } Box;
 
-/* torchvision's RandomResizedCrop.get_params; ratios are the crop's aspect over the target's. */
+/* torchvision's RandomResizedCrop.get_params; ratios are the crop's aspect over the target's, or the image's. */
 API void ff_crop_box(uint64_t key, int height, int width, int out_h, int out_w, const Crop *crop, Box *box) {
-    double aspect = (double)out_w / out_h, low = crop->ratio[0] * aspect, high = crop->ratio[1] * aspect;
+    double aspect = crop->whole ? (double)width / height : (double)out_w / out_h, low = crop->ratio[0] * aspect, high = crop->ratio[1] * aspect;
     double log_low = log(low), log_high = log(high), area = (double)height * width;
     box->flip = uniform(key, STREAM_FLIP) < crop->flip;
     for (int t = 0; t < 10; t++) {
@@ -344,9 +345,9 @@ typedef struct {
     atomic_flag writing;
 } Job;
 
-/* The largest centred box of the target's aspect, shrunk by `factor`; factor 0: the whole image. */
+/* The largest centred box of the target's aspect, shrunk by `factor`; 0 or less: the whole image. */
 API void ff_eval_box(int height, int width, int h, int w, double factor, float *box) {
-    if (factor == 0) {
+    if (factor <= 0) {
         box[0] = box[1] = 0;
         box[2] = (float)width;
         box[3] = (float)height;
@@ -385,7 +386,7 @@ static int guarded(Scratch *s, const Job *job, const uint8_t *bytes, const Row *
         ff_eval_box(row->height, row->width, job->h, job->w, job->factor, box);
         resample(s, bytes, row, box, job->cubic, job->h, job->w, out);
     }
-    int is_whole_file = row->mode == JPEG && !job->crop && job->factor == 0; /* not a row of a beton */
+    int is_whole_file = row->mode == JPEG && !job->crop && job->factor < 0; /* not a row of a beton */
     if (is_whole_file) finish_decompress(s);
     jpeg_abort_decompress(&s->jpeg);
     return OK;

@@ -12,34 +12,42 @@ import numpy as np
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.workers import cores
 from fastflower.data.betons.beton_file import DESCRIPTOR, JPEG, Beton
-from fastflower.recipe.schema import Aug
+from fastflower.recipe.schema import Recipe
 
 INTERPOLATIONS = ("bilinear", "bicubic")
+WHOLE_FILE = -1.0  # in place of a factor: not a row of a beton, read to its end
 
 
 @dataclass(frozen=True)
 class Crop:
     """RandomResizedCrop and horizontal flip.
 
-    scale: fraction of the image's area. ratio: aspect of the crop over the target's. hflip_p: probability.
+    scale: fraction of the image's area. ratio: aspect of the crop over the target's, with `whole` over the image's,
+    so that scale and ratio 1 resize the whole image. hflip_p: probability. swap: exchange the images of half of the
+    pairs, at random.
     """
 
     scale: tuple[float, float] = (0.8, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip_p: float = 0.5
+    whole: bool = False
+    swap: bool = False
 
     @classmethod
-    def of(cls, aug: Aug) -> Crop:
+    def of(cls, recipe: Recipe) -> Crop:
         """The training crop that a recipe asks for; aug.strength scales the flips."""
+        aug = recipe.aug
         return cls(
             scale=(aug.rrc_scale[0], aug.rrc_scale[1]),
             ratio=(aug.rrc_ratio[0], aug.rrc_ratio[1]),
             hflip_p=min(1.0, aug.hflip_p * aug.strength),
+            whole=recipe.data.resize == "whole",
+            swap=recipe.data.symmetric,
         )
 
     def pack(self) -> np.ndarray:
-        """The `Crop` struct of decode.c: float64 (5,)."""
-        return np.array([*self.scale, *self.ratio, self.hflip_p], np.float64)
+        """The `Crop` struct of decode.c: float64 (6,)."""
+        return np.array([*self.scale, *self.ratio, self.hflip_p, self.whole], np.float64)
 
 
 class _Fault(ctypes.Structure):
@@ -123,7 +131,7 @@ def decode_file(data: bytes, stored: tuple[int, int], size: tuple[int, int]) -> 
     )
     fault, rows = _Fault(), np.zeros(1, np.int64)
     library().ff_eval(
-        *_pointers(np.frombuffer(data, np.uint8), descriptors, rows), 1, out.ctypes.data, *size, 0.0, True, 1,
+        *_pointers(np.frombuffer(data, np.uint8), descriptors, rows), 1, out.ctypes.data, *size, WHOLE_FILE, True, 1,
         ctypes.byref(fault),
     )  # fmt: skip
     if fault.position >= 0:
@@ -135,7 +143,10 @@ def decode_file(data: bytes, stored: tuple[int, int], size: tuple[int, int]) -> 
 def eval_box(
     height: int, width: int, *, size: tuple[int, int], factor: float
 ) -> tuple[float, float, float, float]:
-    """The largest centred box of the aspect of size (h, w), shrunk by `factor`: left, top, right, bottom in pixels."""
+    """The largest centred box of the aspect of size (h, w), shrunk by `factor`: left, top, right, bottom in pixels.
+
+    With factor 0 it is the whole image.
+    """
     box = np.zeros(4, np.float32)
     library().ff_eval_box(height, width, *size, factor, box.ctypes.data)
     left, top, right, bottom = map(float, box)

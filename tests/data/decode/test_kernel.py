@@ -120,7 +120,8 @@ def assert_as_pillow(beton: Beton, size: tuple[int, int], factor: float, interpo
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(
-    ("size", "factor"), [((64, 64), 1.14), ((32, 64), 1.14), ((90, 50), 1.0), ((224, 224), 1.0)]
+    ("size", "factor"),
+    [((64, 64), 1.14), ((32, 64), 1.14), ((90, 50), 1.0), ((224, 224), 1.0), ((32, 64), 0.0)],
 )
 def test_evaluation_is_pillow_to_the_bit(
     beton: Beton, size: tuple[int, int], factor: float, interpolation: str
@@ -130,6 +131,28 @@ def test_evaluation_is_pillow_to_the_bit(
 
 def test_portable_evaluation_is_pillow_too(beton: Beton, portable: None) -> None:
     assert_as_pillow(beton, (61, 83), 1.14, "bicubic")
+
+
+def test_factor_0_resizes_the_whole_image(beton: Beton) -> None:
+    assert eval_box(48, 48, size=(32, 64), factor=0.0) == (0.0, 0.0, 48.0, 48.0)
+    whole = Crop((1.0, 1.0), (1.0, 1.0), 0.0, whole=True)
+    for shape in (*SHAPES, (48, 48), (30, 90), (601, 7)):
+        box = crop_box(5, shape[0], width=shape[1], size=(32, 64), crop=whole)
+        assert box == (0, 0, *shape, False)
+    cut = crop_box(5, 48, width=48, size=(32, 64), crop=FULL_CROP)
+    assert cut == (12, 0, 24, 48, False)  # half of the image
+    half = crop_box(9, 100, width=400, size=(50, 50), crop=Crop((0.25, 0.25), (1, 1), 0.0, whole=True))
+    assert half[2:4] == (50, 200)  # of the image's aspect, not of the target's
+
+
+def test_a_whole_image_of_another_aspect_is_resized_in_training_as_in_evaluation(beton: Beton) -> None:
+    size, rows = (32, 64), np.arange(beton.rows)
+    keys, expected = rows.astype(np.uint64), np.zeros((beton.rows, 32, 64, 3), np.uint8)
+    got = train(beton, keys, size, Crop((1.0, 1.0), (1.0, 1.0), 0.0, whole=True))
+    decode_eval(beton, rows, out=expected, factor=0.0, interpolation="bilinear", threads=1)
+    smooth = (beton.descriptors["height"] > 64) & (beton.descriptors["width"] > 64)
+    assert np.abs(got[smooth].astype(int) - expected[smooth]).mean() < 4
+    assert beton.rows > 20 and smooth.sum() > 20
 
 
 def test_eval_box_is_the_largest_centred_one() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastflower import convert, sample_data, train
+from fastflower import convert, evaluate, sample_data, train
 from fastflower.core.errors import InputError
 from fastflower.core.runs import Run, read_events
 from fastflower.core.tables import read_csv
@@ -49,6 +49,7 @@ def test_a_drawn_contest_has_labels_and_a_hidden_truth(tmp_path):
         sample_data.main(["eyes", f"home={tmp_path}/eyes"])
 
 
+BACKBONE = "ocec_baseline_c8_b3"
 VARIANTS = {  # lr, decay, plateau factor, patience, warm-up, batch per GPU, dropout, loss, smoothing
     "eyes": (1e-4, 1e-4, 0.5, 2, 0, 4096, 0.3, "bce", 0.0),
     "eyes_cautious": (2e-4, 5e-4, 0.7, 5, 0, 4096, 0.25, "bce", 0.0),
@@ -88,7 +89,7 @@ def test_the_recipe_trains_and_logs_f1_gradient_norm_and_lr(repo):
         "data.workers=1",
         "train.world_size=1",
     ]
-    arguments += ["train.batch_per_gpu=16", "sched.cosine_epochs=2", "model.backbone=test_resnet"]
+    arguments += ["train.batch_per_gpu=16", "sched.cosine_epochs=2", f"model.backbone={BACKBONE}"]
     convert.main(arguments)
     recipe = parse_command(arguments)
     fold = open_fold(recipe, 0)
@@ -97,10 +98,13 @@ def test_the_recipe_trains_and_logs_f1_gradient_norm_and_lr(repo):
     assert train.main(arguments) == 0
     rows = [
         row
-        for row in read_events(Run(exp="eyes", backbone="test_resnet", fold=0, seed=42).events_path)
+        for row in read_events(Run(exp="eyes", backbone=BACKBONE, fold=0, seed=42).events_path, [])
         if row["event"] == "epoch"
     ]
     assert len(rows) == 2
     for row in rows:
         assert 0 <= row["f1_ema"] <= 1 and row["grad_norm"] > 0 and row["lr_max"] > 0 and row["val_loss"] > 0
+        assert row["score"] == max(row["f1_raw"], row["f1_ema"]) and 0 <= row["train_acc"] <= 1
     assert Path("results/model/eyes/ema_best.pth").is_file()
+    (chosen,) = evaluate.member_paths(recipe)
+    assert chosen.name.startswith("best_f1__")

@@ -1,0 +1,75 @@
+"""Stacking as a model: it is fitted, saved, read and applied to images that the predictor reads."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastflower import convert, ensemble, evaluate, sample_data, train
+from fastflower.core import runs
+from fastflower.core.errors import InputError
+from fastflower.core.records import read_record
+from fastflower.evaluation import ensembles, stacking
+from fastflower.evaluation.logits import assemble
+from fastflower.evaluation.stacking import Stacker
+from support import fake_members
+
+
+def sets_of_two_runs():
+    members = [[fake_members.member(fold, seed=seed) for fold in range(3)] for seed in (42, 7)]
+    return [assemble(run, fake_members.folds()) for run in members]
+
+
+@pytest.mark.parametrize("trees", [True, False])
+def test_a_saved_stacker_predicts_as_the_fitted_model(monkeypatch, trees):
+    if trees and importlib.util.find_spec("lightgbm") is None:
+        pytest.skip("no LightGBM")
+    if not trees:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    sets = sets_of_two_runs()
+    stack, labels = np.stack([run.logits for run in sets]), sets[0].class_idx
+    stacker = read_record(stacking.save("exp", stacking.fit(sets)), Stacker)
+    method = ensembles.lightgbm if trees else ensembles.logistic
+    assert stacker.method == ("LightGBM stacking" if trees else "logistic stacking")
+    np.testing.assert_allclose(stacker.log_probabilities(stack), method(stack, labels)(stack), atol=1e-6)
+
+
+def test_runs_are_chosen_by_backbone_or_name():
+    sets = sets_of_two_runs()
+    first, second = (run.name for run in sets)
+    assert [run.name for run in ensemble.chosen_runs(sets, [])] == [first, second]
+    assert [run.name for run in ensemble.chosen_runs(sets, [second])] == [second]
+    assert len(ensemble.chosen_runs(sets, [sets[0].info.backbone])) == 2
+    with pytest.raises(InputError, match=r"--runs resnet9: no run or backbone is called so; choose from"):
+        ensemble.chosen_runs(sets, ["resnet9"])
+
+
+@pytest.mark.slow
+def test_a_stacker_of_pairs_predicts_a_npz(repo, capsys):
+    sample_data.main(["pairs", "rows=64", "held_out=24"])
+    words = [
+        str(repo / "recipes/pairs_small.yaml"),
+        "exp.name=pairs",
+        "data.workers=1",
+        "sched.cosine_epochs=1",
+    ]
+    convert.main(words)
+    for seed in (1, 2):
+        assert train.main([*words, f"seed={seed}"]) == 0
+    assert evaluate.main(words) == 0
+    with pytest.raises(
+        InputError, match=r"stacking.json; run python -m fastflower.ensemble with --save first"
+    ):
+        ensemble.main([*words, "--predict", "data/pairs/test.npz", "out.csv"])
+    ensemble.main([*words, "--save"])
+    assert len(read_record(runs.RESULTS / "pairs" / stacking.FILE, Stacker).runs) == 2
+    ensemble.main([*words, "--predict", "data/pairs/test.npz", "out.csv"])
+    with open("out.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["filename", "category_id", "probability"] and len(rows) == 24
+    assert all((row[1] == "1") == (float(row[2]) > 0.5) for row in rows)
+    assert "24 rows in out.csv" in capsys.readouterr().out and Path("out.csv").stat().st_size
