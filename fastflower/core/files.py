@@ -93,7 +93,7 @@ def process_namespace() -> str:
 def remove_abandoned(folder: Path, name: str = "*", *, below: bool = False) -> None:
     """Delete the temporary files and folders that killed processes left behind.
 
-    `name` is a glob of the names they were written for; `below` also searches subfolders.
+    `name` is the name, or a glob of the names, they were written for; `below` also searches subfolders.
     """
     for temporary in filter(is_abandoned, list(folder.glob(f"{'**/' * below}.{name}.*.tmp"))):
         remove(temporary)
@@ -111,9 +111,10 @@ def remove(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Context manager: a temporary path to write, moved to `path` on success and deleted on error.
 
-    Readers see the old file or the complete new one, never a part.
+    Readers see the old file or the complete new one, never a part. What killed writers of `path` left is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, path.name)
     temporary = temporary_path(path)
     try:
         yield temporary
@@ -206,24 +207,60 @@ def _exchange(first: Path, second: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Context manager: hold an exclusive lock on a file, which is created and kept; the kernel frees it on exit.
+    """Context manager: hold an exclusive lock on a file, which is created and afterwards removed.
 
-    Raises EnvironmentFault(message) while another process holds the lock, with {pid} in the message replaced by that
+    Folders that it created and that are still empty go too; the kernel frees the lock of a killed process. Raises
+    EnvironmentFault(message) while another process holds the lock, with {pid} in the message replaced by that
     process's PID; OSError when the file cannot be created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle, created = _open_lock(path)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 64, 0).decode("ascii", "replace").strip() or "?"
-            raise EnvironmentFault(message.replace("{pid}", holder)) from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 64, 0).decode("ascii", "replace").strip() or "?"
+                raise EnvironmentFault(message.replace("{pid}", holder)) from None
+            if _is_file_of(handle, path):
+                break
+            os.close(handle)  # its holder has just removed it
+            handle, more = _open_lock(path)
+            created += more
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while the lock is held: nobody else can hold this file
+            with suppress(OSError):  # not empty
+                for folder in created:
+                    folder.rmdir()
     finally:
         os.close(handle)
+
+
+def _open_lock(path: Path) -> tuple[int, list[Path]]:
+    """A descriptor of a lock's file, and the folders created for it, the innermost first."""
+    created = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    for attempt in range(100):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), created
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ):  # another process removes the empty folder at this moment
+            if attempt == 99:
+                raise
+    raise AssertionError
+
+
+def _is_file_of(handle: int, path: Path) -> bool:
+    """True if a path still names the file that a descriptor has open."""
+    try:
+        return path.stat().st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ BUNDLE = MODELS / "bundle"
 PRETRAINED = MODELS / "pretrained_model"
 SUBMISSION = RESULTS / "submission.csv"
 COMPARISON = RESULTS / "compare.html"
-TRAINED_KINDS = ("best_clean", "best_combo", "ema_best", "swa", "last")  # of checkpoints
-SOUP_CANDIDATES = ("best_combo", "ema_best", "best_clean", "swa")  # in the order tried
+TRAINED_KINDS = ("best_clean", "best_combo", "best_f1", "ema_best", "swa", "last")  # of checkpoints
+SOUP_CANDIDATES = ("best_combo", "ema_best", "best_clean", "best_f1", "swa")  # in the order tried
 KINDS = (*TRAINED_KINDS, "soup")
 
+_EVENT = re.compile(rb'(?P<text>\{.*), "checksum": "(?P<checksum>[0-9a-f]{8})"\}', re.DOTALL)
 _MEMBER = re.compile(
     r"(?P<kind>\w+?)__(?P<backbone>.+)__fold(?P<fold>\d+)_seed(?P<seed>\d+)"
     r"_epoch(?P<epoch>\d+)_score(?P<score>\d+\.\d+)\.pth"
@@ -109,7 +111,7 @@ def parse_member(path: Path) -> MemberName | None:
 
 
 def member_pattern(pattern: str, metric: str) -> str:
-    """The glob of an experiment's members: `auto` is the best by the metric, clean or combo."""
+    """The glob of an experiment's members: `auto` is the best by the metric, clean, combo or f1."""
     return f"best_{metric}__*.pth" if pattern == "auto" else Path(pattern).name
 
 
@@ -135,29 +137,49 @@ def find_members(exp: str, pattern: str, *, metric: str) -> list[Path]:
     return [path for _, (_, path) in sorted(found.items())]
 
 
+def shipped(name: str) -> Path:
+    """The folder `code` or `recipes` that comes with the package: in the repository, or where setup.py put it."""
+    package = Path(__file__).resolve().parents[1]
+    in_repository = package.parent / name
+    return in_repository if (package.parent / "pyproject.toml").is_file() else package / "shipped" / name
+
+
 def append_event(path: Path, row: dict[str, Any]) -> None:
-    """Append one line to events.jsonl in a single write, so that runs of an experiment can share the file."""
+    """Append one line to events.jsonl in a single write, so that runs of an experiment can share the file.
+
+    Its last field is a CRC-32 of the others.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "ab", buffering=0) as file:
-        file.write(line.encode("utf-8"))
+    text = json.dumps(finite(row), ensure_ascii=False, allow_nan=False).encode()
+    line = text[:-1] + b', "checksum": "%08x"}\n' % zlib.crc32(text)
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line  # behind a line that a kill cut
+        file.write(line)
         os.fsync(file.fileno())
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path, notices: list[str]) -> list[dict[str, Any]]:
     """The rows of events.jsonl; of an epoch that a resumed run repeated, only the last row.
 
-    Incomplete lines, left by a killed process, are dropped.
+    Lines that are damaged, or were cut by a kill, are left out, and counted in a line that is appended to `notices`.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if not path.exists():
-        return []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    damaged = 0
+    for line in filter(None, lines):
+        match = _EVENT.fullmatch(line)
+        if match is None or zlib.crc32(match["text"] + b"}") != int(match["checksum"], 16):
+            damaged += 1
             continue
+        row = json.loads(match["text"] + b"}")
         identity = (row.get("fold"), row.get("seed"), row.get("backbone"), row.get("event"), row.get("epoch"))
         rows.pop(identity, None)
         rows[identity] = row
+    if damaged:
+        notices.append(
+            f"{path}: {damaged} of its rows are damaged, cut by a kill, or of an earlier version; they are left out"
+        )
     return list(rows.values())

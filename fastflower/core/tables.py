@@ -65,8 +65,8 @@ def sealed_rows(
         yield {**checked, CHECK: _check(list(checked.values()), number, count), **row}
 
 
-def read_sealed(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Read a table of `sealed_rows`.
+def read_sealed(path: Path, columns: tuple[str, ...], *, count: int | None = None) -> list[dict[str, str]]:
+    """Read a table of `sealed_rows`; `count`: its number of rows where another file tells it, else one or more.
 
     Raises InputError when it is missing, CorruptionError when a row was damaged, edited, moved, added or removed.
     """
@@ -84,8 +84,9 @@ def read_sealed(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             raise CorruptionError(
                 f"{path}: row {number} is damaged or was edited, or rows are missing; {remedy}"
             )
-    if not rows:
-        raise CorruptionError(f"{path} is damaged: it has no rows; {remedy}")
+    if not rows if count is None else len(rows) != count:
+        wanted = "one or more" if count is None else count
+        raise CorruptionError(f"{path} is damaged: it has {len(rows)} rows, not {wanted}; {remedy}")
     return rows
 
 

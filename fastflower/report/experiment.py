@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from fastflower.core import runs
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.core.records import read_record
-from fastflower.core.tables import escaped, read_csv
-from fastflower.data.folds import Folds, read_folds
-from fastflower.evaluation.records import EnsembleComparison, ExperimentScores, ImageScores
-from fastflower.recipe import Recipe, load
-from fastflower.recipe.run_record import RunNumbers
+from fastflower.core.records import read_record, to_plain
+from fastflower.core.tables import escaped
+from fastflower.data.folds import DUPLICATES, Folds, read_duplicates, read_folds
+from fastflower.evaluation.records import (
+    EnsembleComparison,
+    ExperimentScores,
+    GradCams,
+    ImageScores,
+    read_gradcam,
+)
+from fastflower.recipe import Recipe
+from fastflower.recipe.run_record import Environment, RunEnd, RunNumbers, missing_events, read_recipe
 
 if TYPE_CHECKING:
     from fastflower.report.thumbnails import AugmentationSamples
@@ -48,7 +54,10 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Content of the pages; `thumbnails` maps a row of folds.csv to a data URI."""
+    """Content of the pages.
+
+    `thumbnails` maps a row of folds.csv to a data URI, `maps` a file of gradcam/ to its bytes.
+    """
 
     name: str
     scores: ExperimentScores
@@ -58,7 +67,8 @@ class Experiment:
     numbers: RunNumbers | None = None
     meta: list[tuple[str, str]] = field(default_factory=list)
     ensemble: EnsembleComparison | None = None
-    gradcam: dict[str, Any] | None = None
+    gradcam: GradCams | None = None
+    maps: dict[str, bytes] = field(default_factory=dict)
     thumbnails: dict[int, str] = field(default_factory=dict)
     augmentation: AugmentationSamples | None = None
     duplicates: list[DuplicatePair] = field(default_factory=list)
@@ -80,24 +90,39 @@ def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
     recipe, text, notes = _recipe(recipe_file)
     images: dict[int, str] = {}
     augmentation = None
-    duplicates = _duplicates(recipe, scores.folds_hash) if recipe else []
+    duplicates = _duplicates(recipe, scores.folds_hash, notes) if recipe else []
     if recipe and with_images:
         images, augmentation = _pictures(recipe, scores, duplicates, notes=notes)
+    events = runs.read_events(folder / "events.jsonl", notes)
+    notes += missing_events(folder, events)
+    notes += stale_bundle(exp)
+    gradcam, maps = read_gradcam(folder / "gradcam", notes)
     return Experiment(
         name=exp,
         scores=scores,
-        events=runs.read_events(folder / "events.jsonl"),
+        events=events,
         recipe=recipe,
         recipe_text=text,
         numbers=_numbers(folder / "meta", notes),
-        meta=_meta(folder / "meta"),
+        meta=_meta(folder / "meta", notes),
         ensemble=read_record(ensemble_path, EnsembleComparison) if ensemble_path.is_file() else None,
-        gradcam=_json(folder / "gradcam" / "gradcam.json"),
+        gradcam=gradcam,
+        maps=maps,
         thumbnails=images,
         augmentation=augmentation,
         duplicates=duplicates,
         notes=notes,
     )
+
+
+def stale_bundle(exp: str) -> list[str]:
+    """A note when the experiment's members were evaluated after the hand-in was exported, which may lack them."""
+    bundle, evaluated = runs.BUNDLE / "bundle.json", runs.MODELS / exp / "programs" / "bundle.json"
+    if not (bundle.is_file() and evaluated.is_file() and evaluated.stat().st_mtime > bundle.stat().st_mtime):
+        return []
+    return [
+        f"{runs.BUNDLE} is older than the members evaluated since; run python -m fastflower.export to hand them in"
+    ]
 
 
 def rows_by_fold(scores: ExperimentScores, duplicates: list[DuplicatePair]) -> dict[int, set[int]]:
@@ -138,33 +163,27 @@ def _pictures(
     return images, augmentation
 
 
-def _duplicates(recipe: Recipe, folds_hash: str) -> list[DuplicatePair]:
-    """The pairs that convert wrote with these folds; none when data.home holds other folds."""
+def _duplicates(recipe: Recipe, folds_hash: str, notes: list[str]) -> list[DuplicatePair]:
+    """The pairs that convert wrote with these folds; none when data.home holds other folds, a note when damaged."""
     home = Path(recipe.data.home)
     if not (home / "folds.csv").is_file():
         return []
     folds = read_folds(home / "folds.csv")
-    return duplicate_pairs(home / "duplicates.csv", folds) if folds.hash == folds_hash else []
-
-
-def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); run the command that writes it again") from None
+        return duplicate_pairs(home / DUPLICATES, folds) if folds.hash == folds_hash else []
+    except CorruptionError as error:
+        notes.append(f"{error}; the page lacks its duplicates")
+        return []
 
 
 def _recipe(path: Path) -> tuple[Recipe | None, str, list[str]]:
     """The run's recipe, its text, and notes on what the page lacks when the recipe cannot be read."""
     if not path.is_file():
         return None, "", [f"no {path}; the page has no recipe and no images"]
-    text = path.read_text(encoding="utf-8")
     try:
-        return load(path), text, []
-    except InputError as error:  # written by another version; the scores are still valid
-        return None, text, [f"{error}; the page shows only its text, and no images"]
+        return *read_recipe(path), []
+    except InputError as error:  # damaged, or written by another version; the scores are still valid
+        return None, "", [f"{error}; the page has no recipe and no images"]
 
 
 def _numbers(folder: Path, notes: list[str]) -> RunNumbers | None:
@@ -177,12 +196,18 @@ def _numbers(folder: Path, notes: list[str]) -> RunNumbers | None:
         return None
 
 
-def _meta(folder: Path) -> list[tuple[str, str]]:
-    """Name and text of the files in meta/ on versions, commands and git state, without derived numbers and recipe."""
+def _meta(folder: Path, notes: list[str]) -> list[tuple[str, str]]:
+    """Name and text of the records in meta/ on environment and ends of runs; a note instead of a damaged one."""
     texts = []
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".txt", ".diff") and not path.name.startswith("derived_"):
-            texts.append((path.name, path.read_text(encoding="utf-8", errors="replace")))
+    for path in sorted(folder.glob("*.json")):
+        kind = Environment if path.name == "versions.json" else RunEnd
+        if not path.name.startswith("derived_"):
+            try:
+                content = to_plain(read_record(path, kind))
+            except InputError as error:
+                notes.append(f"{error}; the page lacks it")
+            else:
+                texts.append((path.name, json.dumps(content, indent=1, ensure_ascii=False)))
     return texts
 
 
@@ -191,7 +216,7 @@ def duplicate_pairs(path: Path, folds: Folds) -> list[DuplicatePair]:
     if not path.is_file():
         return []
     images = {name: ImageRef(index, int(folds.fold[index])) for index, name in enumerate(folds.filenames)}
-    rows = read_csv(path, ("filename", "category_id", "other", "other_category_id", "distance", "identical"))
+    rows = read_duplicates(path, folds)
     pairs = [
         DuplicatePair(
             images=(images.get(row["filename"]), images.get(row["other"])),

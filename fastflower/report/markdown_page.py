@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fastflower.core import files
 from fastflower.core.charts import Chart
 from fastflower.evaluation import tables
+from fastflower.recipe import starting_point
 from fastflower.report import comparison, curves, page
 from fastflower.report.charts import long_tail, reliability, robustness
 from fastflower.report.experiment import Experiment
@@ -60,6 +61,7 @@ def _content(
         "scores": experiment.scores,
         "classes": experiment.scores.classes,
         "recipe": experiment.recipe,
+        "in_force": starting_point.settled(experiment.recipe) if experiment.recipe else {},
         "basis": page.basis(experiment.scores),
         "view_names": page.view_names(experiment.scores.members[0].views),
         "derived_numbers": page.derived_numbers(experiment.numbers),

@@ -8,7 +8,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 import fastflower
-from fastflower.core import runs
 from fastflower.evaluation.records import ExperimentScores
 from fastflower.evaluation.summary import fold_names
 from fastflower.recipe import Recipe, fields_of
@@ -264,19 +263,19 @@ def gradcam(experiment: Experiment) -> dict[str, Any] | None:
     """The saved Grad-CAM images as data URIs, by backbone, misclassified ones first."""
     if not experiment.gradcam:
         return None
-    folder, rows = runs.RESULTS / experiment.name / "gradcam", experiment.gradcam["images"]
+    rows = [row for row in experiment.gradcam.images if row.file in experiment.maps]
     groups = []
     for right, outcome in ((False, "misclassified"), (True, "correct")):
-        for backbone in dict.fromkeys(row["backbone"] for row in rows):
+        for backbone in dict.fromkeys(row.backbone for row in rows):
             images = [
-                {**row, "uri": thumbnails.data_uri((folder / row["file"]).read_bytes())}
+                {**vars(row), "uri": thumbnails.data_uri(experiment.maps[row.file])}
                 for row in rows
-                if row["backbone"] == backbone and row["right"] is right and (folder / row["file"]).is_file()
+                if row.backbone == backbone and row.right is right
             ]
             if images:
                 groups.append({"title": f"{backbone}, {outcome}", "images": images})
     return {
         "groups": groups,
-        "border": experiment.gradcam["border"],
-        "uniform": experiment.gradcam["even"],
+        "border": experiment.gradcam.border,
+        "uniform": experiment.gradcam.even,
     }

@@ -115,7 +115,7 @@ def augmented_batch(
     Returns float32 (B, 3, h, w) in 0..255; pairs are (B, 3, h, 2w).
     """
     aug, keys = recipe.aug, _keys(recipe, epoch, rows)
-    images = train_images(beton, rows, keys=keys, size=size, crop=Crop.of(aug))
+    images = train_images(beton, rows, keys=keys, size=size, crop=Crop.of(recipe))
     fill = NetworkSpec.from_recipe(recipe, int(beton.labels.max()) + 1).fill
     signed_keys = torch.from_numpy(keys.view(np.int64))
     return augment(

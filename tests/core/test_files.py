@@ -212,6 +212,41 @@ def test_a_lock_names_its_holder_and_is_free_when_that_is_killed(tmp_path):
         files.locked(path, message).__enter__()
     with files.locked(path, message):
         assert path.read_text() == str(os.getpid())
+    assert not path.exists()
+
+
+def test_a_lock_leaves_neither_its_file_nor_the_folders_that_it_made(tmp_path):
+    path = tmp_path / "a" / "b" / ".lock"
+    with pytest.raises(ZeroDivisionError), files.locked(path, ""):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    with files.locked(path, ""):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"] and not list((tmp_path / "a").iterdir())
+    with files.locked(path, ""):
+        (path.parent / "work").touch()
+    assert list(path.parent.iterdir()) == [path.parent / "work"]
+
+
+def test_one_of_many_processes_holds_a_lock_that_each_removes(tmp_path):
+    path, holders = tmp_path / "deep" / ".lock", []
+    for _ in range(6):
+        child = os.fork()
+        if not child:
+            for _ in range(60):
+                try:
+                    with files.locked(path, "busy"):
+                        os.close(os.open(tmp_path / "held", os.O_CREAT | os.O_EXCL))
+                        os.unlink(tmp_path / "held")
+                except EnvironmentFault:
+                    pass
+                except BaseException:
+                    os._exit(1)
+            os._exit(0)
+        holders.append(child)
+    assert [os.waitpid(child, 0)[1] for child in holders] == [0] * 6
+    assert not path.exists()
 
 
 def test_a_lock_in_a_file_of_another_kind_is_an_os_error(tmp_path):

@@ -63,5 +63,26 @@ def test_the_last_row_of_an_epoch_counts_and_incomplete_lines_are_dropped(tmp_pa
         runs.append_event(path, {"event": "epoch", "fold": 0, "seed": 1, "epoch": epoch, "loss": loss})
     with open(path, "a") as file:
         file.write('{"event": "epoch", "fo')
-    assert [(row["epoch"], row["loss"]) for row in runs.read_events(path)] == [(1, 2.0), (2, 1.25)]
-    assert runs.read_events(tmp_path / "none") == []
+    notices: list[str] = []
+    assert [(row["epoch"], row["loss"]) for row in runs.read_events(path, notices)] == [(1, 2.0), (2, 1.25)]
+    assert notices == [
+        f"{path}: 1 of its rows are damaged, cut by a kill, or of an earlier version; they are left out"
+    ]
+    runs.append_event(path, {"event": "end", "fold": 0})  # not joined to the row that was cut
+    assert runs.read_events(path, [])[-1] == {"event": "end", "fold": 0}
+    assert runs.read_events(tmp_path / "none", []) == []
+
+
+def test_a_changed_bit_of_an_event_is_noticed(tmp_path):
+    path = tmp_path / "events.jsonl"
+    for epoch in (1, 2):
+        runs.append_event(
+            path, {"event": "epoch", "fold": 0, "epoch": epoch, "name": "花 \x1b[31m", "loss": None}
+        )
+    content, rows = path.read_bytes(), runs.read_events(path, [])
+    for bit in range(0, 8 * len(content), 3):
+        broken = bytearray(content)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        notices: list[str] = []
+        assert runs.read_events(path, notices) == rows or len(notices) == 1

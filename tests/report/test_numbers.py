@@ -21,11 +21,12 @@ from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 
 from fastflower.core import files, runs
-from fastflower.core.records import write_record
+from fastflower.core.records import from_plain, write_record
 from fastflower.core.tables import read_csv
 from fastflower.data.readers import image_files
 from fastflower.evaluation import ensembles, summary
 from fastflower.evaluation.logits import align, assemble
+from fastflower.evaluation.records import GradCams
 from fastflower.recipe import load
 from fastflower.recipe.derived import Stage
 from fastflower.recipe.run_record import ParameterGroup, RunNumbers
@@ -75,12 +76,11 @@ def make(folder: Path) -> None:
     write_record(folder / "ensemble.json", ensembles.compare(sets, budget, WEIGHTS))
     border = {"right": {"n": 48, "mean": 0.2512}, "wrong": {"n": 9, "mean": 0.41}}
     picture = {"index": 9, "filename": "image_9.jpg", "label": 0, "guess": 1, "target": 0, "border": 0.375}
-    picture |= {"backbone": BACKBONES[0], "right": False, "file": "a.jpg"}
-    files.write_atomic(
-        folder / "gradcam" / "a.jpg", image_files.thumbnail_jpeg(np.zeros((8, 8, 3), np.uint8))
-    )
+    jpeg = image_files.thumbnail_jpeg(np.zeros((8, 8, 3), np.uint8))
+    picture |= {"backbone": BACKBONES[0], "right": False, "file": "a.jpg", "digest": files.digest(jpeg)}
+    files.write_atomic(folder / "gradcam" / "a.jpg", jpeg)
     cams = {"even": 0.4375, "images": [picture], "border": [{"backbone": BACKBONES[0], **border}]}
-    files.write_json(folder / "gradcam" / "gradcam.json", cams)
+    write_record(folder / "gradcam" / "gradcam.json", from_plain(GradCams, cams))
 
 
 @dataclass

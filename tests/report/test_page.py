@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as entities
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,8 +28,9 @@ from fastflower.evaluation import gradcam, mistakes, summary, tables
 from fastflower.evaluation.logits import Logits, assemble, fuse
 from fastflower.evaluation.metrics import views_advice
 from fastflower.evaluation.records import ExperimentScores
-from fastflower.recipe import load, to_yaml
-from fastflower.report import comparison, curves, page, thumbnails
+from fastflower.recipe import load
+from fastflower.recipe.run_record import Environment, write_recipe
+from fastflower.report import comparison, curves, experiment, page, thumbnails
 from fastflower.report.__main__ import main, parse
 from fastflower.report.charts import Lines, over_epochs
 from fastflower.report.experiment import Experiment, read_experiment, rows_by_fold
@@ -37,6 +39,10 @@ from support.fake_members import BACKBONES, IDS, classes_csv, event, folds, memb
 from support.reference_scores import wilson
 
 LARGEST = 10_000_000  # bytes of a page
+ENVIRONMENT = Environment(
+    fastflower="0", python="3.11", packages={}, git=None, platform="Linux", devices=["cpu"], cuda=None, threads=1,
+    command=["train.py", "<recipe>"],
+)  # fmt: skip
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -49,8 +55,8 @@ def write_experiment(
     scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
     folder = runs.RESULTS / exp
     write_record(folder / "scores.json", scores)
-    files.write_atomic(folder / "meta" / "recipe.yaml", to_yaml(settings))
-    files.write_json(folder / "meta" / "versions.json", {"command": ["train.py", "<recipe>"]})
+    write_recipe(folder / "meta" / "recipe.yaml", settings)
+    write_record(folder / "meta" / "versions.json", ENVIRONMENT)
     for epoch in range(1, 6):
         runs.append_event(folder / "events.jsonl", event(epoch, fold_numbers[0]))
     fused = fuse([assemble(group, folds()) for group in summary.members_by_run(members).values()])
@@ -315,7 +321,7 @@ def a4_pages(text: str, folder: Path) -> int:
 
 def test_every_logged_quantity_has_a_curve() -> None:
     write_experiment(fold_numbers=(0,))
-    charts = curves.run_curves(runs.read_events(runs.RESULTS / "example" / "events.jsonl"))[0].charts
+    charts = curves.run_curves(runs.read_events(runs.RESULTS / "example" / "events.jsonl", []))[0].charts
     names = {chart.name.removeprefix("run0-") for chart in charts}
     assert names == {
         "loss",
@@ -614,3 +620,19 @@ def test_text_and_lines_have_the_contrast_of_wcag_aa(
             assert contrast(text, background) >= 4.5, (text, background)
     for line in (f"s{i}" for i in range(1, 7)):
         assert contrast(line, "bg") >= 3, line
+
+
+def test_a_bundle_older_than_the_evaluated_members_is_noted():
+    bundle, programs = runs.BUNDLE / "bundle.json", runs.MODELS / "exp/programs/bundle.json"
+    assert experiment.stale_bundle("exp") == []
+    for second, path in enumerate((bundle, programs), 1):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        os.utime(path, (second, second))
+    (note,) = experiment.stale_bundle("exp")
+    assert (
+        "results/model/bundle is older than the members evaluated since; run python -m fastflower.export"
+        in note
+    )
+    os.utime(bundle, (9, 9))
+    assert experiment.stale_bundle("exp") == []

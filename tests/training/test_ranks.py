@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from fastflower.callbacks.checkpoints import scaler_state
 from fastflower.core import launcher
 from fastflower.core.errors import CorruptionError, EnvironmentFault
-from fastflower.training import determinism, ranks
+from fastflower.training import determinism, exits, ranks
 
 NCCL = (
     "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error, NCCL version 2.21.5\n"
@@ -201,8 +202,12 @@ def test_a_launchers_variables_are_kept(rank_environment, capsys):
     assert os.environ["WORLD_SIZE"] == "2" and capsys.readouterr().err == ""
 
 
-def test_a_whole_rank_environment_without_other_ranks_fails_within_seconds(rank_environment, monkeypatch):
+@pytest.mark.parametrize("on_this_machine", ["2", "1"])  # one: two machines, of which no other can come here
+def test_a_whole_rank_environment_without_other_ranks_fails_within_seconds(
+    rank_environment, monkeypatch, on_this_machine
+):
     monkeypatch.setattr(launcher, "PATIENCE", 0.5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", on_this_machine)
     with pytest.raises(
         EnvironmentFault, match=r"RANK=0, .* no other rank runs on this machine; unset them .* -n 2"
     ):
@@ -213,6 +218,51 @@ def test_a_whole_rank_environment_without_other_ranks_fails_within_seconds(rank_
     finally:
         sibling.kill()
         sibling.wait()
+
+
+def test_ranks_of_other_machines_are_waited_for(rank_environment, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    launcher.check_siblings()
+
+
+@pytest.mark.parametrize("work", ["on_rank_zero", "in a step"])
+def test_a_full_disk_on_several_ranks_is_one_fault_of_the_machine(work, monkeypatch):
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", lambda objects: None)
+    watch = FakeWatch()
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "results/x")
+
+    with pytest.raises(EnvironmentFault, match=r"^results/x: No space left on device; make room") as failed:
+        if work == "on_rank_zero":
+            ranks.on_rank_zero(fail)
+        else:
+            with ranks.one_may_fail(SimpleNamespace(watch=watch), memory()):
+                fail()
+    assert failed.value.exit_code == 4 and watch.announced == ([] if work == "on_rank_zero" else [4])
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files", "a.beton"),
+            "a.beton: Too many open files; raise the limit",
+        ),
+        (CorruptionError("b.beton: row 3 is damaged"), "b.beton: row 3 is damaged"),
+    ],
+)
+def test_an_error_of_one_rank_alone_is_printed_by_it(error, line, monkeypatch, capsys):
+    """Rank 0 prints what all ranks are refused for; what only rank 1 meets, nobody else can say."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(exits, "PATIENCE", 0.01)
+    monkeypatch.setattr(exits.signal, "signal", lambda *_: None)
+    with pytest.raises(exits.RankFailure) as left, exits.rank_zero_reports():
+        raise error
+    assert left.value.code == (4 if isinstance(error, OSError) else 3)
+    assert capsys.readouterr().err.startswith(f"fastflower: rank 1: {line}")
 
 
 @pytest.mark.parametrize("module", ["train", "lrfind"])

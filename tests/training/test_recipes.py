@@ -28,7 +28,9 @@ def test_the_recipe_converts_trains_and_evaluates(name: str, backbone: str, repo
     convert.main(words)
     assert train.main(words) == 0
     assert evaluate.main(words) == 0
-    rows = [row for row in runs.read_events(runs.RESULTS / name / "events.jsonl") if row["event"] == "epoch"]
+    rows = [
+        row for row in runs.read_events(runs.RESULTS / name / "events.jsonl", []) if row["event"] == "epoch"
+    ]
     assert [row["size"] for row in rows] == [[32, 32], [48, 48]]
     assert all(row["train_loss"] > 0 and 0 <= row["clean_raw"] <= 1 for row in rows)
     scores = json.loads((runs.RESULTS / name / "scores.json").read_text(encoding="utf-8"))

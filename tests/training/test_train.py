@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     best = max((row for row in rows if row["epoch"] > 1), key=lambda row: max(row["s_raw"], row["s_ema"]))
     assert checkpoint.load(run.model_dir / "best_combo.pth").meta["epoch"] == best["epoch"]
     text = to_yaml(load("tiny.yaml", ["log.tensorboard=true"]))
-    assert (run.meta_dir / "recipe.yaml").read_text() == text
+    assert (run.meta_dir / "recipe.yaml").read_text().endswith(text)
     numbers = read_record(numbers_path(run), RunNumbers)
     assert numbers.batch_global == 10 and numbers.lr == 1e-3 and sum(numbers.class_counts) == 40
     assert numbers.determinism == "full" and numbers.groups[0].lr > 0 and numbers.groups[-1].part == "head"
@@ -65,10 +66,19 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     for name in ("folds.csv", "classes.csv"):
         assert (run.meta_dir / name).read_bytes() == (Path("data") / name).read_bytes()
     assert json.loads((run.meta_dir / "versions.json").read_text())["packages"]["torch"].startswith("2.7")
-    with Image.open(run.results_dir / f"samples_{run.stem}.png") as picture:
-        assert picture.width > 8 * 32
+    (started,) = (run.meta_dir / run.stem).iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", started.name)
+    for name in ("recipe.yaml", "versions.json"):
+        assert (started / name).read_bytes() == (run.meta_dir / name).read_bytes()
+    clock = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    lines = (run.model_dir / f"train_{run.stem}.log").read_text().splitlines()
+    assert lines and all(re.match(clock, line) for line in lines)
+    assert re.fullmatch(clock, checkpoint.load(run.model_dir / "best_combo.pth").meta["time"])
+    for suffix, size in (("", 32), ("_48", 48)):
+        with Image.open(run.results_dir / f"samples_{run.stem}{suffix}.png") as picture:
+            assert 8 * size < picture.width < 8 * size + 9 * 5  # and gaps
     assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
-    assert [row["event"] for row in runs.read_events(run.events_path)] == [
+    assert [row["event"] for row in runs.read_events(run.events_path, [])] == [
         "start",
         "epoch",
         "epoch",
@@ -266,13 +276,14 @@ def test_two_processes_do_not_train_one_run(monkeypatch):
 
 def test_the_console_reads_well():
     row = {
-        "epoch": 3, "size": [224, 224], "lr_max": 1e-4, "train_loss": 3.125, "val_loss": 2.5, "clean_raw": 0.4512,
-        "clean_ema": 0.4301, "corrupt_raw": 0.39, "corrupt_ema": 0.38, "s_raw": 0.4332, "chosen": "raw",
-        "best": {"epoch": 3, "score": 0.4332}, "patience_left": 10, "images_per_s": 812.4,
+        "epoch": 3, "size": [224, 224], "lr_max": 1e-4, "train_loss": 3.125, "train_acc": 0.312, "val_loss": 2.5,
+        "clean_raw": 0.4512, "clean_ema": 0.4301, "corrupt_raw": 0.39, "corrupt_ema": 0.38, "score": 0.4332,
+        "chosen": "raw", "best": {"epoch": 3, "score": 0.4332}, "patience_left": 10, "images_per_s": 812.4,
     }  # fmt: skip
     line = epoch_line(row, 40, 2470)
-    assert len(line) <= len(headline()) <= 112 and line.endswith("  812    41:10")
-    assert "0.4332 @3*" in line and "3/40" in line
+    assert len(line) <= len(headline()) <= 120 and line.endswith("  812    41:10")
+    assert "0.4332 @3*" in line and "3/40" in line and "3.1250  0.3120  2.5000" in line
+    assert headline("f1") == headline().replace("     S", "    F1")
     ends = np.cumsum([width + 2 for _, width in COLUMNS]) - 2
     assert all(line[end - 1] != " " and headline()[end - 1] != " " for end in ends), line
     moving = step_line(
