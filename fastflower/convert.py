@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastflower.core import errors
+from fastflower.core import console, errors
 from fastflower.data.labels import check_columns, check_num_classes, describe, label_warnings, read_labels
 from fastflower.recipe import Recipe, checks, parse_command
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     from fastflower.data.conversion.pipeline import convert  # here: SciPy takes half a second, a refusal none
 
     print(summary(recipe.data.home, convert(recipe, table, _embedder)))
+    console.print_next("train", argv)
     return 0
 
 

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastflower.core import errors, files, runs, scores
+from fastflower.core import console, errors, files, runs, scores
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.records import to_plain
 from fastflower.data.samples import flowers
@@ -120,7 +120,9 @@ def run_stage(stage: str, command: list[str]) -> float:
     """Run a command with its output on the console and return its seconds; EnvironmentFault when it fails."""
     print(f"\n[{stage}] {' '.join(command)}", flush=True)
     started = time.monotonic()
-    code = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False).returncode
+    code = subprocess.run(
+        command, env=os.environ | {"PYTHONUNBUFFERED": "1", console.NEXT: "0"}, check=False
+    ).returncode
     seconds = round(time.monotonic() - started, 1)
     if code:
         raise EnvironmentFault(

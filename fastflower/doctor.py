@@ -1,6 +1,8 @@
 """Check this machine for training: `python -m fastflower.doctor`, on any Python, before or after installation.
 
-Exit code 0: the machine can train. 4: it cannot yet; the lines marked `lacks` name the fix.
+With a recipe or an experiment, and changes as key=value, it also looks for that training's photographs, labels,
+betons and weights, and the verdict is about it. Exit code 0: the machine can train. 4: it cannot yet; the lines marked
+`lacks` name the fix.
 """
 
 from __future__ import annotations
@@ -12,10 +14,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastflower.core import errors
+
+if TYPE_CHECKING:  # before installation doctor must import nothing that needs a package
+    from fastflower.data.labels import LabelTable
+    from fastflower.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = "make setup"
@@ -38,18 +47,64 @@ class Finding:
 
 def main(argv: list[str]) -> int:
     """Print the findings; returns 0 when this machine can train, else 4."""
-    findings = examine()
+    findings = machine()
+    if not argv:
+        findings += [weights(), photographs()]
+    elif not any(finding.ok is False for finding in findings):
+        findings += training(argv)
     print("\n".join(map(str, findings)))
     missing = [finding.name for finding in findings if finding.ok is False]
-    print("this machine cannot train yet: " + ", ".join(missing) if missing else "this machine can train")
+    what = f"train {' '.join(argv)}" if argv else "train"
+    print(f"this machine cannot {what} yet: {', '.join(missing)}" if missing else f"this machine can {what}")
     return 4 if missing else 0
 
 
-def examine() -> list[Finding]:
-    """All findings, in the order in which to fix them."""
+def machine() -> list[Finding]:
+    """The findings about the machine, in the order in which to fix them."""
     decoder = kernel()
     return [python(), *build_tools(built=decoder.ok is True), packages(), opencv_runtime(), decoder,
-            *gpus(), cores(), memory(), disk(), weights(), photographs()]  # fmt: skip
+            *gpus(), cores(), memory(), disk()]  # fmt: skip
+
+
+def training(argv: list[str]) -> list[Finding]:
+    """The findings about one training; raises InputError when its recipe cannot be read or contradicts itself."""
+    from fastflower.data.betons.fold_set import check_converted
+    from fastflower.data.labels import read_labels
+    from fastflower.model.pretrained import check_present
+    from fastflower.recipe import checks, derived, parse_command
+
+    recipe = parse_command(argv)
+    advice = checks.check(recipe)
+    numbers = derived.derive(recipe, recipe.train.world_size)
+    stages = ", ".join(f"{stage.height} x {stage.width}" for stage in numbers.stages)
+    text = f"{recipe.exp.name}: {recipe.model.backbone}, {numbers.epochs} epochs at {stages}"
+    findings = [Finding("recipe", True, text), *(Finding("advice", None, line) for line in advice)]
+    findings.append(_asked("labels", lambda: _labels(read_labels(recipe))))
+    findings.append(
+        _asked("betons", lambda: (check_converted(recipe), f"complete in {recipe.data.home}/betons")[1])
+    )
+    findings.append(_asked("weights", lambda: (check_present(recipe), _start(recipe))[1]))
+    return findings
+
+
+def _asked(name: str, question: Callable[[], str]) -> Finding:
+    """The answer of a function, or the reason with which it refuses."""
+    try:
+        return Finding(name, True, question())
+    except errors.InputError as error:
+        return Finding(name, False, str(error))
+
+
+def _labels(table: LabelTable) -> str:
+    counts = Counter(table.category_ids)
+    each = f"{min(counts.values())} to {max(counts.values())} each"
+    return f"{len(table.filenames)} images of {len(counts)} classes, {each}"
+
+
+def _start(recipe: Recipe) -> str:
+    if recipe.model.init:
+        return f"from {recipe.model.init}"
+    return f"of {recipe.model.backbone}" if recipe.model.pretrained else "random (model.pretrained=false)"
 
 
 def python() -> Finding:
@@ -199,7 +254,7 @@ def weights() -> Finding:
         "weights",
         None,
         text=f"{absent[0]} is not in {folder}",
-        advice="download it to this folder, or set model.pretrained=false",
+        advice=f"python -m fastflower.weights {absent[0]} fetches it; or set model.pretrained=false",
     )
 
 

@@ -1,4 +1,4 @@
-"""Score members on their out-of-fold images: `python -m fastflower.evaluate [recipe.yaml] [key=value ...]`.
+"""Score members on their out-of-fold images: `python -m fastflower.evaluate [recipe or experiment] [key=value ...]`.
 
 Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and the tables in reports/, and beside
 the members results/model/<exp>/programs/, with which code/predict.py can run them without a bundle. The exit code is
@@ -17,6 +17,7 @@ from fastflower.data.folds import read_folds
 from fastflower.data.labels import read_class_rows
 from fastflower.data.readers import sources
 from fastflower.recipe import checks, parse_command, schema
+from fastflower.recipe.run_record import missing_events
 
 REFUSED = 1
 
@@ -47,7 +48,9 @@ def main(argv: list[str]) -> int:
         logits.save_logits(folder / "oof", member)
         members.append(member)
     scores = summary.summarise(members, folds.fold, classes=classes, recipe=settings)
-    events = runs.read_events(folder / "events.jsonl")
+    notes: list[str] = []
+    events = runs.read_events(folder / "events.jsonl", notes)
+    notes += missing_events(folder, events)
     scores = replace(scores, acceptance=acceptance.check(scores, events, settings.accept))
     gradcam.write_gradcam(folder / "gradcam", members, analysis=scores, settings=settings, device=device)
     write_record(folder / "scores.json", scores)
@@ -55,11 +58,12 @@ def main(argv: list[str]) -> int:
     tables.write_reports(folder / "reports", scores)
 
     print("\n" + console.aligned(tables.score_table(scores)))
-    for line in [*scores.advice, *summary.missing_fold_notes(scores), *write_programs(settings)]:
+    for line in [*notes, *scores.advice, *summary.missing_fold_notes(scores), *write_programs(settings)]:
         print(f"note: {line}")
     for line in acceptance.console_lines(scores.acceptance):
         print(line)
     print(f"wrote {folder / 'scores.json'}; python -m fastflower.report {settings.exp.name} shows it")
+    console.print_next("ensemble" if len(scores.runs) > 1 else "export", argv)
     return 0 if all(verdict.passed for verdict in scores.acceptance) else REFUSED
 
 

@@ -1,18 +1,21 @@
-"""python -m fastflower.lrfind [recipe.yaml] [key=value ...]: suggest a learning rate by a range test.
+"""Suggest a learning rate: `python -m fastflower.lrfind [recipe.yaml or experiment] [key=value ...] [-n N]`.
 
 Trains the recipe's network on its batches while the lr rises from lrfind.low to lrfind.high, plots the losses and
-prints the lr at which they fall fastest. Also `composer -n 2 -m fastflower.lrfind ...`. Runs are not affected: the
-weights are discarded, and only results/results/<exp>/lrfind_<run>.csv and .png are written.
+prints the lr at which they fall fastest. Starts one process for each GPU, or N, as train does: the suggestion is for
+their global batch. Runs are not affected: the weights are discarded, and only results/results/<exp>/lrfind_<run>.csv
+and .png are written.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from fastflower.core import errors, files, launcher
+from fastflower.core import console, errors, files, launcher
 from fastflower.core.errors import InputError
 from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import check_converted
+from fastflower.model.pretrained import check_present
 from fastflower.recipe import Recipe, checks, parse_command
 from fastflower.recipe.derived import Derived, derive, fold_numbers
 from fastflower.training import exits
@@ -21,15 +24,35 @@ if TYPE_CHECKING:
     from fastflower.optim.lr_range import LrSuggestion
 
 
-@exits.rank_zero_reports()
-def main(argv: list[str]) -> int:
-    """Run the range test, write its files, print the suggestion."""
+def start(argv: list[str]) -> int:
+    """Run the test in this process, or in several that it starts; what can be refused is refused before."""
+    count, arguments = launcher.split_ranks(argv)
+    if not launcher.is_rank():
+        check(arguments)
+        count = count or max(1, launcher.gpu_count())
+        if count > 1:
+            return launcher.launch([sys.executable, "-m", "fastflower.lrfind", *arguments], count)
+    return main(arguments)
+
+
+def check(argv: list[str]) -> Recipe:
+    """The recipe of the arguments; raises for all that is known before heavy imports."""
     recipe = parse_command(argv)
     checks.check(recipe)
     check_converted(recipe)
+    check_present(recipe)
+    return recipe
+
+
+@exits.rank_zero_reports()
+def main(argv: list[str]) -> int:
+    """Run the range test, write its files, print the suggestion."""
+    recipe = check(argv)
     # here: torch and Composer take ten seconds, which a refusal does not spend
+    from fastflower.model.network import fitted
     from fastflower.training import build, fold_data, ranks
 
+    recipe, _ = fitted(recipe)
     machine = ranks.prepare(recipe)
     fold = fold_numbers(recipe)[0]
     derived = derive(recipe, machine.world)
@@ -37,13 +60,17 @@ def main(argv: list[str]) -> int:
     rates, losses = build.lr_range_test(recipe, derived, fold=data, machine=machine)
     if machine.rank == 0:
         run = Run(exp=recipe.exp.name, backbone=recipe.model.backbone, fold=fold, seed=recipe.seed)
-        report(recipe, derived, run=run, rates=rates, losses=losses)
+        setting = report(recipe, derived, run=run, rates=rates, losses=losses)
+        console.print_next("train", [*argv, setting])
     machine.close()  # not after an error: it could wait for a rank that hangs
     return 0
 
 
-def report(recipe: Recipe, derived: Derived, *, run: Run, rates: list[float], losses: list[float]) -> None:
-    """Write the table and the plot and print the suggestion; raises InputError when the loss never fell."""
+def report(recipe: Recipe, derived: Derived, *, run: Run, rates: list[float], losses: list[float]) -> str:
+    """Write the table and the plot, print the suggestion, and return it as a change of the recipe.
+
+    Raises InputError when the loss never fell.
+    """
     from fastflower.optim.lr_range import lr_range_chart, smoothed, suggest
 
     suggestion, path = suggest(rates, losses), run.results_dir / f"lrfind_{run.stem}.csv"
@@ -59,6 +86,7 @@ def report(recipe: Recipe, derived: Derived, *, run: Run, rates: list[float], lo
             "lrfind.high, or raise lrfind.steps"
         )
     print("\n".join([*advice(recipe, derived, suggestion), f"wrote {path} and .png"]))
+    return f"opt.lr={suggestion.lr:.2g}"
 
 
 def advice(recipe: Recipe, derived: Derived, suggestion: LrSuggestion) -> list[str]:
@@ -77,4 +105,4 @@ if __name__ == "__main__":
     launcher.forget_leftovers()
     launcher.follow()  # before the imports that take seconds
     with exits.quick_exit():
-        errors.run_command(main)
+        errors.run_command(start)

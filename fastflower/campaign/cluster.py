@@ -32,7 +32,13 @@ def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: P
         raise EnvironmentFault(
             "--ray needs Ray, which is not installed; pip install 'fastflower[cluster]'"
         ) from None
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises many kinds: no cluster at the address, no ports, no shared memory
+        address = os.environ.get("RAY_ADDRESS")
+        remedy = f"unset RAY_ADDRESS={address} to start one here" if address else "use --no-ray"
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise EnvironmentFault(f"--ray: Ray does not start ({cause}); {remedy}") from None
     try:
         request, slots, threads = resources(
             [node["Resources"] for node in ray.nodes() if node["Alive"]], ranks

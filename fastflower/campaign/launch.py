@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from fastflower.campaign.plan import Task
+from fastflower.core import console
 from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
 from fastflower.core.records import read_record
 from fastflower.core.workers import die_with_parent
@@ -71,8 +72,10 @@ class Finished:
         recorded = read_end(task)
         if recorded is None or not task.run.checkpoints("last"):
             return False
-        derived = derive(task.recipe, self.ranks)
-        current = identity(task.recipe, derived, self.data_identities[key])
+        from fastflower.model.network import fitted  # here: torch and timm take seconds
+
+        recipe, _ = fitted(task.recipe)
+        current = identity(recipe, derive(recipe, self.ranks), self.data_identities[key])
         return not differences(recorded.identity, current)
 
 
@@ -104,7 +107,7 @@ def child_environment(threads: int = 0) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in RENDEZVOUS and not name.startswith("TORCHELASTIC_")
     }
-    return inherited | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    return inherited | {console.NEXT: "0"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def run_process(command: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:

@@ -1,11 +1,16 @@
-"""Terminal output: a console with a log file, aligned text columns, and durations."""
+"""Terminal output: a console with a log file, aligned text columns, durations, and the command to run next."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TextIO
+
+NEXT = "FASTFLOWER_NEXT"  # environment variable; 0: commands do not name the next one
 
 
 def clock(seconds: float) -> str:
@@ -15,8 +20,33 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rounded % 60:02}" if hours else f"{minutes}:{rounded % 60:02}"
 
 
+def print_next(command: str, arguments: list[str]) -> None:
+    """Print the last line of a command, `next: fastflower export s2`, with the recipe or experiment that was given.
+
+    Not where this command is a step of another one, which sets NEXT to 0.
+    """
+    if os.environ.get(NEXT) != "0" and os.environ.get("RANK", "0") == "0":
+        print(f"next: {spelled(command, arguments)}", flush=True)
+
+
+def spelled(command: str, arguments: list[str]) -> str:
+    """A command of fastflower as a person types it here: by `fastflower` where that is on PATH, else by Python."""
+    script = shutil.which("fastflower")
+    by_name = script is not None and Path(script).parent == Path(sys.executable).parent
+    return shlex.join([*(["fastflower"] if by_name else ["python", "-m", "fastflower"]), command, *arguments])
+
+
+def timestamp() -> str:
+    """The local time as 2026-01-31 23:59:59."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
 class Console:
-    """Writes to a terminal or pipe and to a log file; a failure of either does not stop the training."""
+    """Writes to a terminal or pipe and to a log file; a failure of either does not stop the training.
+
+    Each line of the log begins with the time.
+    The log is created with the first line, so that a run that is refused leaves none.
+    """
 
     def __init__(self, log: Path | None, *, silent: bool = False) -> None:
         self.stream: TextIO | None = None if silent else sys.stdout
@@ -25,10 +55,8 @@ class Console:
         )
         self.colour = self.interactive and "NO_COLOR" not in os.environ
         self._dirty = False
+        self._path = log
         self._log: TextIO | None = None
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, text: str = "", style: str = "") -> None:
         """Write lines to terminal and log; `style` is bold, green, yellow or dim, on a terminal."""
@@ -49,6 +77,7 @@ class Console:
         if self._dirty:
             self._put("\r\x1b[K")
             self._dirty = False
+        self._path = None
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -63,10 +92,13 @@ class Console:
 
     def _write_log(self, text: str) -> None:
         try:
+            if self._log is None and self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._log = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             if self._log is not None:
-                self._log.write(text + "\n")
+                self._log.write(f"{timestamp()}  {text}".rstrip() + "\n")
         except OSError:  # a full disk is reported where checkpoints are written
-            self._log = None
+            self._log = self._path = None
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from fastflower import doctor
+from fastflower.core.errors import InputError
+from support import toy_project
 
 
 @pytest.fixture
@@ -116,6 +119,7 @@ def test_weights_and_photographs_are_found_where_training_looks(repo):
     folder.mkdir(parents=True)
     (folder / "convnextv2_base.fcmae_ft_in22k_in1k.safetensors").touch()
     (folder / "vit_base_patch16_224.augreg2_in21k_ft_in1k").mkdir()
+    (folder / "tf_efficientnet_lite0.in1k.safetensors").touch()
     assert doctor.weights().ok is True
     Path("data/train").mkdir(parents=True)
     Path("data/train/a.jpg").touch()
@@ -130,3 +134,45 @@ def test_the_command_needs_no_installation(repo):
     assert done.returncode == 4
     assert "missing (lock:" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_recipes_training_is_looked_at(tmp_path, monkeypatch, capsys):
+    toy_project.project(tmp_path)
+    monkeypatch.setattr(doctor, "machine", list)
+    assert doctor.main(["tiny.yaml"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"tiny: test_vit, \d epochs at 32 x 32, 48 x 48", output), output
+    assert "60 images of 4 classes, 9 to 22 each" in output and "complete in data/betons" in output
+    assert "random (model.pretrained=false)" in output
+    assert output.splitlines()[-1] == "this machine can train tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    "words, lacks",
+    [
+        (["data.csv=data/none.csv"], "labels: .*none.csv"),
+        (["data.home=elsewhere"], "betons: .*elsewhere"),
+        (["model.pretrained=true", "model.backbone=resnet18"], "weights: .*resnet18"),
+    ],
+)
+def test_what_a_training_lacks_is_named(words, lacks, tmp_path, monkeypatch, capsys):
+    toy_project.project(tmp_path)
+    monkeypatch.setattr(doctor, "machine", list)
+    assert doctor.main(["tiny.yaml", *words]) == 4
+    output = capsys.readouterr().out
+    assert re.search(lacks.replace(": ", " +", 1), output)
+    name = lacks.partition(":")[0]
+    assert output.splitlines()[-1].endswith(f"yet: {name}")
+
+
+def test_a_machine_that_lacks_something_is_named_before_a_recipe_is_read(bare, capsys):
+    assert doctor.main(["no.yaml"]) == 4
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("this machine cannot train no.yaml yet: compiler")
+    )
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(monkeypatch):
+    monkeypatch.setattr(doctor, "machine", list)
+    with pytest.raises(InputError, match=r"no\.yaml"):
+        doctor.main(["no.yaml"])

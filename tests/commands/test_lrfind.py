@@ -77,7 +77,7 @@ def test_a_range_test_leaves_no_trace_in_the_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [lrfind, train])
-def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, command):
+def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, capsys, command):
     waited: list[float] = []
     monkeypatch.setattr(exits.time, "sleep", waited.append)
     monkeypatch.setattr(exits.signal, "signal", lambda *_, **__: None)
@@ -87,7 +87,7 @@ def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, 
             raise error
 
         monkeypatch.setattr(command, "parse_command", refuse)
-        with pytest.raises(type(error)):
+        with pytest.raises((type(error), exits.RankFailure)):
             command.main([])
 
     end(InputError("bad"))
@@ -99,6 +99,7 @@ def test_other_ranks_wait_for_the_first_to_say_why_all_are_refused(monkeypatch, 
     for error in (InputError("bad"), SystemExit(2)):
         end(error)
     assert waited == [exits.PATIENCE] * 2
+    assert capsys.readouterr().err == "fastflower: rank 1: bad\n"  # it waited in vain, so it was alone
 
 
 def test_the_process_group_is_closed_only_after_success(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastflower.__main__ import COMMANDS
+
 HEAVY = {
     "torch",
     "composer",
@@ -56,6 +58,20 @@ REFUSED: dict[str, tuple[tuple[list[str], str], ...]] = {
     "demo": ((["words"], "no recipes/demo.yaml"),),
     "doctor": (),
     "sample_data": ((["cats"], "sample_data takes one of"), (["eyes", "rows=few"], "must be a whole number")),
+    "explain": (
+        (["opt.lr_reff"], "did you mean opt.lr_ref?"),
+        (["absent.yaml"], "no recipe"),
+        (["a", "b"], "one recipe or experiment"),
+        (["--format", "pdf"], "--format md"),
+    ),
+    "diff": ((["a.yaml"], "diff takes two"), (["absent.yaml", "b.yaml"], "no recipe")),
+    "weights": (
+        ([], "no recipe in"),
+        (["absent.yaml"], "no recipe"),
+        (["resnet18", "absent.pth"], "absent.pth: no such file or folder"),
+        (["resnet18", "--ema"], "choose the weights of a file"),
+        (["resnet18", "absent.pth", "--ema", "--raw"], "exclude each other"),
+    ),
     "bench": (
         (["nothing"], "choose from loader"),
         *(
@@ -112,7 +128,7 @@ def test_every_command_is_here(repo: Path) -> None:
     commands = {path.stem for path in folder.glob("*.py")} | {
         path.parent.name for path in folder.glob("*/__main__.py")
     }
-    assert commands - {"__init__"} == set(REFUSED)
+    assert commands - {"__init__", "__main__"} == set(REFUSED) == set(COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from fastflower.core import files, runs
+from fastflower.core import runs
 from fastflower.core.records import write_record
 from fastflower.core.tables import write_csv
 from fastflower.data.folds import Folds, save_folds
 from fastflower.evaluation import acceptance, logits, summary, tables
 from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits
 from fastflower.evaluation.records import ExperimentScores, Temperature, Temperatures
-from fastflower.recipe import load, to_yaml
+from fastflower.recipe import load
+from fastflower.recipe.run_record import write_recipe
 
 COMBOS = np.array([["blur", "low"], ["jpeg", "low"]])
 IDS = ["7", "12", "100", "rose", "tulip", "x & <y>"]
@@ -100,7 +101,7 @@ def experiment(
 ) -> ExperimentScores:
     """Write the files of training and evaluate to results/results/<exp>; returns the scores."""
     settings = load(None, [f"exp.name={folder.name}", *words])
-    files.write_atomic(folder / "meta" / "recipe.yaml", to_yaml(settings))
+    write_recipe(folder / "meta" / "recipe.yaml", settings)
     write_csv(folder / "meta" / "classes.csv", classes_csv())
     write_csv(folder / "meta" / "folds.csv", [{"fold": str(fold)} for fold in folds()])
     for member_logits in members:

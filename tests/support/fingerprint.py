@@ -67,7 +67,7 @@ def batch_digest(path: Path, *, rank: int, world: int) -> str:
 
 def events(exp: str) -> str:
     """SHA-256 of an experiment's events without the fields that a clock decides."""
-    rows = runs.read_events(runs.RESULTS / exp / "events.jsonl")
+    rows = runs.read_events(runs.RESULTS / exp / "events.jsonl", [])
     return hashlib.sha256(
         json.dumps([without_times(row) for row in rows], sort_keys=True).encode()
     ).hexdigest()

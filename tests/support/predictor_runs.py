@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastflower.bundle import sandbox, writer
 from fastflower.bundle.writer import Member
+from fastflower.core.tables import sealed_rows, write_csv
 from fastflower.model.member import save_member
 from fastflower.model.network import build_network
 from fastflower.recipe import load
@@ -68,7 +69,14 @@ def write_bundle(folder: Path, paths: list[Path], *changes: str) -> list[Member]
 def write_classes(root: Path) -> None:
     """Write data/classes.csv of three classes; the second is the most frequent one."""
     (root / "data").mkdir()
-    (root / "data/classes.csv").write_text("class_idx,category_id,n\n0,7,3\n1,007,6\n2,x,1\n")
+    write_class_table(root / "data/classes.csv", ("7", "3"), ("007", "6"), ("x", "1"))
+
+
+def write_class_table(path: Path, *classes: tuple[str, ...], named: int = 0) -> None:
+    """Write a classes.csv of (id, count) or (id, count, name); the first `named` columns of names are checked, too."""
+    columns = ("class_idx", "category_id", "n", "name")
+    rows = [dict(zip(columns, (str(number), *row), strict=False)) for number, row in enumerate(classes)]
+    write_csv(path, sealed_rows(rows, columns[: 3 + named], count=len(rows)))
 
 
 def photograph(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:

@@ -278,7 +278,7 @@ def content(folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
                         "meta": kept.meta,
                         "more": kept.training_state,
                     }
-        rows = [row for row in runs.read_events(run.events_path) if row["event"] in ("epoch", "end")]
+        rows = [row for row in runs.read_events(run.events_path, []) if row["event"] in ("epoch", "end")]
         return {
             "files": files,
             "history": rows,

@@ -33,6 +33,7 @@ model: {{backbone: {BACKBONE}, pretrained: false, drop_rate: 0.1, drop_path: 0.1
 train: {{batch_per_gpu: 10, world_size: 1}}
 sched: {{cosine_epochs: 3, warmup_epochs: 1}}
 opt: {{lr: 1.0e-3}}
+llrd: {{enabled: true}}
 robust: {{kinds: [blur, occlusion]}}
 tta: {{scales: [48]}}
 log: {{tensorboard: false}}
@@ -97,7 +98,7 @@ TIMES = (  # keys that depend on the clock
 
 def epochs(exp: str = "tiny") -> list[dict[str, Any]]:
     """The epoch rows of events.jsonl, without entries that depend on the clock."""
-    rows = runs.read_events(run_of(exp).events_path)
+    rows = runs.read_events(run_of(exp).events_path, [])
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows if row["event"] == "epoch"]
 
 
