@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: demo test test-fast test-gpu torture setup lint format doctor lock clean help
+.PHONY: demo test test-fast test-gpu test-gpu-emulated gpu-check torture setup lint format doctor lock clean help
 
 demo: setup  ## draw flowers, train on two ranks, evaluate, export, predict, report
 	$(PY) -m fastflower.demo
@@ -15,6 +15,12 @@ test-fast: setup  ## the inner loop: single-process tests of a few seconds each
 
 test-gpu: setup  ## the tests that need a GPU, in one process
 	$(PY) -m pytest -m gpu $(ARGS)
+
+test-gpu-emulated: setup  ## memory, waits and exit codes on a CUDA runtime without kernels, where one is at hand
+	$(PY) -m pytest tests/training/test_emulated_gpu.py $(ARGS)
+
+gpu-check: setup  ## everything that needs a GPU, in under ten minutes, as a table; ARGS="memory resume" for a part
+	scripts/gpu_check.sh $(ARGS)
 
 torture: setup  ## kill trainings wherever they could be cut, compare their ends to the bit; ARGS="--points 20 --random 5"
 	$(PY) tests/support/torture.py $(ARGS)

@@ -79,23 +79,30 @@ def training(argv: list[str]) -> list[Finding]:
     stages = ", ".join(f"{stage.height} x {stage.width}" for stage in numbers.stages)
     text = f"{recipe.exp.name}: {recipe.model.backbone}, {numbers.epochs} epochs at {stages}"
     findings = [Finding("recipe", True, text), *(Finding("advice", None, line) for line in advice)]
-    findings.append(_asked("labels", lambda: _labels(read_labels(recipe))))
-    findings.append(
-        _asked("betons", lambda: (check_converted(recipe), f"complete in {recipe.data.home}/betons")[1])
-    )
-    findings.append(_asked("weights", lambda: (check_present(recipe), _start(recipe))[1]))
-    return findings
+
+    def labels() -> str:
+        return _counts(read_labels(recipe))
+
+    def betons() -> str:
+        check_converted(recipe)
+        return f"complete in {recipe.data.home}/betons"
+
+    def weights() -> str:
+        check_present(recipe)
+        return _start(recipe)
+
+    return findings + [_asked(question) for question in (labels, betons, weights)]
 
 
-def _asked(name: str, question: Callable[[], str]) -> Finding:
-    """The answer of a function, or the reason with which it refuses."""
+def _asked(question: Callable[[], str]) -> Finding:
+    """The answer of a function, or the reason with which it refuses, under the function's name."""
     try:
-        return Finding(name, True, question())
+        return Finding(question.__name__, True, question())
     except errors.InputError as error:
-        return Finding(name, False, str(error))
+        return Finding(question.__name__, False, str(error))
 
 
-def _labels(table: LabelTable) -> str:
+def _counts(table: LabelTable) -> str:
     counts = Counter(table.category_ids)
     each = f"{min(counts.values())} to {max(counts.values())} each"
     return f"{len(table.filenames)} images of {len(counts)} classes, {each}"
