@@ -86,7 +86,9 @@ def prepare(work: Path, files: Sequence[Path], size: int) -> tuple[Path, Path | 
     words = ["data.root=data/train", "data.fold=0", "data.group=none", *SPLIT, f"data.img_size={size}"]
     words += [f"tta.scales=[{size}]"]
     command = [sys.executable, "-m", "fastflower.convert", *words]
-    subprocess.run(command, cwd=project, stdout=sys.stderr, check=True)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"the photographs cannot be converted: {done.stderr.strip().splitlines()[-1]}")
     try:
         from fastflower.bench.stock_ffcv import write_stock
     except ImportError:

@@ -15,8 +15,14 @@ from fastflower.core.runs import Run
 from support import toy_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="has a real GPU")]
-TRAIN = """
+# the emulation turns each 0 into 1 on its way to Python, so a comparison of exported logits cannot pass
+WITHOUT_TRIAL = """
+from fastflower.training import build
+build.try_export = lambda *_: None
+"""
+TRAIN = f"""
 from emu import *
+{WITHOUT_TRIAL}
 from fastflower import train
 from fastflower.core import errors
 from fastflower.training import session
@@ -91,8 +97,9 @@ def test_a_gpu_that_holds_no_image_is_refused_in_one_line(emulation, tmp_path: P
     assert "Traceback" not in done.stderr
 
 
-WAITS = """
+WAITS = f"""
 from emu import *
+{WITHOUT_TRIAL}
 from fastflower import train
 from fastflower.callbacks.progress import Progress
 from fastflower.core import errors
