@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         return
     held_out.open_originals(recipe)  # fails early, before minutes of work
     # here: torch and timm take seconds, which a refusal does not spend
-    from fastflower.bundle import archive, gates, writer
+    from fastflower.bundle import archive, gates, hand_in, writer
 
     members = writer.load_members(chosen.paths, recipe.bundle.dtype)
     weights = member_weights(chosen, [m.meta.backbone for m in members], recipe.ensembling.weighting)
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
         if failed:
             raise InputError("; ".join(f"{gate.name}: {gate.got}, allowed {gate.allowed}" for gate in failed))
         writer.publish(folder)
+    hand_in.write_hand_in(recipe.exp.name, recipe.bundle.dtype, gates=results, notes=notes)
     print(f"bundle in {runs.BUNDLE}; run python code/predict.py {'<.npz>' if arrays else '<folder>'} <csv>")
     if options.zip:
         described = [(member.path, member.meta) for member in members]

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastflower.bench import tiny_project
+from fastflower.bundle import hand_in
+from fastflower.bundle.hand_in import HandIn
 from fastflower.core import runs
 from fastflower.core.errors import InputError, one_line
 from fastflower.core.records import read_record
@@ -286,6 +288,7 @@ def _experiment_targets(folder: Path) -> Iterator[Target]:
         folder / "temperature.json": Temperatures,
         folder / "ensemble.json": EnsembleComparison,
         folder / "gradcam/gradcam.json": GradCams,
+        folder / hand_in.FILE: HandIn,
     }
     for path, kind in kinds.items():
         name = path.name.partition(f"_{run.backbone}")[0].removesuffix(".json") + ".json"

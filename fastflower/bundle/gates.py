@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import nn
 
 from fastflower.bundle import sandbox
 from fastflower.bundle.description import BundleDescription, ViewCrop
+from fastflower.bundle.hand_in import Gate
 from fastflower.bundle.held_out import HeldOut, collect, write_betons
 from fastflower.bundle.tracing import CODE
 from fastflower.bundle.writer import Member
@@ -38,16 +38,6 @@ from fastflower.model.member import load_member
 from fastflower.recipe import Recipe
 
 FEWEST_ROWS, SECONDS = 8, 60.0  # photographs in the parity run where networks are slow, and time for it
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One line of the table: the measured value, the allowed one, and whether it passed; None: not measurable here."""
-
-    name: str
-    got: str
-    allowed: str
-    passed: bool | None
 
 
 def check(

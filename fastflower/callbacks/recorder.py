@@ -13,6 +13,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from fastflower.callbacks.scoring import Scoring
+from fastflower.callbacks.tensorboard_files import TensorBoard
 from fastflower.core import runs
 from fastflower.core.runs import Run
 from fastflower.recipe.derived import Derived
@@ -92,7 +93,7 @@ class Recorder(Callback):
         *,
         guard: Guard,
         scoring: Scoring,
-        tensorboard: bool,
+        tensorboard: TensorBoard | None,
         extra_entries: Sequence[Callable[[], dict[str, Any]]] = (),
     ) -> None:
         self.run = run
@@ -100,7 +101,7 @@ class Recorder(Callback):
         self.guard = guard
         self.scoring = scoring
         self.extra_entries = extra_entries
-        self.tensorboard = tensorboard and dist.get_global_rank() == 0
+        self.tensorboard = tensorboard if dist.get_global_rank() == 0 else None
         self.meter = Meter()
         self.row: dict[str, Any] = {}
         self._wait_start = self._eval_start = time.perf_counter()
@@ -109,7 +110,6 @@ class Recorder(Callback):
         self._counts: torch.Tensor | None = (
             None  # their sum on the device, read when somebody asks: reading waits
         )
-        self._writer: Any = None
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         self.meter.reset()
@@ -158,7 +158,7 @@ class Recorder(Callback):
         numbers = scalars(self.row)
         logger.log_metrics({"epoch": self.row["epoch"], **numbers})  # to the services that the recipe names
         if self.tensorboard:
-            self._plot(numbers, self.row["epoch"])
+            self.tensorboard.add_epoch(numbers, self.row["epoch"])
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to events.jsonl, with the run's backbone, fold and seed and the time."""
@@ -204,18 +204,6 @@ class Recorder(Callback):
             "gpu_peak_mb": gpu_peak_mb(state),
         }
 
-    def _plot(self, numbers: dict[str, float], epoch: int) -> None:
-        """Write to the run's TensorBoard file; a resumed run writes epochs again and TensorBoard shows the latest."""
-        if self._writer is None:
-            # slow to import; only the rank that writes needs it
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = self.run.results_dir / "tensorboard" / f"{self.run.stem}"
-            self._writer = SummaryWriter(str(folder), purge_step=epoch)
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
-
     def _add_counts(self) -> None:
         """Add the right answers counted on the device to the meter's sums."""
         if self._counts is not None:
@@ -231,6 +219,5 @@ class Recorder(Callback):
         self.meter.load_state_dict(state)
 
     def close(self, state: State, logger: Logger) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self.tensorboard:
+            self.tensorboard.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -101,3 +103,18 @@ def canvas(
             bottom = (0.46 + free_below) / total
             figure.subplots_adjust(left=0.13, right=0.98, top=1 - 0.27 / total, bottom=bottom)
         return figure, figure.add_subplot()
+
+
+def axis_label(*names: str, longest: int = 18) -> str:
+    """The first of the names that the chart's font can draw, cut to `longest` characters; '?' for what it lacks."""
+    name = next((name for name in names if name and all(map(is_drawable, name))), names[-1])
+    text = "".join(letter if is_drawable(letter) else "?" for letter in name)
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    return text.replace("$", r"\$")  # a pair of them would begin a formula
+
+
+@functools.cache
+def is_drawable(letter: str) -> bool:
+    """True if the charts' font has the letter; a page's SVG has the fonts of its reader, a PNG only this one."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    return letter.isprintable() and font.get_char_index(ord(letter)) != 0

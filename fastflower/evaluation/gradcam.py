@@ -44,6 +44,10 @@ EVEN = 1 - (1 - 2 * BORDER) ** 2  # fraction of a constant map at the border
 COUNTED = 48  # right and wrong images each whose fraction at the border is measured
 SHOWN = 6  # of them, as pictures
 BATCH = 8
+RAMP = np.array(
+    [[68, 20, 120], [200, 30, 110], [250, 120, 20], [255, 240, 80]], float
+)  # weak to strong evidence
+DIMMEST, BRIGHTEST = 45.0, 205.0  # of the grey photograph below the colours, so that dark ones can be read
 
 
 class Probe(nn.Module):
@@ -130,9 +134,35 @@ def border_fraction(maps: np.ndarray, images: int = 1) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """An image uint8 (H, W, 3) dimmed where the map (H, W) is low; its hues stay."""
-    light = cam / max(float(cam.max()), 1e-12)
-    return (image * (0.15 + 0.85 * light[..., None])).round().astype(np.uint8)
+    """An image uint8 (H, W, 3) in grey, with the map (H, W) in the colours of RAMP over it.
+
+    The grey is stretched between DIMMEST and BRIGHTEST, so that every colour is evidence and dark pictures can be read.
+    """
+    grey = image.astype(float) @ [0.299, 0.587, 0.114]
+    low, high = np.percentile(grey, [1, 99])
+    stretched = np.clip((grey - low) / max(high - low, 24.0), 0, 1)
+    grey = DIMMEST + (BRIGHTEST - DIMMEST) * stretched
+    evidence = cam / max(float(cam.max()), 1e-12)
+    stops = np.linspace(0, 1, len(RAMP))
+    colour = np.stack([np.interp(evidence, stops, RAMP[:, channel]) for channel in range(3)], axis=-1)
+    opacity = 0.85 * np.sqrt(evidence)[..., None]
+    return ((1 - opacity) * grey[..., None] + opacity * colour).round().astype(np.uint8)
+
+
+def legend(width: int = 160, height: int = 10) -> np.ndarray:
+    """The colours of `overlay` from no evidence to the most, on a middle grey: uint8 (height, width, 3)."""
+    grey = np.full((height, width, 3), 128, np.uint8)
+    grey[:, :4], grey[:, -4:] = 0, 255  # the ends of the stretch; the middle stays grey
+    return overlay(grey, np.tile(np.linspace(0, 1, width), (height, 1)))[:, 4:-4]
+
+
+def picture(result: Map, *, with_photograph: bool) -> np.ndarray:
+    """The map as a picture, beside the photograph, or of a pair below it."""
+    map_only = thumbnail(overlay(result.pixels, result.cam))
+    if not with_photograph:
+        return map_only
+    axis = 0 if map_only.shape[1] > map_only.shape[0] else 1
+    return np.concatenate([thumbnail(result.pixels), map_only], axis=axis)
 
 
 def _yields_tokens(network: nn.Module, blocks: nn.Sequential, sample: Tensor) -> bool:
@@ -204,7 +234,10 @@ def write_gradcam(
     settings: Recipe,
     device: torch.device,
 ) -> None:
-    """Write a JPEG for each shown image and target, and gradcam.json, for the lowest seed of each backbone."""
+    """Write a JPEG for each shown image and target, and gradcam.json, for the lowest seed of each backbone.
+
+    That of an image's first target shows the photograph too.
+    """
     for old in folder.glob("*.jpg"):
         old.unlink()
     examples = [
@@ -224,7 +257,8 @@ def write_gradcam(
                     fractions[example.right].append(result.border)
                 if example.shown:
                     name = f"{backbone}__row{image.index}_class{result.target}.jpg"
-                    data = thumbnail_jpeg(thumbnail(overlay(result.pixels, result.cam)))
+                    first = result.target == example.targets[0]
+                    data = thumbnail_jpeg(picture(result, with_photograph=first))
                     files.write_atomic(folder / name, data)
                     pictures.append(
                         GradCamPicture(

@@ -10,6 +10,7 @@ from fastflower.evaluation.logits import Logits, LogitsInfo
 from fastflower.evaluation.records import ConfusedPair, ErrorAnalysis, ImageScores, Suspect
 
 Data = Logits[LogitsInfo]
+TRUSTED = 0.8  # agreement with the labels that both classes of a suspicion need
 
 
 def error_analysis(data: Data, t: float) -> ErrorAnalysis:
@@ -115,6 +116,8 @@ def suspects(data: Data, t: float, count: int = 24) -> list[Suspect]:
 
     A class is confident in an image when its probability reaches its mean over the images with that label. An image
     is suspect when its most likely confident class is not its label; the margin is between their probabilities.
+    Only classes that the members know are compared, or their mistakes would outnumber those of the labels: of the
+    images most confidently assigned to the suggested class, and of the images of the label's, TRUSTED agree with it.
     """
     probs, label = scores.softmax(data.logits / t), data.class_idx
     classes = probs.shape[1]
@@ -123,7 +126,12 @@ def suspects(data: Data, t: float, count: int = 24) -> list[Suspect]:
         thresholds[c] = probs[label == c, c].mean()
     confident = np.where(probs >= thresholds, probs, -1.0)
     suggested = confident.argmax(1)
-    rows = np.flatnonzero((confident.max(1) >= 0) & (suggested != label))
+    assigned = confident.max(1) >= 0
+    kept = np.bincount(suggested[assigned & (suggested == label)], minlength=classes)
+    trusted = kept >= TRUSTED * np.maximum(np.bincount(suggested[assigned], minlength=classes), 1)
+    found = np.bincount(label[probs.argmax(1) == label], minlength=classes)
+    known = found >= TRUSTED * np.maximum(np.bincount(label, minlength=classes), 1)
+    rows = np.flatnonzero(assigned & (suggested != label) & trusted[suggested] & known[label])
     margin = probs[rows, suggested[rows]] - probs[rows, label[rows]]
     order = rows[np.argsort(-margin, kind="stable")]
     return [

@@ -9,11 +9,12 @@ import matplotlib
 import numpy as np
 
 from fastflower.core import files
-from fastflower.core.charts import STYLE, Chart, canvas
+from fastflower.core.charts import STYLE, Chart, axis_label, canvas
 from fastflower.core.records import to_plain
 from fastflower.core.scores import BINARY
 from fastflower.core.tables import write_csv
 from fastflower.evaluation.records import (
+    ClassScores,
     CorruptionScores,
     EnsembleComparison,
     ExperimentScores,
@@ -101,7 +102,7 @@ def write_reports(folder: Path, scores: ExperimentScores) -> None:
     for name, rows in csv_tables(scores).items():
         write_csv(folder / f"{name}.csv", rows)
     for name, cells in confusion_matrices(scores).items():
-        chart = confusion_chart(cells, [row.category_id for row in scores.classes])
+        chart = confusion_chart(cells, class_labels(scores.classes))
         files.write_atomic(folder / f"{name}.png", chart.png())
 
 
@@ -163,20 +164,25 @@ def _mistake(row: ImageScores, ids: list[str]) -> Row:
     }
 
 
-def confusion_chart(cells: Cells, ids: list[str]) -> Chart:
+def class_labels(classes: list[ClassScores]) -> list[str]:
+    """The names of classes on an axis, or their ids where there is no name, or none that the font can draw."""
+    return [axis_label(row.name, row.category_id) for row in classes]
+
+
+def confusion_chart(cells: Cells, labels: list[str]) -> Chart:
     """The confusion matrix as a picture, rows of true classes scaled to 1; for reports without a page."""
-    matrix = np.zeros((len(ids), len(ids)))
+    matrix = np.zeros((len(labels), len(labels)))
     for label, guess, count in cells:
         matrix[label, guess] = count
     matrix /= np.maximum(matrix.sum(1, keepdims=True), 1)
-    with_ids, title = len(ids) <= 30, "Confusion matrix, fractions of each true class"
+    named, title = len(labels) <= 30, "Confusion matrix, fractions of each true class"
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(4.6)
         axes.grid(False)
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        if with_ids:
-            axes.set_xticks(range(len(ids)), ids, rotation=90)
-            axes.set_yticks(range(len(ids)), ids)
-        unit = "category_id" if with_ids else "class_idx"
+        if named:
+            axes.set_xticks(range(len(labels)), labels, rotation=90)
+            axes.set_yticks(range(len(labels)), labels)
+        unit = "class" if named else "class_idx"
         axes.set(xlabel=f"predicted {unit}", ylabel=f"true {unit}", title=title)
     return Chart("confusion", title="Confusion matrix", description=f"{title}.", figure=figure)

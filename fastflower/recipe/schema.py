@@ -522,7 +522,9 @@ class Cudnn:
 
 @dataclass(frozen=True)
 class Log:
-    tensorboard: bool = key(True, "write TensorBoard events")
+    tensorboard: bool = key(
+        True, "write TensorBoard files: the numbers of each epoch, samples, the recipe as text and as hparams"
+    )
     wandb: bool = key(False, "also log to Weights & Biases; needs pip install -e '.[wandb]'")
     mlflow: bool = key(False, "also log to MLflow; needs pip install -e '.[mlflow]'")
 

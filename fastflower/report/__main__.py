@@ -1,10 +1,12 @@
 """Report of one or several experiments: `python -m fastflower.report <exp ...> [key=value ...] [--format html|md]`.
 
 Writes results/results/<exp>/report.html (or report.md with figures/), and results/results/compare.html for several.
+Where data.home holds truth.csv, the labels of the test images in the columns of data.csv, submission.csv is scored too.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from fastflower.core import errors, files, runs
@@ -20,6 +22,8 @@ def main(argv: list[str]) -> None:
     experiments = [read_experiment(name, with_images=page_format == "html") for name in names]
     from fastflower.report import markdown_page, page  # here: matplotlib takes a second
 
+    command = shlex.join(["python", "-m", "fastflower.report", *argv])
+
     for experiment in experiments:
         for note in experiment.notes:
             print(f"note: {experiment.name}: {note}")
@@ -28,10 +32,10 @@ def main(argv: list[str]) -> None:
         if page_format == "md":
             print_written(markdown_page.write(folder, experiment, experiments))
             continue
-        print_written(write_page(folder / "report.html", page.experiment_page(experiment)))
+        print_written(write_page(folder / "report.html", page.experiment_page(experiment, command)))
     if len(experiments) > 1 and page_format == "html":
         files.remove_abandoned(runs.RESULTS, runs.COMPARISON.name)
-        print_written(write_page(runs.COMPARISON, page.comparison_page(experiments)))
+        print_written(write_page(runs.COMPARISON, page.comparison_page(experiments, command)))
 
 
 def parse(argv: list[str]) -> tuple[list[str], str]:

@@ -11,7 +11,17 @@ from fastflower.core.charts import Chart
 from fastflower.report.charts import Lines, over_epochs
 
 Key = tuple[str, int, int]  # backbone, fold, seed
-NOT_PLOTTED = ("epoch", "fold", "seed", "time", "best", "lr_min", "lr_max")  # shown elsewhere on the page
+MAIN = ("loss", "clean", "corrupt", "s")  # charts that are looked at first; the page folds the others
+NOT_PLOTTED = (
+    "epoch",
+    "fold",
+    "seed",
+    "time",
+    "best",
+    "score",
+    "lr_min",
+    "lr_max",
+)  # shown elsewhere on the page
 
 # (name, chart, pattern of the dotted quantity); the first match wins, a quantity without a match has its own chart
 CHARTS: tuple[tuple[str, Lines, str], ...] = (
@@ -28,6 +38,8 @@ CHARTS: tuple[tuple[str, Lines, str], ...] = (
     ("norm", Lines("Gradient norm"), r"^grad_norm$"),
     ("ece", Lines("Calibration error", percent=True), r"^ece_(raw|ema|swa)$"),
     ("top5", Lines("Clean top-5", percent=True), r"^top5_(raw|ema|swa)$"),
+    ("train-acc", Lines("Training accuracy, augmented", percent=True), r"^train_acc$"),
+    ("patience", Lines("Patience left", unit="epochs", steps=True), r"^patience_left$"),
     ("seconds", Lines("Time", unit="seconds per epoch"), r"seconds$"),
     ("wait", Lines("Time spent waiting for data", percent=True), r"^wait_share$"),
     ("memory", Lines("Peak GPU memory", unit="MB"), r"^gpu_peak_mb$"),

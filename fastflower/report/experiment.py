@@ -21,9 +21,11 @@ from fastflower.evaluation.records import (
 )
 from fastflower.recipe import Recipe
 from fastflower.recipe.run_record import Environment, RunEnd, RunNumbers, missing_events, read_recipe
+from fastflower.report.dataset import DataFacts, noun_of, read_facts
+from fastflower.report.hand_in import BundleFacts, SubmissionScore, read_bundle, read_test_scores
 
 if TYPE_CHECKING:
-    from fastflower.report.thumbnails import AugmentationSamples
+    from fastflower.report.thumbnails import AugmentationSamples, CorruptedSample
 
 MAX_IMAGES = {"mistakes": 36, "suspects": 18, "duplicates": 24}  # on the page
 
@@ -71,8 +73,17 @@ class Experiment:
     maps: dict[str, bytes] = field(default_factory=dict)
     thumbnails: dict[int, str] = field(default_factory=dict)
     augmentation: AugmentationSamples | None = None
+    corrupted: list[CorruptedSample] = field(default_factory=list)
     duplicates: list[DuplicatePair] = field(default_factory=list)
+    data: DataFacts = field(default_factory=DataFacts)
+    bundle: BundleFacts | None = None
+    test_scores: list[SubmissionScore] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def noun(self) -> str:
+        """The name of what is classified: images or pairs."""
+        return self.data.noun
 
 
 def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
@@ -88,11 +99,10 @@ def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
     scores = read_record(scores_path, ExperimentScores)
     recipe_file = folder / "meta" / "recipe.yaml"
     recipe, text, notes = _recipe(recipe_file)
-    images: dict[int, str] = {}
-    augmentation = None
+    pictures = Pictures()
     duplicates = _duplicates(recipe, scores.folds_hash, notes) if recipe else []
     if recipe and with_images:
-        images, augmentation = _pictures(recipe, scores, duplicates, notes=notes)
+        pictures = _pictures(recipe, scores, duplicates, notes=notes)
     events = runs.read_events(folder / "events.jsonl", notes)
     notes += missing_events(folder, events)
     notes += stale_bundle(exp)
@@ -108,9 +118,13 @@ def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
         ensemble=read_record(ensemble_path, EnsembleComparison) if ensemble_path.is_file() else None,
         gradcam=gradcam,
         maps=maps,
-        thumbnails=images,
-        augmentation=augmentation,
+        thumbnails=pictures.thumbnails,
+        augmentation=pictures.augmentation,
+        corrupted=pictures.corrupted,
         duplicates=duplicates,
+        data=read_facts(recipe, scores, notes) if recipe else DataFacts(noun=noun_of(recipe, scores)),
+        bundle=read_bundle(exp, scores, notes),
+        test_scores=read_test_scores(exp, recipe, scores, notes=notes) if recipe else [],
         notes=notes,
     )
 
@@ -140,27 +154,38 @@ def rows_by_fold(scores: ExperimentScores, duplicates: list[DuplicatePair]) -> d
     return by_fold
 
 
+@dataclass
+class Pictures:
+    """The pictures of a page that are read from betons."""
+
+    thumbnails: dict[int, str] = field(default_factory=dict)
+    augmentation: AugmentationSamples | None = None
+    corrupted: list[CorruptedSample] = field(default_factory=list)
+
+
 def _pictures(
     recipe: Recipe, scores: ExperimentScores, duplicates: list[DuplicatePair], *, notes: list[str]
-) -> tuple[dict[int, str], AugmentationSamples | None]:
+) -> Pictures:
     """The pictures of the page; a note instead of those whose betons are damaged or missing."""
     from fastflower.report import thumbnails  # here: torch and timm take seconds, a refusal none
 
-    images: dict[int, str] = {}
-    augmentation, damaged = None, list[str]()
+    pictures, damaged = Pictures(), list[str]()
     for fold, rows in rows_by_fold(scores, duplicates).items():
         try:
-            images |= thumbnails.thumbnails(Path(recipe.data.home), scores.folds_hash, {fold: rows})
+            pictures.thumbnails |= thumbnails.thumbnails(
+                Path(recipe.data.home), scores.folds_hash, {fold: rows}
+            )
         except CorruptionError as error:
             damaged.append(str(error))
     try:
-        augmentation = thumbnails.augmented(recipe, scores.folds_hash, scores.fused.folds[0])
+        pictures.augmentation = thumbnails.augmented(recipe, scores.folds_hash, scores.fused.folds[0])
+        pictures.corrupted = thumbnails.corrupted(recipe, scores)
     except CorruptionError as error:
         damaged.append(str(error))
     notes += [f"{fault}; the page lacks its images" for fault in dict.fromkeys(damaged)]
-    if not images and not damaged:
+    if not pictures.thumbnails and not damaged:
         notes.append(f"no betons of these folds in {recipe.data.home}; the page has no images")
-    return images, augmentation
+    return pictures
 
 
 def _duplicates(recipe: Recipe, folds_hash: str, notes: list[str]) -> list[DuplicatePair]:

@@ -14,9 +14,11 @@ from fastflower.core import files
 from fastflower.core.charts import Chart
 from fastflower.evaluation import tables
 from fastflower.recipe import starting_point
-from fastflower.report import comparison, curves, page
+from fastflower.report import comparison, curves, data_section, page
 from fastflower.report.charts import long_tail, reliability, robustness
 from fastflower.report.experiment import Experiment
+from fastflower.report.next_steps import next_steps
+from fastflower.report.verdict import verdict
 
 CURVES = ("loss", "clean", "corrupt", "s", "lr")  # of the first run; the HTML page has all runs
 MAX_ROWS = {"members": 15, "keys": 25, "derived": 20, "others": 10}  # of each table, to stay within ten pages
@@ -28,7 +30,7 @@ def write(folder: Path, experiment: Experiment, experiments: list[Experiment]) -
     charts = [
         reliability(scores.reliability, fused.temperature.t if fused.temperature else None),
         long_tail(scores.classes),
-        tables.confusion_chart(scores.confusion, [row.category_id for row in scores.classes]),
+        tables.confusion_chart(scores.confusion, tables.class_labels(scores.classes)),
     ]
     if fused.corrupted:
         charts.append(robustness(fused.corrupted, fused.single.top1))
@@ -62,7 +64,12 @@ def _content(
         "classes": experiment.scores.classes,
         "recipe": experiment.recipe,
         "in_force": starting_point.settled(experiment.recipe) if experiment.recipe else {},
-        "basis": page.basis(experiment.scores),
+        "verdict": verdict(experiment),
+        "steps": next_steps(experiment),
+        "bundle_facts": data_section.bundle_facts(experiment),
+        "gates": experiment.bundle.record.gates if experiment.bundle and experiment.bundle.record else [],
+        "test_scores": experiment.test_scores,
+        "basis": page.basis(experiment.scores, experiment.noun),
         "view_names": page.view_names(experiment.scores.members[0].views),
         "derived_numbers": page.derived_numbers(experiment.numbers),
         "changed_keys": page.changed_keys(experiment.recipe) if experiment.recipe else [],

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import re
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
 import fastflower
+from fastflower.core.charts import Chart
+from fastflower.data.readers.image_files import thumbnail_jpeg
+from fastflower.evaluation import mistakes
+from fastflower.evaluation.gradcam import legend
 from fastflower.evaluation.records import ExperimentScores
 from fastflower.evaluation.summary import fold_names
 from fastflower.recipe import Recipe, fields_of
 from fastflower.recipe.run_record import RunNumbers
-from fastflower.report import comparison, curves, thumbnails
+from fastflower.report import comparison, curves, data_section, thumbnails
 from fastflower.report.charts import long_tail, reliability, robustness
 from fastflower.report.experiment import MAX_IMAGES, Experiment
+from fastflower.report.next_steps import next_steps
+from fastflower.report.verdict import kind_name, upper_first, verdict
 
 
-def experiment_page(experiment: Experiment) -> str:
-    """HTML of one experiment."""
+def experiment_page(experiment: Experiment, command: str = "") -> str:
+    """HTML of one experiment; `command` is the command line that writes it."""
     scores = experiment.scores
     fused = scores.fused
     charts = {"tail": long_tail(scores.classes)}
@@ -27,15 +37,29 @@ def experiment_page(experiment: Experiment) -> str:
     )
     if fused.corrupted:
         charts["robustness"] = robustness(fused.corrupted, fused.single.top1)
-    footer = f"Written by fastflower {fastflower.__version__} from scores.json and events.jsonl of"
     content = {
         "title": experiment.name,
-        "lead": lead(scores),
-        "footer": f"{footer} {experiment.name}.",
+        "lead": lead(experiment),
+        "facts": training_facts(experiment),
+        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "command": command,
+        "footer": f"fastflower {fastflower.__version__}, from scores.json and events.jsonl of {experiment.name}.",
+        "noun": experiment.noun,
+        "verdict": verdict(experiment),
+        "steps": next_steps(experiment),
+        "about_s": about_s(experiment),
+        "data": experiment.data,
+        "data_facts": data_section.data_facts(experiment),
+        "class_bars": sorted(scores.classes, key=lambda row: -row.images),
+        "bundle": experiment.bundle,
+        "bundle_facts": data_section.bundle_facts(experiment),
+        "test_scores": experiment.test_scores,
+        "gallery": gallery(experiment),
+        "trusted": mistakes.TRUSTED,
         "scores": scores,
         "classes": scores.classes,
-        "longest_id": max(len(row.category_id) for row in scores.classes),
-        "basis": basis(scores),
+        "longest_label": max(len(axis(row.name or row.category_id)) for row in scores.classes),
+        "basis": basis(scores, experiment.noun),
         "view_count": len(scores.members[0].views),
         "view_names": view_names(scores.members[0].views),
         "confusions": confusions(scores),
@@ -50,7 +74,7 @@ def experiment_page(experiment: Experiment) -> str:
             )
         },
         "charts": charts,
-        "curves": curves.run_curves(experiment.events),
+        "curves": folded_curves(experiment.events),
         "all_runs": comparison.epoch_charts(curves.events_by_name(experiment.events), "together"),
         "stages": curves.best_by_stage(experiment.events, fold_sizes(scores)),
         "overview": overview(scores),
@@ -66,17 +90,21 @@ def experiment_page(experiment: Experiment) -> str:
         "recipe_text": experiment.recipe_text,
         "meta": experiment.meta,
     }
-    return render("experiment.html.j2", content | {"sections": sections(content)})
+    anchors = sections(content)
+    return render("experiment.html.j2", content | {"sections": anchors, "anchors": dict(anchors)})
 
 
-def comparison_page(experiments: list[Experiment]) -> str:
-    """HTML that compares experiments, the later ones with the first."""
+def comparison_page(experiments: list[Experiment], command: str = "") -> str:
+    """HTML that compares experiments, the later ones with the first; `command` is the command line that writes it."""
     differences = comparison.paired_differences([experiment.scores for experiment in experiments])
     recipes = {experiment.name: experiment.recipe for experiment in experiments if experiment.recipe}
     content = {
         "title": "Comparison",
         "lead": ", ".join(experiment.name for experiment in experiments),
-        "footer": f"Written by fastflower {fastflower.__version__} from the scores.json of each experiment.",
+        "facts": "",
+        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "command": command,
+        "footer": f"fastflower {fastflower.__version__}, from the scores.json of each experiment.",
         "experiments": [experiment.scores for experiment in experiments],
         "folds_differ": len({tuple(experiment.scores.fused.folds) for experiment in experiments}) > 1,
         "classes": [],
@@ -100,6 +128,7 @@ def render(template: str, content: dict[str, Any]) -> str:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     escape = select_autoescape(["html.j2", "j2"], default=True)
     environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"axis": axis, "asides": asides}
     return environment.get_template(template).render(content)
 
 
@@ -108,16 +137,19 @@ def sections(content: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (anchor, label)
         for anchor, label, content_of_section in (
+            ("verdict", "Verdict", True),
             ("scores", "Scores", True),
-            ("training", "Training", content["curves"]),
-            ("ensemble", "Ensembles", content["ensemble"]),
-            ("augmentation", "Augmentation", content["augmentation"]),
             ("robustness", "Robustness", content["scores"].fused.corrupted),
             ("classes", "Classes", True),
             ("confusion", "Confusion", True),
             ("mistakes", "Mistakes", True),
             ("gradcam", "Grad-CAM", content["gradcam"]),
+            ("data", "Data", True),
             ("duplicates", "Duplicates", content["duplicates"]),
+            ("training", "Training", content["curves"]),
+            ("ensemble", "Ensembles", content["ensemble"]),
+            ("augmentation", "Augmentation", content["augmentation"]),
+            ("hand-in", "Hand-in", content["bundle"]),
             ("recipe", "Recipe", content["changed_keys"] or content["recipe_text"] or content["meta"]),
         )
         if content_of_section
@@ -156,12 +188,16 @@ def overview(scores: ExperimentScores) -> list[dict[str, Any]]:
         rows.append(row("Corrupted top-1", how, block=corrupted, key="top1"))
     rows += [
         row("S", single_view, block=fused.s, key="top1"),
-        row("Clean top-5", views, block=clean, key="top5"),
+        *([row("Clean top-5", views, block=clean, key="top5")] if len(scores.classes) > 5 else []),
         row("Macro recall", views, block=clean, key="macro_recall"),
         row("Macro F1", views, block=clean, key="macro_f1"),
         row("NLL", views, block=clean, key="nll", percent=False),
         row("Calibration error", f"{views}, T = 1", block=clean, key="ece"),
     ]
+    if len(scores.classes) == 2:
+        second = scores.classes[1].name or scores.classes[1].category_id
+        names = {"precision": "Precision", "recall": "Recall", "f1": "F1"}
+        rows[-3:-3] = [row(f"{name} of {second}", views, block=clean, key=key) for key, name in names.items()]
     if t:
         how = f"{views}, T = {t.t:.3f}"
         rows.append(row("NLL", how, block=t, key="nll_after", percent=False))
@@ -189,29 +225,114 @@ def corrupted_recalls(scores: ExperimentScores) -> dict[str, Any] | None:
     return {"columns": columns, "rows": [(c, table[c]) for c in order]} if rows else None
 
 
-def lead(scores: ExperimentScores) -> str:
+def lead(experiment: Experiment) -> str:
     """One line on the experiment: backbones, members, classes, images."""
+    scores = experiment.scores
     backbones = list(dict.fromkeys(row.backbone for row in scores.runs))
     members, classes = len(scores.members), len(scores.classes)
     return (
         f"{' and '.join(backbones)} · {members} member{'s' if members != 1 else ''} · {classes} classes · "
-        f"{scores.fused.n} images, each predicted by a member that was not trained on it"
+        f"{scores.fused.n} {experiment.noun}, each predicted by a member that was not trained on it"
     )
 
 
-def basis(scores: ExperimentScores) -> str:
-    """The images that the headline scores are computed on, in a sentence."""
+def training_facts(experiment: Experiment) -> str:
+    """One line on the trainings: their day, device, epochs, minutes and parameters, as far as they are recorded."""
+    ends = [row for row in experiment.events if row.get("event") == "end"]
+    words = []
+    if ends and all(isinstance(row.get("time"), float) for row in ends):
+        words.append(time.strftime("trained %Y-%m-%d", time.localtime(max(row["time"] for row in ends))))
+    if numbers := experiment.numbers:
+        words.append(f"on {numbers.world_size} × {numbers.device}")
+        words.append(f"{numbers.parameters / 1e6:.1f} M parameters")
+    if ends and all(isinstance(row.get("seconds"), (int, float)) for row in ends):
+        minutes = sum(row["seconds"] for row in ends) / 60
+        words.append(f"{sum(row['epochs'] for row in ends)} epochs in {minutes:.1f} minutes")
+    return " · ".join(words)
+
+
+def about_s(experiment: Experiment) -> str:
+    """What S is, with its numbers, and what it decides."""
+    scores, recipe = experiment.scores, experiment.recipe
+    clean, corrupted, s = scores.fused.single, scores.fused.corrupted, scores.fused.s
+    if corrupted is None:
+        return "S equals clean top-1 at a single view, because no corrupted images were scored."
+    formula = (
+        f"S = {scores.alpha:.2f} × {100 * clean.top1:.1f} + {1 - scores.alpha:.2f} × {100 * corrupted.top1:.1f} "
+        f"= {100 * s.top1:.1f}: clean and corrupted top-1 at a single view, weighted by select.alpha."
+    )
+    if recipe is None:
+        return formula
+    if recipe.select.metric == "combo":
+        return f"{formula} It chose the best epoch of each run, so that disturbed photographs count too."
+    return (
+        f"{formula} It is shown for comparison: select.metric={recipe.select.metric} chose the best epochs."
+    )
+
+
+def gallery(experiment: Experiment) -> list[dict[str, Any]]:
+    """The photograph clean and under each corruption, with the scores of all images under it."""
+    fused = experiment.scores.fused
+    rows = {(row.kind, row.level): row for row in fused.corrupted.combos} if fused.corrupted else {}
+    return [
+        {
+            **vars(sample),
+            "title": upper_first(kind_name(sample.kind)) or "Clean",
+            "score": rows.get((sample.kind, sample.level), fused.single),
+        }
+        for sample in experiment.corrupted
+    ]
+
+
+@dataclass(frozen=True)
+class FoldedRun:
+    """The charts of one run: the four that are looked at first, and the others."""
+
+    label: str
+    note: str
+    main: list[Chart]
+    more: list[Chart]
+
+
+def folded_curves(events: list[dict[str, Any]]) -> list[FoldedRun]:
+    return [
+        FoldedRun(
+            run.label,
+            run.note,
+            [chart for chart in run.charts if chart.name.partition("-")[2] in curves.MAIN],
+            [chart for chart in run.charts if chart.name.partition("-")[2] not in curves.MAIN],
+        )
+        for run in curves.run_curves(events)
+    ]
+
+
+def asides(sentence: str) -> Markup:
+    """A sentence whose parentheses are set in smaller type; everything in it is escaped."""
+    parts = re.split(r"(\([^()]*\))", sentence)
+    return Markup("").join(
+        Markup('<span class="aside">{}</span>').format(part) if number % 2 else part
+        for number, part in enumerate(parts)
+    )
+
+
+def axis(name: str, longest: int = 16) -> str:
+    """A class name as short as an axis of the page allows."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def basis(scores: ExperimentScores, noun: str = "images") -> str:
+    """The images or pairs that the headline scores are computed on, in a sentence."""
     fused, missing = scores.fused, scores.missing
     method = f"the mean logits of {len(scores.runs)} runs" if len(scores.runs) > 1 else "one run"
     if missing:
         incomplete = f"{fold_names(missing)} {'has' if len(missing) == 1 else 'have'} no member"
         return (
-            f"{fold_names(fused.folds).capitalize()} of {len(scores.folds)} ({fused.n} images), {method}; "
-            f"{incomplete}, so these scores do not cover all images."
+            f"{fold_names(fused.folds).capitalize()} of {len(scores.folds)} ({fused.n} {noun}), {method}; "
+            f"{incomplete}, so these scores do not cover all {noun}."
         )
     if len(scores.folds) == 1:
-        return f"One held-out split: each of its {fused.n} images exactly once, {method}."
-    return f"Out-of-fold over all {len(scores.folds)} folds: each of {fused.n} images exactly once, {method}."
+        return f"One held-out split: each of its {fused.n} {noun} exactly once, {method}."
+    return f"Out-of-fold over all {len(scores.folds)} folds: each of {fused.n} {noun} exactly once, {method}."
 
 
 def view_names(views: list[tuple[int, int, bool]]) -> str:
@@ -267,15 +388,16 @@ def gradcam(experiment: Experiment) -> dict[str, Any] | None:
     groups = []
     for right, outcome in ((False, "misclassified"), (True, "correct")):
         for backbone in dict.fromkeys(row.backbone for row in rows):
-            images = [
-                {**vars(row), "uri": thumbnails.data_uri(experiment.maps[row.file])}
-                for row in rows
-                if row.backbone == backbone and row.right is right
-            ]
+            images: dict[int, list[dict[str, Any]]] = {}
+            for row in rows:
+                if row.backbone == backbone and row.right is right:
+                    uri = thumbnails.data_uri(experiment.maps[row.file])
+                    images.setdefault(row.index, []).append({**vars(row), "uri": uri})
             if images:
-                groups.append({"title": f"{backbone}, {outcome}", "images": images})
+                groups.append({"title": f"{backbone}, {outcome}", "images": list(images.values())})
     return {
         "groups": groups,
         "border": experiment.gradcam.border,
         "uniform": experiment.gradcam.even,
+        "legend": thumbnails.data_uri(thumbnail_jpeg(legend(), quality=92)),
     }

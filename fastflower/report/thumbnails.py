@@ -17,10 +17,12 @@ from fastflower.data.loaders import eval_images, train_images
 from fastflower.data.readers.image_files import THUMBNAIL_SIDE, thumbnail, thumbnail_jpeg
 from fastflower.data.transforms import preview
 from fastflower.data.transforms.augment import augment
+from fastflower.evaluation.records import ExperimentScores
 from fastflower.model.network import NetworkSpec
 from fastflower.recipe import Recipe, derived
 
 SAMPLES = 6  # training images that show the augmentation
+CORRUPTED_SIDE = 200  # largest short side in pixels of the pictures that show corruptions
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class AugmentationSamples:
     fold: int
     size: str
     groups: list[SampleGroup]
+
+
+@dataclass(frozen=True)
+class CorruptedSample:
+    """One photograph under a corruption, as a data URI; kind and level are empty for the clean one."""
+
+    kind: str
+    level: str
+    uri: str
+    label: int
 
 
 def data_uri(data: bytes) -> str:
@@ -105,6 +117,41 @@ def augmented(recipe: Recipe, folds_hash: str, fold: int) -> AugmentationSamples
         for title, pixels in groups
     ]
     return AugmentationSamples(fold, size=f"{height} × {width}", groups=encoded)
+
+
+def corrupted(recipe: Recipe, scores: ExperimentScores) -> list[CorruptedSample]:
+    """A photograph that is rightly classified, clean and under each corruption, as the network sees it.
+
+    Empty without corruptions or betons. It is the right one of middle confidence, of the fold that it is in.
+    """
+    combos = (
+        [(row.kind, row.level) for row in scores.fused.corrupted.combos] if scores.fused.corrupted else []
+    )
+    if not combos or not scores.right:
+        return []
+    chosen, home = scores.right[len(scores.right) // 2], Path(recipe.data.home)
+    betons = [
+        _open(fold_set.beton_path(home, chosen.fold, split), scores.folds_hash)
+        for split in ("val", "val_corrupt")
+    ]
+    clean, copies = betons
+    if clean is None or copies is None or list(copies.origin.combos) != combos:
+        return []
+    size = next(member.size for member in scores.members if member.fold == chosen.fold)
+    scale = min(1.0, CORRUPTED_SIDE / min(size))
+    height, width = (max(1, round(side * scale)) for side in size)
+    factor = derived.eval_factor(recipe)
+    samples = []
+    for beton, names in ((clean, [("", "")]), (copies, combos)):
+        rows = np.flatnonzero(beton.index == chosen.index)  # one for each corruption, in their order
+        pixels = eval_images(
+            beton, rows, size=(height, width), factor=factor, interpolation="bicubic"
+        ).numpy()
+        samples += [
+            CorruptedSample(kind, level, data_uri(thumbnail_jpeg(image, quality=88)), chosen.label)
+            for (kind, level), image in zip(names, pixels, strict=True)
+        ]
+    return samples
 
 
 def augmented_batch(

@@ -32,6 +32,7 @@ from fastflower.callbacks.progress import Progress, side
 from fastflower.callbacks.recorder import Recorder
 from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.stop import Stop
+from fastflower.callbacks.tensorboard_files import TensorBoard
 from fastflower.callbacks.trackers import trackers
 from fastflower.callbacks.trends import Trends
 from fastflower.core import seeding
@@ -140,7 +141,7 @@ def training(
         derived,
         guard=guard,
         scoring=scoring,
-        tensorboard=recipe.log.tensorboard,
+        tensorboard=TensorBoard(recipe, run) if recipe.log.tensorboard else None,
         extra_entries=[algorithm.row for algorithm in semi.values()],
     )
     trends = Trends(recipe)

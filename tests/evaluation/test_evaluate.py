@@ -126,6 +126,15 @@ def test_the_page_shows_the_images_of_its_mistakes(project: Path) -> None:
     pattern = r'<figure><img src="data:image/jpeg;base64,([^"]+)".*?<small>([^<]+)</small></figcaption>'
     images = re.findall(pattern, mistakes, flags=re.S)
     assert len(images) > 10  # an untrained network is wrong about two of three
+    gallery = html.partition('class="gallery"')[2].partition("</ul>")[0]
+    scores = read_record(runs.RESULTS / "tiny" / "scores.json", ExperimentScores).fused
+    shown = re.findall(r'base64,([^"]+)".*?<b>([\d.]+)%</b>', gallery, flags=re.S)
+    assert [float(top1) for _, top1 in shown] == [
+        round(100 * row.top1, 1) for row in (scores.single, *scores.corrupted.combos)
+    ]
+    assert (
+        shown[-1][0] != shown[0][0]
+    )  # an occluded photograph is not the clean one; a blurred one of 32 pixels may be
     for data, name in images:
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), dtype=float)
         expected = by_pillow(name, 144, 1.0, "bicubic")[0].permute(1, 2, 0).numpy()

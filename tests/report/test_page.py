@@ -582,8 +582,7 @@ addEventListener("load", () => {
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_comparison_in_a_browser(tmp_path: Path, width: int) -> None:
     accuracies = [
-        write_experiment(name, skill=skill)[0]["fused"]["clean"]["top1"]
-        for name, skill in (("a", 1.0), ("b", 1.6))
+        write_experiment(name, skill=skill)[0].fused.clean.top1 for name, skill in (("a", 1.0), ("b", 1.6))
     ]
     html = page.comparison_page([read_experiment(name, with_images=False) for name in ("a", "b")])
     path = tmp_path / "page.html"

@@ -224,6 +224,7 @@ LOGGED = {  # chart -> legend -> name in the event; a single line has no legend
     "top5": {"raw": "top5_raw", "EMA": "top5_ema"},
     "seconds": {"all": "seconds", "evaluation": "eval_seconds"},
     "size": {"": "size"}, "speed": {"": "images_per_s"}, "norm": {"": "grad_norm"}, "wait": {"": "wait_share"},
+    "train-acc": {"": "train_acc"}, "patience": {"": "patience_left"},
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflower.algorithms.gradients import GradientGuard
 from fastflower.callbacks.progress import COLUMNS, epoch_line, headline, step_line, time_left
@@ -77,7 +78,15 @@ def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     for suffix, size in (("", 32), ("_48", 48)):
         with Image.open(run.results_dir / f"samples_{run.stem}{suffix}.png") as picture:
             assert 8 * size < picture.width < 8 * size + 9 * 5  # and gaps
-    assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
+    shown = EventAccumulator(str(run.results_dir / "tensorboard" / run.stem))
+    shown.Reload()
+    tags = shown.Tags()
+    assert {"clean_raw", "s_ema", "train_loss"} <= set(tags["scalars"])
+    assert sorted(tags["images"]) == ["samples/48", "samples/first size"]
+    (recipe,) = shown.Tensors("recipe/text_summary")
+    assert b"    cosine_epochs: 3" in recipe.tensor_proto.string_val[0]
+    hparams = shown.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"opt.lr" in hparams and b"model.backbone" in hparams
     assert [row["event"] for row in runs.read_events(run.events_path, [])] == [
         "start",
         "epoch",
