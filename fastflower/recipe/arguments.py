@@ -11,6 +11,7 @@ from pathlib import Path
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.recipe.load import SUFFIXES, load
+from fastflower.recipe.run_record import recipe_text
 from fastflower.recipe.schema import Recipe
 
 
@@ -36,15 +37,19 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 def locate(name: str) -> Path:
     """The recipe file that an argument means: a path, or the recorded recipe of an experiment or of its folder.
 
-    Raises InputError with near names when it is neither. An experiment's name never ends as a recipe's file does.
+    Raises InputError with near names when it is neither, CorruptionError for a recorded recipe that was edited. An
+    experiment's name never ends as a recipe's file does.
     """
     path = Path(name)
     if path.suffix in SUFFIXES:
         return path
     inside = path.resolve().parent == runs.RESULTS.resolve()
     recorded = recorded_recipe(path.name if inside else name)
-    if recorded.is_file() or path.is_file():  # a file of another kind is refused by what reads it
-        return recorded if recorded.is_file() else path
+    if recorded.is_file():
+        recipe_text(recorded)  # checks it
+        return recorded
+    if path.is_file():  # of another kind, and refused by what reads it
+        return path
     known = {exp: exp for exp in recorded_experiments()}
     known |= {file.stem: str(file) for folder in (Path(), Path("recipes")) for file in folder.glob("*.yaml")}
     near = [known[stem] for stem in difflib.get_close_matches(path.name, list(known), n=3)]

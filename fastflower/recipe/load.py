@@ -275,6 +275,6 @@ def _clip_grad(recipe: Recipe, layers: list[Layer]) -> float | None:
 
 def _value(layer: Any, dotted: str) -> Any:
     """The value that a layer gives a key, which may be None; ABSENT when it does not name the key."""
-    section, _, name = dotted.partition(".")
-    keys = layer.get(section)
+    section, _, name = dotted.rpartition(".")
+    keys = layer.get(section) if section else layer
     return keys.get(name) if OmegaConf.is_dict(keys) and name in keys else ABSENT

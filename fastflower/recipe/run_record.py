@@ -112,10 +112,16 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 
 def read_recipe(path: Path) -> tuple[Recipe, str]:
     """A run's recipe and its text; CorruptionError if damaged or edited, InputError if of another version."""
+    text = recipe_text(path)
+    return load(path), text
+
+
+def recipe_text(path: Path) -> str:
+    """The text of a run's recipe, below its checksum; CorruptionError if damaged or edited."""
     sealed = SEAL.fullmatch(path.read_bytes().decode("utf-8", "surrogateescape"))
     if sealed is None or digest(sealed["text"]) != sealed["checksum"]:
         raise CorruptionError(f"{path} is damaged or was edited: its checksum differs; {RETRAIN}")
-    return load(path), sealed["text"]
+    return sealed["text"]
 
 
 def missing_events(folder: Path, events: list[dict[str, Any]]) -> list[str]:

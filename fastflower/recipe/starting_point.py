@@ -67,7 +67,7 @@ def warmup_epochs(recipe: Recipe) -> float:
 
 
 def layerwise(recipe: Recipe) -> bool:
-    """Whether the parts of the network have learning rates of their own: llrd.enabled, or from trained weights."""
+    """True if each part of the network has its own learning rate: llrd.enabled, or a start from trained weights."""
     return not from_scratch(recipe) if recipe.llrd.enabled == "auto" else bool(recipe.llrd.enabled)
 
 
