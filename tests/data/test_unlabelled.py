@@ -506,14 +506,7 @@ def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tmp_path):
     toy_project.project(tmp_path)
-    launcher = [
-        sys.executable,
-        "-m",
-        "composer.cli.launcher",
-        "-n",
-        "2",
-        str(Path(toy_project.train.__file__)),
-    ]
+    command = [sys.executable, "-m", "fastflower.train", "-n", "2"]
     arguments = [
         "tiny.yaml",
         *SEMI,
@@ -523,7 +516,7 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
         "train.batch_per_gpu=2",
         "train.world_size=2",
     ]
-    subprocess.run([*launcher, *arguments], check=True, timeout=300)
+    subprocess.run([*command, *arguments], check=True, timeout=300)
     assert toy_project.fit(*SEMI, *toy_project.ONE, "semi.align=true", "exp.name=one") == 0
     for name, tensor in toy_project.last("one").tensors.items():
         torch.testing.assert_close(toy_project.last("two").tensors[name], tensor, rtol=0, atol=1e-4)
