@@ -17,10 +17,11 @@ from typing import Any
 import timm
 import torch
 from timm.layers.cbam import CbamModule
-from timm.models import register_model
 from timm.models._manipulate import checkpoint_seq
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
+
+from fastflower.model.timm_registry import register_with_timm
 
 FEATURES = 256
 WIDTHS = (64, 128, 256)  # channels of the three stages
@@ -156,20 +157,7 @@ def register_trunk(name: str) -> None:
     if timm.is_model(name) or match is None or not timm.is_model(match["trunk"]):
         return
     trunk, fusion = match["trunk"], match["fusion"]
-
-    def create(
-        pretrained: bool = False,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Any = None,
-        cache_dir: Any = None,
-        num_classes: int = 0,
-        drop_path_rate: float = 0.0,
-    ) -> TrunkCompareNet:
-        return TrunkCompareNet(trunk, fusion, drop_path_rate)
-
-    create.__name__ = create.__qualname__ = name
-    create.__module__ = __name__
-    register_model(create)
+    register_with_timm(name, lambda drop_path_rate=0.0: TrunkCompareNet(trunk, fusion, drop_path_rate))
 
 
 @lru_cache(maxsize=1)
@@ -180,16 +168,6 @@ def register() -> None:
 
 
 def _register(layers: str, fusion: str, *, cbam: bool, percent: int) -> None:
-    def create(
-        pretrained: bool = False,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Any = None,
-        cache_dir: Any = None,
-        num_classes: int = 0,
-    ) -> CompareNet:
-        return CompareNet([int(count) for count in layers], fusion, cbam=cbam, width=percent / 100)
-
-    name = f"compare_resnet{layers}_{fusion}{'_cbam' if cbam else ''}"
-    create.__name__ = create.__qualname__ = name if percent == 100 else f"{name}_w{percent}"
-    create.__module__ = __name__
-    register_model(create)
+    name = f"compare_resnet{layers}_{fusion}{'_cbam' * cbam}{f'_w{percent}' * (percent != 100)}"
+    counts = [int(count) for count in layers]
+    register_with_timm(name, lambda: CompareNet(counts, fusion, cbam=cbam, width=percent / 100))

@@ -14,7 +14,6 @@ from typing import Any
 import timm
 import torch
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite
-from timm.models import register_model
 from timm.models._manipulate import checkpoint_seq
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.mlp_mixer import MixerBlock
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflower.core.errors import InputError
+from fastflower.model.timm_registry import register_with_timm
 
 PREFIX = "ocec_"
 HEADS = {"baseline": "avg", "inverted_se": "avgmax_mlp", "convnext": "transformer"}  # by variant
@@ -41,7 +41,7 @@ _NAME = re.compile(
 class SeparableBlock(nn.Module):
     """Depthwise 3x3 and pointwise convolutions with BatchNorm and ReLU; residual where the shapes agree."""
 
-    def __init__(self, width_in: int, width: int, stride: int, drop_path: float) -> None:
+    def __init__(self, width_in: int, width: int, *, stride: int, drop_path: float) -> None:
         super().__init__()
         self.depthwise = _conv(width_in, width_in, 3, stride=stride, groups=width_in, act=nn.ReLU)
         self.pointwise = _conv(width_in, width, 1)
@@ -56,7 +56,7 @@ class SeparableBlock(nn.Module):
 class InvertedBlock(nn.Module):
     """Inverted residual (expansion 4) with squeeze-excite (an eighth) and SiLU; residual where the shapes agree."""
 
-    def __init__(self, width_in: int, width: int, stride: int, drop_path: float) -> None:
+    def __init__(self, width_in: int, width: int, *, stride: int, drop_path: float) -> None:
         super().__init__()
         hidden = EXPANSION * width_in
         self.expand = _conv(width_in, hidden, 1, act=nn.SiLU)
@@ -128,7 +128,7 @@ class Ocec(nn.Module):
             rate = drop_path * index / max(blocks - 1, 1)  # rises with the depth, as in timm
             if index % 2 == 0:
                 stages.append([])
-            stages[-1].append(_block(variant, width, stride, rate))
+            stages[-1].append(_block(variant, width, stride=stride, drop_path=rate))
             width *= stride
         self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
         self.pool: nn.Module = TokenHead(width, head) if head in MIXERS else PooledHead(width, head)
@@ -165,30 +165,14 @@ def register(name: str) -> None:
             f"_b<1 to {MOST_BLOCKS} blocks>, and if you like _<avg, avgmax_mlp, {', '.join(MIXERS)}>, as in "
             "ocec_baseline_c64_b8"
         )
-    variant = match["variant"]
-    _register(
+    variant, channels, blocks = match["variant"], int(match["channels"]), int(match["blocks"])
+    head = match["head"] or HEADS[variant]
+    register_with_timm(
         name,
-        variant,
-        int(match["channels"]),
-        blocks=int(match["blocks"]),
-        head=match["head"] or HEADS[variant],
+        lambda drop_path_rate=0.0: Ocec(
+            variant, channels, blocks=blocks, head=head, drop_path=drop_path_rate
+        ),
     )
-
-
-def _register(name: str, variant: str, channels: int, *, blocks: int, head: str) -> None:
-    def create(
-        pretrained: bool = False,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Any = None,
-        cache_dir: Any = None,
-        num_classes: int = 0,
-        drop_path_rate: float = 0.0,
-    ) -> Ocec:
-        return Ocec(variant, channels, blocks=blocks, head=head, drop_path=drop_path_rate)
-
-    create.__name__ = create.__qualname__ = name
-    create.__module__ = __name__
-    register_model(create)
 
 
 def _conv(
@@ -218,12 +202,12 @@ def _stem(variant: str, channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, channels, 4, 4), LayerNorm2d(channels))
 
 
-def _block(variant: str, width_in: int, stride: int, drop_path: float) -> nn.Module:
+def _block(variant: str, width_in: int, *, stride: int, drop_path: float) -> nn.Module:
     """A block that multiplies the width by its stride."""
     if variant == "baseline":
-        return SeparableBlock(width_in, width_in * stride, stride, drop_path)
+        return SeparableBlock(width_in, width_in * stride, stride=stride, drop_path=drop_path)
     if variant == "inverted_se":
-        return InvertedBlock(width_in, width_in * stride, stride, drop_path)
+        return InvertedBlock(width_in, width_in * stride, stride=stride, drop_path=drop_path)
     block = ConvNeXtBlock(width_in * stride, kernel_size=7, ls_init_value=1e-6, drop_path=drop_path)
     if stride == 1:
         return block

@@ -1,4 +1,4 @@
-"""Where a backbone's published weights come from, by timm's records, and their download."""
+"""The source of a backbone's published weights, by timm's records, and their download."""
 
 from __future__ import annotations
 
