@@ -172,7 +172,7 @@ def in_child(name: str, *, seconds: float, memory: int) -> Row:
 
 
 def _fork(empty: Row, messages: IO[bytes], *, seconds: float, memory: int) -> tuple[str, int, bool]:
-    """What the child wrote of its row, its status, and whether it ended in time."""
+    """Run a network in a child process: the text of its row, its exit status, and True if it ended in time."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -94,7 +94,7 @@ class Selection:
         clean = {name: candidate.clean for name, candidate in finite.items()}
         f1 = {name: candidate.f1 for name, candidate in finite.items()}
         watched = {"clean": clean, "combo": s, "f1": f1}[self.select.metric]
-        new = self._update_bests(epoch, s, clean, f1 if self.select.metric == "f1" else {})
+        new = self._update_bests(epoch, s=s, clean=clean, f1=f1 if self.select.metric == "f1" else {})
         chosen = prefer(watched)
         monitored = watched.get(chosen, -math.inf)
         if chosen and self.es.monitor == "val_loss":
@@ -131,7 +131,7 @@ class Selection:
         self.stage = stage
 
     def _update_bests(
-        self, epoch: int, s: dict[str, float], clean: dict[str, float], f1: dict[str, float]
+        self, epoch: int, *, s: dict[str, float], clean: dict[str, float], f1: dict[str, float]
     ) -> dict[str, str]:
         new = {}
         ema = {name: value for name, value in s.items() if name == "ema"}

@@ -15,7 +15,7 @@ STILL_EPOCHS, STILL = 10, 0.001  # without a gain of F1
 
 @dataclass
 class Course:
-    """What is remembered of the epochs at one image size; losses and scores of another are not comparable."""
+    """The epochs at one image size so far; losses and scores of another size are not comparable."""
 
     size: list[int] = field(default_factory=list)
     val_loss: float = math.inf  # the lowest, its epoch, and the training loss there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -93,7 +94,7 @@ def process_namespace() -> str:
 def remove_abandoned(folder: Path, name: str = "*", *, below: bool = False) -> None:
     """Delete the temporary files and folders that killed processes left behind.
 
-    `name` is the name, or a glob of the names, they were written for; `below` also searches subfolders.
+    `name` is a glob of the names they were written for; `below` also searches subfolders.
     """
     for temporary in filter(is_abandoned, list(folder.glob(f"{'**/' * below}.{name}.*.tmp"))):
         remove(temporary)
@@ -114,7 +115,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Readers see the old file or the complete new one, never a part. What killed writers of `path` left is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(path.parent, path.name)
+    remove_abandoned(path.parent, glob.escape(path.name))
     temporary = temporary_path(path)
     try:
         yield temporary

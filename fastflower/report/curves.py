@@ -59,34 +59,40 @@ class RunCurves:
     charts: list[Chart]
 
 
-def by_run(events: list[dict[str, Any]]) -> dict[Key, dict[int, dict[str, float]]]:
-    """(backbone, fold, seed) -> epoch (from 1) -> every number logged in that epoch, by dotted name."""
-    runs: dict[Key, dict[int, dict[str, float]]] = {}
+def rows_by_run(events: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
+    """(backbone, fold, seed) -> the events of that run."""
+    runs: dict[Key, list[dict[str, Any]]] = {}
     for row in events:
-        epoch = row.get("epoch")
-        if row.get("event") != "epoch" or type(epoch) is not int:
-            continue
-        key = (str(row["backbone"]), int(row["fold"]), int(row["seed"]))
-        numbers = flat({name: value for name, value in row.items() if name not in NOT_PLOTTED})
-        runs.setdefault(key, {}).setdefault(epoch, {}).update(numbers)
+        if all(name in row for name in ("backbone", "fold", "seed")):
+            runs.setdefault((str(row["backbone"]), int(row["fold"]), int(row["seed"])), []).append(row)
     return dict(sorted(runs.items()))
+
+
+def by_run(events: list[dict[str, Any]]) -> dict[Key, dict[int, dict[str, float]]]:
+    """(backbone, fold, seed) -> epoch (from 1) -> every number logged in that epoch, by dotted name.
+
+    Runs without an epoch are left out.
+    """
+    runs: dict[Key, dict[int, dict[str, float]]] = {}
+    for key, rows in rows_by_run(events).items():
+        for row in rows:
+            epoch = row.get("epoch")
+            if row.get("event") == "epoch" and type(epoch) is int:
+                numbers = flat({name: value for name, value in row.items() if name not in NOT_PLOTTED})
+                runs.setdefault(key, {}).setdefault(epoch, {}).update(numbers)
+    return runs
 
 
 def events_by_name(events: list[dict[str, Any]], max_runs: int = 12) -> dict[str, list[dict[str, Any]]]:
     """The events of each run under a short name, for a chart of all runs; empty for one run or for too many."""
-    keys = list(by_run(events))
+    rows, keys = rows_by_run(events), list(by_run(events))
     if not 1 < len(keys) <= max_runs:
         return {}
     varying = [field for field in range(3) if len({key[field] for key in keys}) > 1]
     return {
-        " ".join(f"{('', 'fold ', 'seed ')[field]}{key[field]}" for field in varying): events_of(events, key)
+        " ".join(f"{('', 'fold ', 'seed ')[field]}{key[field]}" for field in varying): rows[key]
         for key in keys
     }
-
-
-def events_of(events: list[dict[str, Any]], key: Key) -> list[dict[str, Any]]:
-    """The events of one run."""
-    return [row for row in events if (row.get("backbone"), row.get("fold"), row.get("seed")) == key]
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -145,9 +151,9 @@ def chart_of(name: str) -> str | None:
 
 def run_curves(events: list[dict[str, Any]]) -> list[RunCurves]:
     """Curves of every run of an experiment."""
-    runs = []
+    runs, rows_of = [], rows_by_run(events)
     for position, ((backbone, fold, seed), epochs) in enumerate(by_run(events).items()):
-        rows = events_of(events, (backbone, fold, seed))
+        rows = rows_of[backbone, fold, seed]
         note = f"{max(epochs)} epochs"
         best: dict[str, Any] = next((row["best"] for row in reversed(rows) if row.get("best")), {})
         if best.get("score") is not None:

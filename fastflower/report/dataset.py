@@ -35,7 +35,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What folds.csv, the betons and skipped.csv tell; those that are missing leave their fields empty.
+    """The contents of folds.csv, the betons and skipped.csv; those that are missing leave their fields empty.
 
     images: rows of folds.csv, always: of them, those that every fold trains on. folds: (fold, images). enlarged: stored
     images whose short side is below the largest size of the recipe. skipped: (file, reason) of the first LISTED.

@@ -1,4 +1,4 @@
-"""What is most worth doing next: findings of an experiment, largest cost first, each with the key that acts on it."""
+"""The changes most worth making next: findings of an experiment, dearest first, each with the key that acts on it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def corruption(experiment: Experiment) -> Iterator[Step]:
 
 
 def augmentation_against(kind: str, recipe: Recipe) -> tuple[str, str]:
-    """What trains against a kind of corruption, and the change to the recipe."""
+    """The augmentation that trains against a kind of corruption, in words, and the change to the recipe."""
     if kind in ("gaussian_noise", "blur"):
         return "Train on light blur and noise.", _raised("aug.corrupt_p", recipe.aug.corrupt_p)
     if kind == "occlusion":
@@ -276,10 +276,10 @@ def export(experiment: Experiment) -> Iterator[Step]:
 def _best_epochs(experiment: Experiment) -> list[dict[str, Any]]:
     """The logged row of each run's best epoch."""
     rows = []
-    for key in curves.by_run(experiment.events):
-        events = [row for row in curves.events_of(experiment.events, key) if row.get("event") == "epoch"]
-        best = events[-1].get("best") or {}
-        rows += [row for row in events if row["epoch"] == best.get("epoch")][-1:]
+    for run in curves.rows_by_run(experiment.events).values():
+        epochs = [row for row in run if row.get("event") == "epoch"]
+        best = epochs[-1].get("best") or {} if epochs else {}
+        rows += [row for row in epochs if row["epoch"] == best.get("epoch")][-1:]
     return rows
 
 

@@ -252,7 +252,7 @@ def training_facts(experiment: Experiment) -> str:
 
 
 def about_s(experiment: Experiment) -> str:
-    """What S is, with its numbers, and what it decides."""
+    """The formula of S with its numbers, and the choice that it makes."""
     scores, recipe = experiment.scores, experiment.recipe
     clean, corrupted, s = scores.fused.single, scores.fused.corrupted, scores.fused.s
     if corrupted is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastflower.evaluation.records import CorruptedScores, ExperimentScores, Top1
 from fastflower.evaluation.summary import fold_names
 from fastflower.report import curves
@@ -134,7 +132,7 @@ def spread_sentence(experiment: Experiment) -> str:
 def broken_runs(experiment: Experiment) -> list[str]:
     """A clause for each run with a loss that is not finite, or that has no end among the events."""
     clauses = []
-    for key, rows in events_by_run(experiment.events).items():
+    for key, rows in curves.rows_by_run(experiment.events).items():
         name = "{} fold {} seed {}".format(*key)
         lost = [
             row["epoch"]
@@ -150,12 +148,3 @@ def broken_runs(experiment: Experiment) -> list[str]:
             planned = start.get("epochs", "?")
             clauses.append(f"{name} broke off after epoch {max(epochs, default=0)} of {planned}")
     return clauses
-
-
-def events_by_run(events: list[dict[str, Any]]) -> dict[curves.Key, list[dict[str, Any]]]:
-    """(backbone, fold, seed) -> its rows."""
-    runs: dict[curves.Key, list[dict[str, Any]]] = {}
-    for row in events:
-        if all(name in row for name in ("backbone", "fold", "seed")):
-            runs.setdefault((str(row["backbone"]), int(row["fold"]), int(row["seed"])), []).append(row)
-    return runs
