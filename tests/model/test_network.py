@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -248,3 +249,13 @@ def test_shadows_are_scored_but_are_not_in_the_module_tree(classifier: Classifie
     assert torch.equal(exact["ema"], shadow(images.permute(0, 3, 1, 2).float()))
     assert not torch.equal(exact["ema"], exact["raw"])
     assert classifier.get_metrics(is_train=True) == classifier.get_metrics(is_train=False) == {}
+
+
+def test_kernels_are_stored_as_torch_stores_them():
+    """1 x 1 kernels too, whose gradients have these strides: DDP warns of any others."""
+    network = nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.Conv2d(6, 4, 3))
+    expected = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    use_channels_last(network)
+    assert [p.stride() for p in network.parameters()] == [p.stride() for p in expected.parameters()]
+    network(torch.rand(2, 8, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in network.parameters())
