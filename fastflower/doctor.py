@@ -68,6 +68,7 @@ def machine() -> list[Finding]:
 
 def training(argv: list[str]) -> list[Finding]:
     """The findings about one training; raises InputError when its recipe cannot be read or contradicts itself."""
+    from fastflower.core.console import spelled
     from fastflower.data.betons.fold_set import check_converted
     from fastflower.data.labels import read_labels
     from fastflower.model.pretrained import check_present
@@ -91,7 +92,10 @@ def training(argv: list[str]) -> list[Finding]:
         check_present(recipe)
         return _start(recipe)
 
-    return findings + [_asked(question) for question in (labels, betons, weights)]
+    findings += [_asked(labels), _asked(weights)]
+    if (Path(recipe.data.home) / "folds.csv").exists():
+        return [*findings, _asked(betons)]
+    return [*findings, Finding("betons", None, "not converted yet", advice=spelled("convert", argv))]
 
 
 def _asked(question: Callable[[], str]) -> Finding:

@@ -151,12 +151,13 @@ def test_a_recipes_training_is_looked_at(tmp_path, monkeypatch, capsys):
     "words, lacks",
     [
         (["data.csv=data/none.csv"], "labels: .*none.csv"),
-        (["data.home=elsewhere"], "betons: .*elsewhere"),
+        (["data.fold=all"], "betons: .*fold2_val"),
         (["model.pretrained=true", "model.backbone=resnet18"], "weights: .*resnet18"),
     ],
 )
 def test_what_a_training_lacks_is_named(words, lacks, tmp_path, monkeypatch, capsys):
     toy_project.project(tmp_path)
+    Path("data/betons/fold2_val.beton").unlink()
     monkeypatch.setattr(doctor, "machine", list)
     assert doctor.main(["tiny.yaml", *words]) == 4
     output = capsys.readouterr().out
@@ -176,3 +177,13 @@ def test_a_recipe_that_cannot_be_read_is_refused(monkeypatch):
     monkeypatch.setattr(doctor, "machine", list)
     with pytest.raises(InputError, match=r"no\.yaml"):
         doctor.main(["no.yaml"])
+
+
+def test_photographs_that_are_not_converted_yet_are_no_lack(tmp_path, monkeypatch, capsys):
+    toy_project.project(tmp_path)
+    monkeypatch.setattr(doctor, "machine", list)
+    assert doctor.main(["tiny.yaml", "data.home=elsewhere"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(
+        r"- +betons +not converted yet; .*fastflower convert tiny\.yaml data\.home=elsewhere", output
+    )
