@@ -222,7 +222,7 @@ def test_positions_computed_from_the_size_run_on_any_device(code, kind):
 
 
 class Spec(types.SimpleNamespace):
-    """What a trial reads of a network's specification."""
+    """The fields of a network's specification that a trial reads."""
 
     __hash__ = object.__hash__
 
@@ -243,6 +243,15 @@ def test_a_network_that_could_not_be_handed_in_is_refused_before_training(kind, 
         program.try_export(Spec(backbone="odd"), network, [(32, 32)])
     program.try_export(Spec(backbone="odd"), works, [(32, 32), (48, 32)])
     assert torch.equal(torch.get_rng_state(), before) and network.training
+
+
+def test_a_trial_without_memory_is_not_taken_for_a_fault_of_the_network():
+    class Full(nn.Module):
+        def forward(self, images):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        program.try_export(Spec(backbone="full"), nn.Sequential(nn.Conv2d(3, 3, 1), Full()), [(32, 32)])
 
 
 def test_sizes_fixed_in_a_program_leave_the_batch_free():
