@@ -1,8 +1,9 @@
 """Contenders of `bench step`: trainers that run one epoch whenever they are told to.
 
 `python -m fastflower.bench.trainers NAME SETTINGS.json` builds a contender, prints "ready", and for each line on
-standard input trains one epoch and prints its figures as JSON. Validation, checkpoints and logs come after the figures
-and before the next "ready", so that the clock holds training steps and the wait for batches only.
+standard input trains one epoch and prints its figures as JSON. The clock starts after the first step. Validation,
+checkpoints and logs come after the figures and before the next "ready", so that the clock holds training steps and
+the wait for batches only.
 
 All contenders train with AdamW from random weights, one process, the same threads for computing and for loading, and
 random resized crop and flip. All but the plain loop also mix (MixUp 0.2), smooth labels (0.1) and average weights.
@@ -36,7 +37,7 @@ class Pace:
 
     def __init__(self, settings: Settings) -> None:
         self.device = settings.device
-        self.images = 0
+        self.images = -1  # of the steps that count; -1: none has ended yet
         self.start = (0.0, 0.0)
 
     def wait(self) -> None:
@@ -44,12 +45,23 @@ class Pace:
         print("ready", flush=True)
         if not sys.stdin.readline():
             raise SystemExit(0)
+        self.images = -1
+
+    def step(self, images: int) -> None:
+        """Count the images of a step that has ended; the first of an epoch fills the queues and starts the clock."""
+        if self.images >= 0:
+            self.images += images
+            return
+        self._synchronise()
         self.images, self.start = 0, (time.perf_counter(), _processor_seconds())
+
+    def _synchronise(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def report(self) -> None:
         """Print the epoch's figures: images, wall and processor seconds, peak memory in MB."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        self._synchronise()
         wall, processor = time.perf_counter() - self.start[0], _processor_seconds() - self.start[1]
         figures = {
             "images": self.images,
@@ -144,7 +156,7 @@ def paced_callback(pace: Pace) -> Any:
             pace.wait()
 
         def batch_end(self, state: Any, logger: Any) -> None:
-            pace.images += len(state.batch["image"] if isinstance(state.batch, dict) else state.batch[0])
+            pace.step(len(state.batch["image"] if isinstance(state.batch, dict) else state.batch[0]))
 
         def epoch_end(self, state: Any, logger: Any) -> None:
             pace.report()
@@ -295,7 +307,7 @@ def train_plainly(
             step += 1
             if after_step is not None:
                 after_step(step)
-            pace.images += len(images)
+            pace.step(len(images))
         pace.report()
     pace.wait()
 

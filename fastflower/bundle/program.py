@@ -97,7 +97,10 @@ def try_export(spec: NetworkSpec, network: nn.Module, sizes: Sequence[tuple[int,
             with torch.jit.optimized_execution(False):
                 got = program(images[:1], *weights.values(), *constants.values())
             want = fixed(images[:1])
-        except (InputError, torch.OutOfMemoryError):  # the latter has its own words at the start of a training
+        except (
+            InputError,
+            torch.OutOfMemoryError,
+        ):  # the latter has its own words at the start of a training
             raise
         except Exception as error:  # the tracer and the networks raise many kinds
             reason = " ".join(str(error).split())[:160]
