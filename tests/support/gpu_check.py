@@ -113,8 +113,8 @@ def speed(device: str) -> str:
     size = ("data.img_size=320", "data.size_epochs=auto", "tta.scales=[320]", "train.batch_per_gpu=32")
     figures = []
     for name, words in {
-        "deterministic": ("train.deterministic=true",),
-        "free": ("train.deterministic=false",),
+        "deterministic": ("cudnn.deterministic=true",),
+        "free": ("cudnn.deterministic=false",),
         "checkpointing": ("model.grad_checkpointing=true",),
     }.items():
         backbone = "model.backbone=convnextv2_base"
