@@ -157,6 +157,6 @@ def top1_with_shuffled_labels(contest: flowers.DrawnContest) -> float:
         demo.run_stage(command, [sys.executable, "-m", f"fastflower.{command}", *words])
     programs = "results/model/shuffled/programs"
     demo.run_stage(
-        "predict", [sys.executable, "code/predict.py", contest.test, "out.csv", "--bundle", programs]
+        "predict", [sys.executable, "code/predict.py", str(contest.test), "out.csv", "--bundle", programs]
     )
     return demo.accuracy(contest.truth, Path("out.csv"))
