@@ -19,13 +19,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads would not survi
 import argparse
 import collections
 import contextlib
-import faulthandler
 import json
 import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -40,9 +38,10 @@ from composer.core import Engine
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
 
 from fastflower.callbacks.checkpoints import FIXED_NAMES
-from fastflower.core import checkpoint, errors, launcher, runs
+from fastflower.core import checkpoint, errors, runs
 from fastflower.core.runs import Run
 from support import toy_project
+from support.forked import become_rank, fork, free_port, train
 
 BOUND = 60.0  # seconds within which all ranks must exit after the first
 PATIENCE = 300.0  # seconds that a training may take
@@ -164,55 +163,18 @@ def kind_of(path: Any) -> str:
     return re.sub(r"__.*(?=\.previous)|__.*", "", name)
 
 
-def fork(work: Callable[[], int | None], said: Path) -> int:
-    """Run `work` in a child process whose output goes to a file; returns its process id."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        faulthandler.enable(sys.__stderr__)
-        code = work() or 0
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
 def one_rank(
     folder: Path, words: tuple[str, ...], rank: int, world: int, port: int, cut: Cut | None
 ) -> NoReturn:
-    """The body of a forked rank: the train command with a launcher's environment."""
+    """The body of a forked rank: the train command, which `cut` may kill."""
     os.chdir(folder)
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "NODE_RANK": 0}
-    os.environ |= {name: str(value) for name, value in where.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launcher.check_siblings = lambda: (
-        None
-    )  # it reads the environment that a process starts with; this one is forked
+    become_rank(rank, world, port)
     points = Points(cut, rank)
     points.install()
-    sys.argv = ["fastflower/train.py", "tiny.yaml", *words]
     try:
-        errors.run_command(toy_project.train.main)
+        train(*words)
     finally:
         Path(f"points_{rank}.json").write_text(json.dumps(points.seen))
-    raise AssertionError("errors.run_command always leaves")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @dataclass

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from fastflower.callbacks.checkpoints import scaler_state
-from fastflower.core import launcher
+from fastflower.core import errors, launcher
 from fastflower.core.errors import CorruptionError, EnvironmentFault
+from fastflower.recipe import load
 from fastflower.training import determinism, exits, ranks
+from support import forked
 
 NCCL = (
     "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error, NCCL version 2.21.5\n"
@@ -282,7 +284,7 @@ def test_leftovers_of_one_rank_do_not_silence_a_command(module: str, tmp_path: P
 
 ORPHAN = """
 import os, sys, time
-from fastflower.core import launcher
+from fastflower.core import errors, launcher
 parent = os.getppid()
 os.write(1, b"up ")
 while os.getppid() == parent:
@@ -313,19 +315,10 @@ def test_a_rank_whose_launcher_ended_during_the_imports_exits(rank_environment):
     assert b"the launcher of this rank has ended" in said and b"still here" not in said
 
 
-LOST = """
-import os, signal, sys, time
-import torch
-from fastflower.core import errors
-from fastflower.core.errors import CorruptionError
-from fastflower.recipe import load
-from fastflower.training import exits, ranks
-
-
 @exits.rank_zero_reports()
-def main(argv):
+def lose_rank_one(argv: list[str]) -> int:
+    """End rank 1 while the main thread of rank 0 is in the driver: no exception comes, no signal handler runs."""
     machine = ranks.prepare(load(None, []))
-    # a main thread in the driver: no exception comes and no signal handler runs
     if machine.rank == 0:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         time.sleep(600)
@@ -336,25 +329,20 @@ def main(argv):
         raise CorruptionError("of rank 1 alone")
 
 
-with exits.quick_exit():
-    errors.run_command(main)
-"""
-
-
 @pytest.mark.dist
 @pytest.mark.parametrize("way, code", [("raise", 3), pytest.param("kill", 4, marks=pytest.mark.slow)])
-def test_a_rank_that_waits_in_the_driver_for_a_lost_one_ends_with_its_code(
-    way: str, code: int, tmp_path: Path
-):
-    """The exit code of the launcher is that of the rank that failed, or 4 where it could not say one."""
-    Path("lost.py").write_text(LOST)
+def test_a_rank_that_waits_in_the_driver_for_a_lost_one_ends_with_its_code(way: str, code: int):
+    """Its exit code is that of the rank that failed, or 4 where that one could not announce any."""
+
+    def work() -> None:
+        sys.argv = ["lost.py", way]
+        with exits.quick_exit():
+            errors.run_command(lose_rank_one)
+
     start = time.monotonic()
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "lost.py", way]
-    root = str(Path(ranks.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "rank 0: " in done.stderr and "its own message says why" in done.stderr
+    two = forked.Ranks(work)
+    assert two.wait(120) == [code, -signal.SIGKILL if way == "kill" else code], two.text()
+    assert "rank 0: " in two.text() and "its own message says why" in two.text()
     if way == "raise":
-        assert "rank 1: of rank 1 alone" in done.stdout
+        assert "rank 1: of rank 1 alone" in two.text()
     assert time.monotonic() - start < 120

@@ -22,7 +22,7 @@ from fastflower.core import checkpoint, errors
 from fastflower.core.runs import Run
 from fastflower.core.workers import die_with_parent
 from fastflower.training import fold_data
-from support import toy_project
+from support import forked, toy_project
 
 
 class Killed(BaseException):
@@ -364,13 +364,11 @@ def launch(*words: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def wait_for_epoch(running: subprocess.Popen[str], run: Run, epoch: int) -> None:
+def wait_for_epoch(run: Run, epoch: int, *, running: Callable[[], bool]) -> None:
     """Wait until a run has a `last` of this epoch."""
     deadline = time.monotonic() + 200
     while not any(f"_epoch{epoch}_" in path.name for path in run.checkpoints("last")):
-        if running.poll() is not None or time.monotonic() > deadline:
-            running.kill()  # its ranks follow
-            pytest.fail(running.communicate(timeout=60)[0])
+        assert running() and time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -381,7 +379,7 @@ def test_a_signal_to_the_launcher_or_to_its_group_saves_and_ends_all_within_30_s
     epochs = 0
     for send, number in ((os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)):
         running = launch("sched.cosine_epochs=500", "data.size_epochs=[1,500]", start_new_session=True)
-        wait_for_epoch(running, toy_project.run_of(), epochs + 1)
+        wait_for_epoch(toy_project.run_of(), epochs + 1, running=lambda: running.poll() is None)  # noqa: B023
         start = time.monotonic()
         send(running.pid, number)
         said = running.communicate(timeout=60)[0]
@@ -396,19 +394,16 @@ def test_a_signal_to_the_launcher_or_to_its_group_saves_and_ends_all_within_30_s
 @pytest.mark.slow
 def test_two_ranks_lose_one_and_end_in_the_same_bits_as_two_or_nearly_as_one(project):
     """SIGKILL of rank 1 ends all ranks; then two ranks resume, and from the same state a single rank."""
-    uncut = launch("exp.name=uncut")
-    said = uncut.communicate(timeout=300)[0]
-    assert uncut.returncode == 0, said
-    cut, run = launch("exp.name=cut"), toy_project.run_of("cut")
-    wait_for_epoch(cut, run, 1)
-    ranks = subprocess.run(["pgrep", "-P", str(cut.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
-    said = cut.communicate(timeout=60)[0]
-    assert cut.returncode != 0 and "another rank has ended" in said
+    words = ("train.batch_per_gpu=4", "train.world_size=2", *STILL)
+    uncut = forked.training("exp.name=uncut", *words)
+    assert uncut.wait() == [0, 0], uncut.text()
+    cut, run = forked.training("exp.name=cut", *words), toy_project.run_of("cut")
+    wait_for_epoch(run, 1, running=lambda: cut.poll() is None)
+    cut.kill(1)
+    assert cut.wait(60)[0] != 0 and "another rank has ended" in cut.text()
     shutil.copytree(run.model_dir, toy_project.run_of("alone").model_dir)
-    again = launch("exp.name=cut")
-    said = again.communicate(timeout=300)[0]
-    assert again.returncode == 0, said
+    again = forked.training("exp.name=cut", *words)
+    assert again.wait() == [0, 0], again.text()
     uncut, resumed = toy_project.last("uncut"), toy_project.last("cut")
     assert toy_project.different(uncut.tensors, resumed.tensors) == []
     assert toy_project.different(uncut.training_state, resumed.training_state) == []

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support import torture
+from support.forked import fork
 
 
 @pytest.mark.dist
 def test_two_ranks_that_are_killed_end_like_uninterrupted_ones():
     """One kill at a point, and one exception on a rank, which the other rank names as the cause when it exits."""
     words = ["--ranks", "2", "--points", "1", "--random", "0", "--recipes", "1", "--seed", "5"]
-    script = Path(__file__).parents[1] / "support/torture.py"
-    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    total = re.search(r"^all +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
+    output = Path("output.txt")
+    status = os.waitpid(fork(lambda: torture.main(words), output), 0)[1]
+    assert status == 0, output.read_text()
+    total = re.search(r"^all +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$", output.read_text(), re.MULTILINE)
     assert total is not None
     cases, kills, _, _, differences = map(int, total.groups())
     assert (cases, kills, differences) == (2, 1, 0)

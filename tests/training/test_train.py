@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composer.core import State
+from composer.loggers import Logger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflower.algorithms.gradients import GradientGuard
 from fastflower.callbacks.progress import COLUMNS, epoch_line, headline, step_line, time_left
+from fastflower.callbacks.scoring import Scoring
 from fastflower.core import checkpoint, errors, runs
 from fastflower.core.console import clock
 from fastflower.core.records import read_record
@@ -31,7 +34,7 @@ from fastflower.recipe import load, to_yaml
 from fastflower.recipe.derived import derive
 from fastflower.recipe.run_record import RunEnd, RunNumbers, numbers_path
 from fastflower.training import ranks
-from support import toy_project
+from support import forked, toy_project
 
 
 @pytest.fixture(autouse=True)
@@ -306,23 +309,6 @@ def test_the_console_reads_well():
     assert time_left(derive(recipe, 2), 1, 10.0) == 10 + 40 + 40
 
 
-def launch(
-    count: int, *words: str, script: Path = Path(toy_project.train.__file__)
-) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "composer.cli.launcher",
-        "-n",
-        str(count),
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, "tiny.yaml", *words], capture_output=True, text=True, timeout=400, env=environment
-    )
-
-
 @pytest.mark.dist
 def test_two_ranks_are_one_rank():
     """50 steps at the same global batch; each validation image counts once on any number of ranks."""
@@ -334,8 +320,8 @@ def test_two_ranks_are_one_rank():
         "opt.lr=1e-4",
         "eval.batch=4",
     )
-    done = launch(2, "exp.name=two", "train.batch_per_gpu=4", "train.world_size=2", *still)
-    assert done.returncode == 0, done.stdout + done.stderr
+    two_ranks = forked.training("exp.name=two", "train.batch_per_gpu=4", "train.world_size=2", *still)
+    assert two_ranks.wait() == [0, 0], two_ranks.text()
     toy_project.fit("exp.name=one", "train.batch_per_gpu=8", *still, "eval.batch=7")
     one, two = toy_project.last("one"), toy_project.last("two")
     assert one.training_state["time"]["batch"] == two.training_state["time"]["batch"] == 50
@@ -347,42 +333,30 @@ def test_two_ranks_are_one_rank():
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
 
 
-WATCHED = """
-import os
-import torch
-from fastflower import train
-from fastflower.core import errors
-from fastflower.callbacks.scoring import Scoring
+def note_scored_buffers() -> None:
+    """Let the scores' callback save the buffers of the networks that it scores, before and after."""
 
+    def saving(event: str, name: str) -> None:
+        original = getattr(Scoring, event)
 
-def note(when, state, networks):
-    name = f"{when}_{state.timestamp.epoch.value}_{os.environ['RANK']}.pt"
-    torch.save([{key: b.clone() for key, b in network.named_buffers()} for network in networks], name)
+        def stand_in(self: Scoring, state: State, logger: Logger) -> None:
+            path = f"{name}_{state.timestamp.epoch.value}_{os.environ['RANK']}.pt"
+            buffers = [{key: b.clone() for key, b in n.named_buffers()} for n in self.networks()]
+            torch.save(buffers, path)
+            original(self, state, logger)
 
+        setattr(Scoring, event, stand_in)
 
-def eval_before_all(self, state, logger):
-    note("before", state, self.networks())
-    before_all(self, state, logger)
-
-
-def eval_end(self, state, logger):
-    note("scored", state, self.networks())
-    end(self, state, logger)
-
-
-before_all, end = Scoring.eval_before_all, Scoring.eval_end
-Scoring.eval_before_all, Scoring.eval_end = eval_before_all, eval_end
-errors.run_command(train.main)
-"""
+    saving("eval_before_all", "before")
+    saving("eval_end", "scored")
 
 
 @pytest.mark.dist
 def test_two_ranks_score_and_save_the_same_running_statistics():
     """Between evaluations each rank has its own; the scored network is equal on both ranks and is the saved one."""
-    Path("watched.py").write_text(WATCHED)
     words = ("model.backbone=test_resnet", "model.drop_path=0", "train.batch_per_gpu=5", "train.world_size=2")
-    done = launch(2, *words, script=Path("watched.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = forked.training(*words, prepare=note_scored_buffers)
+    assert ranks.wait() == [0, 0], ranks.text()
     for epoch in (1, 2, 3):
         before, scored = (
             [torch.load(f"{when}_{epoch}_{rank}.pt") for rank in (0, 1)] for when in ("before", "scored")
@@ -404,6 +378,8 @@ def test_two_ranks_score_and_save_the_same_running_statistics():
 
 @pytest.mark.dist
 def test_a_refusal_is_said_once_and_its_exit_code_is_the_launchers():
-    refused = launch(2, "opt.lr_reff=1")
+    script = str(Path(toy_project.train.__file__))
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", script, "tiny.yaml", "opt.lr_reff=1"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert refused.returncode == 2
     assert (refused.stderr + refused.stdout).count("unknown key opt.lr_reff; did you mean opt.lr_ref?") == 1
