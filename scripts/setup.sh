@@ -59,9 +59,10 @@ uv() { VIRTUAL_ENV=$PWD/.venv .venv/bin/python -m uv "$@"; }
 echo "setup: installing requirements.lock (the first time some 3.5 GB are fetched)"
 quiet=-q
 [ ! -t 2 ] || quiet=""
-# source distributions are built with the locked setuptools too
+# Source distributions are built with the locked setuptools too. Bytecode is written now, once and on all cores: where
+# Python may not write it later (PYTHONDONTWRITEBYTECODE, a folder of root), every command would compile for seconds.
 sed '/^ffcv==/,/[^\\]$/d' requirements.lock >.venv/all_but_ffcv.lock
-uv pip install $quiet --require-hashes --build-constraints requirements.lock -r .venv/all_but_ffcv.lock
+uv pip install $quiet --compile-bytecode --require-hashes --build-constraints requirements.lock -r .venv/all_but_ffcv.lock
 # ffcv compiles here, and only bench compares with it: where that fails, everything else works
 sed -n '/^ffcv==/,/[^\\]$/p' requirements.lock >.venv/ffcv.lock
 uv pip install $quiet --no-deps --require-hashes --build-constraints requirements.lock -r .venv/ffcv.lock 2>.venv/ffcv.log \
