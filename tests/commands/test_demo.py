@@ -15,6 +15,7 @@ import pytest
 from fastflower import demo
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.data.samples import flowers
+from fastflower.evaluation import submissions
 from fastflower.recipe import load
 
 
@@ -91,9 +92,11 @@ def test_only_its_own_folders_are_removed():
 
 
 def test_a_missing_row_is_wrong():
-    truth = label_file("truth.csv", {"a.jpg": "5", "b.jpg": "7", "c.jpg": "7", "d.jpg": "9"})
-    assert demo.accuracy(truth, label_file("s.csv", {"a.jpg": "5", "b.jpg": "5", "c.jpg": "7"})) == 0.5
-    assert demo.accuracy(truth, truth) == 1.0
+    path = label_file("truth.csv", {"a.jpg": "5", "b.jpg": "7", "c.jpg": "7", "d.jpg": "9"})
+    truth = submissions.read_labels(path)
+    found = submissions.score(truth, label_file("s.csv", {"a.jpg": "5", "b.jpg": "5", "c.jpg": "7"}))
+    assert (found.score.top1, found.right, found.missing) == (0.5, 2, 1)
+    assert submissions.score(truth, path).score.top1 == 1.0
 
 
 def test_a_failing_command_is_named_with_its_exit_code(capfd):
@@ -129,9 +132,9 @@ def run_demo(folder: Path, *arguments: str) -> dict[str, float]:
 @pytest.mark.timeout(1800)
 def test_the_demo_learns_flowers_and_shuffled_labels_give_chance(repo, tmp_path, monkeypatch):
     home = copy_repository(repo, tmp_path / "repository")
-    summary = run_demo(home)
-    assert summary["clean_top1"] >= 0.9
-    assert summary["corrupted_top1"] >= 0.7
+    summary = run_demo(home, "sched.cosine_epochs=12", "data.size_epochs=[8,12]")
+    assert summary["clean_top1"] >= 0.75  # 0.97 after all 30 epochs
+    assert summary["corrupted_top1"] >= 0.6
     assert set(summary["seconds"]) >= {"draw", "convert", "train", "evaluate", "export", "predict", "report"}
     monkeypatch.chdir(home)
     assert top1_with_shuffled_labels(flowers.DrawnContest(Path("data/demo"))) < 48 / 360
@@ -142,7 +145,7 @@ def top1_with_shuffled_labels(contest: flowers.DrawnContest) -> float:
 
     A random classifier of 15 balanced classes gets 24 of 360 right on average; 48 is five deviations more.
     """
-    labels = demo.read_labels(contest.labels)
+    labels = submissions.read_labels(contest.labels)
     permuted = np.random.default_rng(0).permutation(list(labels.values())).tolist()
     label_file("shuffled.csv", dict(zip(labels, permuted, strict=True)))
     words = ["recipes/demo.yaml", "exp.name=shuffled", "data.csv=shuffled.csv", "data.home=data/shuffled"]
@@ -159,4 +162,4 @@ def top1_with_shuffled_labels(contest: flowers.DrawnContest) -> float:
     demo.run_stage(
         "predict", [sys.executable, "code/predict.py", str(contest.test), "out.csv", "--bundle", programs]
     )
-    return demo.accuracy(contest.truth, Path("out.csv"))
+    return submissions.score(submissions.read_labels(contest.truth), Path("out.csv")).score.top1
