@@ -13,6 +13,7 @@ from fastflower.core import console, errors
 from fastflower.core.errors import InputError
 from fastflower.recipe import arguments, explanation, starting_point
 from fastflower.recipe.explanation import Key, Resolved, shown
+from fastflower.recipe.schema import Recipe
 
 WIDTH = 80
 
@@ -76,9 +77,21 @@ def recipe_lines(resolved: Resolved) -> list[str]:
     for stage in numbers.stages:
         size = f"{stage.height} x {stage.width}, {stage.batch_per_gpu} images a device"
         lines += _wrapped("stage", f"epochs {stage.first} to {stage.last} at {size}")
+    lines += _wrapped("memory", memory(recipe))
     for line in advice:
         lines += _wrapped("note", line)
     return lines
+
+
+def memory(recipe: Recipe) -> str:
+    """The estimated memory of the recipe's training on one GPU, of this machine's where it has any."""
+    from fastflower.training import estimate  # imports torch
+
+    try:
+        need = estimate.estimate(recipe, total=estimate.card())
+    except InputError as error:
+        return str(error)
+    return f"{need}; {need.advice}" if need.advice else str(need)
 
 
 def section_lines() -> list[str]:

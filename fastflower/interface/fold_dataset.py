@@ -46,7 +46,7 @@ class FoldDataset(Dataset[Item]):
             raise InputError(f"split = {split}: must be train or val")
         self.recipe = load(os.fspath(recipe), list(changes))
         data = open_fold(self.recipe, fold)
-        self.beton = data.train if split == "train" else data.val
+        self.beton = data.train if split == "train" else data.held_out
         self.classes: list[str] = list(data.classes.ids)
         self.labels: np.ndarray = self.beton.labels  # class indices (N,), for samplers
         sizes = derived.image_sizes(self.recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -147,8 +148,12 @@ class Bundle(TrainedModel):
         names = [ids, *code.bundles.labelings(str(folder), ids, [])[1:]][-1]
         super().__init__(ids, names, crops=description["crops"], pairs=description["pairs"] is not None)
         self.notes: list[str] = self._ensemble.notes
-        self.network = BundleNetwork(self._ensemble)
         self._crops = description["crops"]
+
+    @functools.cached_property
+    def network(self) -> nn.Module:  # type: ignore[override]
+        """The members as one module; InputError where their pictures are cut differently, which predict can do."""
+        return BundleNetwork(self._ensemble)
 
     def transform(self, picture: Any) -> Tensor:
         """A picture as `network` takes it: the view of its programs, float32 (3, H, W) in 0..255."""
@@ -170,7 +175,10 @@ class BundleNetwork(nn.Module):
         for number, member in enumerate(ensemble.members):
             position = next((i for i, view in enumerate(member["views"]) if view["crop"] == crop), None)
             if position is None:
-                raise InputError(f"{member['name']} has no view of the first member's size")
+                raise InputError(
+                    f"{member['name']} takes pictures cut differently than the first member, so no one network takes "
+                    "both; use predict and logits, or load one member's checkpoint"
+                )
             for index, tensor in enumerate(member["inputs"][position]):
                 self.register_buffer(f"member{number}_{index}", tensor)
             program = ensemble.bundle["programs"][member["views"][position]["program"]]["file"]

@@ -110,7 +110,12 @@ def shown(value: Any) -> str:
 
 def markdown() -> str:
     """The reference of all keys as a table of Markdown for each section."""
-    lines = ["# Recipe keys", ""]
+    lines = [
+        *("# Recipe keys", ""),
+        "A recipe lists the keys that differ from these defaults. `fastflower explain KEY` shows one in the terminal,",
+        "and `python -m fastflower.explain --format md` writes this page.",
+        "",
+    ]
     for section, rows in _by_section():
         lines += [f"## {section}", "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
         lines += [
@@ -133,7 +138,7 @@ def _cell(text: str) -> str:
 def _allowed(spec: dataclasses.Field) -> str:
     text = "see the meaning" if str(spec.type) == "Any" else allowed(str(spec.type))
     limits = " and ".join(
-        f"{sign} {spec.metadata[name]:g}" for name, sign in SIGNS.items() if name in spec.metadata
+        f"{sign} {shown(spec.metadata[name])}" for name, sign in SIGNS.items() if name in spec.metadata
     )
     return f"{text}, {limits}" if limits else text
 

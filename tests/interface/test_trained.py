@@ -91,6 +91,20 @@ def test_a_bundles_network_is_the_weighted_mean_of_its_first_view(exported: Path
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
+def test_members_that_cut_pictures_differently_predict_and_are_no_one_network(tmp_path: Path) -> None:
+    paths = [
+        save_random_member(tmp_path, seed=seed, interpolation=name)
+        for seed, name in enumerate(("bilinear", "bicubic"))
+    ]
+    predictor_runs.write_bundle(tmp_path / "bundle", paths)
+    model = fastflower.load(tmp_path / "bundle")
+    picture = predictor_runs.photograph(0)
+    assert model.predict([picture]).probabilities.shape == (1, 3)
+    assert model.transform(picture).shape == (3, 32, 32)
+    with pytest.raises(InputError, match="takes pictures cut differently than the first member"):
+        _ = model.network
+
+
 @pytest.mark.parametrize("backbone", ["compare_resnet222_concat_w25"])
 def test_pairs_are_compared(backbone: str, tmp_path: Path) -> None:
     model = fastflower.load(save_random_member(tmp_path, backbone))
