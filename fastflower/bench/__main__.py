@@ -7,7 +7,18 @@ import sys
 
 from fastflower.core import errors
 
-BENCHES = ("loader", "step", "decoder", "convert", "predict", "fuzz", "attack", "backbones")
+BENCHES = (
+    "loader",
+    "step",
+    "decoder",
+    "convert",
+    "predict",
+    "fuzz",
+    "attack",
+    "kills",
+    "backbones",
+    "honesty",
+)
 
 
 def main(argv: list[str]) -> int | None:

@@ -248,6 +248,7 @@ def _data_targets(home: Path) -> Iterator[Target]:
 def _experiment_targets(folder: Path) -> Iterator[Target]:
     from fastflower.core import checkpoint
     from fastflower.evaluation.logits import load_logits, logits_path
+    from fastflower.evaluation.measured import Leak, Priors, ViewTable
     from fastflower.evaluation.records import (
         EnsembleComparison,
         ExperimentScores,
@@ -286,6 +287,7 @@ def _experiment_targets(folder: Path) -> Iterator[Target]:
         run.end_path: RunEnd,
         folder / "scores.json": ExperimentScores,
         folder / "temperature.json": Temperatures,
+        **{folder / kind.FILE: kind for kind in (ViewTable, Priors, Leak)},
         folder / "ensemble.json": EnsembleComparison,
         folder / "gradcam/gradcam.json": GradCams,
         folder / hand_in.FILE: HandIn,
@@ -293,6 +295,9 @@ def _experiment_targets(folder: Path) -> Iterator[Target]:
     for path, kind in kinds.items():
         name = path.name.partition(f"_{run.backbone}")[0].removesuffix(".json") + ".json"
         yield Target(name, path, partial(_ignoring_notes, partial(read_record, kind=kind), path))
+    search = importlib.import_module("fastflower.campaign.search")
+    journal = tiny_project.JOURNAL
+    yield Target("campaign_*.journal", journal, lambda _: search.Journal(journal).entries)
     picture = min((folder / "gradcam").glob("*.jpg"))
     yield Target("gradcam/*.jpg", picture, lambda notes: read_gradcam(folder / "gradcam", notes))
 

@@ -137,11 +137,13 @@ class _ImageDataset:
 def convert(files: tuple[Path, ...], folder: Path, *, size: int, workers: int, store: str) -> None:
     """The work of the convert command, without its output."""
     labels, classes = folder / "labels.csv", max(2, min(17, len(files) // 10))
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    names = [file.relative_to(root) for file in files]
     labels.write_text(
-        "filename,category_id\n" + "".join(f"{file.name},{row % classes}\n" for row, file in enumerate(files))
+        "filename,category_id\n" + "".join(f"{name},{row % classes}\n" for row, name in enumerate(names))
     )
     overrides = [
-        f"data.root={files[0].parent}", f"data.csv={labels}", f"data.home={folder}", f"data.img_size={size}",
+        f"data.root={root}", f"data.csv={labels}", f"data.home={folder}", f"data.img_size={size}",
         f"tta.scales=[{size}]", f"data.workers={workers}", f"data.store={store}",
     ]  # fmt: skip
     from fastflower.data.conversion import pipeline

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from PIL import Image
 
 from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
 from fastflower.data.betons.manifest import manifest_path
-from fastflower.data.readers.image_folders import is_hidden
+from fastflower.data.readers.image_folders import list_images
 from fastflower.recipe import derived
 
 SCALE, RATIO = (0.8, 1.0), (3 / 4, 4 / 3)
@@ -78,12 +77,8 @@ def stored_side(size: int) -> int:
 
 
 def photographs(folder: Path, limit: int) -> tuple[Path, ...]:
-    """The first `limit` JPEG files of a folder, by name; 0: all."""
-    files = sorted(
-        Path(entry.path)
-        for entry in os.scandir(folder)
-        if entry.name.lower().endswith((".jpg", ".jpeg")) and not is_hidden(entry.name)
-    )
+    """The first `limit` JPEG files of a folder and of those in it, by name; 0: all."""
+    files = [folder / name for name in list_images(folder).images if name.lower().endswith((".jpg", ".jpeg"))]
     return tuple(files[: limit or None])
 
 

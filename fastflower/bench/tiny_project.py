@@ -28,6 +28,7 @@ log: {{tensorboard: false}}
 bundle: {{max_ms: 60000, max_loss: 0.9}}
 """
 RECIPE_FILE = "tiny.yaml"
+JOURNAL = Path("results/results", EXP, "campaign_lr_grad_accum.journal")
 
 
 def run_of(fold: int = 0) -> Run:
@@ -58,7 +59,18 @@ def draw(home: Path) -> None:
 
 
 def finish() -> None:
-    """Convert, train, evaluate, ensemble, export and report the project of the current directory, in this process."""
+    """Convert, train, evaluate, ensemble, export and report the project of the current directory, and search."""
     for command in ("convert", "train", "evaluate", "ensemble", "export"):
         importlib.import_module(f"fastflower.{command}").main([RECIPE_FILE])
     importlib.import_module("fastflower.report.__main__").main([EXP])
+    _search()
+
+
+def _search() -> None:
+    """A search of three trials, with invented scores and without trainings."""
+    plan, searches = (importlib.import_module(f"fastflower.campaign.{name}") for name in ("plan", "search"))
+    overrides = plan.parse_overrides(["opt.lr=log:1e-4..1e-2", "train.grad_accum=[1,2]"])
+    search = searches.Search([RECIPE_FILE], overrides, trials=3, journal=JOURNAL)
+    for number, _ in enumerate(search.tasks()):
+        if number % 2:  # the two folds of a trial
+            search.study.tell(number // 2, number / 10)

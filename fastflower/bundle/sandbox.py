@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import signal
 import subprocess
 import sys
 import venv
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from packaging.requirements import Requirement
 
 from fastflower.bundle.tracing import CODE
 from fastflower.core import runs
+from fastflower.core.workers import die_with_parent
 
 REQUIRED = ("torch", "numpy", "pillow")
 BLOCKED = (
@@ -125,7 +128,14 @@ def run_predictor(root: Path, options: list[str], python: Path | None) -> str | 
         ISOLATED.replace("{blocked!r}", repr(set() if python else set(BLOCKED))),
         str(root / "code/predict.py"),
     ]
-    done = subprocess.run([*command, *options], cwd=root, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        [*command, *options],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        preexec_fn=partial(die_with_parent, signal.SIGKILL),  # or it would write on where a killed export ran
+    )
     if done.returncode == 0:
         return None
     return f"exit {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"

@@ -32,7 +32,7 @@ def row(result: Result) -> Row:
         "fold": task.run.fold,
         **{key: format_value(value) for key, value in task.settings.items() if key not in RUN_KEYS},
         "state": result.state,
-        "score": end.best.score if end else None,
+        "score": end.best.score if end and end.best.epoch else None,
         **scores,
         "best_epoch": end.best.epoch if end else None,
         "epochs": end.epochs if end else None,
@@ -44,7 +44,12 @@ def row(result: Result) -> Row:
 def line(result: Result) -> str:
     """One line on the outcome of a training."""
     end = result.end
-    outcome = f"{end.best.score:.4f} in epoch {end.best.epoch}" if end else result.reason
+    outcome = result.reason
+    if end:
+        best = end.best
+        outcome = (
+            f"{best.score:.4f} in epoch {best.epoch}" if best.epoch else f"{end.epochs} epochs, not scored"
+        )
     return f"{result.state}: {result.task.name}: {outcome}"
 
 
@@ -77,7 +82,7 @@ def combinations(results: list[Result]) -> list[Combination]:
     combined = []
     for (experiment, backbone), group in groups.items():
         ends = [end for result in group if (end := result.end)]
-        scores = np.array([end.best.score for end in ends] or [math.nan])
+        scores = np.array([end.best.score if end.best.epoch else math.nan for end in ends] or [math.nan])
         settings = group[0].task.settings
         combined.append(
             Combination(
@@ -104,7 +109,8 @@ def summary_table(combined: list[Combination]) -> str:
         values = [format_value(item.settings[key]) if key in item.settings else "" for key in keys]
         sd = "-" if item.deviation is None else f"{item.deviation:.4f}"
         n = f"{item.n}" + (f" ({item.failed} failed)" if item.failed else "")
-        scores = [f"{item.mean:.4f}", sd, f"{item.low:.4f}", f"{item.high:.4f}"] if item.n else ["-"] * 4
+        known = not math.isnan(item.mean)  # not where nothing was held out
+        scores = [f"{item.mean:.4f}", sd, f"{item.low:.4f}", f"{item.high:.4f}"] if known else ["-"] * 4
         rows.append([f"{item.experiment} {item.backbone}", *values, n, *scores, f"{item.minutes:.1f}"])
     return aligned(rows)
 
@@ -164,7 +170,7 @@ def grid(combined: list[Combination], validation: int) -> Grid | None:
     keys = list(dict.fromkeys(key for item in combined for key in item.settings))
     values = {key: _sorted([item.settings[key] for item in combined if key in item.settings]) for key in keys}
     varied = [key for key in keys if len(values[key]) > 1]
-    if len(varied) != 2 or not any(item.n for item in combined):
+    if len(varied) != 2 or all(math.isnan(item.mean) for item in combined):
         return None
     x, y = varied
     cells = {
@@ -178,6 +184,8 @@ def grid(combined: list[Combination], validation: int) -> Grid | None:
     row, column = np.unravel_index(int(np.nanargmax(mean)), mean.shape)
     best = cells[int(row), int(column)]
     error, error_source = best.error, f"of {best.n} trainings"
+    if error is None and not 0 <= best.mean <= 1:
+        error, error_source = 0.0, "unknown for one training of a metric that is no proportion"
     if error is None:
         n = validation + 1  # adds half a success and half a failure: a perfect score has an error too
         p = (min(max(best.mean, 0.0), 1.0) * validation + 0.5) / n

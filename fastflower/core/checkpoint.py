@@ -22,6 +22,7 @@ from isal.isal_zlib import crc32
 
 from fastflower.core import files
 from fastflower.core.errors import CorruptionError, InputError
+from fastflower.core.host_copies import HostCopies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,8 +120,14 @@ def seal(path: Path) -> int | None:
 
 
 def snapshot(tree: Any) -> Any:
-    """A copy of a tree of dicts, lists and tensors, in which every tensor is copied to the CPU."""
-    return _map_tensors(tree, lambda tensor: tensor.detach().to("cpu", copy=True))
+    """A copy of a tree of dicts, lists and tensors, in which every tensor is copied to the CPU.
+
+    The host waits for a GPU once and not for each tensor.
+    """
+    copies = HostCopies()
+    copied = _map_tensors(tree, copies.add)
+    copies.wait()
+    return copied
 
 
 def _compact(tree: Any) -> Any:

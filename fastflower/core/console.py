@@ -3,14 +3,61 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 NEXT = "FASTFLOWER_NEXT"  # environment variable; 0: commands do not name the next one
+# what steers a terminal, or reverses the direction of text; not tab and line feed (twin of CONTROLS in code/table.py)
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text whose control characters, except tab and line feed, are written as escapes."""
+    return CONTROLS.sub(lambda mark: mark[0].encode("unicode_escape").decode(), text)
+
+
+class VisibleStream:
+    """A text stream that makes control characters `visible`, for text with names and values of users.
+
+    `terminal` is the stream below, for a progress line or colours of our own.
+    """
+
+    def __init__(self, terminal: TextIO, *, keep: str = "") -> None:
+        self.terminal, self._keep = terminal, keep
+
+    def write(self, text: str) -> int:
+        parts = text.split(self._keep) if self._keep else [text]
+        return self.terminal.write(self._keep.join(map(visible, parts)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.terminal, name)
+
+
+@contextmanager
+def visible_streams() -> Iterator[None]:
+    """Context manager: stdout and stderr of this process as VisibleStream.
+
+    Carriage returns pass to stderr, where libraries draw their progress.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout = cast(TextIO, VisibleStream(sys.stdout))
+    sys.stderr = cast(TextIO, VisibleStream(sys.stderr, keep="\r")) if sys.stderr else sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def terminal() -> TextIO:
+    """The stream of stdout itself, which takes control characters."""
+    return cast(TextIO, getattr(sys.stdout, "terminal", sys.stdout))
 
 
 def clock(seconds: float) -> str:
@@ -25,8 +72,13 @@ def print_next(command: str, arguments: list[str]) -> None:
 
     Not where this command is a step of another one, which sets NEXT to 0.
     """
+    print_next_line(spelled(command, arguments))
+
+
+def print_next_line(text: str) -> None:
+    """Print the last line of a command where the next one is no command of fastflower."""
     if os.environ.get(NEXT) != "0" and os.environ.get("RANK", "0") == "0":
-        print(f"next: {spelled(command, arguments)}", flush=True)
+        print(f"next: {text}", flush=True)
 
 
 def spelled(command: str, arguments: list[str]) -> str:
@@ -49,7 +101,7 @@ class Console:
     """
 
     def __init__(self, log: Path | None, *, silent: bool = False) -> None:
-        self.stream: TextIO | None = None if silent else sys.stdout
+        self.stream: TextIO | None = None if silent else terminal()
         self.interactive = (
             self.stream is not None and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         )
@@ -60,6 +112,7 @@ class Console:
 
     def write(self, text: str = "", style: str = "") -> None:
         """Write lines to terminal and log; `style` is bold, green, yellow or dim, on a terminal."""
+        text = visible(text)
         codes = {"bold": "1", "green": "32", "yellow": "33", "dim": "2"}
         styled = f"\x1b[{codes[style]}m{text}\x1b[0m" if self.colour and style and text else text
         self._put(("\r\x1b[K" if self._dirty else "") + styled + "\n")
@@ -70,7 +123,7 @@ class Console:
         """Replace the progress line of a terminal, cut to its width; does nothing elsewhere."""
         if self.interactive:
             width = os.get_terminal_size(self.stream.fileno()).columns if self.stream else 80
-            self._put(f"\r\x1b[K{text[: max(width - 1, 20)]}")
+            self._put(f"\r\x1b[K{visible(text)[: max(width - 1, 20)]}")
             self._dirty = True
 
     def close(self) -> None:

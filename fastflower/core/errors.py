@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from fastflower.core.console import visible_streams
+
 PREEMPTED = 75  # EX_TEMPFAIL: a signal stopped the training; the same command resumes it
 REMEDIES = {
     errno.ENOSPC: "make room on this disk, then repeat the command",
@@ -16,6 +18,7 @@ REMEDIES = {
     errno.EROFS: "make the disk writable, or run on a copy elsewhere",
     errno.EACCES: "give yourself permission to it, then repeat the command",
     errno.EPERM: "give yourself permission to it, then repeat the command",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u), then repeat the command",
     errno.EMFILE: "raise the limit of open files (ulimit -n), then repeat the command",
 }
 
@@ -49,14 +52,20 @@ def run_command(main: Callable[[list[str]], int | None], *, parses_help: bool = 
 
     An error of the operating system that no room explains, such as a full disk, counts as an EnvironmentFault.
     `--help` prints the docstring of the command's module, unless the command parses it itself (`parses_help`). Under
-    a launcher, every rank gets the same error and only the first prints it. Unprintable characters are escaped; a
-    closed stdout is ignored.
+    a launcher, every rank gets the same error and only the first prints it. Control characters of names and values are
+    escaped on both streams (see console.VisibleStream); a closed stdout is ignored.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    with visible_streams():
+        _run(main, first=first, parses_help=parses_help)
+
+
+def _run(main: Callable[[list[str]], int | None], *, first: bool, parses_help: bool) -> None:
+    """Print the help or run the command, and exit."""
     if not parses_help and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         if first:
             print(inspect.getdoc(sys.modules[main.__module__]))
@@ -72,11 +81,27 @@ def run_command(main: Callable[[list[str]], int | None], *, parses_help: bool = 
     except BrokenPipeError:  # `| head` is not a failure
         sys.stderr.close()
         code = 0
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        fault = lack_of_machine(error)
+        if fault is None:
+            raise
         if first:
-            print(f"fastflower: {one_line(str(of_machine(error)))}", file=sys.stderr, flush=True)
-        code = EnvironmentFault.exit_code
+            print(f"fastflower: {one_line(str(fault))}", file=sys.stderr, flush=True)
+        code = fault.exit_code
     sys.exit(code or 0)
+
+
+def lack_of_machine(error: Exception) -> EnvironmentFault | None:
+    """The line for an error of the operating system, of memory, or of a limit of processes; None for a bug."""
+    if isinstance(error, OSError):
+        return of_machine(error)
+    if isinstance(error, MemoryError):
+        return EnvironmentFault(
+            "out of memory; free some, or raise the limit (ulimit -v), then repeat the command"
+        )
+    if "can't start new thread" in str(error):
+        return EnvironmentFault(f"{error}; {REMEDIES[errno.EAGAIN]}")
+    return None
 
 
 def one_line(text: str) -> str:

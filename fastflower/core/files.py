@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,32 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(*folders: Path) -> None:
+    """Create folders, and raise PermissionError for one in which this process may not write: before minutes of work."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Context manager: a new folder for temporary files of this process, deleted on exit.
+
+    First deletes those of this user's killed processes, or gigabytes would pile up in the system's temporary folder.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(".fastflower-*.tmp"):
+        with suppress(OSError):  # another process has removed it
+            if is_abandoned(folder) and folder.lstat().st_uid == os.getuid():
+                remove(folder)
+    ending = f".{os.getpid()}-{process_namespace()}.tmp"
+    folder = Path(tempfile.mkdtemp(prefix=f".fastflower-{purpose}-", suffix=ending))
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
 @contextmanager
 def temporary_folder(folder: Path, target: Path, *, contents: Sequence[str]) -> Iterator[Path]:
     """Context manager: an empty folder that `swap_in` can put at `target`; leftovers are deleted on exit.
@@ -238,6 +265,21 @@ def locked(path: Path, message: str) -> Iterator[None]:
                     folder.rmdir()
     finally:
         os.close(handle)
+
+
+def is_locked(path: Path) -> bool:
+    """True while a process holds the lock of a file (see `locked`)."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _open_lock(path: Path) -> tuple[int, list[Path]]:

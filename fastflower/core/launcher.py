@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import IO
 
 from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.core.files import scratch_folder
 from fastflower.core.workers import die_with_parent
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -84,7 +84,7 @@ def launch(command: list[str], count: int) -> int:
     error is printed by the rank that has it, and nothing is added to it. SIGTERM is passed on and Ctrl-C reaches the
     ranks by itself; this process then waits until they have saved. Exit codes are theirs, 128 + n for a signal n.
     """
-    with tempfile.TemporaryDirectory(prefix="fastflower-ranks-") as folder, socket.socket() as free:
+    with scratch_folder("ranks") as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {
             **os.environ,

@@ -13,7 +13,7 @@ import types
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fastflower.core.errors import CorruptionError, InputError
+from fastflower.core.errors import CorruptionError, InputError, of_machine
 from fastflower.core.files import digest, finite, write_atomic
 
 
@@ -48,8 +48,10 @@ def read_record(path: Path, kind: type[R]) -> R:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {kind.REMEDY}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorruptionError(f"{path}: cannot be read ({error}); {kind.REMEDY}") from None
+    except OSError as error:
+        raise of_machine(error) from None
+    except UnicodeDecodeError as error:
+        raise CorruptionError(f"{path} is damaged: not UTF-8 ({error.reason}); {kind.REMEDY}") from None
     try:
         content = json.loads(text)
         checksum = content.pop("checksum")

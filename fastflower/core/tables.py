@@ -9,22 +9,21 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fastflower.core.errors import CorruptionError, InputError
+from fastflower.core.console import CONTROLS
+from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError, of_machine
 from fastflower.core.files import replacing
 
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
-)  # all but tab and line ends, which CSV can quote
+_CONTROL = re.compile(f"(?!\r){CONTROLS.pattern}")  # not carriage returns, which CSV can quote
 CHECK = "check"  # the column of row checksums in tables that decide something
-_ESCAPE = re.compile(r"\\x([01][0-9a-f]|7f|[89][0-9a-f])")
+_ESCAPE = re.compile(r"\\(x([01][0-9a-f]|7f|[89][0-9a-f])|u20(2[89a-e]|6[6-9]))")
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, str]], columns: tuple[str, ...] = ()) -> None:
     """Write a table of text atomically as UTF-8; file names that are not UTF-8 keep their bytes.
 
     Line ends in a cell are quoted (RFC 4180). Other control characters, which a terminal would obey, are written as
-    \\x1b; `read_csv` restores them. `columns` defaults to those of the first row; when given, `rows` may be a generator
-    and is not held in memory.
+    \\x1b or \\u202e; `read_csv` restores them. `columns` defaults to those of the first row; when given, `rows` may be
+    a generator and is not held in memory.
     """
     if not columns:
         rows = list(rows)
@@ -41,8 +40,10 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """Read the rows of a table of `write_csv`; InputError when the file or one of `columns` is missing."""
     try:
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run convert first") from None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; run convert first") from None
+        raise of_machine(error) from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
     missing = [column for column in columns if column not in (reader.fieldnames or [])]
     if missing:
@@ -75,6 +76,8 @@ def read_sealed(path: Path, columns: tuple[str, ...], *, count: int | None = Non
         raise InputError(f"{path}: no such file; run convert first")
     try:
         rows = read_csv(path, (*columns, CHECK))
+    except EnvironmentFault:
+        raise
     except (InputError, csv.Error) as error:
         cause = str(error).partition(";")[0].removeprefix(f"{path}: ")
         raise CorruptionError(f"{path} is damaged, or of an earlier version ({cause}); {remedy}") from None
@@ -100,7 +103,10 @@ def restored(cell: str) -> str:
     if not _ESCAPE.search(cell):
         return cell
     return re.sub(
-        r"\\(\\|x(..))", lambda match: chr(int(match[2], 16)) if match[2] else "\\", cell, flags=re.DOTALL
+        r"\\(\\|x(..)|u(....))",
+        lambda match: "\\" if match[1] == "\\" else chr(int(match[2] or match[3], 16)),
+        cell,
+        flags=re.DOTALL,
     )
 
 
@@ -112,8 +118,13 @@ def _line(cells: Sequence[object]) -> str:
 
 def _quoted(cell: str) -> str:
     if _CONTROL.search(cell) or _ESCAPE.search(cell):
-        cell = _CONTROL.sub(lambda mark: f"\\x{ord(mark[0]):02x}", cell.replace("\\", "\\\\"))
+        cell = _CONTROL.sub(_code, cell.replace("\\", "\\\\"))
     return '"' + cell.replace('"', '""') + '"' if any(mark in cell for mark in ',"\r\n') else cell
+
+
+def _code(mark: re.Match[str]) -> str:
+    code = ord(mark[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def escaped(name: str) -> str:

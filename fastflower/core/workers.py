@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from fastflower.core.console import terminal
 from fastflower.core.errors import EnvironmentFault
 
 T = TypeVar("T")
@@ -137,7 +138,7 @@ class Progress:
             f"{self.noun}: {done}/{self.total} ({percent} %), {speed:.0f} images/s, {seconds_left:.0f} s left"
         )
         end = "" if self._live and done < self.total else "\n"
-        print(f"\r{line:<78}" if self._live else line, end=end, flush=True)
+        print(f"\r{line:<78}" if self._live else line, end=end, flush=True, file=terminal())
 
 
 def cores(threads: int, processes: int = 1) -> int:

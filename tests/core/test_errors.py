@@ -17,6 +17,7 @@ import torch
 from fastflower import ensemble
 from fastflower.core import checkpoint, errors, runs, tables
 from fastflower.report import __main__ as report
+from fastflower.report import page  # noqa: F401  # its libraries write caches when they are imported
 from support import fake_members
 
 
@@ -104,6 +105,15 @@ def test_a_bug_keeps_its_traceback():
             "q: No such file or directory; check the",
         ),
         (OSError("odd"), "odd; check"),
+        (
+            RuntimeError("can't start new thread"),
+            "can't start new thread; raise the limit of processes (ulimit -u)",
+        ),
+        (
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+            "Resource temporarily unavailable; raise",
+        ),
+        (MemoryError(), "out of memory; free some"),
     ],
 )
 def test_an_error_of_the_machine_is_one_line(raised, line, capsys, monkeypatch):
@@ -128,10 +138,11 @@ def test_a_disk_that_is_full_is_one_line_with_the_file(command, capsys, monkeypa
     )
     table = [{"fold": str(fold)} for fold in fake_members.folds()]
     fake_members.write_folds(Path("d/folds.csv"))
+    fitting = [f"model.backbone={fake_members.BACKBONES[0]}", "data.img_size=32"]
     mains = {
         "report": lambda _: report.main(["a"]),
         "report md": lambda _: report.main(["a", "--format", "md"]),
-        "ensemble": lambda _: ensemble.main(["exp.name=a", "data.home=d"]),
+        "ensemble": lambda _: ensemble.main(["exp.name=a", "data.home=d", *fitting]),
         "checkpoint": lambda _: checkpoint.save(Path("c.pth"), {"w": torch.zeros(9999)}, {}),
         "csv": lambda _: tables.write_csv(Path("t.csv"), table * 99),
     }

@@ -30,6 +30,8 @@ MARKS = [
     "\\x1b",
     "\\\\",
     "\u2028",
+    "\u202e",
+    "\\u202e",
     "\udcff",
     " ",
     "花",
@@ -49,7 +51,9 @@ def test_tables_hold_no_control_characters_and_plain_readers_find_line_ends() ->
     write_csv(Path("t.csv"), [{"a": cell} for cell in MARKS])
     data = Path("t.csv").read_bytes()
     text = data.decode("utf-8", "surrogateescape")
-    assert not set(text) & {chr(code) for code in (*range(9), 11, 12, *range(14, 32), *range(0x7F, 0xA0))}
+    assert not set(text) & {
+        chr(code) for code in (*range(9), 11, 12, *range(14, 32), *range(0x7F, 0xA0), 0x2028, 0x202E)
+    }
     rows = [row[0] for row in csv.reader(io.StringIO(text, newline=""))]
     assert rows[1:5] == MARKS[:4] and len(rows) == len(MARKS) + 1
 

@@ -364,9 +364,28 @@ class Beton:
 def open_beton(path: Path) -> Beton:
     """Open a finished beton; its rows' checksums are left to `verify` and to the functions that read rows.
 
-    Raises InputError when it is missing or convert did not finish, CorruptionError when it is damaged.
+    A conversion may replace it at that moment: beton and manifest are of one conversion. Raises InputError when it is
+    missing or convert did not finish, CorruptionError when it is damaged.
     """
     path = Path(path)
+    while True:
+        before = _generation(path)
+        try:
+            beton = _open_once(path)
+        except InputError:
+            if _generation(path) == before:
+                raise
+        else:
+            if _generation(path) == before:
+                return beton
+
+
+def _generation(path: Path) -> list[int]:
+    """The inodes of a beton and its manifest, as far as they exist."""
+    return [file.stat().st_ino for file in (path, manifest_path(path)) if file.exists()]
+
+
+def _open_once(path: Path) -> Beton:
     if not path.is_file():
         raise InputError(f"no beton {path}; run convert")
     if not manifest_path(path).is_file():

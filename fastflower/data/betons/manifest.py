@@ -26,6 +26,7 @@ class StorageSettings:
     store: str  # raw or jpeg
     jpeg_quality: int
     combos: tuple[tuple[str, str], ...]  # (kind, level) of each set of corrupted copies
+    own_corruptions: tuple[tuple[str, str], ...] = ()  # (kind, digest of its source) of the user's own kinds
 
 
 @dataclass(frozen=True)
