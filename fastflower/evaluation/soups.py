@@ -9,28 +9,32 @@ it nothing is proven but that the folds lie in one basin.
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from fastflower.core import runs
+from fastflower.core import metric, runs
 from fastflower.core.errors import InputError
+from fastflower.core.files import remove_abandoned, scratch_folder
 from fastflower.data.betons import fold_set
 from fastflower.data.loaders import eval_images
 from fastflower.evaluation import inference
-from fastflower.evaluation.logits import Logits, LogitsInfo, MemberLogits
+from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits
+from fastflower.evaluation.selected import single_view_score
 from fastflower.model.member import MemberCheckpoint, load_member, save_member
 from fastflower.model.network import batch_norms
 from fastflower.recipe import Recipe
 
 NORM_IMAGES = 2048  # for new statistics of BatchNorm
 KindSeed = tuple[str, int]
-FoldScores = dict[int, np.ndarray]  # fold -> the contribution of each image to S
+FoldLogits = dict[int, Logits[MemberInfo]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,36 +63,26 @@ def average_tensors(networks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def score_by_image(data: Logits[LogitsInfo], alpha: float) -> np.ndarray:
-    """The contribution of each image to S: float64 (N,), in the order of folds.csv; their mean is S."""
-    clean = data.single.argmax(1) == data.class_idx
-    score = clean.astype(np.float64)
-    if len(data.combos):
-        score = alpha * clean + (1 - alpha) * (data.corrupt.argmax(2) == data.class_idx).mean(0)
-    return score[np.argsort(data.index, kind="stable")]
+def nested_score(candidates: list[dict[int, T]], score: Callable[[list[T]], float]) -> float:
+    """The score of choosing the best candidate, fold -> its logits, without the bias of the choice.
 
-
-def nested_score(candidates: list[FoldScores]) -> float:
-    """The S of choosing the best candidate, without the bias of the choice.
-
-    Each fold is scored with the candidate that is best on the other folds, the first of equal ones. With one fold
+    Each fold is predicted by the candidate that is best on the other folds, the first of equal ones. With one fold
     there is nothing to choose by, and it is the first's.
     """
     folds = list(candidates[0])
     chosen = []
     for fold in folds:
         elsewhere = [
-            float(np.concatenate([scores[other] for other in folds if other != fold]).mean())
-            if len(folds) > 1
-            else 0.0
-            for scores in candidates
+            score([part for other, part in candidate.items() if other != fold]) if len(folds) > 1 else 0.0
+            for candidate in candidates
         ]
         chosen.append(candidates[int(np.argmax(elsewhere))][fold])
-    return float(np.concatenate(chosen).mean())
+    return score(chosen)
 
 
 def make_soups(recipe: Recipe, members: list[MemberLogits], device: torch.device) -> list[Soup]:
     """Soups of every backbone (checkpoints) or run (folds) of the evaluated members; files only where accepted."""
+    remove_abandoned(runs.MODELS / recipe.exp.name, "*soup__*")
     of_checkpoints = recipe.ensembling.soup == "checkpoints"
     groups: dict[tuple[str, ...] | tuple[str, int], list[MemberLogits]] = {}
     for member in members:
@@ -99,43 +93,46 @@ def make_soups(recipe: Recipe, members: list[MemberLogits], device: torch.device
 
 def checkpoint_soup(recipe: Recipe, members: list[MemberLogits], device: torch.device) -> Soup:
     """A greedy soup of the checkpoints that every fold has, best first; one is kept when S does not fall."""
-    backbone, alpha = members[0].info.backbone, recipe.select.alpha
+    backbone = members[0].info.backbone
     folds = sorted({member.info.fold for member in members})
     files = {fold: newest_checkpoints(recipe.exp.name, backbone, fold) for fold in folds}
     shared = [key for key in files[folds[0]] if all(key in files[fold] for fold in folds)]
     if len(shared) < 2:
         return Soup(f"{backbone}: no soup, its folds share {len(shared)} kinds of checkpoints", [])
-    with tempfile.TemporaryDirectory(prefix="fastflower-soup-") as folder:
+    with scratch_folder("soup") as folder:
 
-        def evaluate(chosen: list[KindSeed]) -> FoldScores:
-            scores = {}
+        def evaluate(chosen: list[KindSeed]) -> FoldLogits:
+            predicted = {}
             for fold in folds:
-                path = Path(folder) / f"{fold}_{len(chosen)}.pth"
+                path = folder / f"{fold}_{len(chosen)}.pth"
                 average_checkpoints(
                     path, [files[fold][key] for key in chosen], recipe=recipe, fold=fold, device=device
                 )
-                scores[fold] = score_by_image(inference.predict(path, recipe, device), alpha)
-            return scores
+                predicted[fold] = inference.predict(path, recipe, device)
+            return predicted
+
+        def score(parts: Sequence[MemberLogits]) -> float:
+            return soup_score(recipe, parts)
 
         alone = {key: evaluate([key]) for key in shared}
-        shared.sort(key=lambda key: -_mean(alone[key]))
+        shared.sort(key=lambda key: -score(list(alone[key].values())))
         chosen, candidates = [shared[0]], [alone[shared[0]]]
         for key in shared[1:]:
             extended = evaluate([*chosen, key])
-            if _mean(extended) >= _mean(candidates[-1]):
+            if score(list(extended.values())) >= score(list(candidates[-1].values())):
                 chosen, candidates = [*chosen, key], [*candidates, extended]
-    score, single = nested_score(candidates), _mean(candidates[0])
+    nested, single = nested_score(candidates, score), score(list(candidates[0].values()))
     averaged = ", ".join(f"{kind} seed {seed}" for kind, seed in chosen)
-    line = f"{backbone}: soup of {averaged}: S {score:.4f}"
-    reference = f"{chosen[0][0]} alone has {single:.4f} out of fold"
-    if len(chosen) == 1 or score < single:
+    line = f"{backbone}: soup of {averaged}: {in_words(recipe, nested)}"
+    reference = f"{chosen[0][0]} alone has {shown(recipe, single)} out of fold"
+    if len(chosen) == 1 or nested < single:
         return Soup(f"{line}, refused: {reference}", [])
     written = []
     for fold in folds:
         sources = [files[fold][key] for key in chosen]
         run = runs.Run(exp=recipe.exp.name, backbone=backbone, fold=fold, seed=chosen[0][1])
         epoch = max(load_member(path).meta.epoch for path in sources)
-        target = run.checkpoint_path("soup", epoch, float(candidates[-1][fold].mean()))
+        target = run.checkpoint_path("soup", epoch, score([candidates[-1][fold]]))
         average_checkpoints(target, sources, recipe=recipe, fold=fold, device=device)
         written.append(target)
     return Soup(
@@ -146,23 +143,25 @@ def checkpoint_soup(recipe: Recipe, members: list[MemberLogits], device: torch.d
 
 def fold_soup(recipe: Recipe, members: list[MemberLogits], device: torch.device) -> Soup:
     """One network of all folds of a run, kept when its S is not below the members' out-of-fold S."""
-    (backbone, seed), alpha = members[0].run, recipe.select.alpha
+    backbone, seed = members[0].run
     models = runs.MODELS / recipe.exp.name
     sources = [models / member.info.checkpoint for member in members]
     if len(sources) < 2:
         return Soup(f"{backbone} seed {seed}: no soup of one fold", [])
-    single = float(np.concatenate([score_by_image(member, alpha) for member in members]).mean())
-    with tempfile.TemporaryDirectory(prefix="fastflower-soup-") as folder:
-        averaged = Path(folder) / "folds.pth"
+    if members[0].info.head == "knn":
+        return Soup(f"{backbone} seed {seed}: no soup, the k-NN head of each fold holds other images", [])
+    single = soup_score(recipe, members)
+    with scratch_folder("soup") as folder:
+        averaged = folder / "folds.pth"
         average_checkpoints(averaged, sources, recipe=recipe, fold=members[0].info.fold, device=device)
-        soup, scores = load_member(averaged), []
+        soup, predicted = load_member(averaged), []
         for member in members:
-            path = Path(folder) / f"fold{member.info.fold}.pth"
+            path = folder / f"fold{member.info.fold}.pth"
             save_member(path, soup.tensors, replace(soup.meta, fold=member.info.fold))
-            scores.append(score_by_image(inference.predict(path, recipe, device), alpha))
-    score = float(np.concatenate(scores).mean())
-    line = f"{backbone} seed {seed}: one network of {len(sources)} folds: S {score:.4f}"
-    reference = f"its members have {single:.4f} out of fold"
+            predicted.append(inference.predict(path, recipe, device))
+    score = soup_score(recipe, predicted)
+    line = f"{backbone} seed {seed}: one network of {len(sources)} folds: {in_words(recipe, score)}"
+    reference = f"its members have {shown(recipe, single)} out of fold"
     if score < single:
         return Soup(f"{line}, refused: {reference}", [])
     folds = "-".join(str(member.info.fold) for member in members)
@@ -197,9 +196,16 @@ def average_checkpoints(
     names = tuple(path.name for path in sources)
     meta = replace(members[0].meta, kind="soup", soup=names, scores={}, fold=fold)
     soup = MemberCheckpoint(meta, average_tensors([member.tensors for member in members]))
-    if len(sources) > 1:
+    if _statistics_differ(members):  # those of a frozen backbone are right as they are
         soup = refresh_norms(soup, target, recipe=recipe, device=device)
     save_member(target, soup.tensors, soup.meta)
+
+
+def _statistics_differ(members: list[MemberCheckpoint]) -> bool:
+    """True if the running statistics of BatchNorm are not those of the first member in all of them."""
+    first, *others = (member.tensors for member in members)
+    names = [name for name in first if name.endswith(("running_mean", "running_var"))]
+    return any(not torch.equal(first[name], other[name]) for other in others for name in names)
 
 
 def refresh_norms(
@@ -229,5 +235,16 @@ def refresh_norms(
     return MemberCheckpoint(soup.meta, {name: tensor.cpu() for name, tensor in network.state_dict().items()})
 
 
-def _mean(scores: FoldScores) -> float:
-    return float(np.concatenate(list(scores.values())).mean())
+def soup_score(recipe: Recipe, predicted: Sequence[MemberLogits]) -> float:
+    """The score by select.metric of the images of all folds together, at the single view of training."""
+    return single_view_score(predicted, recipe.select.metric, recipe.select.alpha)
+
+
+def in_words(recipe: Recipe, score: float) -> str:
+    """A score with the name of its metric, such as S 0.8123."""
+    return f"{metric.parse(recipe.select.metric).title} {shown(recipe, score)}"
+
+
+def shown(recipe: Recipe, score: float) -> str:
+    """A score as people read it."""
+    return f"{metric.parse(recipe.select.metric).shown(score):.4f}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastflower.core.errors import InputError
 from fastflower.model import compare, ocec, own_network
-from fastflower.model.pretrained import find_weights
+from fastflower.model.pretrained import find_weights, published_name
 from fastflower.model.sizes import Size, accepts, create, features, fit, refusal, text
 from fastflower.model.weight_files import read_weights
 
@@ -155,11 +155,13 @@ def _check_own(name: str, *, drop_path: float, pretrained: Path | None) -> None:
 
 
 def _create_loaded(name: str, arguments: dict[str, Any], path: Path) -> tuple[nn.Module, LoadReport]:
-    """Create a backbone with the weights of a file."""
-    backbone, weights, report = _create_matched(
-        name, arguments, tensors=read_weights(path).tensors, path=path
-    )
+    """Create a backbone with the weights of a file, which are those of its trunk if it compares pairs by one."""
+    published, tensors = published_name(name), read_weights(path).tensors
+    backbone, weights, report = _create_matched(published, arguments, tensors=tensors, path=path)
     backbone.load_state_dict(weights, strict=False)
+    if published != name:
+        trunk, backbone = backbone, create(name, arguments)
+        backbone.trunk.load_state_dict(trunk.state_dict())  # type: ignore[union-attr]
     return backbone, report
 
 

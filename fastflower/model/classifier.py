@@ -29,7 +29,7 @@ class Classifier(ComposerModel):
         self.shadows: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C) of a batch whose image is float (B, 3, H, W) or uint8 (B, H, W, 3)."""
+        """Logits (B, C) of a batch whose image is float (B, 3, H, W), uint8 (B, H, W, 3) or its features (B, F)."""
         return self.network(float_images(batch))
 
     def loss(self, outputs: Tensor, batch: Batch, *_: Any, **__: Any) -> Tensor:
@@ -42,6 +42,8 @@ class Classifier(ComposerModel):
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
         """Float32 logits (B, C) by name: `raw` for the network itself, then every shadow."""
         images = float_images(batch)
+        if self.network.kept == "backbone" and images.ndim == 4:  # which all of them share
+            images = self.network.features(images)
         networks: dict[str, Callable[[Tensor], Tensor]] = {"raw": self.network, **self.shadows}
         return {name: network(images).float() for name, network in networks.items()}
 

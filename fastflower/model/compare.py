@@ -3,13 +3,12 @@
 `register` adds them to timm, so that recipes name them like any backbone:
 `compare_resnet<blocks of the three stages>_<fusion>[_cbam][_w<percent of the width>]`, such as
 compare_resnet333_adaptive_cbam or compare_resnet222_distance_w112; and `compare_<timm name>_<fusion>` with any network
-of timm as the trunk, from random weights, such as compare_efficientnet_b0_adaptive.
+of timm as the trunk, such as compare_efficientnet_b0_adaptive, whose published weights are those of efficientnet_b0.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -21,6 +20,7 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from fastflower.model.pretrained import WITH_TRUNK
 from fastflower.model.timm_registry import register_with_timm
 
 FEATURES = 256
@@ -148,13 +148,15 @@ def _block(width_in: int, width_out: int, stride: int) -> BasicBlock:
     return BasicBlock(width_in, width_out, stride, shortcut)
 
 
-_WITH_TRUNK = re.compile(rf"compare_(?P<trunk>\w+)_(?P<fusion>{'|'.join(FUSIONS)})")
-
-
 def register_trunk(name: str) -> None:
     """Register the network of a name with timm, if it is compare_<timm name>_<fusion>."""
-    match = _WITH_TRUNK.fullmatch(name)
-    if timm.is_model(name) or match is None or not timm.is_model(match["trunk"]):
+    match = WITH_TRUNK.fullmatch(name)
+    if (
+        timm.is_model(name)
+        or match is None
+        or match["fusion"] not in FUSIONS
+        or not timm.is_model(match["trunk"])
+    ):
         return
     trunk, fusion = match["trunk"], match["fusion"]
     register_with_timm(name, lambda drop_path_rate=0.0: TrunkCompareNet(trunk, fusion, drop_path_rate))

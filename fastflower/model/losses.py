@@ -6,13 +6,16 @@ targets with reg.ls_eps, after mixing (the two commute). Scores never use these:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastflower.core import own_parts
 from fastflower.core.errors import InputError
 from fastflower.model.heads import MARGIN_HEADS
 from fastflower.recipe import Recipe
@@ -32,7 +35,8 @@ def _label_loss(recipe: Recipe, class_counts: Sequence[int]) -> Loss:
     counts = torch.as_tensor(class_counts, dtype=torch.float32)
     if not (counts > 0).any():
         raise InputError("the training split of the fold is empty; check data.fold and the label file")
-    return Loss(
+    kind = functools.partial(OwnLoss, name) if own_parts.is_own(name) else Loss
+    return kind(
         smoothing=0.0 if name == "ce" else recipe.reg.ls_eps,
         gamma=recipe.loss.focal_gamma if name == "focal" else 0.0,
         log_prior=counts.log() if name == "bsce" else None,
@@ -110,6 +114,27 @@ class Loss(nn.Module):
     def _with_margin(self, logits: Tensor, label: Tensor) -> Tensor:
         apply = add_angle if self.margin == "arcface" else subtract_cosine
         return torch.where(label, self.scale * apply(logits / self.scale, self.margin_size), logits)
+
+
+class OwnLoss(Loss):
+    """A loss of the user's own: a function of logits and smoothed targets (B, C) to the loss of each row (B,)."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.of_rows = own_parts.find("loss.name", name)
+        logits = torch.zeros(3, 2, requires_grad=True)
+        got = own_parts.call("loss.name", name, logits, torch.eye(2)[[0, 1, 0]])
+        shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+        if shape != (3,):
+            raise own_parts.fault(
+                "loss.name", name, f"gives {shape} for three rows, must give the loss of each, (3,)"
+            )
+        if not got.requires_grad:
+            raise own_parts.fault("loss.name", name, "gives a loss without a gradient to the logits")
+
+    def _rows(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses: Tensor = self.of_rows(logits, smooth(targets, self.smoothing))
+        return losses
 
 
 class Distilled(nn.Module):

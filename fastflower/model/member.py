@@ -12,6 +12,7 @@ from torch import Tensor
 from fastflower.core import checkpoint
 from fastflower.core.errors import InputError
 from fastflower.core.records import FieldError, from_plain, to_plain
+from fastflower.model.lora import merged
 from fastflower.model.network import NetworkSpec
 
 
@@ -31,7 +32,7 @@ class MemberMeta(NetworkSpec):
     epoch: int  # from 1
     recipe: str  # YAML
     version: str  # of fastflower
-    kind: str  # best_clean, best_combo, best_f1, ema_best, swa, last or soup
+    kind: str  # one of core.runs.KINDS
     weights: str  # raw, ema or swa
     scores: dict[str, float | None]  # by metric and weights, such as clean_ema; empty for a soup
     soup: tuple[str, ...] = ()  # the files whose weights were averaged
@@ -47,17 +48,17 @@ class MemberCheckpoint:
 
 
 def load_member(path: Path) -> MemberCheckpoint:
-    """Read a member onto the CPU.
+    """Read a member onto the CPU, with the adapters of a `last` merged into their weights.
 
     Raises CorruptionError for a damaged file, InputError for a missing or foreign one or an incomplete description.
     """
     content = checkpoint.load(path)
-    return MemberCheckpoint(parse_meta(content.meta, path), content.tensors)
+    return MemberCheckpoint(parse_meta(content.meta, path), merged(content.tensors))
 
 
 def save_member(path: Path, tensors: dict[str, Tensor], meta: MemberMeta) -> None:
-    """Write a member atomically; NaN scores become null."""
-    checkpoint.save(path, tensors, to_plain(meta))
+    """Write a member atomically; adapters are merged into their weights, and NaN scores become null."""
+    checkpoint.save(path, merged(tensors), to_plain(meta))
 
 
 def parse_meta(meta: Mapping[str, Any], path: Path) -> MemberMeta:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import timm.layers
 import torch
@@ -13,7 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.model import backbones
-from fastflower.model.heads import build_head
+from fastflower.model.frozen import frozen_recipe
+from fastflower.model.heads import NeighboursHead, build_head
+from fastflower.model.lora import adapt
 from fastflower.model.response_norm import use_lean_response_norms
 from fastflower.model.sizes import fitting, view_scales
 from fastflower.recipe import Recipe, derived
@@ -35,11 +38,16 @@ class NetworkSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
+    mlp_width: int = 0  # of head mlp
+    knn_k: int = 0  # of head knn, as the next two
+    knn_temperature: float = 0.0
+    knn_images: int = 0  # whose features the head holds
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, num_classes: int) -> NetworkSpec:
+    def from_recipe(cls, recipe: Recipe, num_classes: int, *, images: int = 0) -> NetworkSpec:
         """The specification of a recipe's network; mean and std are the backbone's unless the recipe sets them.
 
+        `images` is the number of labelled training images, which a k-NN head holds.
         Raises InputError for a mean or std that contradicts pretrained weights, and for unusable names and sizes.
         """
         model, sizes = recipe.model, derived.image_sizes(recipe)
@@ -67,6 +75,7 @@ class NetworkSpec:
             mean=profile.mean if recipe.data.mean == "auto" else tuple(recipe.data.mean),
             std=profile.std if recipe.data.std == "auto" else tuple(recipe.data.std),
             interpolation=profile.interpolation,
+            **_head_numbers(recipe, images),
         )
 
     def scales(self, asked: list[int]) -> list[int]:
@@ -82,11 +91,13 @@ class NetworkSpec:
 class Network(nn.Module):
     """Pixels 0..255 -> logits. Normalisation is part of the network, so that no caller can get it wrong.
 
-    The state dict holds `backbone.*` and `head.*` only; mean and std come from the spec.
+    The state dict holds `backbone.*` and `head.*` only; mean and std come from the spec. `kept` is what training leaves
+    as it is: nothing, the backbone, or the weights of a backbone that learns through adapters alone.
     """
 
     mean: Tensor
     std: Tensor
+    kept: Literal["nothing", "backbone", "weights"] = "nothing"
 
     def __init__(
         self, backbone: nn.Module, head: nn.Module, *, spec: NetworkSpec, drop_rate: float = 0.0
@@ -99,22 +110,41 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float 0..255 -> logits (B, C)."""
-        return self.head(self.dropout(self.backbone((images - self.mean) / self.std)))
+        """(B, 3, H, W) float 0..255, or features (B, F) computed before -> logits (B, C)."""
+        features = self.features(images) if images.ndim == 4 else images
+        return self.head(self.dropout(features))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float 0..255 -> features (B, F) of the backbone."""
+        return self.backbone((images - self.mean) / self.std)
+
+    def train(self, mode: bool = True) -> Network:
+        """Set the mode of all layers, but for those that training leaves as they are: they stay in eval mode."""
+        super().train(mode)
+        if self.kept == "backbone":
+            self.backbone.eval()
+        if self.kept == "weights":
+            for module in self.backbone.modules():
+                if isinstance(module, BatchNorm):
+                    module.eval()
+        return self
 
 
 def fitted(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with the nearest sizes that its backbone takes, and a line for each key that changed.
 
+    One with a frozen backbone first becomes `frozen_recipe`.
+
     A network that takes one size only is trained at one size. No side exceeds those of the recipe, for which images
     were stored. Raises InputError for a backbone without such a size.
     """
+    recipe, lines = frozen_recipe(recipe)
     name, asked = recipe.model.backbone, derived.image_sizes(recipe)
     backbones.check_name(name)
     sizes = fitting(name, asked, largest=derived.largest_size(recipe))
     square = all(height == width for height, width in sizes)
     scales = view_scales(name, sizes[-1], recipe.tta.scales) if square else recipe.tta.scales
-    lines, data, train = [], recipe.data, recipe.train
+    data, train = recipe.data, recipe.train
     if sizes != asked:
         kept = [place for place, size in enumerate(sizes) if size not in sizes[place + 1 :]]
         data = replace(data, img_size=[_plain(sizes[place]) for place in kept])
@@ -144,14 +174,15 @@ def build_network(spec: NetworkSpec) -> Network:
 
 
 def training_network(
-    recipe: Recipe, num_classes: int, pretrained: Path = runs.PRETRAINED
+    recipe: Recipe, num_classes: int, pretrained: Path = runs.PRETRAINED, *, images: int = 0
 ) -> tuple[Network, NetworkSpec, list[str]]:
     """The network that a recipe trains, its spec, and lines on the origin of its weights.
 
-    Random weights come from torch's global generator: seed it first. Pretrained ones come from folder `pretrained`.
+    `images` is the number of labelled training images. Random weights come from torch's global generator: seed it
+    first. Pretrained ones come from folder `pretrained`.
     """
     model, sizes = recipe.model, derived.image_sizes(recipe)
-    spec = NetworkSpec.from_recipe(recipe, num_classes)
+    spec = NetworkSpec.from_recipe(recipe, num_classes, images=images)
     backbone, report = backbones.build_backbone(
         spec.backbone,
         sizes,
@@ -163,9 +194,40 @@ def training_network(
     network = Network(backbone, _head(spec, sizes), spec=spec, drop_rate=model.drop_rate)
     if recipe.train.channels_last:
         use_channels_last(network)
+    notes = _keep(network, recipe)
     if model.init:  # its caller loads the weights
-        return network, spec, []
-    return network, spec, [str(report or f"{spec.backbone}: random initial weights (model.pretrained=false)")]
+        return network, spec, notes
+    return (
+        network,
+        spec,
+        [*notes, str(report or f"{spec.backbone}: random initial weights (model.pretrained=false)")],
+    )
+
+
+def _keep(network: Network, recipe: Recipe) -> list[str]:
+    """Freeze what model.freeze and model.lora leave as it is; a line for people that says what trains."""
+    lora = recipe.model.lora
+    if recipe.model.freeze == "backbone":
+        network.kept = "backbone"
+        network.backbone.requires_grad_(False)
+        what = "the head alone trains"
+        if isinstance(network.head, NeighboursHead):
+            count, width = network.head.images.shape
+            megabytes = 4 * count * width / 1e6
+            return [
+                f"nothing trains: the head holds the features of {count} images, {width} numbers each, "
+                f"{megabytes:.1f} MB ({megabytes / 2:.1f} MB of a bundle in fp16)"
+            ]
+    elif lora.rank:
+        layers = adapt(network.backbone, lora, recipe.model.backbone)
+        network.kept = "weights"
+        what = f"adapters of rank {lora.rank} in {layers} linear layers and the head train"
+    else:
+        return []
+    network.train(network.training)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in network.parameters())
+    return [f"{what}: {trained / 1e6:.3g} M of {whole / 1e6:.3g} M parameters"]
 
 
 def use_channels_last(network: nn.Module) -> None:
@@ -179,7 +241,9 @@ def use_channels_last(network: nn.Module) -> None:
 
 
 def batch_norms(network: nn.Module) -> dict[str, BatchNorm]:
-    """The BatchNorm layers that keep running statistics, by name."""
+    """The BatchNorm layers whose running statistics follow the training, by name."""
+    if isinstance(network, Network) and network.kept != "nothing":
+        return {}
     return {
         name: module
         for name, module in network.named_modules()
@@ -198,5 +262,18 @@ def synchronise_norms(
 
 
 def _head(spec: NetworkSpec, sizes: list[tuple[int, int]]) -> nn.Module:
-    features = backbones.profile(spec.backbone, sizes).features
-    return build_head(spec.head, features, classes=spec.num_classes, scale=spec.head_scale)
+    return build_head(spec, backbones.profile(spec.backbone, sizes).features)
+
+
+def _head_numbers(recipe: Recipe, images: int) -> dict[str, Any]:
+    """The fields of a spec that only some heads have, where the recipe's head is one of them."""
+    model = recipe.model
+    if model.head == "mlp":
+        return {"mlp_width": model.mlp_width}
+    if model.head != "knn":
+        return {}
+    if 0 < images <= model.knn_k:
+        raise InputError(
+            f"model.knn_k = {model.knn_k}: the fold has {images} training images; set it to {images - 1} or less"
+        )
+    return {"knn_k": model.knn_k, "knn_temperature": model.knn_temperature, "knn_images": images}

@@ -5,6 +5,10 @@ Imports no torch: commands look for weights before the imports that take seconds
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 from fastflower.core import runs
@@ -13,6 +17,16 @@ from fastflower.recipe import Recipe, derived
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+# networks that compare pairs by a trunk of timm; compare_resnet222_* and 333 are this project's own
+WITH_TRUNK = re.compile(r"compare_(?P<trunk>(?!resnet(?:222|333)_)\w+)_(?P<fusion>[a-z]+)")
+OWN_NETWORKS = ("compare_", "ocec_")
+REGISTERED = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)  # in timm's sources
+
+
+def published_name(backbone: str) -> str:
+    """The timm name whose published weights a backbone takes: its own, or that of the trunk that compares pairs."""
+    match = WITH_TRUNK.fullmatch(backbone)
+    return match["trunk"] if match else backbone
 
 
 def target_path(name: str, folder: Path = runs.PRETRAINED) -> Path:
@@ -26,6 +40,7 @@ def locate_weights(name: str, folder: Path = runs.PRETRAINED) -> Path | None:
     With its tag before without; a file `<name>.safetensors`, .pth, .pt or .bin before a folder `<name>/` as the hub
     has it, before a copy of the hub's cache.
     """
+    name = published_name(name)
     for stem in dict.fromkeys((name, name.partition(".")[0])):
         snapshots = folder / f"models--timm--{stem}" / "snapshots"
         paths = [folder / (stem + suffix) for suffix in SUFFIXES]
@@ -39,6 +54,7 @@ def locate_weights(name: str, folder: Path = runs.PRETRAINED) -> Path | None:
 
 def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
     """The file with a backbone's published weights; InputError names the command that gets them."""
+    name = published_name(name)
     path = locate_weights(name, folder)
     if path is None:
         raise InputError(
@@ -46,6 +62,24 @@ def find_weights(name: str, folder: Path = runs.PRETRAINED) -> Path:
             "or set model.pretrained=false"
         )
     return path
+
+
+def check_architecture(backbone: str) -> None:
+    """Refuse a name that timm does not have, before timm is imported: by the functions in its sources.
+
+    Names of this project's own networks pass, and everything where timm has no sources.
+    """
+    name = published_name(backbone).partition(".")[0]
+    if ":" in name or name.startswith(OWN_NETWORKS) or (spec := importlib.util.find_spec("timm")) is None:
+        return
+    folder = Path(spec.origin or "").parent / "models"
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    known = REGISTERED.findall(text)
+    if name in known or re.search(rf"['\"]{re.escape(name)}['\"]", text) or not known:  # quoted: an old name
+        return
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"near: {', '.join(near)}" if near else "see timm.list_models(), or give module:function"
+    raise InputError(f"model.backbone = {backbone}: timm {version('timm')} has no such model; {hint}")
 
 
 def check_present(recipe: Recipe) -> None:

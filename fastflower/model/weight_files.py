@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastflower.core.errors import CorruptionError, InputError
+from fastflower.model.lora import merged
 from fastflower.model.pretrained import FOLDER_FILES
 
 Kind = Literal["raw", "ema"]
@@ -135,7 +136,7 @@ def _unwrap(path: Path, content: Any, kind: Kind | None) -> WeightFile:
     """The tensors within the dictionaries that training programs put around them."""
     key, architecture = "", ""
     if isinstance(content, dict) and "fastflower" in content and isinstance(content.get("tensors"), dict):
-        tensors = content["tensors"]  # a member: its head is of its own classes
+        tensors = merged(content["tensors"])  # a member: its head is of its own classes
         content = {name: tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
     while isinstance(content, dict) and (inner := _choose(path, content, None if key else kind)):
         architecture = architecture or _architecture(content)

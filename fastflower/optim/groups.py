@@ -118,6 +118,8 @@ def _named_layers(names: list[str], *, coarse: bool) -> dict[str, int]:
 def param_groups(network: nn.Module, lr: float, recipe: Recipe) -> list[Group]:
     """Groups of a Network's trainable parameters: each parameter in one group, no group empty, in a fixed order.
 
+    A network without any, as one with a k-NN head, gets one empty group, for the optimizers that want one.
+
     A group is {params, lr, initial_lr, weight_decay, name, part}; its lr is the base lr times the factor of its part
     or, with llrd.decay, of its layer (timm's own groups only carry an `lr_scale`, which torch's optimizers ignore).
     """
@@ -143,7 +145,15 @@ def param_groups(network: nn.Module, lr: float, recipe: Recipe) -> list[Group]:
                         "part": share.part,
                     }
                 )
-    return groups
+    none: Group = {
+        "params": [],
+        "lr": lr,
+        "initial_lr": lr,
+        "weight_decay": 0.0,
+        "name": "head",
+        "part": "head",
+    }
+    return groups or [none]
 
 
 @dataclass(frozen=True)

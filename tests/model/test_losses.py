@@ -14,6 +14,7 @@ from fastflower.core.errors import InputError
 from fastflower.model.heads import CosineHead, build_head
 from fastflower.model.losses import Loss, add_angle, build_loss, smooth, subtract_cosine
 from fastflower.recipe import load
+from support.member_metas import member_meta
 
 CLASSES = 5
 COUNTS = [50, 20, 10, 5, 1]
@@ -213,7 +214,7 @@ def test_losses_hold_no_state() -> None:
 
 
 def test_cosine_head_gives_scaled_cosines_without_margin_in_float32() -> None:
-    head = build_head("arcface", 8, classes=3, scale=30.0)
+    head = build_head(member_meta(head="arcface"), 8)
     assert isinstance(head, CosineHead)
     features = torch.randn(5, 8)
     want = 30 * F.cosine_similarity(features[:, None], head.weight[None], dim=2)
@@ -224,5 +225,17 @@ def test_cosine_head_gives_scaled_cosines_without_margin_in_float32() -> None:
 
 
 def test_linear_head_is_initialised_as_timms() -> None:
-    head = build_head("linear", 64, classes=1000, scale=30.0)
+    head = build_head(member_meta(num_classes=1000), 64)
     assert not head.bias.any() and head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("margin", [0.0, 0.999])
+@pytest.mark.parametrize("head", ["arcface", "cosface"])
+def test_margins_and_scales_at_their_bounds_give_finite_losses_and_gradients(head, margin, scale):
+    """Also where features and weights point exactly the same or the opposite way, for hard and for mixed targets."""
+    cosine = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.5], [0.0, 0.0, 0.0]], requires_grad=True)
+    targets = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [1 - 1e-7, 1e-7, 0.0]])
+    loss = Loss(0.1, margin=head, margin_size=margin, scale=scale)(scale * cosine, targets)
+    (gradient,) = torch.autograd.grad(loss, cosine)
+    assert bool(torch.isfinite(loss)) and bool(torch.isfinite(gradient).all())

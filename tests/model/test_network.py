@@ -48,10 +48,10 @@ def pixel_batch(rows: int = 4) -> torch.Tensor:
     return torch.randint(0, 256, (rows, 64, 64, 3), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("head", ["linear", "arcface", "cosface"])
+@pytest.mark.parametrize("head", ["linear", "arcface", "cosine", "mlp", "knn"])
 @pytest.mark.parametrize("backbone", ["test_convnext2", "test_vit.r160_in1k", "test_efficientnet"])
 def test_a_checkpoints_description_builds_the_same_network(head: str, backbone: str) -> None:
-    trained, spec, _ = training_network(recipe(f"model.head={head}", backbone=backbone), CLASSES)
+    trained, spec, _ = training_network(recipe(f"model.head={head}", backbone=backbone), CLASSES, images=25)
     meta = parse_meta(json.loads(json.dumps(to_plain(member_meta(spec)))), Path("member.pth"))
     assert NetworkSpec(**{name: getattr(meta, name) for name in vars(spec)}) == spec
     rebuilt = build_network(meta)
@@ -93,6 +93,10 @@ def test_description_has_the_keys_of_a_member() -> None:
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
         "interpolation": "bicubic",
+        "mlp_width": 0,
+        "knn_k": 0,
+        "knn_temperature": 0.0,
+        "knn_images": 0,
     }
     described = to_plain(member_meta(spec))
     with pytest.raises(InputError, match=r"member\.pth: its description lacks backbone, margin; use"):

@@ -84,7 +84,7 @@ def test_an_own_network_trains_and_is_handed_in() -> None:
     [
         ("my_network:words", "returned str, must return an nn.Module"),
         ("my_network:raises", "raised ZeroDivisionError: division by zero"),
-        ("my_network:needs", "needs the argument depth, must be callable without any"),
+        ("my_network:needs", r"takes \(depth\), and is called without arguments"),
         ("my_network:NUMBER", "my_network has no function NUMBER"),
         ("my_network:absent", "my_network has no function absent"),
         ("my_absent:build", "no module my_absent in .* set PYTHONPATH"),
