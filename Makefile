@@ -1,5 +1,7 @@
 # The whole project from two commands: `make demo` shows the job, `make test` checks it.
-PY := .venv/bin/python
+VENV := $(if $(NEXT),.venv-next,.venv)
+LOCK := $(if $(NEXT),requirements-next.lock,requirements.lock)
+PY := $(VENV)/bin/python
 ON_ALL_CORES := -n auto --dist worksteal
 
 .PHONY: demo test test-fast test-gpu test-gpu-emulated gpu-check torture setup lint format doctor lock clean help
@@ -25,10 +27,10 @@ gpu-check: setup  ## everything that needs a GPU, in under ten minutes, as a tab
 torture: setup  ## kill trainings wherever they could be cut, compare their ends to the bit; ARGS="--points 20 --random 5"
 	$(PY) tests/support/torture.py $(ARGS)
 
-setup: .venv/installed  ## system packages and .venv from the hashed lock
+setup: $(VENV)/installed  ## system packages and .venv from the hashed lock; NEXT=1: .venv-next, with a newer torch
 
-.venv/installed: requirements.lock pyproject.toml scripts/setup.sh $(wildcard fastflower/data/decode/*.c fastflower/data/decode/*.h)
-	scripts/setup.sh
+$(VENV)/installed: $(LOCK) pyproject.toml scripts/setup.sh $(wildcard fastflower/data/decode/*.c fastflower/data/decode/*.h)
+	NEXT=$(NEXT) scripts/setup.sh
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check -q .
@@ -43,10 +45,11 @@ doctor:  ## what this machine has and lacks
 	@$(if $(wildcard $(PY)),$(PY),python3) -m fastflower.doctor
 
 lock:  ## resolve again; needs .venv
-	$(PY) -m uv pip compile -q pyproject.toml --extra dev --generate-hashes --no-header --no-annotate -o requirements.lock
+	$(PY) -m uv pip compile -q pyproject.toml --extra dev $(if $(NEXT),--override requirements-next.in) \
+		--generate-hashes --no-header --no-annotate -o $(LOCK)
 
 clean:  ## remove what was built; data/ and results/ stay
-	rm -rf .venv build *.egg-info fastflower/data/decode/_decode*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-next build *.egg-info fastflower/data/decode/_decode*.so .pytest_cache .ruff_cache .mypy_cache
 	find fastflower code tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list

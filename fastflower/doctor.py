@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastflower.core import errors
+from fastflower.core import console, errors
 
 if TYPE_CHECKING:  # before installation doctor must import nothing that needs a package
     from fastflower.data.labels import LabelTable
@@ -56,7 +56,27 @@ def main(argv: list[str]) -> int:
     missing = [finding.name for finding in findings if finding.ok is False]
     what = f"train {' '.join(argv)}" if argv else "train"
     print(f"this machine cannot {what} yet: {', '.join(missing)}" if missing else f"this machine can {what}")
+    print_next(argv, findings)
     return 4 if missing else 0
+
+
+def print_next(argv: list[str], findings: list[Finding]) -> None:
+    """Print the next command: the setup where it is the fix, convert before a training, else the training.
+
+    Without a recipe, doctor again with one where there are photographs, else the demo. Nothing while something else is
+    missing: its line has the advice.
+    """
+    missing = [finding for finding in findings if finding.ok is False]
+    found = {finding.name: finding.ok for finding in findings}
+    if any(SETUP in finding.advice for finding in missing):
+        console.print_next_line(SETUP)
+    elif missing:
+        return
+    elif not argv:
+        photographs = found.get("photographs") is True
+        console.print_next(*(("doctor", ["recipes/finetune.yaml"]) if photographs else ("demo", [])))
+    else:
+        console.print_next("train" if found.get("betons") else "convert", argv)
 
 
 def machine() -> list[Finding]:
@@ -71,7 +91,7 @@ def training(argv: list[str]) -> list[Finding]:
     from fastflower.core.console import spelled
     from fastflower.data.betons.fold_set import check_converted
     from fastflower.data.labels import read_labels
-    from fastflower.model.pretrained import check_present
+    from fastflower.model.pretrained import check_architecture, check_present
     from fastflower.recipe import checks, derived, parse_command
 
     recipe = parse_command(argv)
@@ -89,10 +109,11 @@ def training(argv: list[str]) -> list[Finding]:
         return f"complete in {recipe.data.home}/betons"
 
     def weights() -> str:
+        check_architecture(recipe.model.backbone)
         check_present(recipe)
         return _start(recipe)
 
-    findings += [_asked(labels), _asked(weights)]
+    findings += [_asked(labels), _asked(weights), gpu_memory(recipe)]
     if (Path(recipe.data.home) / "folds.csv").exists():
         return [*findings, _asked(betons)]
     return [*findings, Finding("betons", None, "not converted yet", advice=spelled("convert", argv))]
@@ -104,6 +125,17 @@ def _asked(question: Callable[[], str]) -> Finding:
         return Finding(question.__name__, True, question())
     except errors.InputError as error:
         return Finding(question.__name__, False, str(error))
+
+
+def gpu_memory(recipe: Recipe) -> Finding:
+    """The estimated memory of a training against this machine's GPUs; information where there are none."""
+    from fastflower.training import estimate
+
+    try:
+        need = estimate.estimate(recipe, total=estimate.card())
+    except errors.InputError as error:
+        return Finding("GPU memory", None, str(error))
+    return Finding("GPU memory", need.fits if need.total else None, str(need), advice=need.advice)
 
 
 def _counts(table: LabelTable) -> str:
@@ -151,8 +183,8 @@ def build_tools(*, built: bool) -> list[Finding]:
 
 
 def packages() -> Finding:
-    """Installed versions against requirements.lock."""
-    lock = ROOT / "requirements.lock"
+    """Installed versions against the lock of this environment: requirements.lock, or that of `make setup NEXT=1`."""
+    lock = ROOT / ("requirements-next.lock" if Path(sys.prefix).name == ".venv-next" else "requirements.lock")
     if not lock.is_file():
         return Finding("packages", False, text=f"no {lock}", advice="use a complete copy of the repository")
     pinned = re.findall(r"^([\w.-]+)==([^\s\\]+)", lock.read_text(), flags=re.M)
@@ -162,7 +194,7 @@ def packages() -> Finding:
         if (installed := version(name)) != locked
     }
     if not differences:
-        return Finding("packages", True, f"{len(pinned)} as in requirements.lock")
+        return Finding("packages", True, f"{len(pinned)} as in {lock.name}")
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     tools = re.findall(r'"([\w-]+)[\[>=]', extras.partition("[tool.")[0])
     ok = None if set(differences) <= set(tools) else False  # training does not need tools and extras

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Everything fastflower needs, into .venv: system packages when missing and permitted, the hashed lock, the project.
+# NEXT=1: into .venv-next, from requirements-next.lock, with a torch that is newer than mosaicml's pin.
 # Debian and Ubuntu; elsewhere environment.yml gives the same. Run again after a change of the lock: what is there stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() { echo "setup: $*" >&2; exit 4; }
 
+venv=.venv lock=requirements.lock
+[ -z "${NEXT:-}" ] || venv=.venv-next lock=requirements-next.lock
 python=$(command -v "${PYTHON:-python3.11}") || fail "no ${PYTHON:-python3.11} on PATH; install Python 3.11 (Debian 12: apt-get install python3.11-venv python3.11-dev) or say PYTHON=/path/to/python3.11"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
 [ "$version" = 3.11 ] || fail "$python is Python $version; mosaicml, ffcv and torch resolve together on 3.11 only"
@@ -43,30 +46,31 @@ if [ ${#missing[@]} -gt 0 ]; then
   rm -f "$log"
 fi
 
-if [ ! -x .venv/bin/python ] || [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" != 3.11 ]; then
-  rm -rf .venv
-  "$python" -m venv .venv
+if [ ! -x $venv/bin/python ] || [ "$($venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" != 3.11 ]; then
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
 fi
 # uv is in the lock like everything else; pip only fetches it, by its hash
-sed -n '/^uv==/,/[^\\]$/p' requirements.lock >.venv/uv.lock
-if ! .venv/bin/python -m uv --version 2>/dev/null | grep -q "^uv $(sed -n 's/^uv==\([^ ]*\).*/\1/p' .venv/uv.lock)"; then
-  .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r .venv/uv.lock
+sed -n '/^uv==/,/[^\\]$/p' $lock >$venv/uv.lock
+if ! $venv/bin/python -m uv --version 2>/dev/null | grep -q "^uv $(sed -n 's/^uv==\([^ ]*\).*/\1/p' $venv/uv.lock)"; then
+  $venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $venv/uv.lock
 fi
 # uv does not read pip's configuration; a mirror named there holds for uv too
-mirror=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
+mirror=${PIP_INDEX_URL:-$($venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
 if [ -n "$mirror" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=$mirror; fi
-uv() { VIRTUAL_ENV=$PWD/.venv .venv/bin/python -m uv "$@"; }
-echo "setup: installing requirements.lock (the first time some 3.5 GB are fetched)"
+uv() { VIRTUAL_ENV=$PWD/$venv $venv/bin/python -m uv "$@"; }
+echo "setup: installing $lock (the first time some 3.5 GB are fetched)"
 quiet=-q
 [ ! -t 2 ] || quiet=""
 # Source distributions are built with the locked setuptools too. Bytecode is written now, once and on all cores: where
 # Python may not write it later (PYTHONDONTWRITEBYTECODE, a folder of root), every command would compile for seconds.
-sed '/^ffcv==/,/[^\\]$/d' requirements.lock >.venv/all_but_ffcv.lock
-uv pip install $quiet --compile-bytecode --require-hashes --build-constraints requirements.lock -r .venv/all_but_ffcv.lock
+sed '/^ffcv==/,/[^\\]$/d' $lock >$venv/all_but_ffcv.lock
+# The newer lock is whole, but mosaicml's own word about torch contradicts it.
+uv pip install $quiet ${NEXT:+--no-deps} --compile-bytecode --require-hashes --build-constraints $lock -r $venv/all_but_ffcv.lock
 # ffcv compiles here, and only bench compares with it: where that fails, everything else works
-sed -n '/^ffcv==/,/[^\\]$/p' requirements.lock >.venv/ffcv.lock
-uv pip install $quiet --no-deps --require-hashes --build-constraints requirements.lock -r .venv/ffcv.lock 2>.venv/ffcv.log \
-  || echo "setup: ffcv could not be built (.venv/ffcv.log), so bench has no stock comparisons; all else works${of_ffcv[*]:+; it needs ${of_ffcv[*]}}" >&2
+sed -n '/^ffcv==/,/[^\\]$/p' $lock >$venv/ffcv.lock
+uv pip install $quiet --no-deps --require-hashes --build-constraints $lock -r $venv/ffcv.lock 2>$venv/ffcv.log \
+  || echo "setup: ffcv could not be built ($venv/ffcv.log), so bench has no stock comparisons; all else works${of_ffcv[*]:+; it needs ${of_ffcv[*]}}" >&2
 uv pip install -q --no-deps --no-build-isolation -e .
-touch .venv/installed
-echo "setup: .venv is ready ($(.venv/bin/python -c 'import fastflower; print("fastflower", fastflower.__version__)'))"
+touch $venv/installed
+echo "setup: $venv is ready ($($venv/bin/python -c 'import fastflower; print("fastflower", fastflower.__version__)'))"

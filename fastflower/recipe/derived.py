@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastflower.core.errors import InputError
+from fastflower.core.own_parts import is_own
 from fastflower.recipe.schema import Recipe
 from fastflower.recipe.starting_point import lr_bound, lr_rule
 
 CORRUPTIONS = ("gaussian_noise", "blur", "brightness", "jpeg", "occlusion")
+EVERY = 5  # epochs between two evaluations, at most, with eval.every=auto
+EIGHTH = 8  # part of the epochs: the interval with eval.every=auto, and the last ones, which are all scored
 LEVELS = {"low": ("low",), "medium": ("medium",), "low_medium": ("low", "medium")}  # of robust.level
 STAGE_ENDS = (  # for size_epochs=auto, as fractions of the epochs, by number of stages
     (1.0,),
@@ -56,14 +59,16 @@ def derive(recipe: Recipe, world_size: int) -> Derived:
     ends = _stage_ends(recipe, len(sizes))
     batches = _stage_batches(recipe, len(sizes))
     starts = [1, *[end + 1 for end in ends[:-1]]]
+    epochs = refit_epochs(recipe)
     batch_global = batches[0] * world_size * recipe.train.grad_accum
     lr, note = scaled_lr(recipe, batch_global)
     return Derived(
         world_size=world_size,
-        epochs=recipe.sched.cosine_epochs,
+        epochs=epochs,
         stages=tuple(
-            Stage(first=first, last=last, height=height, width=width, batch_per_gpu=batch)
+            Stage(first=first, last=min(last, epochs), height=height, width=width, batch_per_gpu=batch)
             for first, last, (height, width), batch in zip(starts, ends, sizes, batches, strict=True)
+            if first <= epochs
         ),
         batch_global=batch_global,
         lr=lr,
@@ -95,9 +100,29 @@ def scaled_lr(recipe: Recipe, batch_global: int) -> tuple[float, str]:
     return bounded, note
 
 
+def refits(recipe: Recipe) -> bool:
+    """True for the training on all images, those of every fold (data.fold=none)."""
+    return bool(recipe.data.fold == "none")
+
+
+def refit_epochs(recipe: Recipe) -> int:
+    """The epochs of a training: sched.cosine_epochs, or train.refit_epochs of a refit, which stops on that schedule."""
+    epochs, horizon = recipe.train.refit_epochs, recipe.sched.cosine_epochs
+    if not refits(recipe) or epochs == "auto":
+        return horizon
+    if int(epochs) > horizon:
+        raise InputError(
+            f"train.refit_epochs = {epochs}: the schedule has {horizon} epochs (sched.cosine_epochs); give as many "
+            "at most"
+        )
+    return int(epochs)
+
+
 def fold_numbers(recipe: Recipe) -> list[int]:
-    """The validation folds of data.fold as a list."""
+    """The validation folds of data.fold as a list; for a refit the number after the last fold, which none validates."""
     fold = recipe.data.fold
+    if refits(recipe):
+        return [fold_count(recipe)]
     if fold == "all":
         return list(range(fold_count(recipe)))
     return list(fold) if isinstance(fold, list) else [int(fold)]
@@ -128,8 +153,13 @@ def image_sizes(recipe: Recipe) -> list[tuple[int, int]]:
 
 
 def fold_count(recipe: Recipe) -> int:
-    """The number of folds; one for a ratio split and for separate validation images (data.val)."""
-    return 1 if recipe.data.split == "ratio" or recipe.data.val else recipe.data.n_splits
+    """The number of trainings with other validation images; one for a ratio split, for data.val, and without any."""
+    return 1 if recipe.data.split in ("ratio", "none") or recipe.data.val else recipe.data.n_splits
+
+
+def validates(recipe: Recipe) -> bool:
+    """True if images are held out of training to be scored."""
+    return recipe.data.split != "none" and not refits(recipe)
 
 
 def largest_size(recipe: Recipe) -> int:
@@ -159,10 +189,22 @@ def mix_final_epoch(recipe: Recipe) -> int | None:
 
 def combos(kinds: list[str], level: str) -> list[tuple[str, str]]:
     """Every (kind, level) of robust.kinds and robust.level, kind by kind; InputError for an unknown kind."""
-    unknown = [kind for kind in kinds if kind not in CORRUPTIONS]
+    unknown = [kind for kind in kinds if kind not in CORRUPTIONS and not is_own(kind)]
     if unknown:
-        raise InputError(f"robust.kinds = {kinds}: choose from {', '.join(CORRUPTIONS)}")
+        raise InputError(
+            f"robust.kinds = {kinds}: choose from {', '.join(CORRUPTIONS)}, or module:function of your own"
+        )
     return [(kind, strength) for kind in kinds for strength in LEVELS[level]]
+
+
+def is_scored(recipe: Recipe, derived: Derived, epoch: int) -> bool:
+    """True if an epoch (from 1) ends with scores, by eval.every; the last of each size does always."""
+    every = recipe.eval.every
+    if every == "auto":
+        if recipe.sched.name == "plateau" or epoch > derived.epochs - derived.epochs // EIGHTH:
+            return True
+        every = min(EVERY, max(1, derived.epochs // EIGHTH))
+    return epoch % int(every) == 0 or epoch == derived.stage(epoch - 1).last
 
 
 def _stage_ends(recipe: Recipe, stages: int) -> list[int]:

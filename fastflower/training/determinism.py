@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,3 +51,22 @@ def operation(warning: str) -> str:
         if found := pattern.search(warning):
             return found["name"]
     return warning.partition(". ")[0]
+
+
+@contextlib.contextmanager
+def strictly() -> Iterator[None]:
+    """Context manager in which torch refuses operations without a deterministic kernel, where determinism is asked for.
+
+    Only so does it take the deterministic backward pass of attention; elsewhere it warns and takes the faster one.
+    """
+    asked = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(asked)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=True)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True if torch has refused an operation that has no deterministic kernel."""
+    return isinstance(error, RuntimeError) and "torch.use_deterministic_algorithms(True)" in str(error)

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import gc
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,9 @@ from fastflower.core.errors import EnvironmentFault
 from fastflower.data.loaders import Batch, TrainLoader
 from fastflower.model.classifier import Classifier
 from fastflower.recipe.derived import Stage
+from fastflower.training import determinism
+from fastflower.training.estimate import GIB, MARGIN, WAYS_OUT, missing_state
 
-# Part of a GPU that a trial leaves free: for blocks that do not join up (fragmentation), for buffers that NCCL adds
-# after its first collective, and for cuDNN where a later batch makes it choose an algorithm with a larger workspace.
-MARGIN = 0.03
-WAYS_OUT = "set model.grad_checkpointing=true, a smaller data.img_size or a smaller model.backbone"
 # The words of torch's allocators, the CUDA driver and NCCL; cuBLAS and cuDNN fail in many ways when they cannot
 # allocate their workspaces, and in no other way in a network that torch has built.
 SHORTAGE = re.compile(
@@ -73,10 +72,11 @@ class MemoryTrial:
     def run(self) -> list[str]:
         """Halve the microbatch of each stage to come until a trial fits on all ranks; returns a line for people.
 
-        Weights, buffers, optimizer and random generators are as before. On a CPU nothing is tried and nothing
-        said. Raises EnvironmentFault on every rank when a single image does not fit.
+        Weights, buffers, optimizer and random generators are as before. On a CPU, and for features that were computed
+        before, nothing is tried and nothing said. Raises EnvironmentFault on every rank when a single image does not
+        fit.
         """
-        if self.state.device.name != "gpu":
+        if self.state.device.name != "gpu" or self.loader.features is not None:
             return []
         texts = []
         with _unchanged(self.classifier):
@@ -87,10 +87,10 @@ class MemoryTrial:
                 microbatch = self.stages.microbatches[number]
                 passes = -(-batch // microbatch)
                 size = side([stage.height, stage.width])
-                needs = f"{batch} images in {passes} x {microbatch} need {peak / 1e9:.1f} GB"
+                needs = f"{batch} images in {passes} x {microbatch} need {peak / GIB:.1f} GB"
                 texts.append(f"at size {size} {needs}")
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return [f"memory of {total / 1e9:.1f} GB a GPU: {'; '.join(texts)}"]
+        return [f"memory of {total / GIB:.1f} GB a GPU: {'; '.join(texts)}"]
 
     def _fit(self, number: int, stage: Stage) -> tuple[int, int]:
         """Find the stage's microbatch; returns the images of a step and the trial's peak in bytes, both of a rank."""
@@ -116,8 +116,8 @@ class MemoryTrial:
         margin = int(MARGIN * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
         failure: str | None = None
         try:
-            held = [self._bytes(margin), self._bytes(_missing_state(self.state.optimizers[0]))]
-            self._step(batch, stage, microbatch)
+            held = [self._bytes(margin), self._bytes(missing_state(self.state.optimizers[0]))]
+            self._strict_step(batch, stage, microbatch)
             self._evaluate(batch["image"].shape[1:])  # gradients stay until the next step
             torch.cuda.synchronize()
             del held
@@ -133,7 +133,31 @@ class MemoryTrial:
         device = self.state.device.tensor_to_device(torch.empty(0)).device
         return torch.zeros(shape, dtype=torch.uint8, device=device)
 
-    def _step(self, batch: Batch, stage: Stage, microbatch: int) -> None:
+    def _strict_step(self, batch: Batch, stage: Stage, microbatch: int) -> None:
+        """A step with deterministic kernels alone, which training then takes too; one as usual where torch refuses."""
+        if torch.are_deterministic_algorithms_enabled():
+            number = self.stages.derived.stages.index(stage)
+            self.stages.strict[number] = False
+            try:
+                self._step(batch, stage, microbatch, kernels=determinism.strictly)
+                self.stages.strict[number] = True
+                return
+            except RuntimeError as error:
+                if not determinism.is_refusal(error):
+                    raise
+            _release(self.classifier)
+        self._step(
+            batch, stage, microbatch
+        )  # warns where an operation has no deterministic kernel, and names it
+
+    def _step(
+        self,
+        batch: Batch,
+        stage: Stage,
+        microbatch: int,
+        *,
+        kernels: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         """Forward and backward of the first microbatches, as Composer's trainer runs them."""
         algorithms = [copy.copy(algorithm) for algorithm in self.algorithms]
         state: Any = SimpleNamespace(
@@ -157,14 +181,15 @@ class MemoryTrial:
         parts = [dict(zip(columns, part, strict=True)) for part in zip(*columns.values(), strict=True)]
         for state.batch in parts[:2]:  # the peak is the second's: it starts with the gradients of the first
             cached = copy.deepcopy(state.batch)  # Composer's; of a part it copies the whole batch
-            event(Event.BEFORE_FORWARD)
-            with get_precision_context(state.precision, state.precision_config):
-                state.outputs = self.classifier(state.batch)
-            event(Event.AFTER_FORWARD)
-            with get_precision_context(state.precision, state.precision_config):
-                state.loss = self.classifier.loss(state.outputs, state.batch)
-            event(Event.AFTER_LOSS)
-            state.loss.mean().backward()
+            with kernels():
+                event(Event.BEFORE_FORWARD)
+                with get_precision_context(state.precision, state.precision_config):
+                    state.outputs = self.classifier(state.batch)
+                event(Event.AFTER_FORWARD)
+                with get_precision_context(state.precision, state.precision_config):
+                    state.loss = self.classifier.loss(state.outputs, state.batch)
+                event(Event.AFTER_LOSS)
+                state.loss.mean().backward()
             del cached
 
     def _evaluate(self, shape: Sequence[int]) -> None:
@@ -173,13 +198,6 @@ class MemoryTrial:
         images = self._bytes(self.eval_batch, *shape)
         with torch.no_grad(), get_precision_context(self.state.precision, self.state.precision_config):
             self.classifier.eval_forward({"image": images})
-
-
-def _missing_state(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the optimizer's first step allocates: moments of all parameters that have none yet."""
-    moments = 2 if "betas" in optimizer.defaults else int(bool(optimizer.defaults.get("momentum")))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return moments * sum(p.numel() * p.element_size() for p in parameters if p not in optimizer.state)
 
 
 @contextlib.contextmanager

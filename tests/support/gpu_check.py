@@ -85,9 +85,10 @@ def largest_difference(first: str, second: str) -> float:
 
 
 def suite(device: str) -> str:
-    """The tests marked gpu."""
+    """The tests marked gpu, without whole trainings, of which the checks below give figures (`make test-gpu`: all)."""
+    trainings = "--ignore=tests/training/test_cuda_trainings.py"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-m", "gpu", trainings, "-q", "-p", "no:cacheprovider"],
         cwd=REPO, capture_output=True, text=True,
     )  # fmt: skip
     summary = done.stdout.strip().splitlines()[-1]

@@ -15,7 +15,7 @@ from fastflower.algorithms.fixmatch import FixMatch
 from fastflower.algorithms.stages import StageSchedule
 from fastflower.core.errors import EnvironmentFault
 from fastflower.recipe.derived import Derived, Stage
-from fastflower.training import build, memory
+from fastflower.training import build, determinism, memory
 from fastflower.training.memory import MemoryTrial, out_of_memory, shortage
 from support import toy_project
 
@@ -72,13 +72,15 @@ def trial(monkeypatch: pytest.MonkeyPatch, largest: tuple[int, int], epoch: int 
     """A trial of two stages on a stand-in for a GPU that holds `largest` images of each."""
     device = SimpleNamespace(name="gpu", tensor_to_device=lambda tensor: tensor)
     state = SimpleNamespace(device=device, timestamp=SimpleNamespace(epoch=SimpleNamespace(value=epoch)))
-    loader = SimpleNamespace(batches=lambda epoch, step: iter([{"label": torch.zeros(20)}]))
+    loader = SimpleNamespace(features=None, batches=lambda epoch, step: iter([{"label": torch.zeros(20)}]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24e9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * 2**30)
+    )
 
     def attempt(self: MemoryTrial, batch: object, stage: Stage, microbatch: int) -> tuple[str | None, int]:
         fits = microbatch <= largest[self.stages.derived.stages.index(stage)]
-        return (None if fits else "CUDA out of memory"), microbatch * 10**9
+        return (None if fits else "CUDA out of memory"), microbatch * 2**30
 
     monkeypatch.setattr(MemoryTrial, "_attempt", attempt)
     stages = schedule()
@@ -119,7 +121,7 @@ def test_an_image_that_does_not_fit_ends_all_ranks_with_one_line(monkeypatch):
 def test_a_rank_halves_when_another_one_has_no_room(monkeypatch):
     def reduce(tensor: torch.Tensor, reduce_operation: str) -> None:
         assert reduce_operation == "MAX"
-        tensor[0] = int(tensor[1] > 5 * 10**9)  # as if another rank held 5 images
+        tensor[0] = int(tensor[1] > 5 * 2**30)  # as if another rank held 5 images
 
     monkeypatch.setattr(memory.dist, "all_reduce", reduce)
     tried = trial(monkeypatch, (10, 10))
@@ -227,3 +229,62 @@ def test_a_finished_fold_leaves_nothing_behind(project, monkeypatch, words):
     assert toy_project.fit("data.fold=[0,1,2]", *toy_project.ONE, *words, *still) == 0
     gc.collect()
     assert counts == [0, 0, 0] and not any(ref() is not None for ref in alive)
+
+
+REFUSAL = (
+    "upsample_bicubic2d_aa_backward_cuda does not have a deterministic implementation, but you set "
+    "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation, or ..."
+)
+
+
+@pytest.mark.parametrize("words, asked", [((), True), (("cudnn.deterministic=false",), False)])
+def test_a_stage_is_strict_where_the_trial_found_deterministic_kernels(project, monkeypatch, words, asked):
+    """Torch refuses those of the second size once; training takes the fast ones there and names them."""
+    modes: list[tuple[int, str]] = []
+
+    def mode() -> str:
+        if not torch.are_deterministic_algorithms_enabled():
+            return "off"
+        return "warn" if torch.is_deterministic_algorithms_warn_only_enabled() else "strict"
+
+    def watched(module: nn.Module, args: tuple) -> None:
+        size = args[0].shape[-1]
+        modes.append((size, mode()))
+        if size == 48 and mode() == "strict":
+            raise RuntimeError(REFUSAL)
+
+    def trial(self: MemoryTrial) -> list[str]:
+        self.classifier.network.register_forward_pre_hook(watched)
+        for stage in self.stages.derived.stages:
+            self._strict_step(next(self.loader.batches(stage.first - 1, 0)), stage, 10)
+            memory._release(self.classifier)
+        modes.append((0, mode()))
+        return []
+
+    monkeypatch.setattr(MemoryTrial, "run", trial)
+    assert toy_project.fit(*words, "train.batch_per_gpu=20", *STILL) == 0
+    after = [mode for size, mode in modes[modes.index((0, "warn" if asked else "off")) + 1 :] if size == 32]
+    assert set(after[:2]) == {"strict" if asked else "off"} and mode() == ("warn" if asked else "off")
+    tried = [entry for entry in modes if entry[0] == 48][: 2 if asked else 1]
+    assert tried == ([(48, "strict"), (48, "warn")] if asked else [(48, "off")])
+    assert (48, "strict") not in modes[modes.index((0, "warn" if asked else "off")) :]
+
+
+def test_a_refusal_is_no_want_of_memory_and_other_errors_are_no_refusals(monkeypatch):
+    assert not out_of_memory(RuntimeError(REFUSAL)) and determinism.is_refusal(RuntimeError(REFUSAL))
+    assert not determinism.is_refusal(RuntimeError("CUDA out of memory")) and not determinism.is_refusal(
+        KeyError()
+    )
+
+
+def test_weights_that_do_not_fit_are_one_line(project, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total ...")
+
+    monkeypatch.setattr(build, "_averages", full)
+    with pytest.raises(EnvironmentFault) as refused:
+        toy_project.fit()
+    assert str(refused.value) == (
+        "the weights of test_vit and their averages do not fit into memory (CUDA out of memory); end other processes "
+        "on the GPU (nvidia-smi lists them), or set a smaller model.backbone"
+    )
