@@ -16,22 +16,27 @@ from typing import Any, NamedTuple
 from sample import Sample
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-FORMAT = 5
+FORMAT = 6
 CLASS_COLUMNS = ["class_idx", "category_id", "n"]  # of classes.csv; names follow
 CHECK = "check"  # the column of row checksums in classes.csv
-ESCAPE = re.compile(r"\\x([01][0-9a-f]|7f|[89][0-9a-f])")
+ESCAPE = re.compile(r"\\(x([01][0-9a-f]|7f|[89][0-9a-f])|u20(2[89a-e]|6[6-9]))")
+REPLACED = 75  # exit code of a run whose bundle was replaced while it was loaded: it starts again
 
 # The fields of bundle.json: a type, a value, a list of one kind, a map of fields; a tuple lists alternatives.
 # twin of the records in fastflower/bundle/description.py
 FIELDS = {
     "class_ids": [str],
     "prior": [float],
-    "columns": ("two", "three", "binary", "sample"),
+    "columns": ("two", "three", "binary", "odds", "top", "sample"),
+    "labels": [str],
+    "top_k": int,
+    "separator": str,
     "half": ("all", "gpu", "none"),
     "temperature": float,
     "hflip": bool,
     "reduce": ("mean", "vote"),
     "space": ("logits", "probabilities"),
+    "correction": (None, {"source": [float], "target": ("em", [float])}),
     "pairs": (None, {"arrays": [str], "shape": ("auto", [int])}),
     "crops": [
         {
@@ -80,26 +85,29 @@ class Unusable(Exception):
 
 
 class Classes(NamedTuple):
-    """Class ids in the order of the logits, their training frequencies (C,), and the kind of table to write."""
+    """Class ids in the order of the logits, their training frequencies (C,), and the kind of table to write.
+
+    `labels` are the texts of the classes in the table, `top_k` and `separator` those of a cell with several.
+    """
 
     ids: list[str]
     prior: list[float]
     columns: str
+    labels: list[str]
+    top_k: int = 5
+    separator: str = " "
 
 
 def read(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Read bundle.json, checked field by field, and the SHA-256 of each file of the bundle."""
     if not os.path.isfile(os.path.join(folder, "bundle.json")):
-        members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
-        runs = {re.sub(r".*?__|_epoch.*", "", os.path.basename(path)) for path in members}
         raise Problem(
-            f"no bundle in {folder} ({len(runs)} members beside it); "
+            f"no bundle in {folder} ({len(members_beside(folder))} members beside it); "
             "run python -m fastflower.export or python -m fastflower.evaluate",
             4,
         )
     try:
-        with open(os.path.join(folder, "SHA256"), encoding="ascii") as file:
-            hashes = {name: value for value, name in (line.split() for line in file)}
+        hashes = read_hashes(folder)
         with open(os.path.join(folder, "bundle.json"), "rb") as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != hashes.get("bundle.json"):
@@ -118,6 +126,33 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
             "use the code/ folder that came with the bundle"
         )
     return bundle, hashes
+
+
+def read_hashes(folder: str) -> dict[str, str]:
+    """The SHA-256 of each file of a bundle, as its file SHA256 lists them."""
+    with open(os.path.join(folder, "SHA256"), encoding="ascii") as file:
+        return {name: value for value, name in (line.split() for line in file)}
+
+
+def is_replaced(folder: str, hashes: dict[str, str]) -> bool:
+    """True if a bundle is no longer the one of these hashes, as when an export has published another."""
+    try:
+        return read_hashes(folder) != hashes
+    except (OSError, ValueError):
+        return True
+
+
+def members_beside(folder: str) -> set[str]:
+    """The trained members in the folders beside that of a bundle, each run of training once."""
+    members = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "*__fold*_seed*.pth"))
+    return {re.sub(r".*?__|_epoch.*", "", os.path.basename(path)) for path in members}
+
+
+def experiment_of(bundle: dict[str, Any]) -> str:
+    """The experiment that trained the first member, where it was trained beside this predictor, or ""."""
+    name = f"{bundle['members'][0]['name']}.pth"
+    paths = glob.glob(os.path.join(glob.escape(nearest("results/model")), "*", glob.escape(name)))
+    return os.path.basename(os.path.dirname(paths[0])) if paths else ""
 
 
 def check_fields(value: Any, kind: Any, field: str) -> None:
@@ -150,8 +185,17 @@ def check_references(bundle: dict[str, Any]) -> None:
     classes = len(bundle["class_ids"])
     if not classes or len(bundle["prior"]) != classes:
         raise ValueError(f"bundle.json: prior has {len(bundle['prior'])} values for {classes} class_ids")
+    if len(bundle["labels"]) != classes or len(set(bundle["labels"])) != classes:
+        raise ValueError(f"bundle.json: labels must be a text of its own for each of {classes} class_ids")
+    if bundle["top_k"] < 1 or not bundle["separator"]:
+        raise ValueError("bundle.json: top_k must be 1 or more, and separator must not be empty")
     if bundle["columns"] == "binary" and classes != 2:
         raise ValueError(f"bundle.json: columns is binary for {classes} class_ids, must be for 2")
+    for name, shares in (bundle["correction"] or {}).items():
+        if shares != "em" and (len(shares) != classes or not min(shares) > 0):
+            raise ValueError(
+                f"bundle.json: correction.{name} must have a share above 0 for {classes} class_ids"
+            )
     for number, member in enumerate(bundle["members"]):
         field = f"bundle.json: members[{number}]"
         if len(member["expected"]) != len(member["views"]):
@@ -167,7 +211,9 @@ def check_references(bundle: dict[str, Any]) -> None:
 
 
 def classes_of(bundle: dict[str, Any]) -> Classes:
-    return Classes(bundle["class_ids"], bundle["prior"], bundle["columns"])
+    return Classes(
+        *(bundle[name] for name in ("class_ids", "prior", "columns", "labels", "top_k", "separator"))
+    )
 
 
 def fallback_classes(folder: str, sample: Sample | None, notes: list[str]) -> Classes | None:
@@ -181,7 +227,7 @@ def fallback_classes(folder: str, sample: Sample | None, notes: list[str]) -> Cl
     if not counts:
         return None
     total = max(1, sum(counts.values()))
-    return Classes(list(counts), [count / total for count in counts.values()], "sample")
+    return Classes(list(counts), [count / total for count in counts.values()], "sample", list(counts))
 
 
 def labelings(folder: str, class_ids: list[str], notes: list[str]) -> list[list[str]]:
@@ -223,11 +269,14 @@ def read_checked_rows(path: str) -> list[dict[str, str]]:
 
 
 def _restored(cell: str) -> str:
-    """A cell with its control characters, which the table writes as \\x1b."""
+    """A cell with its control characters, which the table writes as \\x1b or \\u202e."""
     if not ESCAPE.search(cell):
         return cell
     return re.sub(
-        r"\\(\\|x(..))", lambda mark: chr(int(mark[2], 16)) if mark[2] else "\\", cell, flags=re.DOTALL
+        r"\\(\\|x(..)|u(....))",
+        lambda mark: "\\" if mark[1] == "\\" else chr(int(mark[2] or mark[3], 16)),
+        cell,
+        flags=re.DOTALL,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import priors
 from bundles import Unusable
 from programs import Refused, compile_program
 
@@ -90,6 +91,8 @@ class Networks:
     def fuse(self, logits: np.ndarray) -> np.ndarray:
         """Logits divided by T, float64 (N, C): the mean or votes of the views, then the weighted mean over members.
 
+        Where the bundle knows the class distribution of the pictures, they are corrected for it.
+
         It is the mean of the members' logits, or the log of that of their probabilities. A member whose logits of a
         picture are not finite has weight 0 there; NaN where no member is finite.
         """
@@ -103,8 +106,11 @@ class Networks:
             weights = weights / weights.sum(axis=1, keepdims=True)
         if self.bundle["space"] == "probabilities":
             total = (np.nan_to_num(softmax(means)) * weights[:, :, None]).sum(axis=1)
-            return np.log(np.maximum(total, 1e-30)) / self.bundle["temperature"]
-        return (np.nan_to_num(means) * weights[:, :, None]).sum(axis=1) / self.bundle["temperature"]
+            total = np.log(np.maximum(total, 1e-30))
+        else:
+            total = (np.nan_to_num(means) * weights[:, :, None]).sum(axis=1)
+        ratio = priors.known_ratio(self.bundle)
+        return total / self.bundle["temperature"] + (0.0 if ratio is None else np.log(ratio))
 
     def device_and_precision(self) -> str:
         """The device and the precision in use, such as `cuda, fp16`."""

@@ -34,6 +34,7 @@ try:
     import guard
     import inputs
     import pictures
+    import priors
     from bundles import Problem, Unusable
     from sample import Sample, Unfollowable, layout_of, match, read_sample
     from table import Layout, Table, default_layout, replace_atomic, visible
@@ -42,6 +43,7 @@ except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Ima
     sys.exit(f"predict: {reason}; install torch, numpy and pillow: pip install -U torch numpy pillow")
 
 WRITE_EVERY = 30.0  # seconds between tables
+SETTLED = 2.0  # seconds after the first rows from which a speed is estimated
 MAX_BATCH = 8  # pictures that a CPU thread runs together, at most
 MAX_BATCH_PIXELS = 300_000  # of the largest views of such a batch
 MAX_NAMED = (
@@ -49,7 +51,8 @@ MAX_NAMED = (
 )
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], *, attempts: int = 3) -> int:
+    """Predict, from the start again when the bundle was replaced while it was loaded; returns the exit code."""
     options = parse(argv)
     sample, unfollowed = find_sample(options)
     bundle, hashes, problem = None, {}, None
@@ -61,6 +64,9 @@ def main(argv: list[str]) -> int:
         problem, classes = error, bundles.fallback_classes(options.bundle, sample, notes)
         if classes is None:
             raise
+        trained = os.path.exists(options.bundle) or bundles.members_beside(options.bundle)
+        if options.by_default and not trained:  # then no file that could be taken for a submission
+            options.csv = "_priors".join(os.path.splitext(options.csv))
     try:
         source = (
             inputs.open_input(options.folder, bundle["pairs"])
@@ -80,7 +86,7 @@ def main(argv: list[str]) -> int:
     exit_on_signals()
     names, labels = source.names, source.names
     columns = "two" if options.two_columns else classes.columns
-    layout = default_layout(columns)
+    layout = default_layout(columns, classes.labels, top_k=classes.top_k, separator=classes.separator)
     if sample and names:
         try:
             names, labels, layout = follow(
@@ -90,7 +96,8 @@ def main(argv: list[str]) -> int:
             unfollowed = str(difference)
     for note in dict.fromkeys(notes):
         log_error(note)
-    table = Table(names, classes.ids, prior=classes.prior, layout=layout, labels=labels)
+    by_em = bool(bundle and bundle["correction"] and bundle["correction"]["target"] == "em")
+    table = Table(names, classes.ids, prior=classes.prior, layout=layout, labels=labels, keep_odds=by_em)
     code = 0
     if names or not os.path.exists(options.csv):  # an empty table never replaces a full one
         code = write_table(table, options.csv)
@@ -113,7 +120,13 @@ def main(argv: list[str]) -> int:
         if not os.path.exists(options.folder):
             raise Problem(f"{options.folder} does not exist; give a folder with {suffixes}")
         raise Problem(f"no photographs below {options.folder}; give a folder with {suffixes}")
-    return run_guarded(options, bundle, hashes=hashes, source=source, table=table) or code
+    code = run_guarded(options, bundle, hashes=hashes, source=source, table=table) or code
+    if code == bundles.REPLACED and attempts > 1:
+        return main(argv, attempts=attempts - 1)
+    experiment = bundles.experiment_of(bundle)
+    if not code and experiment and os.environ.get("FASTFLOWER_NEXT") != "0":
+        log(f"next: python -m fastflower report {experiment}")
+    return code
 
 
 def find_sample(options: argparse.Namespace) -> tuple[Sample | None, str]:
@@ -140,9 +153,11 @@ def follow(
     """
     image, ordered = match(sample, names, options.folder)
     labels = [label.encode("utf-8", "surrogateescape") for label in sample.column(image)]
-    layout = default_layout(columns)
+    layout = default_layout(columns, classes.labels, top_k=classes.top_k, separator=classes.separator)
     if columns in ("sample", "binary"):
         labelings = bundles.labelings(options.bundle, classes.ids, notes)
+        # the first is for a sample that tells nothing
+        labelings = [classes.labels, *(labeling for labeling in labelings if labeling != classes.labels)]
         of_sample = layout_of(sample, image, labelings, second_class=layout.second_class)
         if columns == "sample" or any(column.kind == "number" for column in of_sample.columns):
             layout = of_sample
@@ -172,6 +187,8 @@ def run_guarded(
     try:
         code = guard.run(work, table, log_error)
     finally:  # also when a time limit or a key ends the run
+        if bundle["correction"] and bundle["correction"]["target"] == "em":
+            correct_by_em(table, np.array(bundle["correction"]["source"]))
         write_code = write_table(table, table.path)
     lost = np.count_nonzero(table.known) - table.summary.get("logits", 0)
     if options.logits and lost:
@@ -180,6 +197,19 @@ def run_guarded(
     if added:
         log_error(f"{added} {source.noun} were added during the run; run it again for their rows")
     return code or write_code
+
+
+def correct_by_em(table: Table, source: np.ndarray) -> None:
+    """Correct the predictions for the class distribution that they show together, and log its largest changes."""
+    if not table.known.any():
+        return
+    before = table.best.copy()
+    target = priors.estimate(table.odds[table.known], source)
+    table.reweight(target / source)
+    table.summary = {**table.summary, "class_distribution": [round(float(share), 5) for share in target]}
+    changed = sorted(range(len(target)), key=lambda c: -abs(target[c] - source[c]))[:3]
+    shifts = ", ".join(f"{table.class_ids[c]} {source[c]:.3f} -> {target[c]:.3f}" for c in changed)
+    log(f"class distribution by EM: {shifts}; another class for {np.sum(table.best != before)} rows")
 
 
 def exit_on_signals() -> None:
@@ -227,10 +257,12 @@ def predict(
         for note in ensemble.notes[logged:]:
             log_error(note)
         logged = len(ensemble.notes)
-        first = speed.update(table.done())
+        first, settled = speed.update(table.done())
         table.summary = {**summary_of(ensemble, options.threads), **speed.summary()}
-        if first or time.monotonic() - table.written > WRITE_EVERY:
+        late = time.monotonic() - table.written > WRITE_EVERY
+        if first or late:
             table.update()
+        if settled or late:
             seconds = speed.seconds_per_row * (len(table.names) - speed.done)
             log(
                 f"{speed.done} of {len(table.names)}, {1 / speed.seconds_per_row:.1f} {source.noun}/s, "
@@ -257,14 +289,24 @@ def load_networks(
         import networks
 
         torch.set_num_threads(options.threads)
-        return networks.Networks(
+        ensemble = networks.Networks(
             options.bundle, bundle, hashes=hashes, device=options.device, half=options.half
         )
+        if ensemble.notes:
+            check_current(options.bundle, hashes)
+        return ensemble
     except (ImportError, OSError) as error:  # a library of torch that is missing or does not fit into memory
         raise Problem(f"torch cannot be loaded ({error}); {only_prior(table)}", 4) from None
     except Unusable as error:
+        check_current(options.bundle, hashes)
         table.summary = {"notes": [str(error)]}
         raise Problem(f"{error}; {only_prior(table)}", 3) from None
+
+
+def check_current(folder: str, hashes: dict[str, str]) -> None:
+    """Raise Problem when the bundle that does not load is no longer the one that was read."""
+    if bundles.is_replaced(folder, hashes):
+        raise Problem(f"{folder} was replaced while it was loaded; repeat the command", bundles.REPLACED)
 
 
 def summary_of(ensemble: Any, threads: int) -> dict[str, Any]:
@@ -288,9 +330,10 @@ class Speed:
         self.done_before = self.done = done
         self.warm_up = self.spent = 0.0
         self.seconds_per_row = 1e-6
+        self.settled = False
 
-    def update(self, done: int) -> bool:
-        """Count rows done by now; True for the first ones."""
+    def update(self, done: int) -> tuple[bool, bool]:
+        """Count rows done by now; whether they are the first, and whether the speed can be judged from now on."""
         first, self.done = self.done == self.done_before, done
         self.spent = time.monotonic() - self.loaded
         rows = done - self.done_before
@@ -300,7 +343,10 @@ class Speed:
         else:
             pace = (self.spent - self.warm_up) / (rows - 1)
         self.seconds_per_row = max(pace, 1e-6)  # the clock of Windows stands still for 16 ms
-        return first
+        # the first rows warm up caches and compilers, and would promise hours
+        settled = not (first or self.settled) and self.spent - self.warm_up > SETTLED
+        self.settled |= settled
+        return first, settled
 
     def summary(self) -> dict[str, float]:
         """The fields of submission.json about time."""
@@ -444,6 +490,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.csv = options.csv or os.path.join(bundles.ROOT, "results", "results", "")
     if options.csv.endswith(("/", os.sep)) or os.path.isdir(options.csv):
         options.csv = os.path.join(options.csv, "submission.csv")
+    options.by_default = not options.bundle
     options.bundle = options.bundle or bundles.default_folder()
     return options
 

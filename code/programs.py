@@ -31,7 +31,7 @@ max_pool2d maximum mean meshgrid min minimum mish mish_ movedim mul mul_ narrow 
 permute pixel_shuffle pixel_unshuffle pow prelu reciprocal reflection_pad2d relu relu6 relu6_ relu_ remainder repeat
 repeat_interleave replication_pad2d reshape reshape_as rms_norm roll rsqrt rsub scaled_dot_product_attention
 select selu selu_ sigmoid sigmoid_ silu silu_ sin size slice softmax softplus split split_with_sizes sqrt
-square squeeze stack std sub sub_ sum t tanh tanh_ tile to transpose tril triu type_as unbind unfold unsqueeze
+square squeeze stack std sub sub_ sum t tanh tanh_ tile to topk transpose tril triu type_as unbind unfold unsqueeze
 unsqueeze_ upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d
 upsample_nearest2d var view where zeros
 """

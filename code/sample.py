@@ -21,6 +21,7 @@ INDEX_WORDS = ("", "index", "unnamed: 0", "row", "nr", "no")
 CLASS_WORDS = ("category", "class", "label", "target", "prediction", "species", "answer")
 NUMBER_WORDS = ("confidence", "conf", "prob", "score", "certainty")
 ODDS_PREFIX = re.compile(r"^(class|category|label|prob|proba|probability|p|score)[ _:-]+", re.IGNORECASE)
+TOP_SEPARATORS = (" ", ";", "|", ",", ", ", "; ")  # between the classes of a cell
 MOST_DIGITS = 18  # of a number in a name
 
 
@@ -82,6 +83,7 @@ def layout_of(sample: Sample, image: int, labelings: list[list[str]], *, second_
     columns: dict[int, Column] = {image: Column("image")}
     labelings = [labeling for labeling in labelings if len(set(labeling)) == len(labeling)]
     _find_odds(sample, columns, labelings)
+    _find_top(sample, columns, labelings)
     second_class = _find_answers(sample, columns, labelings, second_class=second_class)
     return Layout(
         sample.header, [columns[n] for n in range(len(sample.header))], sample.delimiter, second_class
@@ -182,6 +184,21 @@ def _find_odds(sample: Sample, columns: dict[int, Column], labelings: list[list[
                 )
             columns.update({n: Column("odds", position=position) for n, position in found.items()})
             return
+
+
+def _find_top(sample: Sample, columns: dict[int, Column], labelings: list[list[str]]) -> None:
+    """Add the first column whose cells hold several classes each, with what separates them."""
+    for n in range(len(sample.header)):
+        values = sample.column(n)
+        if n in columns or any(set(values) <= set(labeling) for labeling in labelings):
+            continue
+        for labeling in labelings:
+            for separator in TOP_SEPARATORS:
+                cells = [value.split(separator) for value in values]
+                longest = max(map(len, cells), default=0)
+                if longest > 1 and {text for cell in cells for text in cell} <= set(labeling):
+                    columns[n] = Column("top", tuple(labeling), min(longest, len(labeling)), separator)
+                    return
 
 
 def _find_answers(

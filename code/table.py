@@ -10,11 +10,13 @@ import re
 import stat
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+ABANDONED_AFTER = 1.0  # seconds without a write after which a temporary file whose writer is gone is deleted
 REASON_BYTES, SUMMARY_BYTES = 160, 1 << 16  # longest reason of an unreadable row; longest summary of the run
 
 
@@ -22,12 +24,14 @@ class Column(NamedTuple):
     """A column to write: its kind, and the texts or the class that belong to it.
 
     Kinds: `image` (the label), `class` (one of `texts`, by class), `number` (the confidence, or the probability of the
-    second class), `odds` (the probability of class `position`), `copy` (`texts`, by row).
+    second class), `odds` (the probability of class `position`), `top` (the `position` likeliest classes, from `texts`,
+    with `separator` between them), `copy` (`texts`, by row).
     """
 
-    kind: Literal["image", "class", "number", "odds", "copy"]
+    kind: Literal["image", "class", "number", "odds", "top", "copy"]
     texts: tuple[str, ...] = ()
     position: int = 0
+    separator: str = " "
 
 
 class Layout(NamedTuple):
@@ -39,11 +43,19 @@ class Layout(NamedTuple):
     second_class: bool = False
 
 
-def default_layout(columns: str) -> Layout:
-    """The layout for that field of bundle.json; without a sample to follow, `sample` means three columns."""
+def default_layout(
+    columns: str, labels: Sequence[str] = (), *, top_k: int = 5, separator: str = " "
+) -> Layout:
+    """The layout for these fields of bundle.json; without a sample to follow, `sample` means three columns."""
+    if columns == "odds":
+        odds = [Column("odds", position=position) for position in range(len(labels))]
+        return Layout(["filename", *labels], [Column("image"), *odds])
+    if columns == "top":
+        top = Column("top", tuple(labels), min(top_k, len(labels)), separator)
+        return Layout(["filename", "category_id"], [Column("image"), top])
     third = "probability" if columns == "binary" else "confidence"
     width = 2 if columns == "two" else 3
-    kinds = [Column("image"), Column("class"), Column("number")]
+    kinds = [Column("image"), Column("class", tuple(labels)), Column("number")]
     return Layout(["filename", "category_id", third][:width], kinds[:width], second_class=columns == "binary")
 
 
@@ -51,9 +63,9 @@ class Table:
     """Rows of names and predictions; rows without a prediction hold the most frequent class and its frequency.
 
     `names` are the images' names as bytes; `labels` are the names to write, byte for byte, by default the same. `path`
-    is the file that `open` could write. Predictions lie in memory that a forked process shares: `reading_since` is
-    the time at which reading of a row's picture began (0: it is not being read), `suspect` marks pictures that may
-    crash the process.
+    is the file that `open` could write. `keep_odds` keeps all probabilities of each row. Predictions lie in memory that
+    a forked process shares: `reading_since` is the time at which reading of a row's picture began (0: it is not being
+    read), `suspect` marks pictures that may crash the process.
     """
 
     def __init__(
@@ -64,13 +76,14 @@ class Table:
         prior: list[float],
         layout: Layout | None = None,
         labels: list[bytes] | None = None,
+        keep_odds: bool = False,
     ) -> None:
         self.names, self.class_ids, self.layout = names, class_ids, layout or default_layout("three")
         self.labels = labels or names
         count = len(names)
         self.best, self.confidence = shared_array(count, "i8"), shared_array(count, "f8")
         self.best[:], self.confidence[:] = int(np.argmax(prior)), float(np.max(prior))
-        needed = any(column.kind == "odds" for column in self.layout.columns)
+        needed = keep_odds or any(column.kind in ("odds", "top") for column in self.layout.columns)
         self.odds = shared_array(count * len(class_ids) * needed, "f8").reshape(-1, len(class_ids))
         self.odds[:] = prior
         self.known, self.failed, self.suspect = (shared_array(count, "?") for _ in range(3))
@@ -143,6 +156,13 @@ class Table:
                 self.odds[row] = odds / odds.sum()
             self.known[row] = True
 
+    def reweight(self, ratio: np.ndarray) -> None:
+        """Multiply the predicted rows' probabilities by a ratio (C,), and choose their classes anew."""
+        rows = np.flatnonzero(self.known)
+        odds = self.odds[rows] * ratio
+        self.odds[rows] = odds / odds.sum(1, keepdims=True)
+        self.best[rows], self.confidence[rows] = self.odds[rows].argmax(1), self.odds[rows].max(1)
+
     def fail(self, row: int, reason: str) -> None:
         """Mark a row as impossible to predict; it keeps the most frequent class."""
         self.note(row, reason)
@@ -177,6 +197,9 @@ class Table:
         if column.kind == "number":
             return [b"%.6f" % share for share in np.clip(self.confidence, 1e-6, 1.0)]
         texts = [encoded(text) for text in column.texts or self.class_ids]
+        if column.kind == "top":
+            order = np.argsort(-self.odds, axis=1, kind="stable")[:, : column.position]
+            return [column.separator.encode().join([texts[best] for best in row]) for row in order]
         return texts if column.kind == "copy" else [texts[best] for best in self.best]
 
     def remove_temporary(self, process: int) -> None:
@@ -220,6 +243,7 @@ def replace_atomic(path: str, data: bytes) -> None:
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise FileExistsError(f"{path} is not a regular file")
     temporary = temporary_path(path, os.getpid())
+    remove_abandoned(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -236,6 +260,35 @@ def summary_path(path: str) -> str:
     """The path of a table's summary: `a.json` for `a.csv`, `a.json.json` for `a.json`."""
     summary = os.path.splitext(path)[0] + ".json"
     return path + ".json" if summary.lower() == path.lower() else summary
+
+
+def remove_abandoned(path: str) -> None:
+    """Delete the temporary files of killed writers of `path`.
+
+    A writer in another container cannot be asked; its file is younger than ABANDONED_AFTER.
+    """
+    if os.name != "posix":  # elsewhere os.kill would end the process
+        return
+    folder, name = os.path.split(os.path.abspath(path))
+    for entry in os.listdir(folder):
+        process = entry[len(name) + 1 : -len(".tmp")]
+        temporary = os.path.join(folder, entry)
+        if entry != f"{name}.{process}.tmp" or not process.isdecimal():
+            continue
+        with contextlib.suppress(OSError, OverflowError):
+            if not is_running(int(process)) and time.time() - os.stat(temporary).st_mtime > ABANDONED_AFTER:
+                os.unlink(temporary)
+
+
+def is_running(process: int) -> bool:
+    """True if a process exists, also one of another user."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def temporary_path(path: str, process: int) -> str:

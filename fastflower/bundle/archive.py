@@ -97,8 +97,8 @@ def reproduce(recipe: Recipe, members: Sequence[tuple[Path, MemberMeta]]) -> str
                 changes = f"model.backbone={backbone} seed={seed} data.fold={folds}".replace(", ", ",")
                 text.write(f"python -m fastflower.train {FOLDER}/{exp}/meta/recipe.yaml {changes}\n")
         text.write(f"python -m fastflower.evaluate {FOLDER}/{exp}/meta/recipe.yaml\n")
-        text.write(f"python -m fastflower.export {FOLDER}/{exp}/meta/recipe.yaml\n")
-    text.write("```\n\n")
+    recipes = " ".join(f"{FOLDER}/{exp}/meta/recipe.yaml" for exp in exps)
+    text.write(f"python -m fastflower.export {recipes}\n```\n\n")
     hashes = sorted({(meta.exp, meta.folds_hash, meta.class_hash) for _, meta in members})
     for exp, folds_hash, class_hash in hashes:
         text.write(

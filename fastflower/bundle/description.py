@@ -78,17 +78,28 @@ class PairArrays:
 
 
 @dataclass(frozen=True)
+class PriorCorrection:
+    """The class distribution for which probabilities hold, and that of the pictures to predict; em: to be estimated."""
+
+    source: list[float]
+    target: list[float] | Literal["em"]
+
+
+@dataclass(frozen=True)
 class BundleDescription:
     """The content of bundle.json; `prior` are the class frequencies of the training data."""
 
-    FORMAT: ClassVar[int] = 5
+    FORMAT: ClassVar[int] = 6
     REMEDY: ClassVar[str] = "run python -m fastflower.export"
 
     fastflower: str
     class_ids: list[str]
     class_hash: str
     prior: list[float]
-    columns: Literal["two", "three", "binary", "sample"]
+    columns: Literal["two", "three", "binary", "odds", "top", "sample"]
+    labels: list[str]  # the text of each class in the submission
+    top_k: int
+    separator: str
     half: Literal["all", "gpu", "none"]
     temperature: float
     hflip: bool
@@ -100,6 +111,7 @@ class BundleDescription:
     crops: list[ViewCrop]
     programs: list[Program]
     members: list[BundleMember]
+    correction: PriorCorrection | None = None
 
     @property
     def noun(self) -> str:

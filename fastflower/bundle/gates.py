@@ -6,13 +6,10 @@ photographs that the members validated on: on PNGs where images came as numbers,
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import platform
 import runpy
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -26,9 +23,10 @@ from fastflower.bundle import sandbox
 from fastflower.bundle.description import BundleDescription, ViewCrop
 from fastflower.bundle.hand_in import Gate
 from fastflower.bundle.held_out import HeldOut, collect, write_betons
+from fastflower.bundle.submission import run_summary, submission_fault
 from fastflower.bundle.tracing import CODE
 from fastflower.bundle.writer import Member
-from fastflower.core import runs, scores
+from fastflower.core import files, scores
 from fastflower.core.records import to_plain
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.loaders import eval_images
@@ -36,6 +34,7 @@ from fastflower.evaluation.inference import load_network
 from fastflower.evaluation.logits import Logits, combine, reduce_views
 from fastflower.model.member import load_member
 from fastflower.recipe import Recipe
+from fastflower.recipe.derived import validates
 
 FEWEST_ROWS, SECONDS = 8, 60.0  # photographs in the parity run where networks are slow, and time for it
 
@@ -46,7 +45,7 @@ def check(
     *,
     members: list[Member],
     recipe: Recipe,
-    out_of_fold: dict[str, Logits],
+    out_of_fold: dict[Path, Logits],
 ) -> tuple[list[Gate], list[str]]:
     """Run every gate on a bundle that is not yet published; returns the gates and notes on the cost of rounding.
 
@@ -62,8 +61,7 @@ def check(
             passed=size <= recipe.bundle.max_mb,
         )
     ]
-    with tempfile.TemporaryDirectory(prefix="hand-in-") as temporary:
-        workspace = Path(temporary)
+    with files.scratch_folder("hand-in") as workspace:
         photographs = collect(workspace / "photographs", recipe, members)
         betons = write_betons(workspace, bundle, photographs)
         expected = trainer_logits(bundle, members, betons=betons, count=len(photographs))
@@ -93,16 +91,22 @@ def check(
                 members, bundle, betons=betons, logits=expected, labels=labels, recipe=recipe
             )
             gates.append(gate)
-        gates.append(
-            out_of_fold_agreement(
-                got,
-                bundle,
-                members=members,
-                photographs=photographs,
-                out_of_fold=out_of_fold,
-                max_loss=max_loss,
+        if validates(recipe):
+            gates.append(
+                out_of_fold_agreement(
+                    got,
+                    bundle,
+                    members=members,
+                    photographs=photographs,
+                    out_of_fold=out_of_fold,
+                    max_loss=max_loss,
+                )
             )
-        )
+        else:
+            gates.append(Gate("out of fold", got="no image was held out", allowed="", passed=None))
+            notes.append(
+                f"the {bundle.noun} of the gates are training images; nothing says how well others are predicted"
+            )
         for device in half_devices(recipe.bundle.half):
             gate, device_notes = half_precision(
                 root, got, bundle=bundle, labels=labels, max_loss=max_loss, python=python, device=device
@@ -287,7 +291,7 @@ def out_of_fold_agreement(
     *,
     members: list[Member],
     photographs: HeldOut,
-    out_of_fold: dict[str, Logits],
+    out_of_fold: dict[Path, Logits],
     max_loss: float,
 ) -> Gate:
     """Right answers of the bundle against those of evaluate, each photograph by members that did not train on it.
@@ -299,7 +303,7 @@ def out_of_fold_agreement(
     for row, fold in enumerate(photographs.fold):
         predicted, known, weights = [], [], []
         for position, (member, entry) in enumerate(zip(members, bundle.members, strict=True)):
-            saved = out_of_fold.get(member.path.name)
+            saved = out_of_fold.get(member.path)
             if saved is not None and member.meta.fold == fold:
                 (saved_row,) = np.flatnonzero(saved.index == photographs.index[row])
                 predicted.append(reduce_views(list(got[row, position][:, None]), bundle.reduce))
@@ -319,40 +323,13 @@ def out_of_fold_agreement(
 
 def loss_gate(name: str, after: int, *, before: int, count: int, max_loss: float) -> Gate:
     """A limit on lost right answers: the fraction `max_loss` of the photographs, and one in any case."""
-    fewest = before - max(1, int(max_loss * count))
+    fewest = max(0, before - max(1, int(max_loss * count)))
     return Gate(
         name,
         got=f"{after} right of {count}, {before} before",
         allowed=f">= {fewest} right",
         passed=after >= fewest,
     )
-
-
-def submission_fault(root: Path, bundle: BundleDescription, rows: int) -> str | None:
-    """The first fault of the copy's submission table, or None."""
-    with open(root / runs.SUBMISSION, encoding="utf-8", newline="") as file:
-        header, *table = list(csv.reader(file))
-    width = 2 if bundle.columns == "two" else 3
-    if len(header) != width or any(len(row) != width for row in table):
-        return f"columns {header}"
-    if bundle.pairs:
-        names = [f"test_dataset/{row:0{len(str(rows - 1))}d}" for row in range(rows)]
-    else:
-        names = sorted(path.name for path in (root / "test_dataset").iterdir())
-    if [row[0] for row in table] != names or len(names) != rows:
-        return f"{len(table)} rows for {rows} {bundle.noun}"
-    if not {row[1] for row in table} <= set(bundle.class_ids):
-        return "category ids that are not in the training labels"
-    if bundle.columns == "binary":
-        second = bundle.class_ids[1]
-        if not all(0 <= float(row[2]) <= 1 for row in table):
-            return "a probability outside [0, 1]"
-        if any((row[1] == second) != (float(row[2]) > 0.5) for row in table if row[2] != "0.500000000"):
-            return "a probability on the other side of 0.5 than its class"
-    elif width == 3 and not all(0 < float(row[2]) <= 1 for row in table):
-        return "a confidence outside (0, 1]"
-    unreadable = run_summary(root)["unreadable"]
-    return f"{len(unreadable)} {bundle.noun} unreadable" if unreadable else None
 
 
 def parity(got: np.ndarray, expected: np.ndarray, bundle: BundleDescription) -> Gate:
@@ -392,11 +369,6 @@ def latency(root: Path, bundle: BundleDescription, *, allowed: float, python: Pa
     return Gate("latency", got=got, allowed=f"<= {allowed:g} ms", passed=spent <= allowed)
 
 
-def run_summary(root: Path) -> dict[str, Any]:
-    """The submission.json that the copy's predictor wrote beside its table."""
-    return json.loads((root / runs.SUBMISSION).with_suffix(".json").read_text(encoding="utf-8"))
-
-
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -407,7 +379,7 @@ def cpu_name() -> str:
 
 def print_table(gates: list[Gate]) -> None:
     """Print the gates as a table."""
-    width = max(len(gate.got) for gate in gates)
+    width, allowed = (max(len(getattr(gate, name)) for gate in gates) for name in ("got", "allowed"))
     results = {True: "passed", False: "FAILED", None: "not seen"}
     for gate in gates:
-        print(f"  {gate.name:<12}{gate.got:<{width}}  {gate.allowed:<12}{results[gate.passed]}")
+        print(f"  {gate.name:<12}{gate.got:<{width}}  {gate.allowed:<{allowed}}  {results[gate.passed]}")

@@ -39,7 +39,7 @@ class HandIn:
 
 
 def write_hand_in(exp: str, dtype: str, *, gates: list[Gate], notes: list[str]) -> Path:
-    """Write the record of the bundle that was just published for an experiment."""
+    """Write the record of the bundle that was just published, to one of its experiments."""
     path = runs.RESULTS / exp / FILE
     written = round(time.time(), 1)
     write_record(path, HandIn(bundle=bundle_digest(), written=written, dtype=dtype, gates=gates, notes=notes))

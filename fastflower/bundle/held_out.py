@@ -60,19 +60,25 @@ def open_originals(recipe: Recipe) -> Source:
 def collect(folder: Path, recipe: Recipe, members: list[Member]) -> HeldOut:
     """Copy photographs to a new folder, spread evenly over the validation splits of the members' folds and shuffled.
 
+    Where every image trained, they are training images: programs and pixels can be compared on any image. A refit on
+    all images adds none to those of the folds.
     Images that come as numbers are saved as PNG with the same pixels, pairs as .npz with the same numbers.
     """
-    folds = sorted({member.meta.fold for member in members})
+    every = {
+        fold: fold_set.open_fold(recipe, fold) for fold in sorted({member.meta.fold for member in members})
+    }
+    folds = [fold for fold, opened in every.items() if opened.val] or list(every)
     source = open_originals(recipe)
     folder.mkdir()
     rows = []
     for fold in folds:
-        opened = fold_set.open_fold(recipe, fold)
-        count = min(opened.val.rows, max(1, MOST_ROWS // len(folds)))
-        for row in np.linspace(0, opened.val.rows - 1, count).astype(int).tolist():
-            index = int(opened.val.index[row])
+        opened = every[fold]
+        beton = opened.val or opened.train
+        count = min(beton.rows, max(1, MOST_ROWS // len(folds)))
+        for row in np.linspace(0, beton.rows - 1, count).astype(int).tolist():
+            index = int(beton.index[row])
             _check_content(source, opened.folds, index)
-            rows.append((opened.folds.filenames[index], int(opened.val.labels[row]), index, fold))
+            rows.append((opened.folds.filenames[index], int(beton.labels[row]), index, fold))
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     names, labels, indices, row_folds = zip(*rows, strict=True)
     files = (

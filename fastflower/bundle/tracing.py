@@ -85,9 +85,11 @@ def _nodes(block: Any) -> Iterator[Any]:
 def _printed(program: Any) -> tuple[str, dict[str, Tensor]]:
     """The text of a traced function and the constants to which it refers."""
     buffer = io.BytesIO()
-    torch.jit.save(program, buffer)
-    buffer.seek(0)
-    text, table = torch.jit.load(buffer).code_with_constants
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)  # newer torch
+        torch.jit.save(program, buffer)
+        buffer.seek(0)
+        text, table = torch.jit.load(buffer).code_with_constants
     return text.replace("def forward(self,\n", "def forward(", 1), table.const_mapping
 
 

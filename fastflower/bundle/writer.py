@@ -26,18 +26,22 @@ from fastflower.bundle.description import (
     BundleMember,
     MemberView,
     PairArrays,
+    PriorCorrection,
     Program,
     ViewCrop,
 )
 from fastflower.bundle.program import TOLERANCE, TracedProgram, logits_of_test_picture, trace
+from fastflower.bundle.submission import class_texts
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.files import remove_abandoned, swap_in, temporary_folder, temporary_path
 from fastflower.core.records import write_record
 from fastflower.core.tables import CHECK, sealed_rows, write_csv
 from fastflower.data.labels import check_columns, class_differences, read_class_rows
-from fastflower.evaluation.inference import load_network, views_of
+from fastflower.evaluation import priors
+from fastflower.evaluation.inference import load_network
 from fastflower.evaluation.moves import moved, moves_of
+from fastflower.evaluation.views import sizes_of
 from fastflower.model.member import MemberCheckpoint, MemberMeta, load_member
 from fastflower.recipe import Recipe
 
@@ -53,7 +57,8 @@ T = TypeVar("T")
 class Member:
     """A checkpoint to export: its meta, its tensors as stored, and its network with the weights so rounded.
 
-    versions: the network of each view in the bundle, with its rotation or shift.
+    versions: the network of each view in the bundle, with its rotation or shift. scales: tta.scales of its own
+    experiment, where the bundle holds members of several.
     """
 
     path: Path
@@ -61,6 +66,7 @@ class Member:
     stored: dict[str, Tensor]
     network: nn.Module
     versions: list[nn.Module] = field(default_factory=list)
+    scales: list[int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -164,6 +170,7 @@ def write_bundle(
     """
     meta = members[0].meta
     check_columns(recipe, len(meta.class_ids))
+    corrected = priors.correction(recipe, [str(value) for value in meta.class_ids])
     # bf16 is for bundles only: no gate measures the programs that evaluate writes
     half = recipe.bundle.half if standalone or recipe.bundle.half != "all" else "gpu"
     inventory = _Inventory()
@@ -189,11 +196,15 @@ def write_bundle(
         class_hash=meta.class_hash,
         prior=(counts / counts.sum()).tolist(),
         columns=recipe.bundle.columns,
+        labels=class_texts(recipe, [str(value) for value in meta.class_ids]),
+        top_k=recipe.bundle.top_k,
+        separator=recipe.bundle.separator,
         half=half,
         temperature=temperature,
         hflip=recipe.tta.hflip,
         reduce=recipe.tta.reduce,
         space=recipe.ensembling.average,
+        correction=PriorCorrection(corrected.source, corrected.target) if corrected else None,
         pairs=PairArrays(list(arrays), recipe.data.shape) if arrays else None,
         tolerance=TOLERANCE,
         pixel_tolerance=PIXEL_TOLERANCE,
@@ -221,8 +232,8 @@ def _write_member(
 ) -> BundleMember:
     """Store a member's tensors at `path` and describe it; `images` is 2 for pairs, else 1."""
     tensors, views, expected, versions = unpack(member.stored), [], [], []
-    sizes = views_of(member.size, member.meta.scales(recipe.tta.scales), hflip=recipe.tta.hflip)
-    for height, width in dict.fromkeys((view.height, view.width) for view in sizes):
+    asked = recipe.tta.scales if member.scales is None else member.scales
+    for height, width in sizes_of(member.size, member.meta.scales(asked)):
         for move in moves_of(recipe.tta):
             network = moved(member.network, move, (height, width), images=images)
             traced = trace(member.path, network, height=height, width=images * width, tensors=tensors)

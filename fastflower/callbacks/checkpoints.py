@@ -1,4 +1,4 @@
-"""Checkpoint files: best_clean, best_combo, best_f1, ema_best and swa as members, `last` to resume from.
+"""Checkpoint files: best_clean, best_combo and that of select.metric, ema_best and swa as members, `last` to resume.
 
 Every file is written to a temporary path, checked and renamed; only then is its predecessor removed. Of `last` the
 previous generation is kept. All hold plain tensors, numbers and text, copied to the host at the step they belong to
@@ -34,7 +34,7 @@ from fastflower.core.runs import TRAINED_KINDS, Run, parse_member
 from fastflower.model.member import MemberMeta, save_member
 
 # layout of the training state in `last`; raise it when a component's state changes its keys: resume refuses others
-LAYOUT = 2
+LAYOUT = 3
 FIXED_NAMES = {kind: f"{kind}.pth" for kind in TRAINED_KINDS}
 
 
@@ -73,7 +73,7 @@ def remove_leftovers(run: Run) -> None:
 
 def publish(run: Run, kind: str, *, epoch: int, score: float, write: Callable[[Path], None]) -> Path:
     """Write a checkpoint under its templated name, link the fixed name to it, and remove its predecessors."""
-    path = run.checkpoint_path(kind, epoch, max(score, 0.0))
+    path = run.checkpoint_path(kind, epoch, score)
     try:
         if kind == "last":
             _keep_previous(run)
@@ -205,7 +205,8 @@ class CheckpointSaver(Callback):
             epoch, flat = epoch_scores.epoch, epoch_scores.flat()
             meta = self.meta(epoch=epoch, kind=kind, weights=weights, scores=flat)
             write = functools.partial(save_member, tensors=copies[weights], meta=meta)
-            self._write_later(kind, epoch, score=self.scoring.selection.bests[kind].score, write=write)
+            best = self.scoring.selection.bests.get(kind)  # None where nothing is held out
+            self._write_later(kind, epoch, score=best.score if best else 0.0, write=write)
         self.seconds += time.perf_counter() - start
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -259,7 +260,7 @@ class CheckpointSaver(Callback):
             identity=self.identity,
             layout=LAYOUT,
             finished=finished,
-            best={"epoch": best.epoch, "score": best.score},
+            best={"epoch": best.epoch, "score": best.score if best.epoch else None},
         )
         meta = {**to_plain(member), **to_plain(resume)}
         training_state = {

@@ -6,6 +6,8 @@ updates in place, a pipe gets an occasional line, and the log file gets all perm
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from typing import Any
 
@@ -19,7 +21,8 @@ from fastflower.core.console import Console, clock
 from fastflower.recipe.derived import Derived
 
 HEADER_EVERY = 20  # rows
-PLAIN_SECONDS = 5.0  # minimum between two lines in a pipe
+PLAIN_SECONDS = 300.0  # between two lines of one epoch in a pipe; shorter epochs have their row alone
+REPEAT = 20  # epochs after which advice is repeated that still applies
 MOVING_SECONDS = 0.2  # between two updates in a terminal
 NORM_HIGH, NORM_LOW = 1e4, 1e-7  # mean gradient norms that deserve a warning
 
@@ -28,6 +31,11 @@ COLUMNS = (  # (name, width) in an epoch's row; "acc" in training, "ema" after a
     ("ema", 6), ("S", 6), ("best", 12), ("pat", 3), ("img/s", 5), ("left", 7),
 )  # fmt: skip
 
+SCORE_NAMES = {  # of the column of scores, by select.metric
+    "combo": "S", "f1": "F1", "macro_f1": "mac F1", "macro_recall": "mac R", "log_loss": "-loss",
+    "auc": "AUC", "kappa": "kappa",
+}  # fmt: skip
+
 
 def side(size: list[int]) -> str:
     """The text of an image size: 320, or 32x64 when height and width differ."""
@@ -35,8 +43,9 @@ def side(size: list[int]) -> str:
 
 
 def headline(metric: str = "combo") -> str:
-    """The column names above `epoch_line`; F1 stands in the place of S where it selects the best epoch."""
-    names = ("F1" if (name, metric) == ("S", "f1") else name for name, _ in COLUMNS)
+    """The column names above `epoch_line`; another metric than S stands in its place, a loss with a minus."""
+    shown = SCORE_NAMES.get(metric, "score")
+    names = (shown if name == "S" else name for name, _ in COLUMNS)
     return "  ".join(name.rjust(width) for name, (_, width) in zip(names, COLUMNS, strict=True))
 
 
@@ -45,7 +54,7 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
 
     def score(name: str) -> str:
         value = row.get(name)
-        return "-" if value is None else f"{value:.4f}"
+        return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
     average = "swa" if "clean_ema" not in row and "clean_swa" in row else "ema"
     best = row["best"]
@@ -55,10 +64,10 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
     cells = (
         f"{row['epoch']}/{epochs}",
         side(row["size"]),
-        f"{row['lr_max']:.1e}",
-        f"{row['train_loss']:.4f}",
+        "-" if math.isnan(row["lr_max"]) else f"{row['lr_max']:.1e}",  # a k-NN head has no training steps
+        score("train_loss"),
         score("train_acc"),
-        f"{row['val_loss']:.4f}",
+        score("val_loss"),
         score("clean_raw"),
         score(f"clean_{average}"),
         score("corrupt_raw"),
@@ -66,7 +75,7 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
         score("score"),
         f"{best['score']:.4f} @{best['epoch']}{star}" if best["epoch"] else "-",
         "-" if patience is None else str(patience),
-        f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}",
+        "-" if math.isnan(speed) else f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}",
         clock(left),
     )
     return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
@@ -105,22 +114,17 @@ class Progress(Callback):
         self.scoring = scoring
         self.rows = 0
         self._last = 0.0  # time of the last line
-        self._tenth = 0  # tenths of the epoch at the last line
+        self._said: dict[str, int] = {}  # note without its numbers -> epoch
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._last = time.perf_counter()
 
-    def epoch_start(self, state: State, logger: Logger) -> None:
-        self._tenth = 0
-
     def batch_end(self, state: State, logger: Logger) -> None:
         now = time.perf_counter()
         step, steps = state.timestamp.batch_in_epoch.value, int(state.dataloader_len or 1)
-        tenth = 10 * step // steps
-        due = now - self._last >= (MOVING_SECONDS if self.console.interactive else PLAIN_SECONDS)
-        if not due or not (self.console.interactive or tenth > self._tenth):
+        if now - self._last < (MOVING_SECONDS if self.console.interactive else PLAIN_SECONDS):
             return
-        self._last, self._tenth = now, tenth
+        self._last = now
         text = self._step_text(state, step, steps)
         if self.console.interactive:
             self.console.update(text)
@@ -134,6 +138,7 @@ class Progress(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         row = self.recorder.row
+        self._last = time.perf_counter()
         if self.rows % HEADER_EVERY == 0:
             self.console.write(headline(self.scoring.recipe.select.metric), "bold")
         self.rows += 1
@@ -149,7 +154,11 @@ class Progress(Callback):
 
     def _notes(self, row: dict[str, Any]) -> list[str]:
         latest = self.scoring.latest
-        notes = list(latest.verdict.notes) if latest and latest.verdict else []
+        notes = [
+            note
+            for note in (latest.verdict.notes if latest and latest.verdict else [])
+            if self._is_news(note, row["epoch"])
+        ]
         if row["nonfinite"]:
             notes.append(f"{row['nonfinite']} steps were not finite and were skipped")
         if row["grad_norm"] > NORM_HIGH or row["grad_norm"] < NORM_LOW:
@@ -157,6 +166,14 @@ class Progress(Callback):
                 f"gradient norm {row['grad_norm']:.2g}: {'exploding' if row['grad_norm'] > 1 else 'vanishing'}"
             )
         return notes
+
+    def _is_news(self, note: str, epoch: int) -> bool:
+        """True unless the same note, but for its numbers, was shown in one of the last REPEAT epochs."""
+        kind = re.sub(r"[\d.]+", "", note)
+        news = epoch - self._said.get(kind, -REPEAT) >= REPEAT
+        if news:
+            self._said[kind] = epoch
+        return news
 
     def _step_text(self, state: State, step: int, steps: int) -> str:
         sums, epoch = self.recorder.meter.sums, state.timestamp.epoch.value + 1

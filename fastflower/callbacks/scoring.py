@@ -15,10 +15,12 @@ from composer.utils import dist
 from torch import nn
 
 from fastflower.callbacks.selection import Candidate, Selection, Verdict
-from fastflower.core import scores
+from fastflower.core import metric, scores
 from fastflower.core.errors import CorruptionError, Diverged
+from fastflower.core.host_copies import HostCopies
 from fastflower.recipe import Recipe
-from fastflower.recipe.derived import Derived
+from fastflower.recipe.checks import BALANCING
+from fastflower.recipe.derived import Derived, refits
 
 CLEAN, CORRUPTED = "clean", "corrupted"
 LOGGED = ("top5", "macro_recall", "macro_f1", *scores.BINARY, "ece")  # of scores.scores, in events.jsonl
@@ -32,6 +34,7 @@ class EpochScores:
     clean: dict[str, dict[str, float]]
     corrupted: dict[str, float] = field(default_factory=dict)
     per_kind: dict[str, dict[str, float]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # weights -> terms of select.metric
     verdict: Verdict | None = None
 
     def flat(self) -> dict[str, float]:
@@ -40,6 +43,7 @@ class EpochScores:
         for name, row in self.clean.items():
             flat[f"clean_{name}"] = row["top1"]
             flat |= {f"{key}_{name}": row[key] for key in LOGGED if key in row}
+            flat |= {f"{term}_{name}": value for term, value in self.measured.get(name, {}).items()}
         flat |= {f"corrupt_{name}": value for name, value in self.corrupted.items()}
         return flat | {f"s_{name}": value for name, value in (self.verdict.s if self.verdict else {}).items()}
 
@@ -58,6 +62,11 @@ def in_row_order(gathered: list[tuple[np.ndarray, ...]], rows: int, label: str) 
     return tuple(column[order] for column in joined)
 
 
+def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """True for each row (B, C) of finite logits whose largest is that of its label (B,): bool (B,)."""
+    return (logits.argmax(1) == labels) & logits.isfinite().all(1)
+
+
 def by_kind(hits: np.ndarray, combos: list[list[str]]) -> dict[str, float]:
     """Mean top-1 by kind of corruption; `hits` is bool (combos * images,), combo after combo."""
     means = hits.reshape(len(combos), -1).mean(axis=1)
@@ -68,11 +77,20 @@ def by_kind(hits: np.ndarray, combos: list[list[str]]) -> dict[str, float]:
     }
 
 
+def rare_class_remedy(recipe: Recipe) -> str:
+    """The change to try when rare classes get worse: a sampler or loss that favours them, where there is none yet."""
+    sampler, loss = recipe.sampler.type, recipe.loss.name
+    if sampler in BALANCING or loss in ("bsce", "focal"):
+        known = f"sampler.type={sampler}" if sampler in BALANCING else f"loss.name={loss}"
+        return f"{known} favours them already; select.metric=macro_recall chooses epochs by all classes alike"
+    return "try sampler.type=weighted_en or class_balanced, or loss.name=bsce or focal"
+
+
 class Scoring(Callback):
     """EVAL_BEFORE_ALL: equal buffers on all ranks. EVAL_AFTER_FORWARD: collect. EVAL_END: gather and score.
 
-    EVAL_AFTER_ALL: S, the best so far, early stopping. `latest` has the scores of the last epoch. Raises Diverged
-    when no weights give finite scores: training cannot recover from NaN.
+    EVAL_AFTER_ALL: S, the best so far, early stopping. `latest` has the scores of the last epoch, none where it was not
+    evaluated. Raises Diverged when no weights give finite scores: training cannot recover from NaN.
     """
 
     def __init__(
@@ -89,14 +107,18 @@ class Scoring(Callback):
         self.networks = networks
         self.rows = rows
         self.combos = combos
-        self.selection = Selection(recipe.select, recipe.es, len(derived.stages))
+        self.metric = metric.parse(recipe.select.metric)
+        self.selection = Selection(
+            recipe.select, recipe.es, len(derived.stages), remedy=rare_class_remedy(recipe)
+        )
         self.latest: EpochScores | None = None
         self.flat: dict[str, float] = {}  # of the last scored epoch
         self.score = 0.0
         self.val_loss = math.nan
         self.epoch = 0
         self.best_flat: dict[str, float] = {}  # of the best epoch so far
-        self._collected: list[dict[str, Any]] = []
+        self._collected: list[dict[str, torch.Tensor]] = []  # on the host once `_copies` has waited
+        self._copies = HostCopies()
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
         check_replicas(self.networks())
@@ -108,51 +130,53 @@ class Scoring(Callback):
         self._collected = []
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
-        batch = state.batch
-        valid = batch["valid"].cpu()
-        columns: dict[str, Any] = {
-            "row": batch["row"].cpu()[valid].numpy(),
-            "label": batch["label"].cpu()[valid].numpy(),
-        }
-        outputs = cast(dict[str, torch.Tensor], state.outputs)
-        for name, logits in outputs.items():
-            columns[name] = logits.float().cpu()[valid].numpy()
-        self._collected.append(columns)
+        batch, outputs = state.batch, cast(dict[str, torch.Tensor], state.outputs)
+        if state.dataloader_label == CORRUPTED:  # of which only the right answers count
+            outputs = {name: right_answers(logits, batch["label"]) for name, logits in outputs.items()}
+        columns = {name: batch[name] for name in ("valid", "row", "label")} | outputs
+        self._collected.append({name: self._copies.add(column) for name, column in columns.items()})
 
     def eval_end(self, state: State, logger: Logger) -> None:
         label = str(state.dataloader_label)
-        names = list(self._collected[0])
-        local = tuple(np.concatenate([batch[name] for batch in self._collected]) for name in names)
+        self._copies.wait()  # once an evaluation, and not for each batch
+        valid, *columns = (
+            torch.cat([batch[name] for batch in self._collected]) for name in self._collected[0]
+        )
+        weights = list(self._collected[0])[3:]
         self._collected = []
-        gathered = dist.all_gather_object(local)
-        _, labels, *logits = in_row_order(gathered, self.rows[label], label)
-        weights = names[2:]
+        gathered = dist.all_gather_object(tuple(column[valid].numpy() for column in columns))
+        _, labels, *outputs = in_row_order(gathered, self.rows[label], label)
         if label == CLEAN:
             bins = self.recipe.eval.ece_bins
             clean = {
                 name: scores.scores(values, labels, bins)
-                for name, values in zip(weights, logits, strict=True)
+                for name, values in zip(weights, outputs, strict=True)
             }
             self.latest = EpochScores(state.timestamp.epoch.value, clean)
+            for name, values in zip(weights, outputs, strict=True):
+                self.latest.measured[name] = self.metric.measure(values, labels)
             return
         assert self.latest is not None, "the clean images are scored first"
-        for name, values in zip(weights, logits, strict=True):
-            hits = (values.argmax(axis=1) == labels) & np.isfinite(values).all(axis=1)
+        for name, hits in zip(weights, outputs, strict=True):
             self.latest.corrupted[name] = float(hits.reshape(len(self.combos), -1).mean(axis=1).mean())
             for kind, value in by_kind(hits, self.combos).items():
                 self.latest.per_kind.setdefault(kind, {})[name] = value
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        assert self.latest is not None
-        latest, epoch = self.latest, state.timestamp.epoch.value
+        epoch = state.timestamp.epoch.value
+        if self.latest is None:  # an epoch without an evaluation
+            self.epoch, self.latest = epoch, self._unscored(epoch)
+            return
+        latest = self.latest
         stage = self.derived.stages.index(self.derived.stage(epoch - 1))
+        alpha = self.recipe.select.alpha
         candidates = {
             name: Candidate(
                 clean=row["top1"],
-                corrupted=latest.corrupted.get(name),
+                corrupted=(corrupted := latest.corrupted.get(name)),
                 macro_recall=row["macro_recall"],
-                f1=row.get("f1", row["macro_f1"]),
                 val_loss=row["nll"],
+                score=self.metric.score(latest.measured[name], corrupted, alpha),
                 finite=bool(np.isfinite(row["nll"])),
             )
             for name, row in latest.clean.items()
@@ -167,6 +191,19 @@ class Scoring(Callback):
             self.best_flat = self.flat
         if verdict.stop:
             state.stop_training()
+
+    def _unscored(self, epoch: int) -> EpochScores:
+        """An epoch without scores; where no image is held out, the averages of the last one are saved: none is best.
+
+        A refit on all images saves one member: the average of weights where the recipe has one, else the raw ones.
+        """
+        averages = {"ema_best": "ema"} if self.recipe.ema.enabled else {}
+        averages |= {"swa": "swa"} if self.recipe.swa.enabled else {}
+        if refits(self.recipe):
+            averages = {"refit": next(iter(averages.values()), "raw")}
+        new = {} if self.rows or epoch < self.derived.epochs else averages
+        verdict = Verdict(s={}, score=0.0, chosen="", new=new, stop=False, patience_left=None, notes=[])
+        return EpochScores(epoch, {}, verdict=verdict)
 
     def state_dict(self) -> dict[str, Any]:
         return {"selection": self.selection.state_dict(), **{name: getattr(self, name) for name in STATE}}
@@ -185,7 +222,8 @@ def _raise_diverged(epoch: int) -> NoReturn:
         raise SystemExit(Diverged.exit_code)  # rank 0 prints the reason
     raise Diverged(
         f"no weights give finite scores after epoch {epoch}; lower opt.lr_ref or opt.lr, for instance to a "
-        "quarter, and start again under another exp.name"
+        "quarter (of a large batch: opt.large_batch_factor), or raise opt.weight_decay or sched.warmup_epochs, and "
+        "start again under another exp.name"
     )
 
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fastflower.core.runs import best_kind
 from fastflower.core.scores import combined
 from fastflower.recipe.schema import Es, Select
 
@@ -23,14 +24,14 @@ TINY = 1e-9  # 0.902 - 0.901 is a little less than 0.001
 class Candidate:
     """The scores of one set of weights at one epoch; corrupted is None without a corrupted set.
 
-    f1 is that of the second of two classes, or the macro F1 of more.
+    `score` is that of select.metric; None: it is clean or S.
     """
 
     clean: float
     corrupted: float | None
     macro_recall: float
-    f1: float
     val_loss: float
+    score: float | None = None
     finite: bool = True
 
 
@@ -61,12 +62,13 @@ class Verdict:
 class Selection:
     """The state machine: a best for each kind of checkpoint, and patience by es.monitor.
 
-    best_f1 is kept where select.metric asks for it, best_clean, best_combo and ema_best always.
+    Beside that of select.metric, best_clean, best_combo and ema_best are kept always.
     """
 
     select: Select
     es: Es
     stages: int
+    remedy: str = "give rare classes more weight"  # where frequent classes gain at their cost
     bests: dict[str, Best] = field(default_factory=dict)
     reference: float = -math.inf
     idle: int = 0
@@ -75,6 +77,7 @@ class Selection:
     s_before: float = math.inf
     alarmed: bool = False
     stopped: str = ""
+    scored: int = 0  # the last epoch with scores, 0 before the first
 
     def update(self, epoch: int, stage: int, candidates: dict[str, Candidate]) -> Verdict:
         """Score an epoch (from 1) at a stage (from 0). `candidates` has "raw" and perhaps "ema" and "swa"."""
@@ -92,9 +95,12 @@ class Selection:
             for name, candidate in finite.items()
         }
         clean = {name: candidate.clean for name, candidate in finite.items()}
-        f1 = {name: candidate.f1 for name, candidate in finite.items()}
-        watched = {"clean": clean, "combo": s, "f1": f1}[self.select.metric]
-        new = self._update_bests(epoch, s=s, clean=clean, f1=f1 if self.select.metric == "f1" else {})
+        known = {"best_clean": clean, "best_combo": s}
+        kind = best_kind(self.select.metric)
+        watched = known.get(kind) or {
+            name: candidate.score for name, candidate in finite.items() if candidate.score is not None
+        }
+        new = self._update_bests(epoch, {**known, kind: watched})
         chosen = prefer(watched)
         monitored = watched.get(chosen, -math.inf)
         if chosen and self.es.monitor == "val_loss":
@@ -104,8 +110,7 @@ class Selection:
         if alarm:
             notes.append(
                 f"S rose to {s[chosen]:.4f} while macro recall fell to {finite[chosen].macro_recall:.4f} "
-                f"(best {self.macro_best:.4f}): rare classes got worse in favour of frequent ones; try "
-                "sampler.type=weighted_en or class_balanced, or loss.name=bsce or focal without such a sampler"
+                f"(best {self.macro_best:.4f}): rare classes got worse in favour of frequent ones; {self.remedy}"
             )
         patience_left = max(0, self.es.patience - self.idle) if self._may_stop else None
         return Verdict(
@@ -121,8 +126,8 @@ class Selection:
 
     @property
     def best(self) -> Best:
-        """The best of the kind that select.metric names."""
-        return self.bests.get(f"best_{self.select.metric}", Best())
+        """The best by select.metric."""
+        return self.bests.get(best_kind(self.select.metric), Best())
 
     def _start_stage(self, stage: int) -> None:
         if self.stage < 0 or self.es.reset_on_stage:
@@ -130,19 +135,15 @@ class Selection:
             self.macro_best, self.s_before, self.alarmed = -math.inf, math.inf, False
         self.stage = stage
 
-    def _update_bests(
-        self, epoch: int, *, s: dict[str, float], clean: dict[str, float], f1: dict[str, float]
-    ) -> dict[str, str]:
+    def _update_bests(self, epoch: int, by_kind: dict[str, dict[str, float]]) -> dict[str, str]:
+        """Kinds with a new best -> its weights, from kind -> scores by weights; select.metric judges averages."""
         new = {}
-        ema = {name: value for name, value in s.items() if name == "ema"}
-        swa = {name: value for name, value in s.items() if name == "swa"}
-        for kind, values in (
-            ("best_clean", clean),
-            ("best_combo", s),
-            ("best_f1", f1),
-            ("ema_best", ema),
-            ("swa", swa),
-        ):
+        watched = by_kind[best_kind(self.select.metric)]
+        averages = {
+            kind: {name: value for name, value in watched.items() if name == weights}
+            for kind, weights in (("ema_best", "ema"), ("swa", "swa"))
+        }
+        for kind, values in {**by_kind, **averages}.items():
             name = prefer(values)
             if name and values[name] > self.bests.get(kind, Best()).score:
                 self.bests[kind] = Best(values[name], epoch, name)
@@ -153,7 +154,8 @@ class Selection:
         if value >= self.reference + self.es.min_delta - TINY and value > self.reference:
             self.reference, self.idle = value, 0
         else:
-            self.idle += 1
+            self.idle += epoch - self.scored if self.scored else 1
+        self.scored = epoch
         if self._may_stop and self.idle >= self.es.patience:
             gain = "fall of the validation loss by" if self.es.monitor == "val_loss" else "gain of"
             self.stopped = f"no {gain} {self.es.min_delta:g} in {self.idle} epochs up to epoch {epoch}"
@@ -173,7 +175,10 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         scalars = {name: getattr(self, name) for name in STATE}
-        return {**scalars, "bests": {kind: asdict(best) for kind, best in self.bests.items()}}
+        return {
+            **scalars,
+            "bests": {kind: asdict(best) for kind, best in self.bests.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in STATE:
@@ -181,7 +186,7 @@ class Selection:
         self.bests = {kind: Best(**best) for kind, best in state["bests"].items()}
 
 
-STATE = ("reference", "idle", "stage", "macro_best", "s_before", "alarmed", "stopped")
+STATE = ("reference", "idle", "stage", "macro_best", "s_before", "alarmed", "scored", "stopped")
 
 
 def prefer(values: dict[str, float]) -> str:

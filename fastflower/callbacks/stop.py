@@ -13,6 +13,7 @@ from composer.core import State
 from composer.utils import dist
 
 from fastflower.core.errors import PREEMPTED
+from fastflower.core.host_copies import HostCopies
 
 
 class Stop:
@@ -27,6 +28,7 @@ class Stop:
         self.requested = False
         self.training = False
         self._interrupts = 0
+        self._answer: tuple[HostCopies, torch.Tensor] | None = None  # of all ranks, to the last question
         self._previous = {
             number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -56,9 +58,17 @@ class Stop:
             raise SystemExit(PREEMPTED)
 
     def requested_on_any_rank(self, state: State) -> bool:
-        """True once any rank got a signal; a collective, so every rank must call it at the same step."""
+        """True once any rank got a signal; a collective, so every rank must call it at the same step.
+
+        Several ranks give the answer to the call before: it is on the host by now, and no step waits for the device.
+        """
         if dist.get_world_size() == 1:
             return self.requested
         flag = state.device.tensor_to_device(torch.tensor([int(self.requested)], dtype=torch.uint8))
         dist.all_reduce(flag, reduce_operation="MAX")
-        return bool(flag.item())
+        copies, before = HostCopies(), self._answer
+        self._answer = copies, copies.add(flag)
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())

@@ -48,6 +48,8 @@ class Trends:
 
     def _overfitting(self, row: dict[str, Any]) -> list[str]:
         course, val, train = self.course, row["val_loss"], row["train_loss"]
+        if val is None:  # nothing is held out
+            return []
         if val < course.val_loss:
             course.val_loss, course.val_epoch, course.train_loss = val, row["epoch"], train
             course.overfit = False

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastflower.core.files import finite
+from fastflower.core.own_parts import is_own
 
 MODELS = Path("results/model")
 RESULTS = Path("results/results")
@@ -21,14 +22,33 @@ BUNDLE = MODELS / "bundle"
 PRETRAINED = MODELS / "pretrained_model"
 SUBMISSION = RESULTS / "submission.csv"
 COMPARISON = RESULTS / "compare.html"
-TRAINED_KINDS = ("best_clean", "best_combo", "best_f1", "ema_best", "swa", "last")  # of checkpoints
-SOUP_CANDIDATES = ("best_combo", "ema_best", "best_clean", "best_f1", "swa")  # in the order tried
+FIGURES = RESULTS / "figures"  # of compare.md
+COMBINATION = RESULTS / "ensemble.json"  # of the runs of several experiments
+METRIC_KINDS = (  # of checkpoints: the best by a metric, by a weighted sum, by a metric of the user's own
+    *(
+        "best_clean",
+        "best_combo",
+        "best_f1",
+        "best_macro_f1",
+        "best_macro_recall",
+        "best_log_loss",
+        "best_auc",
+    ),
+    *("best_kappa", "best_corrupted", "best_weighted", "best_own"),
+)
+TRAINED_KINDS = (*METRIC_KINDS, "ema_best", "swa", "last", "refit")
+UNSCORED_KINDS = ("last", "refit")  # members only for a pattern that begins with them
+SOUP_CANDIDATES = (  # in the order tried
+    *("best_combo", "ema_best", "best_clean"),
+    *(kind for kind in METRIC_KINDS if kind not in ("best_combo", "best_clean")),
+    "swa",
+)
 KINDS = (*TRAINED_KINDS, "soup")
 
 _EVENT = re.compile(rb'(?P<text>\{.*), "checksum": "(?P<checksum>[0-9a-f]{8})"\}', re.DOTALL)
 _MEMBER = re.compile(
     r"(?P<kind>\w+?)__(?P<backbone>.+)__fold(?P<fold>\d+)_seed(?P<seed>\d+)"
-    r"_epoch(?P<epoch>\d+)_score(?P<score>\d+\.\d+)\.pth"
+    r"_epoch(?P<epoch>\d+)_score(?P<score>-?\d+\.\d+)\.pth"
 )
 
 
@@ -66,6 +86,11 @@ class Run:
     def end_path(self) -> Path:
         """The file that is written at the end of training, early or not."""
         return self.meta_dir / f"early_stop_{self.stem}.json"
+
+    @property
+    def lock_path(self) -> Path:
+        """The file whose lock the process holds that trains this run."""
+        return self.model_dir / f".{self.stem}.lock"
 
     def checkpoint_path(self, kind: str, epoch: int, score: float) -> Path:
         """The path of a checkpoint; epochs count from 1."""
@@ -110,9 +135,17 @@ def parse_member(path: Path) -> MemberName | None:
     )
 
 
+def best_kind(metric: str) -> str:
+    """The kind of checkpoint that a metric chooses: best_<its name>, best_weighted or best_own."""
+    kind = f"best_{metric}"
+    if kind in METRIC_KINDS:
+        return kind
+    return "best_own" if is_own(metric) else "best_weighted"
+
+
 def member_pattern(pattern: str, metric: str) -> str:
-    """The glob of an experiment's members: `auto` is the best by the metric, clean, combo or f1."""
-    return f"best_{metric}__*.pth" if pattern == "auto" else Path(pattern).name
+    """The glob of an experiment's members: `auto` is the best by the metric."""
+    return f"{best_kind(metric)}__*.pth" if pattern == "auto" else Path(pattern).name
 
 
 def find_members(exp: str, pattern: str, *, metric: str) -> list[Path]:
@@ -123,9 +156,8 @@ def find_members(exp: str, pattern: str, *, metric: str) -> list[Path]:
     `results/model/` in the pattern is allowed and ignored.
     """
     pattern = member_pattern(pattern, metric)
-    preferred = list(dict.fromkeys((f"best_{metric}", *SOUP_CANDIDATES, "soup")))
-    if pattern.startswith("last"):
-        preferred.append("last")
+    preferred = list(dict.fromkeys((best_kind(metric), *SOUP_CANDIDATES, "soup")))
+    preferred += [kind for kind in UNSCORED_KINDS if pattern.startswith(kind)]
     found: dict[tuple[str, int, int], tuple[tuple[int, int], Path]] = {}
     for path in sorted((MODELS / exp).glob(pattern)):
         name = parse_member(path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastflower.evaluation.records import ExperimentScores, MemberScores, Top1, Verdict
+from fastflower.core import metric
+from fastflower.evaluation.records import ExperimentScores, MemberScores, MetricScore, Top1, Verdict
 from fastflower.recipe.schema import Accept
 
 
@@ -18,6 +19,10 @@ def check(scores: ExperimentScores, events: list[dict[str, Any]], accept: Accept
         verdicts.append(_at_least("clean top-1", scores.fused.clean, accept.clean_min))
     if accept.corrupted_min is not None:
         verdicts.append(_at_least("corrupted top-1", scores.fused.corrupted, accept.corrupted_min))
+    if accept.score is not None:
+        verdicts.append(_by_metric(scores.fused.selected, accept.score))
+    if accept.gain_min is not None:
+        verdicts.append(_gain(scores, accept.gain_min))
     if accept.macro_drop_max is not None:
         falls = [macro_f1_fall(member, events) for member in scores.members]
         measured = [fall for fall in falls if fall is not None]
@@ -47,6 +52,40 @@ def _at_least(name: str, score: Top1 | None, wanted: float) -> Verdict:
         bound="at least",
         wanted=wanted,
         passed=score is not None and score.top1 >= wanted,
+    )
+
+
+def _gain(scores: ExperimentScores, wanted: float) -> Verdict:
+    """The verdict on the ensemble's gain over its best run; a single run has none."""
+    gain = scores.fused.over_best
+    return Verdict(
+        name=f"gain over {gain.best}" if gain else "gain over the best run",
+        got=gain.gain if gain else None,
+        n=gain.n if gain else None,
+        top1_low=gain.low if gain else None,
+        top1_high=gain.high if gain else None,
+        bound="at least",
+        wanted=wanted,
+        passed=gain is not None and gain.gain >= wanted,
+    )
+
+
+def _by_metric(selected: MetricScore | None, wanted: float) -> Verdict:
+    """The verdict on the score by select.metric; a loss must not exceed what is wanted."""
+    parsed = metric.parse(selected.metric) if selected else None
+    falls = parsed is not None and parsed.shown(1.0) < 0
+    got = selected.value if selected else None
+    passed = got is not None and (got <= wanted if falls else got >= wanted)
+    return Verdict(
+        name=parsed.title if parsed else "score",
+        got=got,
+        n=selected.n if selected else None,
+        top1_low=selected.low if selected else None,
+        top1_high=selected.high if selected else None,
+        bound="at most" if falls else "at least",
+        wanted=wanted,
+        passed=passed,
+        metric=selected.metric if selected else "",
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fastflower.core.errors import InputError
 from fastflower.optim.groups import part_names
 from fastflower.recipe import Recipe
+from fastflower.recipe.derived import validates
 from fastflower.recipe.starting_point import warmup_epochs
 
 THRESHOLD = 1e-4  # minimum relative improvement, torch's default
@@ -69,16 +70,21 @@ def frozen_parts(epoch: int, recipe: Recipe) -> set[str]:
     return {part for part in names if starts.get(part, math.inf) > epoch + 1}
 
 
+def plateau_monitor(recipe: Recipe) -> str:
+    """The value that the plateau schedule follows: sched.monitor, or train_loss where no image is held out."""
+    return recipe.sched.monitor if validates(recipe) else "train_loss"
+
+
 class Plateau:
     """torch's ReduceLROnPlateau (relative threshold) as a factor on the lr, stepped once per epoch.
 
-    `monitor` gives the direction: `val_loss` should fall, any other value rise. As in torch, the lr is lowered in
+    `monitor` gives the direction: losses should fall, any other value rise. As in torch, the lr is lowered in
     bad epoch `patience` + 1; where a publication lowers it in the last of its patient epochs, patience is one less.
     Step it only after the warm-up.
     """
 
     def __init__(self, reduction: float, patience: int, monitor: str = "score") -> None:
-        self.reduction, self.patience, self.lower_is_better = reduction, patience, monitor == "val_loss"
+        self.reduction, self.patience, self.lower_is_better = reduction, patience, monitor.endswith("loss")
         self.factor, self.best, self.bad_epochs = 1.0, 0.0, 0
         self.restart()
 

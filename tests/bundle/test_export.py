@@ -26,10 +26,12 @@ from fastflower.bundle import members as bundle_members
 from fastflower.bundle.description import BundleDescription, BundleMember, Program
 from fastflower.bundle.members import ChosenMembers, choose, member_weights, temperature_of
 from fastflower.bundle.program import QuickResponseNorm, check_program
+from fastflower.bundle.submission import submission_fault
 from fastflower.core import checkpoint, files, runs
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import read_record, write_record
 from fastflower.data.betons import fold_set
+from fastflower.data.folds import read_folds
 from fastflower.data.labels import read_classes
 from fastflower.evaluation import logits, summary
 from fastflower.model.member import save_member
@@ -52,7 +54,7 @@ def described(weights: tuple[float, ...] = (), **changes: object) -> BundleDescr
     fields = {
         "fastflower": "0", "class_ids": ["10", "17"], "class_hash": "", "prior": [0.5, 0.5], "columns": "three",
         "half": "gpu", "temperature": 1.0, "hflip": False, "reduce": "mean", "space": "logits", "pairs": None,
-        "tolerance": 1e-4, "pixel_tolerance": 0,
+        "tolerance": 1e-4, "pixel_tolerance": 0, "labels": ["10", "17"], "top_k": 2, "separator": " ",
         "crops": [], "programs": [Program(file="", inputs=[], norms=[], half_keeps=[])],
         "members": [
             BundleMember(name="", weights="", weight=weight, views=[], expected=[]) for weight in weights
@@ -81,6 +83,7 @@ def members():
 def make_member(fold: int, seed: int = 42, **changes: object) -> Path:
     classes = read_classes(Path("data/classes.csv"))
     hashes = {"class_ids": tuple(classes.ids), "class_hash": classes.hash}
+    hashes["folds_hash"] = read_folds(Path("data/folds.csv")).hash
     meta = member_meta(**{**hashes, "fold": fold, "seed": seed, "epoch": 2, **changes})
     torch.manual_seed(fold)
     network = build_network(meta)
@@ -194,6 +197,10 @@ def test_the_archive_holds_what_repeats_the_training_as_far_as_it_fits(members):
     text = records["REPRODUCE.md"].decode()
     assert "python -m fastflower.train training/tiny/meta/recipe.yaml model.backbone=resnet10t" in text
     assert all(path.name in text for path in members) and "python code/predict.py" in text
+    both = [*described, (members[0], replace(described[0][1], exp="b"))]
+    together = "fastflower.export training/b/meta/recipe.yaml training/tiny/meta/recipe.yaml\n"
+    assert archive.reproduce(load(None, WORDS), both).count("fastflower.export") == 1
+    assert together in archive.reproduce(load(None, WORDS), both)
     size = sum(path.stat().st_size + 200 for path in archive._hand_in()) + sum(
         len(c) + 200 for c in records.values()
     )
@@ -353,7 +360,7 @@ def test_accuracy_is_that_of_members_that_did_not_train_on_the_photograph(member
     got[[1, 3], 0], got[[0, 2], 1] = wrong[[1, 3]], wrong[[0, 2]]
     bundle = described((0.5, 0.5))
     out_of_fold = {
-        member.path.name: types.SimpleNamespace(index=np.arange(4), logits=right.astype(np.float32))
+        member.path: types.SimpleNamespace(index=np.arange(4), logits=right.astype(np.float32))
         for member in loaded
     }
     gate = gates.out_of_fold_agreement(
@@ -466,6 +473,8 @@ def test_a_kill_while_a_bundle_is_put_in_place_loses_none(monkeypatch, exchange)
 def test_members_of_two_class_maps_are_refused(members):
     other = make_member(1, seed=7, class_hash="0ther")
     with pytest.raises(InputError, match=r"a bundle holds members of one class map, choose with --members"):
+        writer.load_members([members[0], other], "fp16")
+    with pytest.raises(InputError, match=r"seed7.* was trained with other classes \(0ther\) than data holds"):
         export.main([*WORDS, "--members", str(members[0]), str(other)])
 
 
@@ -497,18 +506,19 @@ def test_temperature_is_that_of_the_members():
     assert temperature_of(recipe, [first, second]) == (1.0, f"{path} holds none")
 
 
-def evaluated(count: int = 3, **sizes: float) -> list[Path]:
+def evaluated(count: int = 3, *, exp: str = "tiny", better: float = 0.0, **sizes: float) -> list[Path]:
     """Files of made-up members of two backbones as evaluate writes them; the first backbone is the better one."""
-    folder, paths, members = runs.RESULTS / "tiny", [], []
+    folder, paths, members = runs.RESULTS / exp, [], []
     fake_members.write_folds(Path("data/folds.csv"), count=count)
     for backbone, skill in zip(fake_members.BACKBONES, (2.0, 1.6), strict=True):
         for fold in range(count):
             member = fake_members.member(
-                fold, backbone, skill=skill, mb=sizes.get(backbone[:3], 100.0), ms=10.0
+                fold, backbone, skill=skill + better, mb=sizes.get(backbone[:3], 100.0), ms=10.0
             )
-            path = runs.MODELS / "tiny" / member.info.checkpoint
+            path = runs.MODELS / exp / member.info.checkpoint
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
+            hashes = {"folds_hash": fake_members.drawn_folds().hash, "exp": exp}
+            save_member(path, {}, member_meta(backbone=backbone, seed=42, fold=fold, **hashes))
             member = replace(member, info=replace(member.info, seal=checkpoint.seal(path)))
             logits.save_logits(folder / "oof", member)
             paths.append(path)
@@ -521,6 +531,7 @@ def evaluated(count: int = 3, **sizes: float) -> list[Path]:
 
 
 def greedy(*words: str) -> ChosenMembers:
+    words = (f"model.backbone={fake_members.BACKBONES[0]}", *words)
     return choose(load(None, [*WORDS, "bundle.members=greedy", *words]), [])
 
 
@@ -537,6 +548,36 @@ def test_greedy_takes_the_runs_that_help_and_as_many_folds_as_fit():
     assert [runs.parse_member(path).backbone for path in one.paths] == [fake_members.BACKBONES[0]]
     assert len(greedy("bundle.max_mb=110", "bundle.dtype=int8").paths) == 2
     assert len(greedy("bundle.max_mb=1000", "bundle.max_ms=35").paths) == 3
+
+
+def test_members_of_two_experiments_become_one_bundle():
+    paths = {exp: evaluated(exp=exp, better=better) for exp, better in (("a", 0.0), ("b", 1.0))}
+    words = [*WORDS, f"model.backbone={fake_members.BACKBONES[0]}"]
+
+    def chosen(*changes: str, other: str = "tta.hflip=true") -> ChosenMembers:
+        first, second = (
+            load(None, [*words, f"exp.name={exp}", *more])
+            for exp, more in (("a", changes), ("b", [*changes, other]))
+        )
+        return choose(first, [], others=[second])
+
+    flat = chosen()
+    assert flat.paths == [*sorted(paths["a"]), *sorted(paths["b"])] and flat.weights is None
+    assert "fitted on 118 out-of-fold images" in flat.source and flat.temperature != 1.0
+    best = chosen("bundle.members=greedy", "bundle.max_mb=110")
+    assert [path.parent.name for path in best.paths] == ["b"] and best.weights.sum() == pytest.approx(1)
+    with pytest.raises(
+        InputError, match=r"tta.hflip is true in a and false in b, and a bundle has one; give it as"
+    ):
+        chosen(other="tta.hflip=false")
+    with pytest.raises(InputError, match=r"the number of tta.scales is 2 in a and 1 in b"):
+        chosen(other="tta.scales=[32]")
+    with pytest.raises(
+        InputError, match=r"ensembling.weighting = learned: evaluate fits these weights for one"
+    ):
+        chosen("ensembling.weighting=learned")
+    with pytest.raises(InputError, match=r"model.backbone = resnet18, but the members of b are of"):
+        chosen(other="model.backbone=resnet18")
 
 
 def test_greedy_share_of_a_run_is_split_by_its_folds():
@@ -612,8 +653,6 @@ def test_a_run_without_a_say_is_not_handed_in(weighting):
     )
     write_record(runs.RESULTS / "tiny/temperature.json", content)
     kept = [path for path in paths if fake_members.BACKBONES[0] in path.name]
-    for path in paths:
-        save_member(path, {}, member_meta(backbone=runs.parse_member(path).backbone, seed=42))
     words = [f"model.backbone={fake_members.BACKBONES[0]}", f"ensembling.weighting={weighting}"]
     chosen = choose(load(None, [*WORDS, *words]), [])
     assert chosen.paths == sorted(kept) and np.allclose(chosen.weights, 1 / 3)
@@ -722,7 +761,7 @@ def test_one_program_serves_all_members_and_convolutions_all_sizes(members):
     [
         ("three", lambda t: t.replace("confidence", "x,y"), "columns"),
         ("three", lambda t: t.replace("000001.jpg", "other.jpg"), "2 rows for 2 photographs"),
-        ("three", lambda t: t.replace(",17,", ",18,"), "category ids that are not"),
+        ("three", lambda t: t.replace(",17,", ",18,"), "classes that are not"),
         ("three", lambda t: t.replace("0.5", "0.0"), r"a confidence outside \(0, 1\]"),
         ("binary", lambda t: t.replace("0.1", "1.1"), r"a probability outside \[0, 1\]"),
         (
@@ -744,7 +783,7 @@ def test_a_wrong_submission_is_seen(tmp_path, columns, change, fault):
         text = "filename,category_id,probability\n000000.jpg,10,0.1\n000001.jpg,17,0.500000000\n"
     description = described(columns=columns)
     (tmp_path / runs.SUBMISSION).write_text(text)
-    assert gates.submission_fault(tmp_path, description, 2) is None
+    assert submission_fault(tmp_path, description, 2) is None
     (tmp_path / runs.SUBMISSION).write_text(change(text))
-    fault_found = gates.submission_fault(tmp_path, description, 2)
+    fault_found = submission_fault(tmp_path, description, 2)
     assert fault_found is not None and re.search(fault, fault_found)

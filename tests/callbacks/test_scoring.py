@@ -19,7 +19,7 @@ from fastflower.recipe.schema import Es, Select
 
 
 def one(clean: float, corrupted: float | None = None, macro: float = 0.5, finite: bool = True) -> Candidate:
-    return Candidate(clean, corrupted, macro, f1=clean, val_loss=1 - clean, finite=finite)
+    return Candidate(clean, corrupted, macro, val_loss=1 - clean, finite=finite)
 
 
 def machine(stages: int = 1, metric: str = "combo", **es: object) -> Selection:
@@ -124,7 +124,7 @@ def test_f1_can_choose_stop_and_be_kept():
     selection = Selection(Select(metric="f1"), Es(patience=2, min_delta=0.0), 1)
     course = [(0.9, 0.5), (0.8, 0.7), (0.95, 0.6), (0.99, 0.65)]  # clean top-1 and F1
     verdicts = [
-        selection.update(epoch, 0, {"raw": Candidate(clean, None, 0.5, f1=f1, val_loss=1.0)})
+        selection.update(epoch, 0, {"raw": Candidate(clean, None, 0.5, val_loss=1.0, score=f1)})
         for epoch, (clean, f1) in enumerate(course, 1)
     ]
     assert [v.score for v in verdicts] == [0.5, 0.7, 0.6, 0.65] and [v.stop for v in verdicts][-1]
@@ -133,11 +133,43 @@ def test_f1_can_choose_stop_and_be_kept():
     assert "best_f1" not in machine(metric="clean").update(1, 0, {"raw": one(0.5)}).new
 
 
+@pytest.mark.parametrize(
+    ("metric", "kind", "scores", "best"),
+    [
+        ("macro_f1", "best_macro_f1", [0.5, 0.7, 0.6], 2),
+        (
+            "log_loss",
+            "best_log_loss",
+            [-0.9, -0.4, -0.5],
+            2,
+        ),  # a loss counts negative: the lowest is the best
+        ("0.7*clean + 0.3*auc", "best_weighted", [0.8, 0.7, 0.9], 3),
+        ("my_metrics:top", "best_own", [-1.0, -3.0, -2.0], 1),
+    ],
+)
+def test_any_metric_chooses_stops_and_names_its_checkpoint(metric, kind, scores, best):
+    selection = Selection(Select(metric=metric), Es(patience=9), 1)
+    verdicts = [
+        selection.update(epoch, 0, {"ema": Candidate(1 / epoch, None, 0.5, val_loss=1.0, score=score)})
+        for epoch, score in enumerate(scores, 1)
+    ]
+    assert (selection.best.epoch, selection.best.score) == (best, scores[best - 1])
+    written = [epoch for epoch, verdict in enumerate(verdicts, 1) if kind in verdict.new]
+    assert written[-1] == best and selection.bests["ema_best"].epoch == best
+    assert [verdict.score for verdict in verdicts] == scores
+    stops = Selection(Select(metric=metric), Es(patience=2, min_delta=0.0), 1)
+    course = [scores[best - 1], *[scores[best - 1] - 0.1] * 2]
+    assert [
+        stops.update(epoch, 0, {"raw": Candidate(epoch, None, 0.5, val_loss=1.0, score=score)}).stop
+        for epoch, score in enumerate(course, 1)
+    ] == [False, False, True]
+
+
 def test_early_stopping_can_follow_the_validation_loss():
     selection = Selection(Select(metric="clean"), Es(patience=2, min_delta=0.01, monitor="val_loss"), 1)
     course = [(0.5, 1.0), (0.6, 0.9), (0.7, 0.895), (0.8, 0.91)]  # accuracy rises, the loss does not fall
     stops = [
-        selection.update(e, 0, {"raw": Candidate(clean, None, 0.5, f1=clean, val_loss=loss)}).stop
+        selection.update(e, 0, {"raw": Candidate(clean, None, 0.5, val_loss=loss)}).stop
         for e, (clean, loss) in enumerate(course, 1)
     ]
     assert stops == [False, False, False, True] and selection.best.epoch == 4
@@ -185,15 +217,22 @@ def test_kinds_are_means_over_their_levels():
 
 def test_a_run_in_which_nothing_is_finite_ends_with_advice():
     recipe = load(None, [])
-    scoring = Scoring(recipe, derive(recipe, 1), networks=list, rows={}, combos=[])
+    scoring = Scoring(recipe, derive(recipe, 1), networks=list, rows={"clean": 1}, combos=[])
     row = dict.fromkeys(("top1", "top5", "macro_recall", "macro_f1", "ece"), 0.25)
     state = SimpleNamespace(timestamp=SimpleNamespace(epoch=SimpleNamespace(value=3)))
     scoring.latest = EpochScores(
-        3, {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": 1.0}}, {"raw": 0, "ema": 0.5}
+        3,
+        {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": 1.0}},
+        {"raw": 0, "ema": 0.5},
+        measured={name: {"clean": 0.25} for name in ("raw", "ema")},
     )
     scoring.eval_after_all(state, None)
     assert scoring.latest.verdict.chosen == "ema"
-    scoring.latest = EpochScores(3, {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": math.inf}})
+    scoring.latest = EpochScores(
+        3,
+        {"raw": {**row, "nll": math.nan}, "ema": {**row, "nll": math.inf}},
+        measured={name: {"clean": 0.25} for name in ("raw", "ema")},
+    )
     with pytest.raises(
         Diverged, match=r"no weights give finite scores after epoch 3; lower opt.lr_ref or opt.lr"
     ):

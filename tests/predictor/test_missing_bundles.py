@@ -42,6 +42,30 @@ def test_without_a_bundle_every_row_is_the_training_datas_commonest_class(run_wi
     assert [row[1:] for row in read_rows(Path("out.csv"))[1:]] == [["007", "0.600000"]] * 2
 
 
+def test_before_any_training_no_table_is_called_a_submission(run_without_networks, code):
+    write_photographs(2)
+    with pytest.raises(
+        code.bundles.Problem, match=r"every row of \S*out_priors.csv holds the most frequent class"
+    ):
+        code.predict.main(["test_dataset", "out.csv"])
+    assert len(read_rows(Path("out_priors.csv"))) == 3 and not Path("out.csv").exists()
+    Path("results/model/bundle").mkdir(
+        parents=True
+    )  # a hand-in that lost a file gets its table where it was asked for
+    with pytest.raises(code.bundles.Problem, match=r"every row of \S*/out.csv holds the most frequent class"):
+        code.predict.main(["test_dataset", "out.csv"])
+
+
+def test_the_first_estimate_of_time_is_not_that_of_warming_up(code, monkeypatch):
+    clock = iter((0.0, 40.0, 41.0, 43.0, 44.0))  # loaded, the first row, and three more
+    monkeypatch.setattr(code.predict.time, "monotonic", lambda: next(clock))
+    speed = code.predict.Speed(0.0, 0)
+    assert [speed.update(done) for done in (1, 2, 4, 5)] == [
+        (True, False), (False, False), (False, True), (False, False)
+    ]  # fmt: skip
+    assert speed.seconds_per_row == 1.0 and speed.summary()["first_row_s"] == 40.0
+
+
 def test_without_any_classes_every_row_is_the_samples_commonest(run_without_networks):
     write_photographs(2)
     shutil.rmtree("data")
@@ -310,3 +334,41 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_an_export_while_the_predictor_loads_makes_it_start_again_with_the_new_bundle(
+    code, exported, monkeypatch, capsys
+):
+    Path("test_dataset").mkdir()
+    write_photographs(2)
+    shutil.copytree(exported.folder, "bundle")
+    load, loaded = code.networks.Networks, []
+
+    def replaced_meanwhile(folder: str, bundle: dict, **options):
+        loaded.append(bundle["temperature"])
+        if len(loaded) > 1:
+            return load(folder, bundle, **options)
+        text = Path("bundle/bundle.json").read_text()
+        Path("bundle/bundle.json").write_text(json.dumps({**json.loads(text), "temperature": 2.5}))
+        lines = [line.split() for line in Path("bundle/SHA256").read_text().splitlines()]
+        new = hashlib.sha256(Path("bundle/bundle.json").read_bytes()).hexdigest()
+        Path("bundle/SHA256").write_text(
+            "".join(f"{new if name == 'bundle.json' else old}  {name}\n" for old, name in lines)
+        )
+        raise code.bundles.Unusable("no member of the bundle can be run")
+
+    monkeypatch.setattr(code.networks, "Networks", replaced_meanwhile)
+    arguments = ["test_dataset", "out.csv", "--bundle", "bundle", "--threads", "1"]
+    assert code.predict.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "bundle was replaced while it was loaded" in said.err and "T = 2.500" in said.out
+    assert json.loads(Path("out.json").read_text())["predicted"] == 2
+    assert len(loaded) == 2 and loaded[1] == 2.5
+
+
+def test_a_damaged_bundle_is_no_replaced_one(code, exported):
+    assert (
+        code.bundles.is_replaced(str(exported.folder), code.bundles.read_hashes(str(exported.folder)))
+        is False
+    )
+    assert code.bundles.is_replaced("gone", {}) is True

@@ -195,7 +195,7 @@ def test_its_own_folder_is_found_however_it_is_started(tmp_path, arguments):
         capture_output=True,
     )
     assert done.returncode == 4, done.stderr
-    assert read_rows(root / "results/results/submission.csv")[1] == ["a.jpg", "007", "0.600000"]
+    assert read_rows(root / "results/results/submission_priors.csv")[1] == ["a.jpg", "007", "0.600000"]
     assert not (root / "code/__pycache__").exists()
 
 
