@@ -1,14 +1,16 @@
-"""Score members on their out-of-fold images: `python -m fastflower.evaluate [recipe or experiment] [key=value ...]`.
+"""Score members on out-of-fold images: `python -m fastflower.evaluate [recipe or experiment ...] [key=value ...]`.
 
 Writes results/results/<exp>/oof/*.npz, scores.json, temperature.json, gradcam/ and the tables in reports/, and beside
-the members results/model/<exp>/programs/, with which code/predict.py can run them without a bundle. The exit code is
-1 when a threshold of the recipe's accept section is not reached.
+the members results/model/<exp>/programs/, with which code/predict.py can run them without a bundle. Several experiments
+are scored one after another, with a table of all at the end. The exit code is 1 when a threshold of a recipe's accept
+section is not reached.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastflower.core import console, errors, files, runs
 from fastflower.core.errors import InputError
@@ -16,37 +18,68 @@ from fastflower.core.records import write_record
 from fastflower.data.folds import read_folds
 from fastflower.data.labels import read_class_rows
 from fastflower.data.readers import sources
-from fastflower.recipe import checks, parse_command, schema
+from fastflower.evaluation import leaks, priors
+from fastflower.recipe import checks, parse_several, schema
+from fastflower.recipe.own import check_own
 from fastflower.recipe.run_record import missing_events
+
+if TYPE_CHECKING:
+    from fastflower.evaluation.records import ExperimentScores
 
 REFUSED = 1
 
 
 def main(argv: list[str]) -> int:
-    settings = parse_command(argv)
-    checks.check_flips(settings)
-    paths = member_paths(settings)
-    home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
-    folds = read_folds(home / "folds.csv")
-    classes = read_class_rows(home / "classes.csv")
+    """Score each experiment; what can be refused in any of them is refused before work on the first."""
+    recipes = parse_several(argv)
+    for recipe in recipes:
+        checks.check_flips(recipe)
+        checks.check_scored(recipe, "evaluate")
+        check_own(recipe, ["select.metric"])
+    paths = [member_paths(recipe) for recipe in recipes]
+    for recipe in recipes:
+        read_folds(Path(recipe.data.home) / "folds.csv")
+        rows = read_class_rows(Path(recipe.data.home) / "classes.csv")
+        priors.given_prior(recipe, [row["category_id"] for row in rows])
     # here: torch and timm take seconds, which a refusal does not spend
-    import torch
-
-    from fastflower.evaluation import acceptance, gradcam, inference, logits, summary, tables
+    from fastflower.evaluation import tables
+    from fastflower.evaluation.agreement import Trained, check_recipe
     from fastflower.model.member import load_member
 
-    # all are read first, so that a damaged one stops before any work
-    inference.check_recipe(settings, {path: load_member(path).meta for path in paths})
+    for recipe, members in zip(recipes, paths, strict=True):
+        # all are read first, so that a damaged one stops before any work
+        check_recipe(recipe, [Trained.of(path.name, load_member(path).meta) for path in members])
+    scored = [score(recipe, members) for recipe, members in zip(recipes, paths, strict=True)]
+    if len(scored) > 1:
+        print("\n" + console.aligned(tables.experiment_table(scored)))
+    combined = len(scored) > 1 or len(scored[0].runs) > 1
+    console.print_next("ensemble" if combined else "export", argv)
+    passed = all(verdict.passed for scores in scored for verdict in scores.acceptance)
+    return 0 if passed else REFUSED
+
+
+def score(settings: schema.Recipe, paths: list[Path]) -> ExperimentScores:
+    """Score the members of an experiment, write its files and print its table."""
+    import torch  # here, as below: a refusal does not spend the seconds
+
+    from fastflower.evaluation import acceptance, gradcam, inference, logits, summary, tables, views
+
+    home, folder = Path(settings.data.home), runs.RESULTS / settings.exp.name
+    folds, classes = read_folds(home / "folds.csv"), read_class_rows(home / "classes.csv")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    files.check_writable(folder, runs.MODELS / settings.exp.name)
     files.remove_abandoned(folder, below=True)
     print(f"{len(paths)} members of {settings.exp.name} on {device}", flush=True)
 
-    members = []
+    viewed = []
     for path in paths:
         print(f"  {path.name}", flush=True)
-        member = inference.predict(path, settings, device)
+        viewed.append(inference.predict_views(path, settings, device))
+    view_table = views.measure(viewed, settings.tta, settings.select.metric)
+    settings = replace(settings, tta=view_table.kept)
+    members = [seen.reduced(settings.tta) for seen in viewed]
+    for member in members:
         logits.save_logits(folder / "oof", member)
-        members.append(member)
     scores = summary.summarise(members, folds.fold, classes=classes, recipe=settings)
     notes: list[str] = []
     events = runs.read_events(folder / "events.jsonl", notes)
@@ -55,16 +88,30 @@ def main(argv: list[str]) -> int:
     gradcam.write_gradcam(folder / "gradcam", members, analysis=scores, settings=settings, device=device)
     write_record(folder / "scores.json", scores)
     write_record(folder / "temperature.json", summary.temperatures(scores))
+    write_record(folder / views.ViewTable.FILE, view_table)
+    fused, fitted = summary.fused_set(members, folds.fold, settings)[1], scores.fused.temperature
+    prior_table = priors.measure(fused, fitted.t if fitted else 1.0, settings)
+    write_record(folder / priors.Priors.FILE, prior_table)
+    leak = leaks.measure(fused, folds, max(2, settings.data.n_splits))
+    write_record(folder / leaks.Leak.FILE, leak)
     tables.write_reports(folder / "reports", scores)
 
     print("\n" + console.aligned(tables.score_table(scores)))
+    if view_table.rows:
+        print("\n" + console.aligned(views.lines(view_table)))
+        print(views.conclusion(view_table))
+    if settings.bundle.prior != "train":
+        print("\n" + console.aligned(priors.table(prior_table)))
+    if leak.line:
+        print(f"\n{leak.line}")
+    if scores.fused.over_best:
+        print(f"\nfused against {scores.fused.over_best.best}, the best run: {scores.fused.over_best.text}")
     for line in [*notes, *scores.advice, *summary.missing_fold_notes(scores), *write_programs(settings)]:
         print(f"note: {line}")
     for line in acceptance.console_lines(scores.acceptance):
         print(line)
     print(f"wrote {folder / 'scores.json'}; python -m fastflower.report {settings.exp.name} shows it")
-    console.print_next("ensemble" if len(scores.runs) > 1 else "export", argv)
-    return 0 if all(verdict.passed for verdict in scores.acceptance) else REFUSED
+    return scores
 
 
 def write_programs(settings: schema.Recipe) -> list[str]:

@@ -6,18 +6,17 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
+from fastflower.data.device_copies import KEYS
 from fastflower.data.transforms.augment import augment
 from fastflower.recipe.schema import Aug
-
-KEYS = ("key", "strong_key")  # of a batch's images, and of its unlabelled ones
 
 
 class DeviceAugment(Algorithm):
     """AFTER_DATALOADER: move the batch to the device and augment each image with its own key.
 
     Keys stay on the host, where all random numbers are drawn. "image" becomes float32 (B, 3, H, W) in 0..255,
-    channels last. `fill` (3,), in 0..255, is the colour of erased boxes. With `pairs`, the two halves of each image
-    are augmented independently.
+    channels last; features (B, F) stay as they are. `fill` (3,), in 0..255, is the colour of erased boxes. With
+    `pairs`, the two halves of each image are augmented independently.
     """
 
     def __init__(self, aug: Aug, erase_p: float, *, fill: tuple[float, ...], pairs: bool = False) -> None:
@@ -33,8 +32,10 @@ class DeviceAugment(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         keys = {name: state.batch[name] for name in KEYS if name in state.batch}
         batch = state.device.batch_to_device({k: v for k, v in state.batch.items() if k not in keys})
-        self.fill = self.fill.to(batch["image"].device)
-        images = augment(
-            batch["image"], keys["key"], aug=self.aug, erase_p=self.erase_p, fill=self.fill, pairs=self.pairs
-        )
+        images = batch["image"]
+        if images.ndim == 4:
+            self.fill = self.fill.to(images.device)
+            images = augment(
+                images, keys["key"], aug=self.aug, erase_p=self.erase_p, fill=self.fill, pairs=self.pairs
+            )
         state.batch = {**batch, **keys, "image": images}

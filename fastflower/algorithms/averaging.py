@@ -16,7 +16,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from fastflower.model.network import batch_norms
+from fastflower.model.network import Network, batch_norms
 
 
 def ema_decay(decay: float, updates: int, *, warmup: bool) -> float:
@@ -25,8 +25,11 @@ def ema_decay(decay: float, updates: int, *, warmup: bool) -> float:
 
 
 def shadow_copy(network: nn.Module) -> nn.Module:
-    """A copy of the network in eval mode, without gradients."""
-    shadow = copy.deepcopy(network).eval().requires_grad_(False)
+    """A copy of the network in eval mode, without gradients; a frozen backbone is shared, as it never changes."""
+    shared = {}
+    if isinstance(network, Network) and network.kept == "backbone":
+        shared[id(network.backbone)] = network.backbone
+    shadow = copy.deepcopy(network, shared).eval().requires_grad_(False)
     for parameter in shadow.parameters():
         parameter.grad = None
     return shadow
@@ -43,7 +46,8 @@ def interpolate(shadow: nn.Module, network: nn.Module, weight: float) -> None:
     """shadow += weight * (network - shadow) in a few kernel launches; counters and index tables are copied."""
     shadow_floats, shadow_others = float_and_other_tensors(shadow)
     network_floats, network_others = float_and_other_tensors(network)
-    torch._foreach_lerp_(shadow_floats, network_floats, weight)
+    pairs = [pair for pair in zip(shadow_floats, network_floats, strict=True) if pair[0] is not pair[1]]
+    torch._foreach_lerp_([shadow for shadow, _ in pairs], [own for _, own in pairs], weight)
     for target, source in zip(shadow_others, network_others, strict=True):
         target.copy_(source)
 

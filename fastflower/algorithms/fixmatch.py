@@ -85,7 +85,7 @@ class FixMatch(Algorithm):
 
     @torch.no_grad()
     def _augment_strong(self, state: State) -> None:
-        if self.semi.method == "fixmatch":
+        if self.semi.method != "pseudo":
             batch = dict(state.batch)
             images, keys = batch["strong"], batch.pop("strong_key").flatten()
             views = augment(
@@ -122,6 +122,10 @@ class FixMatch(Algorithm):
             ratio = self.class_prior.clamp_min(1e-6) / self.mean_prediction.clamp_min(1e-6)
             logits = logits + ratio.log().to(logits)
         loss, labels, mask = consistency(logits, self._learned_logits, self.semi.threshold)
+        self._learn(state, loss, labels=labels, mask=mask, predicted=predicted)
+
+    def _learn(self, state: State, loss: Tensor, *, labels: Tensor, mask: Tensor, predicted: Tensor) -> None:
+        """Add the loss of unlabelled images to the step's, and count their labels (N,) where `mask` is true."""
         self.lambda_u = unlabelled_weight(
             state.timestamp.epoch.value,
             state.timestamp.batch_in_epoch.value,

@@ -15,7 +15,7 @@ from composer.loggers import Logger
 from torch import nn
 
 from fastflower.optim.groups import freeze_batch_norms, part_by_parameter, part_names
-from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
+from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor, plateau_monitor
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import Derived, scaled_lr
 from fastflower.recipe.starting_point import warmup_epochs
@@ -34,7 +34,8 @@ def stage_factor(recipe: Recipe, derived: Derived, epoch: int) -> float:
 class LearningRate(Algorithm):
     """BATCH_START: set every group's lr, 0 for frozen parts. EPOCH_CHECKPOINT: step the plateau schedule.
 
-    `steps(epoch)` is the number of steps of an epoch, `monitored()` the last epoch's value of sched.monitor.
+    `steps(epoch)` is the number of steps of an epoch, `monitored()` the last epoch's value of
+    `plateau_monitor`.
     State: the plateau's factor and counter.
     """
 
@@ -52,7 +53,7 @@ class LearningRate(Algorithm):
         self.network = network
         self.steps = steps
         self.monitored = monitored
-        self.plateau = Plateau(recipe.sched.factor, recipe.sched.patience, recipe.sched.monitor)
+        self.plateau = Plateau(recipe.sched.factor, recipe.sched.patience, plateau_monitor(recipe))
         self.part_of = part_by_parameter(network, part_names(recipe))
 
     def match(self, event: Event, state: State) -> bool:

@@ -3,6 +3,7 @@
   data.fold=all seed=[42,2023] model.backbone=[a,b]               every fold, seed and backbone
   opt.lr=[1e-3,5e-4,2e-4] train.batch_per_gpu=[8,16,32]           a grid: table, heat map, best region
   opt.lr=log:1e-4..1e-2 opt.weight_decay=0..1e-3 --trials 50      a search by Optuna
+  data.fold=all data.unlabelled=more semi.rounds=2                students of students, on unlabelled images
 
 A list for a key that takes one value is a list of values to train. Finished runs are kept, interrupted runs resume,
 a failed run does not stop the others. Writes results/results/<exp>/campaign_<keys>.csv (.png for a grid, .journal
@@ -14,17 +15,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fastflower.campaign import cluster, launch, plan, results
+from fastflower.campaign import cluster, launch, plan, results, rounds
 from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.search import Search
-from fastflower.core import errors, files, runs
+from fastflower.core import console, errors, files, runs
 from fastflower.core.errors import InputError
+from fastflower.core.launcher import gpu_count
 from fastflower.core.records import read_record
 from fastflower.core.tables import write_csv
-from fastflower.recipe import load
+from fastflower.recipe import arguments, load
 from fastflower.recipe.run_record import RunNumbers, numbers_path
 
 
@@ -32,28 +34,58 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     overrides = plan.parse_overrides(options.overrides)
     table = table_path(options.recipes, overrides)
+    ranks = options.n or default_ranks(load(options.recipes[0], overrides.fixed).train.world_size)
+    planned = []
+    if load(options.recipes[0], overrides.fixed).semi.rounds:
+        planned = rounds.plan_rounds(options.recipes, overrides)
+    if options.dry_run:
+        for task in [task for each in planned for task in each.tasks] or plan.tasks(
+            options.recipes, overrides
+        ):
+            print(" ".join(launch.training_command(task, ranks)))
+        return 0
+    busy = f"{table}: another campaign (process {{pid}}) writes it; wait for it, or set another exp.name"
+    with files.locked(table.with_name(f".{table.stem}.lock"), busy):
+        return run(options, overrides, table=table, ranks=ranks, planned=planned)
+
+
+def run(
+    options: argparse.Namespace,
+    overrides: plan.Overrides,
+    *,
+    table: Path,
+    ranks: int,
+    planned: Sequence[rounds.Round] = (),
+) -> int:
+    """Train what is not finished, of all rounds that are planned, and write the table; returns the exit code."""
     search = None
     if options.trials:
         journal = table.with_suffix(".journal")
         search = Search(options.recipes, overrides, trials=options.trials, journal=journal)
-    tasks = search.tasks() if search else plan.tasks(options.recipes, overrides)
-    ranks = options.n or default_ranks(load(options.recipes[0], overrides.fixed).train.world_size)
-    if options.dry_run:
-        for task in tasks:
-            print(" ".join(launch.training_command(task, ranks)))
-        return 0
     finished = Finished(ranks)
     parallel = can_run_parallel(ranks) if options.ray is None else options.ray
-    if parallel:
-        stream = cluster.run_on_ray(tasks, ranks, finished=finished, logs=table.parent / "campaign_logs")
+
+    def train(tasks: Iterable[plan.Task]) -> Iterator[Result]:
+        if parallel:
+            return cluster.run_on_ray(tasks, ranks, finished=finished, logs=table.parent / "campaign_logs")
+        return launch.run_sequentially(tasks, ranks, finished)
+
+    if planned:
+        stream = rounds.run(planned, train)
     else:
-        stream = launch.run_sequentially(tasks, ranks, finished)
+        stream = train(search.tasks() if search else plan.tasks(options.recipes, overrides))
     collected, completed = collect(stream, search, table)
     print_summary(collected, search, table)
     if not completed:
         print("interrupted; run the same command again to continue")
         return 130
-    return int(any(result.state == "failed" for result in collected))
+    failed = any(result.state == "failed" for result in collected)
+    if planned and not failed:
+        print_gains(rounds.gains(planned), table.with_name(rounds.FILE))
+    names = list(dict.fromkeys(result.task.run.exp for result in collected))
+    if collected and not failed:
+        console.print_next("evaluate", names)
+    return int(failed)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -63,7 +95,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("arguments", nargs="*", help="recipe files and key=value overrides")
+    parser.add_argument("arguments", nargs="*", help="recipe files or experiments, and key=value overrides")
     parser.add_argument(
         "-n", type=int, help="ranks of each training (default: the recipe's train.world_size)"
     )
@@ -77,13 +109,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the trainings and exit")
     options = parser.parse_intermixed_args(argv)
-    options.recipes = [argument for argument in options.arguments if "=" not in argument]
+    options.recipes = [
+        str(arguments.locate(argument)) for argument in options.arguments if "=" not in argument
+    ]
     options.overrides = [argument for argument in options.arguments if "=" in argument]
     for name, value in (("-n", options.n), ("--trials", options.trials)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be 1 or more")
     if not options.recipes:
-        raise InputError("got no recipe file; a campaign trains recipes, such as recipes/digits.yaml")
+        raise InputError(
+            "got no recipe or experiment; a campaign trains recipes, such as recipes/digits.yaml"
+        )
     if options.dry_run and options.trials:
         raise InputError(
             "--dry-run cannot list a search, which proposes its trainings as it runs; give --dry-run or --trials"
@@ -107,13 +143,6 @@ def default_ranks(world_size: int) -> int:
 def can_run_parallel(ranks: int) -> bool:
     """True when this machine has GPUs for two trainings and Ray is installed."""
     return gpu_count() >= 2 * ranks and importlib.util.find_spec("ray") is not None
-
-
-def gpu_count() -> int:
-    """GPUs that torch can use, 0 without one."""
-    import torch  # here: two seconds, which a refusal does not spend
-
-    return torch.cuda.device_count()
 
 
 def collect(stream: Iterator[Result], search: Search | None, table: Path) -> tuple[list[Result], bool]:
@@ -159,6 +188,13 @@ def print_summary(collected: list[Result], search: Search | None, table: Path) -
             f"{len(failed)} of {len(collected)} trainings failed; run the same command again to retry them",
             file=sys.stderr,
         )
+
+
+def print_gains(rows: list[dict[str, str]], path: Path) -> None:
+    """Print the gain of each round, and write it."""
+    write_csv(path, rows)
+    print("\n" + console.aligned([list(rows[0]), *(list(row.values()) for row in rows)]))
+    print(f"wrote {path}; no validation image's label has reached a member that scores it")
 
 
 def validation_images(collected: list[Result]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.plan import Task
 from fastflower.core.errors import EnvironmentFault
 
+ANSWER = 5.0  # seconds that a cluster has to accept a connection
 RETRIES = 2  # of a training whose node was lost; it resumes from its last checkpoint
 
 
@@ -26,6 +28,8 @@ def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: P
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # tasks without GPUs keep CUDA_VISIBLE_DEVICES
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # its warnings surround our own line
+    check_address(os.environ.get("RAY_ADDRESS", ""))
     try:
         import ray
     except ImportError:
@@ -50,6 +54,7 @@ def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: P
             if finished(task):
                 yield Result(task, "kept")
                 continue
+            launch.await_end(task.run)
             log = logs / f"{task.run.exp}__{task.run.stem}.log"
             command = launch.training_command(task, ranks)
             environment = launch.child_environment(threads)
@@ -61,6 +66,21 @@ def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: P
             yield _first(ray, waiting)
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Raise EnvironmentFault when nothing listens at the address of a cluster: Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+    except (OSError, OverflowError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise EnvironmentFault(
+            f"--ray: no Ray cluster at RAY_ADDRESS={address} ({cause}); start it there (ray start --head), unset "
+            "RAY_ADDRESS to start one here, or use --no-ray"
+        ) from None
 
 
 def resources(nodes: list[dict[str, float]], ranks: int) -> tuple[dict[str, float], int, int]:

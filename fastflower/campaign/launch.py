@@ -18,7 +18,9 @@ from typing import IO
 from fastflower.campaign.plan import Task
 from fastflower.core import console
 from fastflower.core.errors import PREEMPTED, EnvironmentFault, InputError
+from fastflower.core.files import is_locked
 from fastflower.core.records import read_record
+from fastflower.core.runs import Run
 from fastflower.core.workers import die_with_parent
 from fastflower.data.betons import fold_set
 from fastflower.recipe.derived import derive
@@ -32,6 +34,7 @@ RENDEZVOUS = (
     *("MASTER_ADDR", "MASTER_PORT"),
 )
 SAVE_TIMEOUT = 60.0  # seconds that an interrupted training has to write its checkpoint
+POLL = 0.1  # seconds between two looks at a run's lock
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -86,10 +89,20 @@ def run_sequentially(tasks: Iterable[Task], ranks: int, finished: Finished) -> I
             yield Result(task, "kept")
             continue
         print(f"\n[{number}] {task.name}", flush=True)
+        await_end(task.run)
         code, reason = run_process(training_command(task, ranks), child_environment(), None)
         if code == PREEMPTED:
             raise KeyboardInterrupt
         yield Result(task, "failed" if code else "done", reason)
+
+
+def await_end(run: Run) -> None:
+    """Wait, within bounds, while another process trains a run: that of a killed campaign saves its state and exits."""
+    deadline = time.monotonic() + SAVE_TIMEOUT
+    if is_locked(run.lock_path):
+        print(f"waiting for another process that trains {run.stem}, up to {SAVE_TIMEOUT:.0f} s", flush=True)
+    while is_locked(run.lock_path) and time.monotonic() < deadline:
+        time.sleep(POLL)
 
 
 def training_command(task: Task, ranks: int) -> list[str]:

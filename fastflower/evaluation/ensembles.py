@@ -6,6 +6,7 @@ A method fits on one stack and returns a function from a stack to log-probabilit
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,13 +18,18 @@ from scipy.special import log_softmax, softmax
 
 from fastflower.core import scores
 from fastflower.core.errors import InputError
-from fastflower.core.records import from_plain
+from fastflower.core.metric import parse
+from fastflower.core.records import from_plain, to_plain
+from fastflower.evaluation.blending import hill_climbing, rank_mean
 from fastflower.evaluation.logits import Logits, LogitsInfo, RunLogits, TrainedInfo, align, family_weights
-from fastflower.evaluation.records import EnsembleComparison, MethodScores
+from fastflower.evaluation.paired import paired_gain
+from fastflower.evaluation.records import EnsembleComparison, GainOverBest, MethodScores
+from fastflower.evaluation.selected import clean_score, rating
 from fastflower.recipe import Recipe
 from fastflower.recipe.schema import Bundle
 
 WEIGHTS_FRACTION = 0.98  # of bundle.max_mb; programs, code and tables take the rest
+RANKS = "mean of ranks"
 BYTES = {"fp32": 2.0, "fp16": 1.0, "int8": 0.5}  # of a stored parameter, against half precision
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -78,10 +84,14 @@ def mean_probabilities(stack: np.ndarray, labels: np.ndarray) -> Predict:
     return weighted_probabilities(np.full(len(stack), 1 / len(stack)))
 
 
-def best_single(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    """The run with the highest top-1; the first of equal ones."""
-    hits = [(logits.argmax(1) == labels).mean() for logits in stack]
-    return weighted_logits(np.eye(len(stack))[int(np.argmax(hits))])
+def best_single(stack: np.ndarray, labels: np.ndarray, *, metric: str = "clean") -> Predict:
+    """The run with the best score by the metric, of corrupted images the clean ones; the first of equal ones."""
+    return weighted_logits(np.eye(len(stack))[best_run(stack, labels, metric)])
+
+
+def best_run(stack: np.ndarray, labels: np.ndarray, metric: str) -> int:
+    """The number of the run with the best score by the metric."""
+    return int(np.argmax([clean_score(logits, labels, metric) for logits in stack]))
 
 
 def learned_weights(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -140,25 +150,38 @@ def weighted_probabilities(weights: np.ndarray) -> Predict:
 
 
 def greedy_weights(
-    stack: np.ndarray, labels: np.ndarray, *, budget: Budget | None = None, rounds: int = 20
+    stack: np.ndarray,
+    labels: np.ndarray,
+    *,
+    budget: Budget | None = None,
+    rounds: int = 20,
+    metric: str = "log_loss",
 ) -> np.ndarray:
     """Weights (M,) by greedy selection with replacement (Caruana et al. 2004, Ensemble Selection from Libraries of
     Models).
 
-    Each round adds the run within the budget that lowers the NLL most; it stops when none lowers it.
+    Each round adds the run within the budget that raises the mean's `rating` by the metric most; it stops when none
+    raises it.
     """
-    z = stack.astype(np.float64)
+    z, rate = stack.astype(np.float64), rating(metric)
     chosen: list[int] = []
-    total, best = np.zeros(z.shape[1:]), np.inf
+    total = np.zeros(z.shape[1:])
+    best: tuple[float, ...] = (-np.inf,)
     for _ in range(rounds):
         allowed = [m for m in range(len(z)) if budget is None or budget.allows([*chosen, m])]
-        losses = {m: scores.nll((total + z[m]) / (len(chosen) + 1), labels) for m in allowed}
-        if not losses or min(losses.values()) >= best - 1e-9:
+        ratings = {m: rate((total + z[m]) / (len(chosen) + 1), labels) for m in allowed}
+        if not ratings or max(ratings.values()) <= best:
             break
-        pick = min(losses, key=losses.__getitem__)
-        chosen, best, total = [*chosen, pick], losses[pick], total + z[pick]
+        pick = max(ratings, key=ratings.__getitem__)
+        chosen, best, total = [*chosen, pick], ratings[pick], total + z[pick]
     counts = np.bincount(chosen, minlength=len(z)).astype(np.float64)
     return counts / max(counts.sum(), 1)
+
+
+def climbed_weights(stack: np.ndarray, labels: np.ndarray, *, budget: Budget, metric: str) -> np.ndarray:
+    """Weights (M,) by hill climbing, stopped by a fifth of the images after another."""
+    parts = scoring_parts(np.zeros(len(labels)), labels)
+    return hill_climbing(stack, labels, parts=parts, rate=rating(metric), allows=budget.allows)
 
 
 def features(stack: np.ndarray) -> np.ndarray:
@@ -269,13 +292,13 @@ def run_weights(sets: Sequence[RunLogits], recipe: Recipe) -> tuple[np.ndarray, 
 
     def fit(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if weighting == "greedy":
-            return greedy_weights(stack, labels, budget=budget)
+            return greedy_weights(stack, labels, budget=budget, metric=recipe.select.metric)
         if recipe.ensembling.average == "probabilities":
             return mixture_weights(stack, labels)
         return learned_weights(stack, labels)
 
     stack = np.stack([run.logits for run in aligned])
-    labels, parts = aligned[0].class_idx, scoring_parts(aligned[0])
+    labels, parts = aligned[0].class_idx, scoring_parts(aligned[0].fold, aligned[0].class_idx)
     by_image = np.empty(stack.shape[:2])
     for part in np.unique(parts):
         inside = parts == part
@@ -283,9 +306,11 @@ def run_weights(sets: Sequence[RunLogits], recipe: Recipe) -> tuple[np.ndarray, 
     return by_image, fit(stack, labels)
 
 
-def methods(sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None) -> dict[str, Method]:
+def methods(
+    sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None, *, metric: str = "clean"
+) -> dict[str, Method]:
     """Every method by its name in tables; those that need several runs are left out for one."""
-    table: dict[str, Method] = {"best single": best_single}
+    table: dict[str, Method] = {"best single": functools.partial(best_single, metric=metric)}
     if len(sets) > 1:
         table["mean of logits"] = mean_logits
         table["mean of probabilities"] = mean_probabilities
@@ -301,26 +326,39 @@ def methods(sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None
         )
         if budget.any_fits:
             table["greedy in budget"] = lambda stack, labels: weighted_logits(
-                greedy_weights(stack, labels, budget=budget)
+                greedy_weights(stack, labels, budget=budget, metric=metric)
             )
+            table["hill climbing"] = lambda stack, labels: weighted_logits(
+                climbed_weights(stack, labels, budget=budget, metric=metric)
+            )
+        table[RANKS] = lambda stack, labels: rank_mean
     table["logistic stacking"] = logistic
     if importlib.util.find_spec("lightgbm"):
         table["LightGBM stacking"] = lightgbm
     return table
 
 
-def scoring_parts(data: Logits[LogitsInfo]) -> np.ndarray:
+def gain_over_best(fused: Logits[LogitsInfo], sets: Sequence[RunLogits]) -> GainOverBest:
+    """The paired gain in top-1 of a fused set over its best run, the first of equal ones."""
+    aligned = align(sets)
+    hits = [run.logits.argmax(1) == run.class_idx for run in aligned]
+    best = int(np.argmax([of_run.mean() for of_run in hits]))
+    gain = paired_gain(hits[best], fused.logits.argmax(1) == fused.class_idx)
+    return GainOverBest(**vars(gain), best=aligned[best].name)
+
+
+def scoring_parts(fold: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The part (N,) each image is scored in: its fold, or five stratified parts when there is only one fold."""
-    if len(np.unique(data.fold)) > 1:
-        return data.fold
+    if len(np.unique(fold)) > 1:
+        return fold
     from sklearn.model_selection import StratifiedKFold  # here: its import takes two seconds
 
-    smallest = int(np.unique(data.class_idx, return_counts=True)[1].min())
-    parts = np.empty(len(data), dtype=np.int64)
+    smallest = int(np.unique(labels, return_counts=True)[1].min())
+    parts = np.empty(len(labels), dtype=np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=UserWarning)  # classes rarer than the number of parts
         folds = StratifiedKFold(max(2, min(5, smallest)), shuffle=True, random_state=0)
-        for part, (_, rows) in enumerate(folds.split(parts, data.class_idx)):
+        for part, (_, rows) in enumerate(folds.split(parts, labels)):
             parts[rows] = part
     return parts
 
@@ -336,18 +374,21 @@ def nested_predictions(
     return log_p
 
 
-def compare(sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None) -> EnsembleComparison:
+def compare(
+    sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None, *, metric: str = "clean"
+) -> EnsembleComparison:
     """Every method's nested scores, gain over the best single run and cost, and its weights fitted on all images."""
     stack = np.stack([run.logits for run in sets])
-    labels, parts = sets[0].class_idx, scoring_parts(sets[0])
+    labels, parts = sets[0].class_idx, scoring_parts(sets[0].fold, sets[0].class_idx)
     names = [run.name for run in sets]
     single = [float((run.logits.argmax(1) == labels).mean()) for run in sets]
-    table = methods(sets, budget, given_weights)
+    table = methods(sets, budget, given_weights, metric=metric)
     fits: dict[str, Callable[[], np.ndarray]] = {
         "hand-set weights": lambda: hand_weights(sets, given_weights),
         "learned weights": lambda: learned_weights(stack, labels),
         "learned mixture": lambda: mixture_weights(stack, labels),
-        "greedy in budget": lambda: greedy_weights(stack, labels, budget=budget),
+        "greedy in budget": lambda: greedy_weights(stack, labels, budget=budget, metric=metric),
+        "hill climbing": lambda: climbed_weights(stack, labels, budget=budget, metric=metric),
     }
     weights = {
         name: dict(zip(names, fit().tolist(), strict=True)) for name, fit in fits.items() if name in table
@@ -360,26 +401,34 @@ def compare(sets: Sequence[RunLogits], budget: Budget, given_weights: Any = None
         base = hits if base is None else base
         gains = [float(hits[parts == part].mean() - base[parts == part].mean()) for part in np.unique(parts)]
         gain = float(hits.mean() - base.mean())
-        cost = hand_in_cost(name, weights.get(name), single=single, budget=budget)
-        row = {**scores.scores(log_p, labels), "method": name, "gain": gain, "gains": gains, **cost}
+        cost = hand_in_cost(name, weights.get(name), best=best_run(stack, labels, metric), budget=budget)
+        score = parse(metric).shown(clean_score(log_p, labels, metric))
+        row = {**scores.scores(log_p, labels), "method": name, "gain": gain, "gains": gains, "score": score}
+        row |= cost | {"over_best": to_plain(paired_gain(base, hits)) if rows else None}
         rows.append(from_plain(MethodScores, row))
     return EnsembleComparison(
-        n=len(labels), parts=len(np.unique(parts)), runs=names, single=single, rows=rows, weights=weights
+        n=len(labels),
+        parts=len(np.unique(parts)),
+        runs=names,
+        single=single,
+        rows=rows,
+        metric=metric,
+        weights=weights,
     )
 
 
 def hand_in_cost(
-    method: str, weights: dict[str, float] | None, *, single: list[float], budget: Budget
+    method: str, weights: dict[str, float] | None, *, best: int, budget: Budget
 ) -> dict[str, float | None]:
-    """`mb` and `ms` an image of a method's hand-in, and `fits`: both are within the limits.
+    """`mb` and `ms` an image of a method's hand-in, and `fits`: both are within the limits. `best`: of single runs.
 
-    A meta-learner has no cost: a hand-in of torch alone cannot run it.
+    A meta-learner has no cost, as a hand-in of torch alone cannot run it; nor have ranks, which need all test images.
     """
-    if "stacking" in method:
+    if "stacking" in method or method == RANKS:
         return {"mb": None, "ms": None, "fits": False}
-    chosen = list(range(len(single)))
+    chosen = list(range(len(budget.mb)))
     if method == "best single":
-        chosen = [int(np.argmax(single))]
+        chosen = [best]
     elif weights is not None:
         chosen = [m for m, weight in enumerate(weights.values()) if weight > 0]
     mb, ms = float(budget.mb[chosen].sum()), float(budget.ms[chosen].sum())

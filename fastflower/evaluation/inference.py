@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +18,14 @@ from fastflower.core import checkpoint
 from fastflower.core.errors import InputError
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import Beton
-from fastflower.data.labels import class_differences
 from fastflower.data.loaders import EvalLoader
+from fastflower.evaluation.agreement import Trained, check_data
 from fastflower.evaluation.logits import Logits, MemberInfo, MemberLogits, reduce_views
 from fastflower.evaluation.moves import Move, moved, moves_of
-from fastflower.model.member import MemberCheckpoint, MemberMeta, load_member
-from fastflower.model.network import build_network, fitted, use_channels_last
-from fastflower.recipe import Recipe, derived
-
-
-@dataclass(frozen=True)
-class View:
-    """A version of an image at which the network is run: its size, and mirrored or not."""
-
-    height: int
-    width: int
-    flip: bool
-
-
-def views_of(size: tuple[int, int], scales: list[int], *, hflip: bool) -> list[View]:
-    """Every scale, plain and, with hflip, mirrored; a member trained on oblong images has only its own size."""
-    sizes = [(scale, scale) for scale in scales] if size[0] == size[1] else [size]
-    return [
-        View(height, width, flip)
-        for height, width in sizes
-        for flip in ((False, True) if hflip else (False,))
-    ]
+from fastflower.evaluation.views import MemberViews, View, sizes_of
+from fastflower.model.member import MemberCheckpoint, load_member
+from fastflower.model.network import build_network, use_channels_last
+from fastflower.recipe import Recipe
 
 
 @torch.inference_mode()
@@ -93,72 +74,23 @@ def load_network(member: MemberCheckpoint, path: Path, device: torch.device) -> 
     return network.to(device).eval()
 
 
-def check_recipe(recipe: Recipe, members: Mapping[Path, MemberMeta]) -> None:
-    """Refuse a recipe that contradicts the trained members; InputError names the key, both values and the member.
-
-    An experiment may hold several backbones: the recipe's must be one of them, and its members must have the recipe's
-    head, one of its image sizes, its normalisation and its crop.
-    """
-    backbone = recipe.model.backbone
-    trained = sorted({meta.backbone for meta in members.values()})
-    if backbone not in trained:
-        raise InputError(
-            f"model.backbone = {backbone}, but the members of {recipe.exp.name} are of {', '.join(trained)}; give the "
-            f"recipe they were trained with, or model.backbone={trained[0]}"
-        )
-    sizes, data = derived.image_sizes(fitted(recipe)[0]), recipe.data
-    for path, meta in members.items():
-        if meta.backbone != backbone:
-            continue
-        for key, wanted, got, fits in (
-            ("model.head", recipe.model.head, meta.head, recipe.model.head == meta.head),
-            ("data.img_size", data.img_size, list(meta.size), tuple(meta.size) in sizes),
-            (
-                "data.mean",
-                data.mean,
-                list(meta.mean),
-                data.mean == "auto" or np.allclose(data.mean, meta.mean),
-            ),
-            ("data.std", data.std, list(meta.std), data.std == "auto" or np.allclose(data.std, meta.std)),
-            (
-                "data.resize",
-                data.resize,
-                "crop" if meta.resize_factor else "whole",
-                (data.resize == "crop") == bool(meta.resize_factor),
-            ),
-            (
-                "eval.resize_factor",
-                derived.eval_factor(recipe),
-                meta.resize_factor,
-                derived.eval_factor(recipe) == meta.resize_factor,
-            ),
-        ):
-            if not fits:
-                raise InputError(
-                    f"{key} = {wanted}, but {path.name} was trained with {got}; give the recipe it was trained with, "
-                    "or change exp.name"
-                )
-
-
 def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
-    """Load a member and run it over its fold's validation betons, clean and corrupted.
+    """The logits of a member on its fold's validation betons, clean and corrupted; raises as `predict_views`."""
+    return predict_views(path, recipe, device).member
+
+
+def predict_views(path: Path, recipe: Recipe, device: torch.device) -> MemberViews:
+    """Load a member and run it over its fold's validation betons, clean and corrupted, with the logits of each view.
 
     Raises InputError when the betons are stale, or not of the classes and folds that the member was trained on.
     """
     member = load_member(path)
     meta, fold = member.meta, member.meta.fold
     opened = fold_set.open_fold(recipe, fold)
-    difference = class_differences(opened.classes.ids, meta.class_ids)
-    for noun, trained, present, detail in (
-        ("classes", meta.class_hash, opened.classes.hash, difference and f", {difference}"),
-        ("folds", meta.folds_hash, opened.folds.hash, ""),
-    ):
-        if trained != present:
-            raise InputError(
-                f"{path.name} was trained with other {noun} ({trained}{detail}) than {recipe.data.home} holds "
-                f"({present}); point data.home at its conversion, or train again"
-            )
-    clean, corrupted = opened.val, opened.val_corrupt
+    check_data(
+        [Trained.of(path.name, meta)], Path(recipe.data.home), classes=opened.classes, folds=opened.folds
+    )
+    clean, corrupted = opened.held_out, opened.val_corrupt
     network = load_network(member, path, device)
     size = meta.size
 
@@ -184,13 +116,16 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
             loader.close()
 
     moves = moves_of(recipe.tta)
-    views = views_of(size, meta.scales(recipe.tta.scales), hflip=recipe.tta.hflip)
     flips = (False, True) if recipe.tta.hflip else (False,)
-    start = time.perf_counter()
-    sizes = dict.fromkeys((view.height, view.width) for view in views)
-    by_size = {view_size: run(clean, view_size, flips, moves) for view_size in sizes}
-    seconds = time.perf_counter() - start
-    single = by_size[size][0] if size in by_size else run(clean, size, (False,))[0]
+    by_view: dict[View, np.ndarray] = {}
+    ms: dict[View, float] = {}
+    for view_size in sizes_of(size, meta.scales(recipe.tta.scales)):
+        views = [(*view_size, move, flip) for move in moves for flip in flips]
+        start = time.perf_counter()
+        by_view |= zip(views, run(clean, view_size, flips, moves), strict=True)
+        ms |= dict.fromkeys(views, 1000 * (time.perf_counter() - start) / clean.rows / len(views))
+    plain = (*size, Move(), False)
+    single = by_view[plain] if plain in by_view else run(clean, size, (False,))[0]
     n, classes = single.shape
     combos = np.array(corrupted.origin.combos if corrupted else [], dtype=str).reshape(-1, 2)
     corrupt = run(corrupted, size, (False,))[0] if corrupted else np.empty((0, n, classes), np.float32)
@@ -206,17 +141,15 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
         head=meta.head,
         stored=meta.scores.get(f"clean_{meta.weights}"),
         size=size,
-        views=[(view.height, view.width, view.flip) for view in views for _ in moves],
+        views=[(height, width, flip) for height, width, _, flip in by_view],
         class_ids=list(meta.class_ids),
         class_hash=meta.class_hash,
         folds_hash=opened.folds.hash,
         mb=sum(tensor.numel() * 2 for tensor in member.tensors.values()) / 1e6,
-        ms=1000 * seconds / n,
+        ms=sum(ms.values()),
     )
-    return Logits(
-        logits=reduce_views(
-            [logits for by_view in by_size.values() for logits in by_view], recipe.tta.reduce
-        ),
+    predicted = Logits(
+        logits=reduce_views(list(by_view.values()), recipe.tta.reduce),
         single=single,
         corrupt=corrupt.reshape(len(combos), n, classes),
         class_idx=clean.labels,
@@ -226,3 +159,4 @@ def predict(path: Path, recipe: Recipe, device: torch.device) -> MemberLogits:
         combos=combos,
         info=info,
     )
+    return MemberViews(predicted, meta.scales, by_view, ms)

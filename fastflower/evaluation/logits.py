@@ -258,6 +258,11 @@ def assemble(members: Sequence[MemberLogits], folds: np.ndarray) -> RunLogits:
     return run.take(np.argsort(run.index, kind="stable"))
 
 
+def of_experiment(run: RunLogits, exp: str) -> RunLogits:
+    """The run with its experiment's name before its own, `s2/resnet18 seed 42`, to stand beside runs of others."""
+    return replace(run, info=replace(run.info, name=f"{exp}/{run.name}"))
+
+
 def _check_held_out(member: MemberLogits, folds: np.ndarray) -> None:
     inside = (member.index >= 0) & (member.index < len(folds))
     stray = ~inside

@@ -38,6 +38,7 @@ from fastflower.evaluation.records import (
     Top1,
     ViewScores,
 )
+from fastflower.evaluation.selected import metric_score
 
 REPRODUCED = 0.01  # half precision in training may change the prediction of an image or two
 PARTS = ("head", "middle", "tail")
@@ -55,26 +56,34 @@ Data = Logits[LogitsInfo]
 
 
 def set_scores(
-    data: Data, alpha: float, *, bins: int, class_counts: np.ndarray, fit_on: str | None
+    data: Data,
+    alpha: float,
+    *,
+    bins: int,
+    class_counts: np.ndarray,
+    fit_on: str | None,
+    metric: str = "combo",
 ) -> SetScores:
-    """All scores of one set.
+    """All scores of one set, and that of select.metric.
 
     class_counts (C,): images of each class, which decide head, middle and tail; fit_on None: no temperature.
     """
     clean = scores.scores(data.logits, data.class_idx, bins) | intervals(data.logits, data.class_idx, bins)
     single = from_plain(ViewScores, scores.scores(data.single, data.class_idx, bins))
     corrupted = corrupted_scores(data, bins) if len(data.combos) else None
-    s = scores.combined(single.top1, corrupted.top1 if corrupted else None, alpha)
+    s = top1_of(scores.combined(single.top1, corrupted.top1 if corrupted else None, alpha), len(data))
+    clean_scores = from_plain(CleanScores, clean)
     return SetScores(
         name=data.name,
         n=len(data),
         folds=sorted({int(fold) for fold in data.fold}),
-        clean=from_plain(CleanScores, clean),
+        clean=clean_scores,
         single=single,
         corrupted=corrupted,
-        s=top1_of(s, len(data)),
+        s=s,
         temperature=fit_temperature(data, fit_on, alpha=alpha, bins=bins) if fit_on else None,
         parts=part_scores(data, class_counts),
+        selected=metric_score(data, metric, alpha, clean=clean_scores, s=s),
     )
 
 

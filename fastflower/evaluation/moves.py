@@ -1,4 +1,4 @@
-"""Rotated and shifted views of an image at test time, as part of the network that sees them.
+"""Turned, shifted and cut views of an image at test time, as part of the network that sees them.
 
 A view of a bundle is a program, so the predictor needs no code for these: the program moves its input first.
 """
@@ -20,20 +20,30 @@ from fastflower.recipe.schema import Tta
 
 @dataclass(frozen=True)
 class Move:
-    """A rotation in degrees, counter-clockwise, and a shift in fractions of the width and height."""
+    """A rotation in degrees, counter-clockwise, and a shift in fractions of the width and height.
+
+    `zoom` is the side of the part that fills the view, as a fraction of the image's; `upside_down` mirrors vertically.
+    """
 
     degrees: float = 0.0
     across: float = 0.0
     down: float = 0.0
+    zoom: float = 1.0
+    upside_down: bool = False
 
 
 def moves_of(tta: Tta) -> list[Move]:
-    """The moves of every view: none, then each rotation, then four shifts."""
+    """The moves of every view: none, then rotations, four shifts, upside down, quarter turns and five crops."""
     shifts = [(tta.shift, 0.0), (-tta.shift, 0.0), (0.0, tta.shift), (0.0, -tta.shift)] if tta.shift else []
+    corner = (1 - tta.crops) / 2
+    centres = [(0.0, 0.0), (corner, corner), (-corner, corner), (corner, -corner), (-corner, -corner)]
     return [
         Move(),
         *(Move(degrees=degrees) for degrees in tta.rotations),
         *(Move(across=across, down=down) for across, down in shifts),
+        *([Move(upside_down=True)] if tta.vflip else []),
+        *(Move(degrees=degrees) for degrees in ((90.0, 180.0, 270.0) if tta.quarter_turns else ())),
+        *(Move(across=across, down=down, zoom=tta.crops) for across, down in (centres if corner else ())),
     ]
 
 
@@ -65,12 +75,15 @@ def moved(network: nn.Module, move: Move, size: tuple[int, int], *, images: int 
     assert isinstance(network, Network)
     height, width = size
     matrix = image_ops.rotation(torch.tensor([move.degrees]))[0]  # of positions from the centre, in pixels
+    matrix[:, :2] *= move.zoom
+    if move.upside_down:
+        matrix[1, :2] *= -1
     matrix[:, 2] = torch.tensor([-round(move.across * width), -round(move.down * height)])
     scale = torch.tensor([2 / width, 2 / height])
     columns, rows = ((torch.arange(n) - (n - 1) / 2)[:, None] for n in (width, height))
-    name = f"{move.degrees:g}_{move.across:g}_{move.down:g}_{height}_{width}".replace(".", "p").replace(
-        "-", "m"
-    )
+    kind = "_upside_down" if move.upside_down else "" if move.zoom == 1 else f"_{move.zoom:g}"
+    name = f"{move.degrees:g}_{move.across:g}_{move.down:g}_{height}_{width}{kind}"
+    name = name.replace(".", "p").replace("-", "m")
     result: Any = copy.copy(network)  # shares the modules with their weights
     result._buffers = dict(network._buffers)
     result._non_persistent_buffers_set = set(network._non_persistent_buffers_set)

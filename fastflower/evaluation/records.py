@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
 from fastflower.core.records import read_record
+from fastflower.evaluation.paired import PairedGain
 
 REMEDY = "run python -m fastflower.evaluate again"
 
@@ -126,8 +127,22 @@ class PartScores(Top1):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricScore:
+    """The score by select.metric as people read it: a loss alone is positive."""
+
+    metric: str
+    n: int
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetScores:
-    """All scores of one set of logits. clean: mean over the views; single, corrupted, s: one view, as in training."""
+    """All scores of one set of logits. clean: mean over the views; single, corrupted, s: one view, as in training.
+
+    selected: the score by select.metric, None in files of a version without it.
+    """
 
     name: str
     n: int
@@ -138,6 +153,7 @@ class SetScores:
     s: Top1
     temperature: Temperature | None
     parts: dict[str, PartScores]
+    selected: MetricScore | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +193,19 @@ class RunScores(SetScores):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GainOverBest(PairedGain):
+    """The gain in top-1 of a fused set over the run that is best on the same images, which favours that run."""
+
+    best: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FusedScores(SetScores):
     """The weighted mean of the runs; weights: run -> weight, as they are handed in."""
 
     runs: list[str]
     weights: dict[str, float]
+    over_best: GainOverBest | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +331,10 @@ class GradCams:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A score against its threshold; got and its interval are None when it was not measured."""
+    """A score against its threshold; got and its interval are None when it was not measured.
+
+    metric: that of a score by select.metric, empty for a fraction in 0..1.
+    """
 
     name: str
     got: float | None
@@ -317,6 +344,7 @@ class Verdict:
     bound: Literal["at least", "at most"]
     wanted: float
     passed: bool
+    metric: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,9 +415,10 @@ class Temperatures:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodScores(ViewScores):
-    """A way to combine runs; gain: of top-1 over the best single run, in all and in each part.
+    """A way to combine runs; gain: of top-1 over the best single run, in all and in each part; score: by `metric`.
 
-    mb and ms are the cost of its hand-in, None for a meta-learner, which cannot be handed in.
+    mb and ms are the cost of its hand-in, None for one that cannot be handed in. over_best: the gain with its interval
+    and test, None for the best single run, which is chosen on other images than scored.
     """
 
     method: str
@@ -398,6 +427,8 @@ class MethodScores(ViewScores):
     mb: float | None
     ms: float | None
     fits: bool
+    score: float | None = None
+    over_best: PairedGain | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,6 +443,7 @@ class EnsembleComparison:
     runs: list[str]
     single: list[float]
     rows: list[MethodScores]
+    metric: str = ""  # select.metric, by which the best single run and the greedy choice are found
     weights: dict[str, dict[str, float]]
 
 

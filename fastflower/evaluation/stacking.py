@@ -11,7 +11,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.special import softmax
 
-from fastflower.core import runs
+from fastflower.core import files, runs
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.records import read_record, write_record
 from fastflower.core.tables import write_csv
@@ -102,8 +101,8 @@ def predict(exp: str, source: Path, table: Path) -> int:
     if not (programs / "bundle.json").is_file():
         raise InputError(f"no programs in {programs}; run python -m fastflower.evaluate, which writes them")
     description = json.loads((programs / "bundle.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:
-        logits, rows = _run_predictor(source, programs, Path(folder))
+    with files.scratch_folder("stacking") as folder:
+        logits, rows = _run_predictor(source, programs, folder)
     stack = _by_run(stacker, description, logits)
     log_p = stacker.log_probabilities(stack)
     write_csv(table, _rows(rows, stacker, softmax(log_p, axis=1)), tuple(rows[0]))

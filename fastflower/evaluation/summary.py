@@ -11,9 +11,11 @@ from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
 from fastflower.evaluation import ensembles, metrics, mistakes
 from fastflower.evaluation.logits import (
+    FusedInfo,
     Logits,
     LogitsInfo,
     MemberLogits,
+    RunLogits,
     assemble,
     check_compatible,
     fuse,
@@ -57,15 +59,20 @@ def summarise(
     """
     _check_members(members)
     runs = members_by_run(members)
-    sets = [assemble(run_members, folds) for run_members in runs.values()]
-    by_image, weights = ensembles.run_weights(sets, recipe)
-    fused = fuse(sets, by_image, space=recipe.ensembling.average)
+    sets, fused, weights = fused_set(members, folds, recipe)
     fit_on = recipe.ts.fit_on if recipe.ts.enabled else None
     alpha, bins = recipe.select.alpha, recipe.eval.ece_bins
     class_counts = np.array([int(row["n"]) for row in classes])
 
     def set_scores(data: Logits[LogitsInfo]) -> SetScores:
-        return metrics.set_scores(data, alpha, bins=bins, class_counts=class_counts, fit_on=fit_on)
+        return metrics.set_scores(
+            data,
+            alpha,
+            bins=bins,
+            class_counts=class_counts,
+            fit_on=fit_on,
+            metric=recipe.select.metric,
+        )
 
     member_scores = [
         MemberScores(**vars(set_scores(member)), **{name: getattr(member.info, name) for name in DESCRIBED})
@@ -85,7 +92,10 @@ def summarise(
     ]
     names = fused.info.runs
     run_weights = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
-    fused_scores = FusedScores(**vars(set_scores(fused)), runs=names, weights=run_weights)
+    over_best = ensembles.gain_over_best(fused, sets) if len(sets) > 1 else None
+    fused_scores = FusedScores(
+        **vars(set_scores(fused)), runs=names, weights=run_weights, over_best=over_best
+    )
     every_fold = sorted(set(folds[folds >= 0].tolist()))
     temperature = fused_scores.temperature
     info = members[0].info
@@ -114,6 +124,15 @@ def summarise(
         reliability=metrics.reliability(fused, temperature.t if temperature else None, bins),
         **vars(mistakes.error_analysis(fused, temperature.t if temperature else 1.0)),
     )
+
+
+def fused_set(
+    members: list[MemberLogits], folds: np.ndarray, recipe: Recipe
+) -> tuple[list[RunLogits], Logits[FusedInfo], np.ndarray]:
+    """The runs of these members, their weighted mean as the recipe fuses them, and the weights (M,) to hand in."""
+    sets = [assemble(run_members, folds) for run_members in members_by_run(members).values()]
+    by_image, weights = ensembles.run_weights(sets, recipe)
+    return sets, fuse(sets, by_image, space=recipe.ensembling.average), weights
 
 
 def load_member_logits(folder: Path) -> list[MemberLogits]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from fastflower.core import files
 from fastflower.core.charts import STYLE, Chart, axis_label, canvas
+from fastflower.core.metric import parse
 from fastflower.core.records import to_plain
 from fastflower.core.scores import BINARY
 from fastflower.core.tables import write_csv
@@ -28,59 +30,78 @@ Row = dict[str, Any]
 Cells = list[tuple[int, int, int]]  # of a confusion matrix: label, guess, images
 
 
+SCORES = ("n", "single", "views", "95%", "corrupted", "S", "macro F1", "NLL", "ECE", "T", "NLL/T", "ECE/T")
+
+COLUMNS = ("clean", "combo", "macro_f1", "log_loss")  # select.metric of these has a column anyway
+
+
 def score_table(scores: ExperimentScores) -> list[list[str]]:
     """The console's table of scores: a header, a row for each member, run and the fused set."""
-    header = [
-        "",
-        "n",
-        "single",
-        "views",
-        "95%",
-        "corrupted",
-        "S",
-        "macro F1",
-        "NLL",
-        "ECE",
-        "T",
-        "NLL/T",
-        "ECE/T",
-    ]
-    labelled: list[tuple[str, SetScores]] = [
-        *((f"{row.backbone} fold {row.fold} seed {row.seed}", row) for row in scores.members),
-        *((f"{row.name}, {fold_names(row.folds)}", row) for row in scores.runs if len(row.folds) > 1),
+    rows = [
+        *(_score_row(f"{row.backbone} fold {row.fold} seed {row.seed}", row) for row in scores.members),
+        *(
+            _score_row(f"{row.name}, {fold_names(row.folds)}", row)
+            for row in scores.runs
+            if len(row.folds) > 1
+        ),
     ]
     if len(scores.runs) > 1:
-        labelled.append((f"fused, {fold_names(scores.fused.folds)}", scores.fused))
-    rows = [header]
-    for label, row in labelled:
-        clean, temperature = row.clean, row.temperature
-        rows.append(
-            [
-                label,
-                str(row.n),
-                _number(row.single.top1),
-                _number(clean.top1),
-                f"{clean.top1_low:.3f}-{clean.top1_high:.3f}",
-                _number(row.corrupted.top1 if row.corrupted else None),
-                _number(row.s.top1),
-                _number(clean.macro_f1),
-                _number(clean.nll),
-                _number(clean.ece),
-                _number(temperature.t if temperature else None, 3),
-                _number(temperature.nll_after if temperature else None),
-                _number(temperature.ece_after if temperature else None),
-            ]
-        )
-    return rows
+        rows.append(_score_row(f"fused, {fold_names(scores.fused.folds)}", scores.fused))
+    return [["", *SCORES, *_own_column(scores)], *rows]
+
+
+def experiment_table(experiments: Sequence[ExperimentScores]) -> list[list[str]]:
+    """The console's table of several experiments: a header, and a row for the fused set of each."""
+    rows = [
+        _score_row(f"{scores.exp}, {fold_names(scores.fused.folds)}", scores.fused)[: len(SCORES) + 1]
+        for scores in experiments
+    ]
+    return [["", *SCORES], *rows]
+
+
+def _score_row(label: str, row: SetScores) -> list[str]:
+    clean, temperature = row.clean, row.temperature
+    return [
+        label,
+        str(row.n),
+        _number(row.single.top1),
+        _number(clean.top1),
+        f"{clean.top1_low:.3f}-{clean.top1_high:.3f}",
+        _number(row.corrupted.top1 if row.corrupted else None),
+        _number(row.s.top1),
+        _number(clean.macro_f1),
+        _number(clean.nll),
+        _number(clean.ece),
+        _number(temperature.t if temperature else None, 3),
+        _number(temperature.nll_after if temperature else None),
+        _number(temperature.ece_after if temperature else None),
+        *([_number(row.selected.value)] if row.selected and row.selected.metric not in COLUMNS else []),
+    ]
+
+
+def _own_column(scores: ExperimentScores) -> list[str]:
+    """The heading of select.metric, where it is none of the columns."""
+    chosen = scores.fused.selected
+    return [parse(chosen.metric).title] if chosen and chosen.metric not in COLUMNS else []
 
 
 def method_table(comparison: EnsembleComparison) -> list[list[str]]:
     """The console's table of ensembling methods."""
-    rows = [["", "top-1", "95%", "macro F1", "NLL", "gain", "by part", "MB", "ms", "hand-in"]]
+    rows = [["", "top-1", "95%", "macro F1", "NLL", "gain", "95%", "p", "by part", "MB", "ms", "hand-in"]]
     for row in comparison.rows:
         interval, gain = f"{row.top1_low:.3f}-{row.top1_high:.3f}", f"{row.gain:+.4f}"
         by_part = f"{min(row.gains):+.4f} to {max(row.gains):+.4f}"
-        numbers = [_number(row.top1), interval, _number(row.macro_f1), _number(row.nll), gain, by_part]
+        over = row.over_best
+        paired = [f"{over.low:+.4f} to {over.high:+.4f}", over.p_text] if over else ["-", "-"]
+        numbers = [
+            _number(row.top1),
+            interval,
+            _number(row.macro_f1),
+            _number(row.nll),
+            gain,
+            *paired,
+            by_part,
+        ]
         cost = [_number(row.mb, 1), _number(row.ms, 1), hand_in_verdict(row)]
         rows.append([row.method, *numbers, *cost])
     return rows

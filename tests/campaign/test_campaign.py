@@ -6,9 +6,11 @@ import csv
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from fastflower.campaign.__main__ import default_ranks, main
 from fastflower.campaign.heatmap import heat_map
 from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.search import Search
-from fastflower.core import checkpoint, runs
+from fastflower.core import checkpoint, errors, files, runs
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.records import write_record
 from fastflower.recipe import parse_command
@@ -114,7 +116,7 @@ def test_several_recipes_are_an_axis(project):
         (("opt.lr=1e-3..1e-4",), "a range is low..high with low below high"),
         (("train.grad_accum=1.5..3",), "both whole numbers"),
         (("model.head=1..2",), "only numbers have ranges; give a list of values for model.head"),
-        (("data.fold=[7]",), "data.fold = [7]: must be all, or a number (or list) in 0..2"),
+        (("data.fold=[7]",), "data.fold = [7]: must be all, none, or a number (or list) in 0..2"),
     ],
 )
 def test_invalid_overrides_are_refused_before_anything_starts(project, words, message):
@@ -134,7 +136,7 @@ def test_two_trainings_of_one_run_are_refused(project):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "got no recipe file; a campaign trains recipes"),
+        ([], "got no recipe or experiment; a campaign trains recipes"),
         (["tiny.yaml", "-n", "0"], "-n 0: must be 1 or more"),
         (["tiny.yaml", "--trials", "0"], "--trials 0: must be 1 or more"),
         (["tiny.yaml", "--trials", "3"], "--trials has nothing to search"),
@@ -421,11 +423,76 @@ def test_failing_trials_are_retried_by_every_command(project, monkeypatch):
     assert commands == [["exp.name=tiny-trial_0000", "exp.name=tiny-trial_0001"]] * 3
 
 
-def test_a_trial_killed_while_it_was_sampled_is_discarded(project):
-    overrides = plan.parse_overrides(["opt.lr=1e-4..1e-3"])
-    Search(["tiny.yaml"], overrides, trials=2, journal=Path("j")).study.ask()
-    names = [task.run.exp for task in Search(["tiny.yaml"], overrides, trials=2, journal=Path("j")).tasks()]
-    assert names == ["tiny-trial_0001", "tiny-trial_0002"]
+@pytest.mark.parametrize("sampled", [0, 1])
+def test_a_search_killed_while_it_samples_proposes_what_it_would_have_proposed(project, sampled):
+    overrides = plan.parse_overrides(["opt.lr=log:1e-4..1e-2", "aug.hflip_p=0..0.5"])
+
+    def search(journal: str) -> Search:
+        return Search(["tiny.yaml"], overrides, trials=2, journal=Path(journal))
+
+    expected = [(task.run, task.settings) for task in search("whole").tasks()]
+    killed = search("cut")
+    trial = killed.study.ask()
+    if sampled:
+        killed._seed_sampler(trial.number, "opt.lr")
+        trial.suggest_float("opt.lr", 1e-4, 1e-2, log=True)
+    assert [(task.run, task.settings) for task in search("cut").tasks()] == expected
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "half a line", "empty", "of Optuna itself"])
+def test_a_damaged_journal_of_a_search_is_refused_in_one_line(project, damage):
+    overrides = plan.parse_overrides(["opt.lr=log:1e-4..1e-2"])
+    journal = Path("study.journal")
+    whole = [task.settings for task in Search(["tiny.yaml"], overrides, trials=1, journal=journal).tasks()]
+    data = bytearray(journal.read_bytes())
+    data[len(data) // 2] ^= 1
+    broken = {
+        "flip": bytes(data),
+        "cut": journal.read_bytes()[:-40],
+        "half a line": journal.read_bytes() + b'{"op',
+    }
+    journal.write_bytes(broken.get(damage, b"" if damage == "empty" else b'{"op_code":0,"worker_id":"a"}\n'))
+    with pytest.raises(InputError, match=r"study.journal .*move it away") as caught:
+        Search(["tiny.yaml"], overrides, trials=1, journal=journal)
+    assert "\n" not in str(caught.value)
+    journal.unlink()  # as the line says: the same trial is proposed again, and its training kept
+    assert [
+        task.settings for task in Search(["tiny.yaml"], overrides, trials=1, journal=journal).tasks()
+    ] == whole
+
+
+def test_a_full_disk_stops_a_search_and_keeps_its_journal(project, monkeypatch):
+    search = Search(["tiny.yaml"], plan.parse_overrides(["opt.lr=1e-4..1e-3"]), trials=1, journal=Path("j"))
+    (task,) = search.tasks()
+    result, before = ended(task, 0.5), Path("j").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "j")))
+    with pytest.raises(OSError, match="No space left"):
+        search.record(result)
+    assert Path("j").read_bytes() == before and not list(Path().glob(".j.*"))
+
+
+def test_two_campaigns_do_not_write_one_table(project):
+    with (
+        files.locked(Path("results/results/tiny/.campaign_seed.lock"), "busy"),
+        pytest.raises(
+            EnvironmentFault, match=f"campaign_seed.csv: another campaign .process {os.getpid()}. writes it"
+        ),
+    ):
+        main(["tiny.yaml", "seed=[1,2]"])
+
+
+def test_a_campaign_waits_for_the_training_that_a_killed_one_left(project, monkeypatch, capfd):
+    (task,) = planned()
+    task.run.model_dir.mkdir(parents=True)
+    with files.locked(task.run.lock_path, "busy"):
+        released = time.monotonic() + 0.3
+        monkeypatch.setattr(
+            launch, "is_locked", lambda path: time.monotonic() < released and files.is_locked(path)
+        )
+        launch.await_end(task.run)
+        assert time.monotonic() >= released and files.is_locked(task.run.lock_path)
+    assert not files.is_locked(task.run.lock_path)
+    assert "waiting for another process that trains test_vit__fold0_seed42" in capfd.readouterr().out
 
 
 # Ray
@@ -442,8 +509,41 @@ def test_resources_of_a_training_on_a_cluster():
 
 def test_ranks_are_limited_to_the_gpus(monkeypatch):
     assert default_ranks(2) == 2
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("fastflower.campaign.__main__.gpu_count", lambda: 1)
     assert default_ranks(2) == 1
+
+
+def on_ray(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[str]:
+    """The lines on stderr of a campaign with --ray that cannot start."""
+    monkeypatch.setattr("sys.argv", ["campaign", *arguments, "--ray", "-n", "1"])
+    with pytest.raises(SystemExit) as end:
+        errors.run_command(main)
+    assert end.value.code == 4
+    return capsys.readouterr().err.splitlines()
+
+
+def test_ray_that_is_absent_or_does_not_start_is_one_line(monkeypatch, capsys, tmp_path):
+    Path("tiny.yaml").write_text("model: {pretrained: false}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (line,) = on_ray(["tiny.yaml"], monkeypatch, capsys)
+    assert line.endswith("--ray needs Ray, which is not installed; pip install 'fastflower[cluster]'")
+
+    def init(**_: object) -> None:
+        raise RuntimeError("The current node timed out during startup.\nThis could happen because ...")
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    (line,) = on_ray(["tiny.yaml"], monkeypatch, capsys)
+    assert "--ray: Ray does not start (The current node timed out during startup. This" in line
+    assert line.endswith("use --no-ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    (line,) = on_ray(["tiny.yaml"], monkeypatch, capsys)
+    assert f"no Ray cluster at RAY_ADDRESS={address} (Connection refused); start it there" in line
 
 
 @pytest.mark.slow

@@ -40,6 +40,42 @@ def test_scores_are_held_against_the_thresholds() -> None:
     assert lines[1].startswith("REFUSED   corrupted top-1")
 
 
+@pytest.mark.parametrize(
+    ("metric", "wanted", "bound", "title"),
+    [
+        ("auc", 0.5, "at least", "AUC"),
+        ("log_loss", 9.0, "at most", "log loss"),
+        ("0.5*clean + 0.5*kappa", -1.0, "at least", "0.5*clean + 0.5*kappa"),
+    ],
+)
+def test_a_threshold_of_the_metric_that_chooses(metric: str, wanted: float, bound: str, title: str) -> None:
+    scores, settings = scored(f"select.metric={metric}", f"accept.score={wanted}")
+    (verdict,) = acceptance.check(scores, [], settings.accept)
+    chosen = scores.fused.selected
+    assert chosen is not None and chosen.low < chosen.value < chosen.high and chosen.n == scores.fused.n
+    assert (verdict.name, verdict.bound, verdict.passed) == (title, bound, True)
+    assert verdict.got == chosen.value
+    if metric == "log_loss":  # shown as a loss
+        assert chosen.value == pytest.approx(scores.fused.clean.nll)
+        assert chosen.low == pytest.approx(scores.fused.clean.nll_low, abs=0.05)
+        assert not acceptance.check(scores, [], replace(settings.accept, score=0.001))[0].passed
+
+
+def test_a_gain_of_the_ensemble_over_its_best_run() -> None:
+    settings = load(None, ["accept.gain_min=0"])
+    members = [member(fold, backbone=backbone) for backbone in BACKBONES[:2] for fold in range(3)]
+    scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
+    (verdict,) = acceptance.check(scores, [], settings.accept)
+    gain = scores.fused.over_best
+    best = max(run.clean.top1 for run in scores.runs)
+    assert gain is not None and verdict.got == pytest.approx(scores.fused.clean.top1 - best)
+    assert (verdict.name, verdict.passed) == (f"gain over {gain.best}", verdict.got >= 0)
+    assert not acceptance.check(scores, [], replace(settings.accept, gain_min=0.5))[0].passed
+    alone, settings = scored("accept.gain_min=-1")
+    (verdict,) = acceptance.check(alone, [], settings.accept)
+    assert verdict.got is None and not verdict.passed  # one run is no ensemble
+
+
 def test_no_threshold_no_row() -> None:
     scores, settings = scored()
     assert acceptance.check(scores, [], settings.accept) == []

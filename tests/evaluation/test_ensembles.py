@@ -15,9 +15,11 @@ from fastflower import ensemble
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record, write_record
+from fastflower.core.tables import sealed_rows, write_csv
 from fastflower.evaluation import ensembles, logits, summary, tables
-from fastflower.evaluation.records import EnsembleComparison, MethodScores
+from fastflower.evaluation.records import EnsembleComparison, ExperimentScores, MethodScores
 from fastflower.recipe import load
+from fastflower.recipe.run_record import write_recipe
 from support.fake_members import BACKBONES, classes_csv, folds, member, write_folds
 
 FREE = ensembles.Budget(mb=np.ones(3), ms=np.ones(3), max_mb=100, max_ms=100)
@@ -267,10 +269,23 @@ def test_a_hand_in_is_as_large_as_its_weights_are_stored(dtype: str, verdict: st
 
 def test_a_single_fold_is_cut_into_stratified_parts() -> None:
     single_fold = logits.assemble([member(0)], folds())
-    parts = ensembles.scoring_parts(single_fold)
+    parts = ensembles.scoring_parts(single_fold.fold, single_fold.class_idx)
     assert len(np.unique(parts)) >= 2 and len(parts) == len(single_fold)
     (run,) = runs_of((BACKBONES[0], 1))
-    assert list(ensembles.scoring_parts(run)) == list(run.fold)
+    assert list(ensembles.scoring_parts(run.fold, run.class_idx)) == list(run.fold)
+
+
+def evaluated_experiment(exp: str, skill: float = 2.0) -> list[str]:
+    """Write the logits and scores of an experiment of two backbones, and its folds; returns changes of its recipe."""
+    folder = runs.RESULTS / exp
+    members = [member(fold, backbone, skill=skill) for backbone in BACKBONES for fold in range(3)]
+    for saved in members:
+        logits.save_logits(folder / "oof", saved)
+    words = [f"exp.name={exp}", f"model.backbone={BACKBONES[0]}", "data.img_size=32"]
+    scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=load(None, words))
+    write_record(folder / "scores.json", scores)
+    write_folds(Path("data/folds.csv"))
+    return words
 
 
 def test_the_command_reads_saved_logits_and_writes_its_table(
@@ -279,14 +294,64 @@ def test_the_command_reads_saved_logits_and_writes_its_table(
     folder = runs.RESULTS / "example"
     with pytest.raises(InputError, match=r"no .*scores.json; run python -m fastflower.evaluate first"):
         ensemble.main(["exp.name=example"])
-    members = [member(fold, backbone) for backbone in BACKBONES for fold in range(3)]
-    for saved in members:
-        logits.save_logits(folder / "oof", saved)
-    settings = load(None, ["exp.name=example"])
-    scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=settings)
-    write_record(folder / "scores.json", scores)
-    write_folds(Path("data/folds.csv"))
-    ensemble.main(["exp.name=example"])
+    words = evaluated_experiment("example")
+    scores = read_record(folder / "scores.json", ExperimentScores)
+    ensemble.main(words)
     assert "mean of logits" in capsys.readouterr().out
     comparison = read_record(folder / "ensemble.json", EnsembleComparison)
     assert comparison.rows[0].method == "best single" and comparison.n == scores.fused.n
+
+
+def test_a_recipe_that_contradicts_the_members_is_refused(tmp_path: Path) -> None:
+    words = evaluated_experiment("example")
+    for change, pattern in (
+        ("model.backbone=resnet18", "model.backbone = resnet18, but the members of example are of"),
+        ("model.head=cosface", "model.head = cosface, but .* was trained with linear"),
+        ("data.img_size=[64]", r"data.img_size = \[64\], but .* was trained with \[32, 32\]"),
+    ):
+        with pytest.raises(InputError, match=pattern):
+            ensemble.main([*words, change])
+    write_folds(Path("data/folds.csv"), count=2)
+    with pytest.raises(InputError, match=r"was trained with other folds .* than data holds"):
+        ensemble.main(words)
+    write_folds(Path("data/folds.csv"))
+    rows = [{"class_idx": str(i), "category_id": str(i), "n": "3"} for i in range(2)]
+    write_csv(Path("data/classes.csv"), sealed_rows(rows, tuple(rows[0]), count=len(rows)))
+    with pytest.raises(InputError, match=r"was trained with other classes \(c0ffee, .*than data holds"):
+        ensemble.main(words)
+
+
+def test_runs_of_two_experiments_are_compared_by_their_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means = {"best single": ensembles.best_single, "mean of logits": ensembles.mean_logits}
+    monkeypatch.setattr(ensembles, "methods", lambda *_, **__: means)  # LightGBM takes seconds
+    words = {exp: evaluated_experiment(exp, skill) for exp, skill in (("a", 2.0), ("b", 1.5))}
+    for exp, changes in words.items():
+        write_recipe(runs.RESULTS / exp / "meta" / "recipe.yaml", load(None, changes))
+    ensemble.main(["a", "b"])
+    comparison = read_record(runs.COMBINATION, EnsembleComparison)
+    assert comparison.runs == [f"{exp}/{backbone} seed 42" for exp in "ab" for backbone in BACKBONES]
+    assert not (runs.RESULTS / "a" / "ensemble.json").exists()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("export a b")
+    ensemble.main(["a", "b", "--runs", "b"])
+    assert read_record(runs.COMBINATION, EnsembleComparison).runs == comparison.runs[2:]
+    with pytest.raises(InputError, match="--save and --predict are for the runs of one experiment"):
+        ensemble.main(["a", "b", "--save"])
+    with pytest.raises(InputError, match=r"^a and a.yaml are both of the experiment a and differ"):
+        Path("a.yaml").write_text("seed: 1\n")
+        ensemble.main(["a", "a.yaml"])
+
+
+def test_the_greedy_choice_follows_the_metric() -> None:
+    """Run 0 has the better likelihood and calls every image frequent; run 1 finds the rare class."""
+    labels = np.array([0] * 18 + [1] * 2)
+    sure = np.tile([2.0, 0.0], (20, 1))
+    rare = np.where(labels[:, None] == 1, [0.0, 0.1], [0.1, 0.0])
+    stack = np.stack([sure, rare]).astype(np.float32)
+    assert ensembles.greedy_weights(stack, labels, metric="log_loss")[0] == 1
+    assert ensembles.greedy_weights(stack, labels, metric="clean")[0] == 1  # rated by its likelihood
+    assert ensembles.greedy_weights(stack, labels, metric="macro_f1")[1] == 1
+    assert ensembles.greedy_weights(stack, labels, metric="0.5*clean + 0.5*macro_recall")[1] == 1
+    assert ensembles.best_run(stack, labels, "macro_f1") == 1
+    assert ensembles.best_run(stack, labels, "log_loss") == 0

@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score
 
-from fastflower import evaluate
+from fastflower import evaluate, export
 from fastflower.bundle.members import choose, read_out_of_fold
 from fastflower.core import files, runs
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import read_record
 from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import open_beton
-from fastflower.evaluation import gradcam, inference, mistakes, soups
+from fastflower.evaluation import gradcam, inference, mistakes, soups, views
 from fastflower.evaluation.logits import load_logits
+from fastflower.evaluation.moves import Move
 from fastflower.evaluation.records import ExperimentScores, Temperatures
 from fastflower.model.member import load_member
 from fastflower.model.network import build_network
@@ -238,7 +239,7 @@ def test_an_interrupted_evaluation_leaves_the_earlier_scores(
 
     evaluate.main(words)
     before, first = (folder / "scores.json").read_bytes(), without_times()
-    for module, name in ((inference, "predict"), (evaluate, "write_record")):
+    for module, name in ((inference, "predict_views"), (evaluate, "write_record")):
         original, turns = getattr(module, name), iter([True])
 
         def interrupted(*args: object, original: object = original, turns: object = turns) -> object:
@@ -264,10 +265,9 @@ def test_logits_of_a_replaced_member_are_not_used(project: Path) -> None:
     paths = [member(0), member(1)]
     words = [*WORDS, "tta.scales=[32]", "tta.hflip=false", "robust.enabled=false"]
     evaluate.main(words)
-    settings = load(None, words)
-    assert set(read_out_of_fold(settings, paths)) == {path.name for path in paths}
+    assert set(read_out_of_fold(["tiny"], paths)) == set(paths)
     member(1, epoch=9)
-    assert set(read_out_of_fold(settings, paths)) == {paths[0].name}
+    assert set(read_out_of_fold(["tiny"], paths)) == {paths[0]}
 
 
 def test_a_missing_fold_is_reported_and_never_filled_in(
@@ -319,7 +319,8 @@ def test_a_recipe_that_contradicts_the_members_is_refused(
     assert not (runs.RESULTS / "tiny").exists()
     with pytest.raises(InputError, match=message):
         choose(load(None, [*WORDS, *words]), [])
-    assert choose(load(None, [*WORDS, *words]), [path]).paths == [path]  # named by the user
+    with pytest.raises(InputError, match=message):
+        export.main([*WORDS, *words, "--members", str(path)])
 
 
 def test_evaluate_and_export_take_the_best_of_the_metric(project: Path) -> None:
@@ -385,8 +386,9 @@ def test_no_member_and_a_damaged_member_are_refused_before_any_work(project: Pat
 
 
 def test_views_of_oblong_members_keep_their_size() -> None:
-    assert inference.views_of((32, 64), [48, 96], hflip=True) == [
-        inference.View(32, 64, False),
-        inference.View(32, 64, True),
+    mirrored, plain = (load(None, [f"tta.hflip={flip}"]).tta for flip in ("true", "false"))
+    assert views.views_of((32, 64), [48, 96], mirrored) == [
+        (32, 64, Move(), False),
+        (32, 64, Move(), True),
     ]
-    assert inference.views_of((32, 32), [48], hflip=False) == [inference.View(48, 48, False)]
+    assert views.views_of((32, 32), [48], plain) == [(48, 48, Move(), False)]

@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import log_loss
 
 from fastflower import ensemble, evaluate
 from fastflower.core import runs
 from fastflower.core.errors import InputError
+from fastflower.core.scores import softmax
 from fastflower.data.betons import fold_set
 from fastflower.data.decode.kernel import decode_eval
 from fastflower.evaluation import inference, soups, summary
@@ -32,15 +34,19 @@ def test_weights_are_averaged_and_counters_stay_whole_numbers() -> None:
         soups.average_tensors([a, {**b, "w": torch.zeros(3)}])
 
 
-def test_the_mean_of_the_image_scores_is_s() -> None:
+def test_the_score_of_a_soup_is_that_of_all_its_images() -> None:
     data = member(0)
     clean = (data.single.argmax(1) == data.class_idx).mean()
     corrupted = np.mean([(logits.argmax(1) == data.class_idx).mean() for logits in data.corrupt])
-    shuffled = data.take(np.random.default_rng(0).permutation(len(data)))
-    np.testing.assert_array_equal(soups.score_by_image(data, 0.7), soups.score_by_image(shuffled, 0.7))
-    assert soups.score_by_image(data, 0.7).mean() == pytest.approx(0.7 * clean + 0.3 * corrupted)
+    settings, half = load(None, []), np.arange(len(data)) < len(data) // 2
+    parts = [data.take(np.flatnonzero(half)), data.take(np.flatnonzero(~half))]
+    assert soups.soup_score(settings, parts) == pytest.approx(0.7 * clean + 0.3 * corrupted)
     without = replace(data, combos=data.combos[:0], corrupt=data.corrupt[:0])
-    assert soups.score_by_image(without, 0.7).mean() == pytest.approx(clean)
+    assert soups.soup_score(settings, [without]) == pytest.approx(clean)
+    loss = log_loss(data.class_idx, softmax(data.single), labels=range(data.single.shape[1]))
+    by_loss = load(None, ["select.metric=log_loss"])
+    assert soups.soup_score(by_loss, parts) == pytest.approx(-loss)
+    assert soups.in_words(by_loss, -loss) == f"log loss {loss:.4f}"
 
 
 def test_a_soup_that_is_better_in_only_one_fold_does_not_raise_the_nested_score() -> None:
@@ -49,9 +55,13 @@ def test_a_soup_that_is_better_in_only_one_fold_does_not_raise_the_nested_score(
 
     base, lucky, good = scored(0.5, 0.5, 0.5), scored(0.95, 0.4, 0.4), scored(0.6, 0.6, 0.6)
     assert sum(v.mean() for v in lucky.values()) / 3 > 0.5  # its mean over the folds looks better
-    assert soups.nested_score([base, lucky]) == pytest.approx((0.5 + 0.4 + 0.4) / 3)
-    assert soups.nested_score([base, good]) == pytest.approx(0.6)
-    assert soups.nested_score([scored(0.5), scored(0.9)]) == pytest.approx(0.5)
+
+    def mean(parts: list[np.ndarray]) -> float:
+        return float(np.concatenate(parts).mean())
+
+    assert soups.nested_score([base, lucky], mean) == pytest.approx((0.5 + 0.4 + 0.4) / 3)
+    assert soups.nested_score([base, good], mean) == pytest.approx(0.6)
+    assert soups.nested_score([scored(0.5), scored(0.9)], mean) == pytest.approx(0.5)
 
 
 def write_nearby(fold: int, kind: str, noise: float) -> None:
@@ -103,7 +113,7 @@ def test_a_worse_soup_is_refused_and_leaves_nothing(project, monkeypatch) -> Non
     write_nearby(1, "best_combo", 0.0)
     evaluate.main(ATTO_WORDS)
     monkeypatch.setattr(
-        soups, "score_by_image", lambda data, alpha: np.full(len(data), float("best" in data.name))
+        soups, "soup_score", lambda recipe, parts: np.mean([float("best" in part.name) for part in parts])
     )
     (soup,) = soups.make_soups(
         load(None, [*ATTO_WORDS, "ensembling.soup=folds"]),
@@ -114,11 +124,21 @@ def test_a_worse_soup_is_refused_and_leaves_nothing(project, monkeypatch) -> Non
     assert not list((runs.MODELS / "tiny").glob("soup*"))
 
 
+def test_statistics_of_a_frozen_backbone_stay(project) -> None:
+    path = checkpoint_of(0)
+    target = path.with_name("averaged.pth")
+    soups.average_checkpoints(target, [path, path], recipe=load(None, WORDS), fold=0, device=CPU)
+    averaged, member = load_member(target).tensors, load_member(path).tensors
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in member.items())
+
+
 def test_statistics_of_batchnorm_are_those_of_the_training_images(project) -> None:
     path = checkpoint_of(0)
+    other, member = path.with_name("other.pth"), load_member(path)
+    save_member(other, {n: t + n.endswith("running_mean") for n, t in member.tensors.items()}, member.meta)
     settings = load(None, WORDS)
     soups.average_checkpoints(
-        path.with_name("averaged.pth"), [path, path], recipe=settings, fold=0, device=CPU
+        path.with_name("averaged.pth"), [path, other], recipe=settings, fold=0, device=CPU
     )
     averaged = load_member(path.with_name("averaged.pth"))
     network = inference.load_network(averaged, path, CPU)

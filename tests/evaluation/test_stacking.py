@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastflower import convert, ensemble, evaluate, sample_data, train
-from fastflower.core import runs
+from fastflower import ensemble
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
 from fastflower.evaluation import ensembles, stacking
@@ -44,32 +41,7 @@ def test_runs_are_chosen_by_backbone_or_name():
     assert [run.name for run in ensemble.chosen_runs(sets, [])] == [first, second]
     assert [run.name for run in ensemble.chosen_runs(sets, [second])] == [second]
     assert len(ensemble.chosen_runs(sets, [sets[0].info.backbone])) == 2
-    with pytest.raises(InputError, match=r"--runs resnet9: no run or backbone is called so; choose from"):
-        ensemble.chosen_runs(sets, ["resnet9"])
-
-
-@pytest.mark.slow
-def test_a_stacker_of_pairs_predicts_a_npz(repo, capsys):
-    sample_data.main(["pairs", "rows=64", "held_out=24"])
-    words = [
-        str(repo / "recipes/pairs_small.yaml"),
-        "exp.name=pairs",
-        "data.workers=1",
-        "sched.cosine_epochs=1",
-    ]
-    convert.main(words)
-    for seed in (1, 2):
-        assert train.main([*words, f"seed={seed}"]) == 0
-    assert evaluate.main(words) == 0
     with pytest.raises(
-        InputError, match=r"stacking.json; run python -m fastflower.ensemble with --save first"
+        InputError, match=r"--runs resnet9: no run, backbone or experiment is called so; choose from"
     ):
-        ensemble.main([*words, "--predict", "data/pairs/test.npz", "out.csv"])
-    ensemble.main([*words, "--save"])
-    assert len(read_record(runs.RESULTS / "pairs" / stacking.FILE, Stacker).runs) == 2
-    ensemble.main([*words, "--predict", "data/pairs/test.npz", "out.csv"])
-    with open("out.csv", newline="") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["filename", "category_id", "probability"] and len(rows) == 24
-    assert all((row[1] == "1") == (float(row[2]) > 0.5) for row in rows)
-    assert "24 rows in out.csv" in capsys.readouterr().out and Path("out.csv").stat().st_size
+        ensemble.chosen_runs(sets, ["resnet9"])
