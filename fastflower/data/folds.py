@@ -46,8 +46,18 @@ class Folds:
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The fold numbers in order: [0] for a ratio split."""
-        return sorted({int(number) for number in self.fold} - {ALWAYS_TRAIN})
+        """The fold numbers in order: [0] for a ratio split, and where no image validates."""
+        return sorted({int(number) for number in self.fold} - {ALWAYS_TRAIN}) or [0]
+
+    @property
+    def of_all(self) -> int:
+        """The number of the training on all images (data.fold=none), the one after the last fold."""
+        return len(self.numbers)
+
+    @property
+    def validates(self) -> bool:
+        """True if images are held out; False where every image trains (data.split=none)."""
+        return bool((self.fold != ALWAYS_TRAIN).any())
 
     @cached_property
     def hash(self) -> str:
@@ -72,6 +82,8 @@ def make_folds(table: LabelTable, groups: np.ndarray, recipe: Recipe) -> np.ndar
     stratified_group is its StratifiedGroupKFold of all rows. A class that would be missing from some fold's training
     goes, with its groups, to fold -1.
     """
+    if recipe.data.split == "none":
+        return np.full(len(table), ALWAYS_TRAIN, np.int64)
     if table.given_groups is not None:
         groups = _joined(groups, table.given_groups)
     representative = _group_labels(table.class_idx, groups)
@@ -98,6 +110,8 @@ def make_folds(table: LabelTable, groups: np.ndarray, recipe: Recipe) -> np.ndar
 
 def may_validate(table: LabelTable, recipe: Recipe) -> np.ndarray:
     """Mask of the rows that may validate some fold, known before any image is read: bool (N,)."""
+    if recipe.data.split == "none":
+        return np.zeros(len(table), bool)
     if table.given_folds is not None:
         return table.given_folds != ALWAYS_TRAIN
     if recipe.data.split == "ratio":
@@ -107,6 +121,8 @@ def may_validate(table: LabelTable, recipe: Recipe) -> np.ndarray:
 
 def rare_classes(folds: Folds, table: LabelTable) -> list[str]:
     """Warnings about classes that are not validated in every fold, or in none, and of images moved into training."""
+    if not folds.validates:
+        return []
     splits = len(folds.numbers)
     rare = [
         f"{escaped(category_id)} ({int(n)})"
@@ -197,6 +213,12 @@ def load_folds(home: Path, table: LabelTable, recipe: Recipe) -> tuple[Folds, La
     if folds.filenames != table.filenames or not np.array_equal(folds.class_idx, table.class_idx):
         raise InputError(f"{path}: its rows or class_idx differ from the labels; move it away for new folds")
     splits = fold_count(recipe)
+    if folds.validates != (recipe.data.split != "none"):
+        held_out = "holds images out" if folds.validates else "holds no image out"
+        raise InputError(
+            f"{path} {held_out}, and data.split = {recipe.data.split} asks for the other; set another data.home, or "
+            "move it away for new folds"
+        )
     if folds.numbers != list(range(splits)):
         raise InputError(
             f"{path} has {len(folds.numbers)} folds, the recipe asks for {splits} (data.split = {recipe.data.split}, "
@@ -218,6 +240,8 @@ def load_folds(home: Path, table: LabelTable, recipe: Recipe) -> tuple[Folds, La
 def check_leaks(folds: Folds, fold: int) -> None:
     """Raise InputError if training and validation share a file name, group or content, or if one of them is empty."""
     train, val = folds.train_rows(fold), folds.val_rows(fold)
+    if len(train) and (not folds.validates or fold == folds.of_all):
+        return
     if not len(train) or not len(val):
         raise InputError(
             f"fold {fold} has {len(train)} training and {len(val)} validation images; it needs some of both"

@@ -45,7 +45,7 @@ def read(recipe: Recipe, filenames: Sequence[str], source: Source) -> np.ndarray
             + (
                 f"use data.n_splits={len(numbers)}"
                 if numbers
-                else "give the validation images a fold from 0 on"
+                else "give the validation images a fold from 0 on, or use data.split=none to train without any"
             )
         )
     return folds

@@ -136,7 +136,9 @@ def read_labels(recipe: Recipe) -> LabelTable:
     problems += class_ids.canonicalise(rows, notices)
     distinct = _distinct(rows, labelled.source, problems=problems, notices=notices)
     if problems:
-        raise InputError(f"{labelled.origin}: {_listing(problems)}")
+        raise InputError(
+            f"{labelled.origin}: {_listing(problems, rows=len(labelled.rows), root=recipe.data.root)}"
+        )
     distinct.sort(key=lambda image: os.fsencode(image[0].filename))
     notices += class_ids.suspicions({row.category_id for row, _ in distinct})
     table = _table(
@@ -148,6 +150,7 @@ def read_labels(recipe: Recipe) -> LabelTable:
     if len(table.classes) < 2:
         raise InputError(
             f"{labelled.origin}: {len(table)} images of {len(table.classes)} class; training needs two classes"
+            + _deeper(table.filenames, recipe)
         )
     if recipe.data.split == "given" and not labelled.held_out:
         table = replace(table, given_folds=given_folds.read(recipe, table.filenames, table.source))
@@ -331,10 +334,28 @@ def _id_in(known: dict[str, str], text: str) -> str:
     return known.get(cleaned) or known.get(class_ids.FLOAT.sub(r"\1", cleaned), cleaned)
 
 
-def _listing(problems: list[str]) -> str:
-    rest = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+def _deeper(names: list[str], recipe: Recipe) -> str:
+    """The folder whose subfolders seem to be the classes, where those of data.root are one; else empty."""
+    if sources.form_of(recipe) != "folders":
+        return ""
+    common = Path(os.path.commonpath([os.path.dirname(name) for name in names]))
+    below = {Path(name).relative_to(common).parts[0] for name in names if Path(name).parent != common}
+    if len(below) < 2:
+        return ""
+    return (
+        f", the subfolders of data.root; for those below it, give data.root={Path(recipe.data.root) / common}"
+    )
+
+
+def _listing(problems: list[str], *, rows: int, root: str) -> str:
+    """The problems in one line; where all are files that do not exist, how many of how many, and where they belong."""
+    listed = MAX_LISTED
     count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-    return count + "; ".join(problems[:MAX_LISTED]) + rest
+    if all(MISSING in problem for problem in problems):
+        count = f"{len(problems)} of {rows} files {'is' if len(problems) == 1 else 'are'} missing in {root}: "
+        listed = 3 if len(problems) == rows else listed  # another folder is meant
+    rest = f"; and {len(problems) - listed} more" if len(problems) > listed else ""
+    return count + "; ".join(problems[:listed]) + rest
 
 
 def _table(

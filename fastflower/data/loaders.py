@@ -25,6 +25,7 @@ from fastflower.core import seeding
 from fastflower.core.workers import cores
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.decode.kernel import Crop, decode_eval, decode_train
+from fastflower.data.device_copies import DeviceCopies
 
 SWAP_STREAM = 1090  # of random numbers; decode.c and augment.py use others
 Batch = dict[str, torch.Tensor]
@@ -43,7 +44,8 @@ class TrainLoader:
     Epoch e draws `order(e)`, rows (N,) with repeats, cut to a multiple of the global batch. Step t takes the t-th
     global batch, and rank r every world-th image of it from r on. So batches are equal for any number of threads and
     ranks (at the same global batch) and after a resume at any step. `cursor()` returns the (epoch, step) at which the
-    next iteration starts. An exception in the thread is raised by the next() that asks for the failed batch.
+    next iteration starts. Where `features` is given, the image of rows and keys is its result, (B, F). An exception in
+    the thread is raised by the next() that asks for the failed batch.
     `extras(epoch, step)` yields further entries for each batch from that step on.
     """
 
@@ -66,7 +68,9 @@ class TrainLoader:
         self.batch, self.size, self.crop = batch, size, crop
         self.rank, self.world, self.threads, self.prefetch = rank, world, cores(threads, world), prefetch
         self.cursor: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self.features: Callable[[np.ndarray, np.ndarray], torch.Tensor] | None = None
         self._drawn: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.copies: DeviceCopies | None = None  # to a GPU; batches stay on the host without
         self._buffers = _BufferPool(prefetch + 3)
         self._running: weakref.WeakSet[_Prefetcher] = weakref.WeakSet()
 
@@ -104,7 +108,9 @@ class TrainLoader:
             rows = order[positions]
             keys = seeding.row_keys(self.seed, epoch, positions=positions, rows=rows)
             yield {
-                "image": train_images(
+                "image": self.features(rows, keys)
+                if self.features
+                else train_images(
                     self.beton,
                     rows,
                     keys=keys,
@@ -123,8 +129,9 @@ class TrainLoader:
 class EvalLoader:
     """Evaluation batches: every row once over all ranks, in order; image, label, row, and valid bool (B,).
 
+    With `rows`, these rows of the beton alone, and "row" is a place in them.
     All ranks yield the same number of full batches. Rows with valid=False are padding: black images, with row 0 and its
-    label.
+    label. Where `features` is given, the image of rows is its result, (B, F).
     """
 
     def __init__(
@@ -139,15 +146,19 @@ class EvalLoader:
         world: int = 1,
         threads: int = 0,
         prefetch: int = 2,
+        rows: np.ndarray | None = None,
     ) -> None:
         self.beton, self.batch_size, self.size = beton, batch, size
+        self.rows: np.ndarray = np.arange(beton.rows) if rows is None else rows
         self.factor, self.interpolation = factor, interpolation
         self.rank, self.world, self.threads, self.prefetch = rank, world, cores(threads, world), prefetch
+        self.features: Callable[[np.ndarray], torch.Tensor] | None = None
+        self.copies: DeviceCopies | None = None  # to a GPU; batches stay on the host without
         self._buffers = _BufferPool(prefetch + 3)
         self._running: weakref.WeakSet[_Prefetcher] = weakref.WeakSet()
 
     def __len__(self) -> int:
-        return -(-self.beton.rows // (self.batch_size * self.world))
+        return -(-len(self.rows) // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
         return _run(self, self._batches(self.size()))
@@ -159,10 +170,13 @@ class EvalLoader:
     def _batches(self, size: Size) -> Iterator[Batch]:
         for step in range(len(self)):
             positions = (step * self.batch_size + np.arange(self.batch_size)) * self.world + self.rank
-            valid = positions < self.beton.rows
-            rows = np.where(valid, positions, 0)
+            valid = positions < len(self.rows)
+            places = np.where(valid, positions, 0)
+            rows = self.rows[places]
             yield {
-                "image": eval_images(
+                "image": self.features(rows)
+                if self.features
+                else eval_images(
                     self.beton,
                     rows[valid],
                     size=size,
@@ -172,7 +186,7 @@ class EvalLoader:
                     allocate=self._padded,
                 ),
                 "label": torch.from_numpy(self.beton.labels[rows]),
-                "row": torch.from_numpy(rows),
+                "row": torch.from_numpy(places),
                 "valid": torch.from_numpy(valid),
             }
 
@@ -333,7 +347,8 @@ class _Prefetcher:
 
 def _run(loader: TrainLoader | EvalLoader, items: Iterator[Batch]) -> Iterator[Batch]:
     """Iterate with prefetching; leaving early, by break, error or garbage collection, stops and joins the thread."""
-    prefetcher = _Prefetcher(items, loader.prefetch)
+    copies = loader.copies
+    prefetcher = _Prefetcher(map(copies.start, items) if copies else items, loader.prefetch)
     loader._running.add(prefetcher)
     try:
         while True:
@@ -342,7 +357,7 @@ def _run(loader: TrainLoader | EvalLoader, items: Iterator[Batch]) -> Iterator[B
                 raise value
             if kind == "end":
                 return
-            yield value
+            yield copies.finish(value) if copies else value
     finally:
         prefetcher.close()
 

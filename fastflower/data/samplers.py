@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastflower.core import seeding
+from fastflower.core import own_parts, seeding
 from fastflower.core.errors import InputError
 from fastflower.recipe.schema import Sampler
 
@@ -27,6 +27,8 @@ def order(
     in a global batch, is given, each batch is shuffled as well, so that partners in MixUp and CutMix are random.
     """
     rng = seeding.generator(seed, fold, epoch, TAG)
+    if own_parts.is_own(sampler.type):
+        return _own(sampler.type, labels, rng)
     counts = np.bincount(labels)
     kept = _kept(counts, sampler.undersample_frac)
     if sampler.type == "none" and not sampler.undersample_frac:
@@ -42,6 +44,22 @@ def order(
         starts = range(0, len(rows), batch)
         rows = np.concatenate([rng.permutation(rows[start : start + batch]) for start in starts])
     return rows
+
+
+def _own(name: str, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows that the user's function draws for an epoch; InputError unless they are N rows of the N."""
+    rows = np.asarray(own_parts.call("sampler.type", name, labels.copy(), rng))
+    n = len(labels)
+    if rows.shape != (n,) or rows.dtype.kind not in "iu":
+        what = (
+            f"gives {rows.dtype} {rows.shape}, must give {n} row numbers ({n},), as many as there are images"
+        )
+        raise own_parts.fault("sampler.type", name, what)
+    if rows.min() < 0 or rows.max() >= n:
+        raise own_parts.fault(
+            "sampler.type", name, f"gives rows from {rows.min()} to {rows.max()}, must be in 0..{n - 1}"
+        )
+    return rows.astype(np.int64)
 
 
 def effective_number(counts: np.ndarray, beta: float) -> np.ndarray:

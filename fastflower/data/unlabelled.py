@@ -52,7 +52,7 @@ def unlabelled_rows(recipe: Recipe, fold: FoldSet) -> tuple[Beton, np.ndarray]:
         rows = np.setdiff1d(np.arange(beton.rows), labelled_rows(recipe, fold))
     else:
         key, beton = f"data.unlabelled = {recipe.data.unlabelled}", fold.unlabelled
-        held_out = {fold.folds.sha256[index] for index in fold.val.index}
+        held_out = {fold.folds.sha256[row] for row in fold.folds.val_rows(fold.train.origin.fold)}
         path = Path(recipe.data.home) / UNLABELLED_TABLE
         listed = read_sealed(path, UNLABELLED_COLUMNS, count=beton.rows)
         rows = np.flatnonzero([listed[index]["sha256"] not in held_out for index in beton.index])
@@ -89,8 +89,8 @@ class UnlabelledBatches:
     """The `extras` of a TrainLoader: `mu` unlabelled images for each labelled one.
 
     batch: epoch -> labelled images of one rank in a step. steps: epoch -> steps. size: epoch -> (height, width).
-    strong: None for methods that use the weak view alone. True labels, where rows have them, are passed on only to
-    measure the accuracy of pseudo-labels.
+    weak, strong: None for methods that use the other view alone. True labels, where rows have them, are passed on
+    only to measure the accuracy of pseudo-labels.
     """
 
     beton: Beton
@@ -101,7 +101,7 @@ class UnlabelledBatches:
     batch: Callable[[int], int]
     steps: Callable[[int], int]
     size: Callable[[int], Size]
-    weak: Crop
+    weak: Crop | None
     strong: Crop | None
     rank: int = 0
     world: int = 1
@@ -115,22 +115,21 @@ class UnlabelledBatches:
     def __call__(self, epoch: int, step: int) -> Iterator[Batch]:
         """Batches from a step on: weak and strong uint8 (B, mu, h, w, 3), strong_key and truth int64 (B, mu).
 
-        Without a strong view there are weak and truth only. The first dimension equals that of the labelled batch, so
-        microbatches split both in the same way.
+        A view that is None is left out; "unlabelled_row" int64 (B, mu) are the rows of the beton. The first dimension
+        equals that of the labelled batch, so microbatches split both in the same way.
         """
-        weak_batches = self._loader(self.weak, WEAK_SEED).batches(epoch, step)
-        if self.strong is None:
-            for weak in weak_batches:
-                yield {"weak": self._by_labelled(weak["image"]), "truth": self._by_labelled(weak["label"])}
-            return
-        strong_batches = self._loader(self.strong, STRONG_SEED).batches(epoch, step)
-        for weak, strong in zip(weak_batches, strong_batches, strict=True):
-            yield {
-                "weak": self._by_labelled(weak["image"]),
-                "truth": self._by_labelled(weak["label"]),
-                "strong": self._by_labelled(strong["image"]),
-                "strong_key": self._by_labelled(strong["key"]),
-            }
+        views = {}
+        if self.weak is not None:
+            views["weak"] = self._loader(self.weak, WEAK_SEED).batches(epoch, step)
+        if self.strong is not None:
+            views["strong"] = self._loader(self.strong, STRONG_SEED).batches(epoch, step)
+        for batches in zip(*views.values(), strict=True):
+            by_view = dict(zip(views, batches, strict=True))
+            batch = {name: view["image"] for name, view in by_view.items()}
+            batch |= {"truth": batches[0]["label"], "unlabelled_row": batches[0]["row"]}
+            if "strong" in by_view:
+                batch["strong_key"] = by_view["strong"]["key"]
+            yield {name: self._by_labelled(tensor) for name, tensor in batch.items()}
 
     def _draws(self, epoch: int) -> int:
         return self.steps(epoch) * self.world * self.batch(epoch) * self.mu

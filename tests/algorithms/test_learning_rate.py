@@ -11,6 +11,7 @@ from composer.core import Event
 from torch import nn
 
 from fastflower.algorithms.learning_rate import LearningRate, stage_factor
+from fastflower.optim.schedules import plateau_monitor
 from fastflower.recipe import Recipe, derived, load
 
 STEPS = 5
@@ -97,6 +98,17 @@ def test_plateau_lowers_every_lr_after_its_patience_and_survives_a_state_dict():
     restored, second_network, _ = scheduled("sched.name=plateau", "sched.warmup_epochs=0", "sched.patience=1")
     restored.load_state_dict(schedule.state_dict())
     assert lrs(restored, second_network, epoch=3, step=0) == pytest.approx([0.05, 0.15])
+
+
+def test_without_held_out_images_the_plateau_follows_the_training_loss():
+    plateau = ("sched.name=plateau", "sched.patience=0", "data.split=none")
+    assert plateau_monitor(load(None, ["sched.monitor=score", *plateau])) == "train_loss"
+    losses = iter([1.0, 0.8, 0.6, 0.7])
+    schedule, network, _ = scheduled("sched.warmup_epochs=0", *plateau)
+    schedule.monitored = lambda: next(losses)
+    for epoch, factor in enumerate((1.0, 1.0, 1.0, 0.5), start=1):
+        schedule.apply(Event.EPOCH_CHECKPOINT, state_at(epoch, 0, network), None)
+        assert lrs(schedule, network, epoch=epoch, step=0) == pytest.approx([0.1 * factor, 0.3 * factor])
 
 
 @pytest.mark.parametrize(

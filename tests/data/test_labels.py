@@ -139,7 +139,10 @@ def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
         ("", "empty; its first line must name the columns filename, category_id"),
         ("\ufeff\n\n", "empty; its first line must name the columns filename, category_id"),
         ("filename,category_id\n", "has a header and no rows"),
-        ("a.jpg,1\nb.jpg,2\n", "no column filename or category_id; it has a.jpg, 1; name yours by"),
+        (
+            "a.jpg,1\nb.jpg,2\n",
+            "no column filename or category_id; it has a.jpg, 1; its first line must name",
+        ),
         (
             "filename|category_id\na.jpg|1\n",
             r"it has filename\|category_id; separate columns by ',', ';' or a tab",
@@ -155,8 +158,9 @@ def test_a_shuffled_file_gives_the_same_table(root: Path) -> None:
         ("filename,category_id\na.jpg,\nb.jpg, \n", "line 2: empty label for 'a.jpg'; line 3: empty label"),
         (
             "filename,category_id\na.jpg,1\nB.JPG,2\nb.jpeg,2\n" + "sub/E\u0301.png,2\n",
-            r"3 problems: line 3: 'B.JPG' does not exist \(is it 'b.jpg'\?\); line 4: 'b.jpeg' does not exist "
-            r"\(is it 'b.jpg'\?\); line 5: 'sub/E\u0301.png' does not exist \(is it '\u00e9.png'\?\)$",
+            r"3 of \d+ files are missing in \S+: line 3: 'B.JPG' does not exist \(is it 'b.jpg'\?\); "
+            r"line 4: 'b.jpeg' does not exist \(is it 'b.jpg'\?\); "
+            r"line 5: 'sub/E\u0301.png' does not exist \(is it '\u00e9.png'\?\)$",
         ),
         (
             'filename,category_id\n"n\nl.jpg",1\nnothing.jpg,2\n',
@@ -267,7 +271,7 @@ def test_links_and_pipes_are_refused_without_waiting(root: Path, opened: list[st
 
 
 def test_all_problems_are_counted_and_ten_are_named(root: Path) -> None:
-    with pytest.raises(InputError, match=r"25 problems: .*; and 15 more$") as error:
+    with pytest.raises(InputError, match=r"25 of 26 files are missing in \S+: .*; and 15 more$") as error:
         read("filename,category_id\na.jpg,1\n" + "".join(f"no{k}.jpg,2\n" for k in range(25)))
     assert str(error.value).count("does not exist") == 10
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import types
@@ -14,13 +13,10 @@ import numpy as np
 import pytest
 import torch
 from composer.core import Event, Precision, Timestamp
-from PIL import Image
 from torch import nn
 
-from fastflower import evaluate
 from fastflower.algorithms.fixmatch import FixMatch, unlabelled_weight
 from fastflower.callbacks.checkpoints import CheckpointSaver
-from fastflower.campaign import launch, plan
 from fastflower.core import errors, runs, seeding
 from fastflower.core.runs import Run
 from fastflower.data import unlabelled
@@ -438,39 +434,6 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(tmp_path):
     toy_project.fit("exp.name=parts", *SEMI, *toy_project.ONE, "train.batch_per_gpu=2", "train.grad_accum=2")
     for name, tensor in toy_project.last("whole").tensors.items():
         torch.testing.assert_close(toy_project.last("parts").tensors[name], tensor, rtol=0, atol=1e-5)
-
-
-def test_the_food_recipe_converts_trains_and_evaluates(repo, tmp_path, capsys):
-    """The recipe at smoke size, on folders of the toy project's photographs; one photograph is in two of them."""
-    toy_project.project(tmp_path)
-    photographs = sorted(Path("data/train").glob("*.jpg"))
-    for number, path in enumerate(photographs):
-        subset = ("training/labeled", "training/unlabeled", "training/unlabeled", "validation")[number % 4]
-        folder = Path("data/food", subset, "" if "unlabeled" in subset else path.name.split("_")[0])
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder)
-    held_out = next(Path("data/food/validation").rglob("*.jpg"))
-    shutil.copy(held_out, "data/food/training/unlabeled/copy.jpg")
-    Path("food.yaml").write_text(f"base: {repo}/recipes/food_fixmatch.yaml\n")
-    small = [
-        "food.yaml", "data.img_size=32", "tta.scales=[32]", "data.workers=1", "model.backbone=resnet10t",
-        "train.batch_per_gpu=5", "semi.mu=2", "semi.threshold=0.3", "sched.cosine_epochs=1", "sched.warmup_epochs=0",
-    ]  # fmt: skip
-    assert not toy_project.convert.main(small)
-    assert toy_project.train.main(small) == 0
-    output = capsys.readouterr().out
-    assert "30 images, 2 beside each labelled one, fixmatch from 0.3" in output
-    assert "1 images of data.unlabelled validate this fold and are left out" in output
-    run = Run(exp="food", backbone="resnet10t", fold=0, seed=42)
-    (epoch,) = [row for row in runs.read_events(run.events_path, []) if row["event"] == "epoch"]
-    assert epoch["mask_rate"] > 0 and epoch["pseudo_accuracy"] is None
-    assert list((run.results_dir / "tensorboard").rglob("events.out.tfevents*"))
-    with Image.open(run.results_dir / f"samples_{run.stem}.png") as picture:
-        assert picture.height > 5 * 32  # two further rows: the views
-    assert not evaluate.main(small)
-    assert list(Path("results/results/food").glob("oof/*.npz"))
-    (task,) = plan.tasks(["food.yaml"], plan.parse_overrides(small[1:]))
-    assert launch.Finished(1)(task), "a campaign keeps it"
 
 
 def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo, tmp_path):

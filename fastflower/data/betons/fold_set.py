@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastflower.core import own_parts
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
 from fastflower.core.records import read_record
@@ -40,16 +41,26 @@ PIXEL_FORMAT = 2  # of the stored pixels; raised when the same recipe would stor
 class FoldSet:
     """One fold, open and checked.
 
-    val_corrupt: None when the recipe scores no corruptions. unlabelled: None when it does not learn from
-    data.unlabelled.
+    val: None when every image trains. val_corrupt: None when the recipe scores no corruptions. unlabelled: None when it
+    does not learn from data.unlabelled.
     """
 
     folds: Folds
     classes: ClassMap
     train: Beton
-    val: Beton
+    val: Beton | None
     val_corrupt: Beton | None
     unlabelled: Beton | None = None
+
+    @property
+    def held_out(self) -> Beton:
+        """The validation images; InputError where every image trains."""
+        if self.val is None:
+            raise InputError(
+                "data.split = none: every image trained, and none was held out to be scored; another data.split with "
+                "its own data.home holds images out"
+            )
+        return self.val
 
     def data_identity(self) -> dict[str, str | int]:
         """The hashes and the stored side that must not change when a training resumes."""
@@ -72,12 +83,14 @@ def stored_side(recipe: Recipe) -> int:
 
 def storage_settings(recipe: Recipe, store: str) -> StorageSettings:
     """The settings that decide the stored pixels; store is raw or jpeg."""
+    own = [kind for kind in recipe.robust.kinds if own_parts.is_own(kind)] if recipe.robust.enabled else []
     return StorageSettings(
         format=PIXEL_FORMAT,
         stored_side=stored_side(recipe),
         store=store,
         jpeg_quality=recipe.data.jpeg_quality,
         combos=tuple(combos(recipe.robust.kinds, recipe.robust.level)) if recipe.robust.enabled else (),
+        own_corruptions=tuple((kind, own_parts.source_digest("robust.kinds", kind)) for kind in own),
     )
 
 
@@ -121,8 +134,10 @@ def beton_path(home: Path, fold: int, split: str) -> Path:
     return home / "betons" / beton_name(fold, split)
 
 
-def splits(settings: StorageSettings) -> tuple[str, ...]:
-    """The splits of each fold: train and val, and val_corrupt where corruptions are scored."""
+def splits(settings: StorageSettings, *, validates: bool) -> tuple[str, ...]:
+    """The splits of each fold: train, val where images are held out, and val_corrupt where corruptions are scored."""
+    if not validates:
+        return ("train",)
     return ("train", "val", "val_corrupt") if settings.combos else ("train", "val")
 
 
@@ -143,7 +158,13 @@ def check_converted(recipe: Recipe) -> None:
     read_classes(home / "classes.csv")
     for fold in derived.fold_numbers(recipe):
         _check_fold(home, fold, folds)
-        for split in splits(storage_settings(recipe, "")):
+        path = beton_path(home, fold, "train")
+        if derived.refits(recipe) and not path.is_file():
+            raise InputError(
+                f"data.fold = none: no {path}; python -m fastflower.convert with data.fold=none writes all images "
+                "as one set"
+            )
+        for split in splits(storage_settings(recipe, ""), validates=derived.validates(recipe)):
             open_beton(beton_path(home, fold, split))
 
 
@@ -164,7 +185,8 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
     _check_fold(home, fold, folds)
     check_leaks(folds, fold)
     needed = storage_settings(recipe, "")
-    betons = {split: open_beton(beton_path(home, fold, split)) for split in splits(needed)}
+    names = splits(needed, validates=derived.validates(recipe) and fold in folds.numbers)
+    betons = {split: open_beton(beton_path(home, fold, split)) for split in names}
     for split, beton in betons.items():
         _check_origin(
             beton,
@@ -177,7 +199,7 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
         folds=folds,
         classes=classes,
         train=betons["train"],
-        val=betons["val"],
+        val=betons.get("val"),
         val_corrupt=betons.get("val_corrupt"),
         unlabelled=unlabelled,
     )
@@ -200,7 +222,7 @@ def open_unlabelled(recipe: Recipe) -> Beton:
 
 
 def _check_fold(home: Path, fold: int, folds: Folds) -> None:
-    if fold not in folds.numbers:
+    if fold not in (*folds.numbers, folds.of_all):
         raise InputError(f"data.fold = {fold}: {home / 'folds.csv'} has the folds {folds.numbers}")
 
 
@@ -231,4 +253,8 @@ def _check_settings(beton: Beton, needed: StorageSettings) -> None:
     if needed.combos and settings.combos != needed.combos:
         raise InputError(
             f"{beton.path}: robust.kinds or robust.level differ from those converted; run convert again"
+        )
+    if needed.combos and settings.own_corruptions != needed.own_corruptions:
+        raise InputError(
+            f"{beton.path}: the source of {needed.own_corruptions[0][0]} in robust.kinds has changed; run convert again"
         )

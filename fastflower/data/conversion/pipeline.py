@@ -42,6 +42,7 @@ from fastflower.data.labels import MAX_LISTED, LabelTable, class_stats, read_cla
 from fastflower.data.readers import contents
 from fastflower.data.readers.sources import Source, open_unlabelled
 from fastflower.recipe import Recipe
+from fastflower.recipe.derived import refits
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def convert(
             content = fold_set.inputs_hash(home, table)
             for store in ("raw", "jpeg") if recipe.data.store == "auto" else (recipe.data.store,):
                 settings = fold_set.storage_settings(recipe, store)
-                origins = _fold_origins(settings, table, folds=folds, content=content)
+                origins = _fold_origins(settings, table, folds=folds, content=content, extra=refits(recipe))
                 origins += [unlabelled.origin(settings)] if unlabelled else []
                 if all(fold_set.is_current(home / "betons", origin) for origin in origins) and _has_tables(
                     home, table, unlabelled=bool(unlabelled)
@@ -127,7 +128,9 @@ def convert(
                 folder,
                 [
                     origin
-                    for origin in _fold_origins(settings, table, folds=folds, content=content)
+                    for origin in _fold_origins(
+                        settings, table, folds=folds, content=content, extra=refits(recipe)
+                    )
                     if not assemble.reuse(home, folder, origin)
                 ],
                 folds=folds,
@@ -229,12 +232,17 @@ def _convert_unlabelled(
 
 
 def _fold_origins(
-    settings: StorageSettings, table: LabelTable, *, folds: Folds, content: str
+    settings: StorageSettings, table: LabelTable, *, folds: Folds, content: str, extra: bool
 ) -> list[Origin]:
+    """The origin of each split of each fold and, with `extra`, of all images as a fold that none validates."""
+    wanted = [
+        (fold, split)
+        for fold in folds.numbers
+        for split in fold_set.splits(settings, validates=folds.validates)
+    ]
     return [
         fold_set.origin_of(settings, table, inputs_hash=content, folds=folds, split=split, fold=fold)
-        for fold in folds.numbers
-        for split in fold_set.splits(settings)
+        for fold, split in [*wanted, *([(folds.of_all, "train")] if extra else [])]
     ]
 
 

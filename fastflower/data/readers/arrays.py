@@ -161,7 +161,7 @@ def pixel_columns(path: Path) -> tuple[list[str], list[str]]:
     if len(header) <= MIN_PIXELS and PIXELS not in header:
         raise InputError(
             f"{path}: has {len(header)} columns; a table of pixels has one for each pixel and one for the label, or a "
-            f"column {PIXELS}"
+            f"column {PIXELS}; a label file is given as data.csv, and the folder of its images as data.root"
         )
     if first is None:
         raise InputError(f"{path}: has a header and no rows")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def csv_rows(
         raise InputError(
             f"data.csv = {path}: {error.strerror}; give the label file, or data.form=folders"
         ) from None
+    if data[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):
+        raise InputError(f"{path}: a spreadsheet or an archive, not text; save its table as CSV in UTF-8")
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
         kind = "looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "has a NUL byte"
@@ -172,6 +175,8 @@ def _no_column(path: Path, header: list[str], required: tuple[str, ...]) -> Inpu
     remedy = "name yours by data.image_col and data.label_col"
     if len(header) == 1:
         remedy = "separate columns by ',', ';' or a tab"
+    elif any(Path(name).suffix.lower() in SUFFIXES for name in header):
+        remedy = f"its first line must name the columns, such as {','.join(required)}"
     columns = ", ".join(escaped(name) for name in header)
     return InputError(f"{path}: no column {missing}; it has {columns}; {remedy}")
 
@@ -181,5 +186,8 @@ def folder_rows(root: Path) -> tuple[list[LabelRow], list[str]]:
     listing = list_images(root)
     rows = [LabelRow(name, name, name.partition("/")[0]) for name in listing.images if "/" in name]
     if not rows:
-        raise InputError(f"{root}: no folder with images ({' '.join(SUFFIXES)}) below it")
+        others = Counter(path.suffix.lower() for path in root.rglob("*") if path.is_file() and path.suffix)
+        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
+        where = f"; it has {found} files" if found else ", it is empty"
+        raise InputError(f"{root}: no folder with images ({' '.join(SUFFIXES)}) below it{where}")
     return rows, listing.notices(root)

@@ -15,6 +15,8 @@ With `auto`, the type of data.root decides; a folder is `csv` if data.csv exists
 
 from __future__ import annotations
 
+import difflib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -56,6 +58,9 @@ class Source(Protocol):
 
     def size(self, name: str) -> tuple[int, int] | None:
         """(height, width) from the header alone; None if it cannot be read."""
+
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")  # suffixes of files to unpack first
 
 
 @dataclass(frozen=True)
@@ -168,10 +173,15 @@ def form_of(recipe: Recipe) -> str:
     """data.form, with auto resolved by the type of data.root; InputError if the form does not fit the root."""
     root, requested = Path(recipe.data.root), recipe.data.form
     if not root.exists():
-        raise InputError(
-            f"data.root = {root}: no such folder or file; give the folder that holds the training images, "
-            "or the .npz, .npy or table of pixels"
+        near = difflib.get_close_matches(
+            root.name, os.listdir(root.parent) if root.parent.is_dir() else [], n=1
         )
+        remedy = "give the folder that holds the training images, or the .npz, .npy or table of pixels"
+        if near:
+            remedy = f"did you mean {root.parent / near[0]}?"
+        raise InputError(f"data.root = {root}: no such folder or file; {remedy}")
+    if root.is_file() and root.suffix.lower() in ARCHIVES:
+        raise InputError(f"data.root = {root}: an archive; unpack it and give the folder with its images")
     possible: tuple[str, ...] = ("csv", "folders")
     if root.is_dir():
         has_csv = Path(recipe.data.csv).exists() or not has_class_folders(root)

@@ -5,8 +5,8 @@ and on any device (up to float rounding). All decisions are taken on the host, w
 device: the default recipe takes about 60 kernel launches a batch where draws on the device took 350.
 
 The order: vertical flip, rotation and shift, colour jitter (brightness, contrast, saturation, hue, in this order, where
-torchvision shuffles), photometric distortion, CLAHE, RandAugment, AugMix, blur or noise, erasing. Geometric
-operations sample bilinearly and mirror at the border. The decoder does crop and horizontal flip.
+torchvision shuffles), photometric distortion, CLAHE, RandAugment, TrivialAugment, AugMix, blur or noise, aug.extra,
+erasing. Geometric operations sample bilinearly and mirror at the border. The decoder does crop and horizontal flip.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastflower.core import seeding
+from fastflower.core import own_parts, seeding
 from fastflower.data.transforms import image_ops
 from fastflower.recipe.schema import Aug
 
@@ -110,6 +110,8 @@ def _augment(images: Tensor, keys: Tensor, *, aug: Aug, erase_p: float, fill: Te
         chosen, sign = draw_operation(keys, step, count=len(OPERATIONS), probability=aug.strength)
         level = min(1.0, aug.randaugment_m / LEVELS * aug.strength)
         x = _apply(x, chosen, strength=torch.full_like(sign, level), sign=sign, names=tuple(OPERATIONS))
+    if aug.trivial_p:
+        x = _trivial(x, keys, aug)
     if aug.augmix_p:
         x = _for_some(
             x, keys, chosen=happens(keys, Stream.AUGMIX, aug.augmix_p * aug.strength), change=_augmix, aug=aug
@@ -122,9 +124,26 @@ def _augment(images: Tensor, keys: Tensor, *, aug: Aug, erase_p: float, fill: Te
             change=_corrupt,
             aug=aug,
         )
+    for name in aug.extra:
+        x = _own(x, keys, name)
     if erase_p:
         x = image_ops.erase(x, erase_boxes(keys, erase_p * aug.strength, x.shape[2:]), fill)
     return x
+
+
+def _own(x: Tensor, keys: Tensor, name: str) -> Tensor:
+    """The images after a transform of the user's own; InputError unless it keeps their shape and type."""
+    changed = own_parts.call("aug.extra", name, x, keys)
+    if not isinstance(changed, Tensor) or (changed.shape, changed.dtype) != (x.shape, x.dtype):
+        got = (
+            f"{changed.dtype} {tuple(changed.shape)}"
+            if isinstance(changed, Tensor)
+            else type(changed).__name__
+        )
+        raise own_parts.fault(
+            "aug.extra", name, f"gives {got} for {x.dtype} {tuple(x.shape)}, must keep both"
+        )
+    return changed
 
 
 def happens(keys: Tensor, stream: int, probability: float) -> Tensor:
@@ -230,6 +249,13 @@ OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda x, t, s: image_ops.autocontrast(x),
     "equalize": lambda x, t, s: image_ops.equalize(x),
 }
+# TrivialAugment (Mueller & Hutter 2021, the wide space) goes further than RandAugment by these factors; its shifts are
+# 32 pixels at a size of 224
+WIDE = {
+    "shear_x": 3.3, "shear_y": 3.3, "translate_x": 32 / 224 / (150 / 331), "translate_y": 32 / 224 / (150 / 331),
+    "rotate": 4.5, "brightness": 1.1, "color": 1.1, "contrast": 1.1, "sharpness": 1.1, "posterize": 1.5,
+}  # fmt: skip
+TRIVIAL_STEP = 100  # of its streams, beyond those of RandAugment
 # AugMix leaves out the operations that resemble the corrupted validation set.
 COLOURS = ("brightness", "color", "contrast", "sharpness")
 AUGMIX_OPERATIONS = tuple(name for name in OPERATIONS if name not in COLOURS)
@@ -244,6 +270,19 @@ def draw_operation(keys: Tensor, step: int, *, count: int, probability: float) -
     chosen = (seeding.uniform_tensor(keys, stream) * count).long()
     sign = happens(keys, stream + 1, 0.5) * 2.0 - 1.0
     return chosen * happens(keys, stream + 2, probability), sign
+
+
+def _trivial(x: Tensor, keys: Tensor, aug: Aug) -> Tensor:
+    """TrivialAugment: one operation, uniform over all, with a strength uniform over 31 levels of a wide range."""
+    chosen, sign = draw_operation(
+        keys, TRIVIAL_STEP, count=len(OPERATIONS), probability=aug.trivial_p * aug.strength
+    )
+    level = (
+        seeding.uniform_tensor(keys, Stream.OPERATION + 4 * TRIVIAL_STEP + 3) * (LEVELS + 1)
+    ).floor() / LEVELS
+    wide = torch.tensor([WIDE.get(name, 1.0) for name in OPERATIONS])[chosen]
+    strength = (level * aug.strength).clamp(max=1.0) * wide
+    return _apply(x, chosen, strength=strength, sign=sign, names=tuple(OPERATIONS))
 
 
 def _apply(x: Tensor, chosen: Tensor, *, strength: Tensor, sign: Tensor, names: Sequence[str]) -> Tensor:

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import ndtri
 
+from fastflower.core import own_parts
 from fastflower.data.decode.kernel import decode_file
 from fastflower.recipe.derived import CORRUPTIONS
 
@@ -44,9 +45,25 @@ def image_key(filename: str) -> int:
 
 
 def corrupt(pixels: np.ndarray, kind: str, *, level: str, key: int) -> np.ndarray:
-    """A corrupted copy of uint8 (H, W, 3), of the same shape."""
+    """A corrupted copy of uint8 (H, W, 3), of the same shape; kind module:function is one of the user's own."""
+    if own_parts.is_own(kind):
+        return _own(pixels, kind, level, key)
     seed = [key & 0xFFFFFFFF, key >> 32, CORRUPTIONS.index(kind), ("low", "medium").index(level)]
     return FUNCTIONS[kind](pixels, STRENGTHS[kind][level], np.random.default_rng(seed))
+
+
+def _own(pixels: np.ndarray, kind: str, level: str, key: int) -> np.ndarray:
+    """The copy that the user's function makes; InputError unless it keeps shape and type."""
+    generator = np.random.default_rng(
+        [key & 0xFFFFFFFF, key >> 32, *kind.encode(), ("low", "medium").index(level)]
+    )
+    changed = own_parts.call("robust.kinds", kind, pixels.copy(), level, generator)
+    if not isinstance(changed, np.ndarray) or (changed.shape, changed.dtype) != (pixels.shape, pixels.dtype):
+        got = (
+            f"{changed.dtype} {changed.shape}" if isinstance(changed, np.ndarray) else type(changed).__name__
+        )
+        raise own_parts.fault("robust.kinds", kind, f"gives {got} for uint8 {pixels.shape}, must keep both")
+    return np.ascontiguousarray(changed)
 
 
 def jpeg_bytes(pixels: np.ndarray, level: str) -> bytes:

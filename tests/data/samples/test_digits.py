@@ -1,10 +1,8 @@
-"""Digits as a contest: written files, rejected arguments, and the full pipeline at smoke size."""
+"""Digits as a contest: written files and rejected arguments."""
 
 from __future__ import annotations
 
 import csv
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +10,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastflower import convert, ensemble, evaluate, export, sample_data
-from fastflower.campaign import __main__ as campaign
-from fastflower.campaign import launch
-from fastflower.core import runs
+from fastflower import convert, evaluate, export, sample_data
 from fastflower.core.errors import InputError
 from fastflower.data.samples.digits import HELD_OUT
 from fastflower.recipe import checks, load
-from fastflower.train import main as train
 
 
 def test_digits_are_scikit_learns(capsys):
@@ -83,26 +77,3 @@ def test_digits_are_not_flipped_unless_forced(repo, override):
     assert f"{key} = {value}: flips change the class of these images" in str(caught.value)
     for permission in ("checks.allow_flips=true", "data.flips_keep_class=true"):
         checks.check(load(path, [override, permission]))
-
-
-@pytest.mark.slow
-def test_digits_from_table_to_local_cv_and_fusion_at_smoke_size(repo, monkeypatch, capsys):
-    sample_data.main(["digits"])
-    table = Path("data/digits/train.csv")
-    table.write_text("\n".join(table.read_text().splitlines()[:201]) + "\n")
-    Path("recipes").mkdir()
-    shutil.copy(repo / "recipes/digits.yaml", "recipes")
-    arguments = ["recipes/digits.yaml", "data.n_splits=2", "sched.cosine_epochs=2", "log.tensorboard=false"]
-    convert.main(arguments)
-    monkeypatch.setattr(launch, "run_process", lambda command, *_: (train(command[3:]), ""))
-    backbones = ["model.backbone=[test_efficientnet,test_convnext]"]
-    assert campaign.main([*arguments, *backbones]) == 0
-    evaluate.main(arguments)
-    ensemble.main(arguments)
-    scores = json.loads((runs.RESULTS / "digits/scores.json").read_text())
-    assert [row["n"] for row in scores["runs"]] == [200, 200] and scores["missing"] == []
-    assert scores["fused"]["n"] == 200
-    compared = json.loads((runs.RESULTS / "digits/ensemble.json").read_text())
-    names = [row["method"] for row in compared["rows"]]
-    assert {"mean of probabilities", "learned mixture"} <= set(names) and compared["n"] == 200
-    assert sum(compared["weights"]["learned mixture"].values()) == pytest.approx(1)

@@ -11,7 +11,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.transforms import AugMix, InterpolationMode, RandAugment, RandomErasing
+from torchvision.transforms import (
+    AugMix,
+    InterpolationMode,
+    RandAugment,
+    RandomErasing,
+    TrivialAugmentWide,
+)
 from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.v2 import functional as tv
 
@@ -289,6 +295,51 @@ def test_randaugment_magnitudes_are_torchvisions(name: str, magnitude: int) -> N
             inside = torchvisions(title, torch.full((3, 40, 48), 255.0), size * sign)[0] > 254.9
         assert inside.float().mean() > 0.5
         torch.testing.assert_close(got[:, inside], want[:, inside], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("level", [7, 30])
+def test_trivialaugments_magnitudes_are_torchvisions(level: int) -> None:
+    """The strength of each operation on torchvision's wide scale; its shifts are 32 pixels at any size."""
+    space = TrivialAugmentWide()._augmentation_space(31)
+    reach = {
+        "shear_x": 0.3, "shear_y": 0.3, "translate_x": 150 / 331 * 224, "translate_y": 150 / 331 * 224,
+        "rotate": 30, "brightness": 0.9, "color": 0.9, "contrast": 0.9, "sharpness": 0.9,
+    }  # fmt: skip
+    for name, largest in reach.items():
+        magnitudes, _ = space[name.title().replace("_", "")]
+        assert level / 30 * augment_module.WIDE[name] * largest == pytest.approx(
+            float(magnitudes[level]), rel=1e-5
+        )
+    bits = torch.tensor(level / 30 * augment_module.WIDE["posterize"])
+    assert int(8 - (4 * bits).round()) == int(space["Posterize"][0][level])
+
+
+def test_trivialaugment_draws_one_operation_of_any_strength() -> None:
+    images, keys = pictures(400), keys_of(400)
+    seen: dict[str, list[Tensor]] = {}
+
+    def spy(name: str) -> augment_module.Operation:
+        def operation(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            seen.setdefault(name, []).append(t)
+            return x
+
+        return operation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment_module, "OPERATIONS", {name: spy(name) for name in augment_module.OPERATIONS})
+        augment(images, keys, aug=changed(trivial_p=1.0), erase_p=0, fill=FILL)
+    assert set(seen) == set(augment_module.OPERATIONS) - {"identity"}
+    drawn = {name: torch.cat(values) / augment_module.WIDE.get(name, 1.0) for name, values in seen.items()}
+    assert 330 < sum(map(len, drawn.values())) < 400  # one of 14 is the identity
+    levels = torch.cat(list(drawn.values())) * 30
+    assert torch.allclose(levels, levels.round(), atol=1e-3) and (levels.min(), levels.max()) == (0, 30)
+    assert 13 < levels.mean() < 17
+    out = augment(images, keys, aug=changed(trivial_p=1.0), erase_p=0, fill=FILL)
+    plain = augment(images, keys, aug=changed(), erase_p=0, fill=FILL)
+    assert out.min() >= 0 and out.max() <= 255
+    assert 300 < int((out != plain).flatten(1).any(1).sum()) < 400
+    half = augment(images, keys, aug=changed(trivial_p=0.5), erase_p=0, fill=FILL)
+    assert 130 < int((half != plain).flatten(1).any(1).sum()) < 230
 
 
 def test_randaugment_applies_n_operations() -> None:

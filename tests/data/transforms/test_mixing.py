@@ -189,3 +189,17 @@ def test_gpu_equals_cpu(kind: str) -> None:
     cuda = mix(flat(16).cuda(), labels.cuda(), keys=keys, num_classes=16, kind=kind, alpha=0.8)
     torch.testing.assert_close(cuda[0].cpu(), images, atol=1e-5, rtol=0)
     torch.testing.assert_close(cuda[1].cpu(), targets, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e6, 1e300])
+def test_any_beta_parameter_gives_finite_images_and_targets(kind, alpha):
+    images, labels = torch.rand(6, 3, 8, 10), torch.arange(6)
+    keys = torch.randint(-(2**63), 2**63 - 1, (6,))
+    mixed, targets = mix(images, labels, keys=keys, num_classes=6, kind=kind, alpha=alpha)
+    assert bool(torch.isfinite(mixed).all()) and float(mixed.min()) >= 0 and float(mixed.max()) <= 1
+    torch.testing.assert_close(targets.sum(1), torch.ones(6))
+    if kind == "mixup":  # one of the two images, or their mean
+        own = targets.gather(1, labels[:, None])
+        expected = 0.5 if alpha > 1 else own.round()
+        assert float((own - expected).abs().max()) < 0.01
