@@ -40,6 +40,9 @@ def main() -> NoReturn:
     if name in ("", "-h", "--help", "help"):
         print(overview())
         sys.exit(0)
+    if name == "predict":
+        print("fastflower: the predictor runs alone: python code/predict.py <folder> <csv>", file=sys.stderr)
+        sys.exit(2)
     near = difflib.get_close_matches(name, COMMANDS, n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(COMMANDS)}"
     shown = name if name.isprintable() else repr(name)

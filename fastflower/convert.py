@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastflower.core import console, errors
 from fastflower.data.labels import check_columns, check_num_classes, describe, label_warnings, read_labels
-from fastflower.recipe import Recipe, checks, parse_command
+from fastflower.recipe import Recipe, checks, own, parse_command
 
 if TYPE_CHECKING:
     from fastflower.data.conversion.grouping import Embed
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     """Convert, and print a summary."""
     recipe = parse_command(argv)
     checks.check(recipe)
+    own.check_own(recipe, ["robust.kinds"])
     table = read_labels(recipe)
     check_columns(recipe, len(table.classes))
     for notice in (*table.notices, *check_num_classes(recipe, table), *label_warnings(table)):

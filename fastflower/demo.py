@@ -5,7 +5,6 @@ Generates a contest with hidden test labels, runs every command on it, and score
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import subprocess
@@ -14,10 +13,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastflower.core import console, errors, files, runs, scores
+from fastflower.core import console, errors, files, runs
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.records import to_plain
 from fastflower.data.samples import flowers
+from fastflower.evaluation import submissions
+from fastflower.evaluation.records import Top1
 from fastflower.recipe import Recipe, load
 
 RECIPE = Path("recipes/demo.yaml")
@@ -53,16 +54,19 @@ def main(argv: list[str]) -> None:
     disturbed = folder / "submission_disturbed.csv"
     for stage, command in commands(recipe, contest, disturbed=disturbed, overrides=overrides):
         seconds[stage] = run_stage(stage, command)
+    truth = submissions.read_labels(contest.truth)
+    clean, corrupted = (submissions.score(truth, path).score for path in (runs.SUBMISSION, disturbed))
     summary = Summary(
-        clean_top1=accuracy(contest.truth, runs.SUBMISSION),
-        corrupted_top1=accuracy(contest.truth, disturbed),
-        held_out=len(read_labels(contest.truth)),
+        clean_top1=clean.top1,
+        corrupted_top1=corrupted.top1,
+        held_out=len(truth),
         submission=str(runs.SUBMISSION),
         report=str(folder / "report.html"),
         seconds=seconds,
     )
     files.write_json(folder / "summary.json", to_plain(summary))
-    print_summary(summary)
+    print_summary(summary, [clean, corrupted])
+    console.print_next("doctor", ["recipes/finetune.yaml"])
 
 
 def check(overrides: list[str]) -> Recipe:
@@ -132,24 +136,12 @@ def run_stage(stage: str, command: list[str]) -> float:
     return seconds
 
 
-def read_labels(path: Path) -> dict[str, str]:
-    """File name -> category_id."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return {row["filename"]: row["category_id"] for row in csv.DictReader(file)}
-
-
-def accuracy(truth: Path, submission: Path) -> float:
-    """Top-1 of a submission on the held-out images; a missing row counts as wrong."""
-    labels, predictions = read_labels(truth), read_labels(submission)
-    return sum(predictions.get(name) == category for name, category in labels.items()) / len(labels)
-
-
-def print_summary(summary: Summary) -> None:
-    n = summary.held_out
-    print(f"\nScores on {n} held-out images, whose labels no command has read:")
-    for name, top1 in (("clean", summary.clean_top1), ("disturbed", summary.corrupted_top1)):
-        low, high = scores.wilson(round(top1 * n), n)
-        print(f"  {name:<10} top-1 {top1:.4f}   (95 % interval {low:.3f} to {high:.3f})")
+def print_summary(summary: Summary, found: list[Top1]) -> None:
+    """Print the scores on the clean and on the disturbed images, and where the files are."""
+    print(f"\nScores on {summary.held_out} held-out images, whose labels no command has read:")
+    for name, score in zip(("clean", "disturbed"), found, strict=True):
+        interval = f"95 % interval {score.top1_low:.3f} to {score.top1_high:.3f}"
+        print(f"  {name:<10} top-1 {score.top1:.4f}   ({interval})")
     print(f"  submission  {summary.submission}")
     print(f"  report      {summary.report}", flush=True)
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from fastflower.core import console, errors, files, launcher
+from fastflower.core import console, errors, files, launcher, runs
 from fastflower.core.errors import InputError
 from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import check_converted
-from fastflower.model.pretrained import check_present
-from fastflower.recipe import Recipe, checks, parse_command
+from fastflower.model.pretrained import check_architecture, check_present
+from fastflower.recipe import Recipe, checks, own, parse_command
 from fastflower.recipe.derived import Derived, derive, fold_numbers
 from fastflower.training import exits
 
@@ -39,6 +39,10 @@ def check(argv: list[str]) -> Recipe:
     """The recipe of the arguments; raises for all that is known before heavy imports."""
     recipe = parse_command(argv)
     checks.check(recipe)
+    own.check_own(recipe)
+    if recipe.model.head == "knn":
+        raise InputError("model.head = knn: it has no training steps and needs no learning rate; train it")
+    check_architecture(recipe.model.backbone)
     check_converted(recipe)
     check_present(recipe)
     return recipe
@@ -57,7 +61,9 @@ def main(argv: list[str]) -> int:
     fold = fold_numbers(recipe)[0]
     derived = derive(recipe, machine.world)
     data = fold_data.open_data(recipe, fold)
-    rates, losses = build.lr_range_test(recipe, derived, fold=data, machine=machine)
+    files.check_writable(runs.RESULTS / recipe.exp.name)
+    with ranks.network_may_not_fit(recipe, machine):
+        rates, losses = build.lr_range_test(recipe, derived, fold=data, machine=machine)
     if machine.rank == 0:
         run = Run(exp=recipe.exp.name, backbone=recipe.model.backbone, fold=fold, seed=recipe.seed)
         setting = report(recipe, derived, run=run, rates=rates, losses=losses)

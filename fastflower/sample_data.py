@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastflower.core import errors
+from fastflower.core import console, errors
 from fastflower.core.errors import InputError
 from fastflower.data.samples import digit_pairs, digits, eyes
 
@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     KINDS[kind](home, **{name: int(value) for name, value in options.items()})
     print(f"{kind} in {home}: {time.monotonic() - started:.0f} s")
+    if home == Path(f"data/{kind}"):  # where the recipe looks
+        console.print_next("doctor", [f"recipes/{kind}{'' if kind == 'digits' else '_small'}.yaml"])
 
 
 def parse(argv: list[str]) -> tuple[str, dict[str, str]]:

@@ -1,10 +1,10 @@
 """Train one fold, several, or all: `python -m fastflower.train [recipe.yaml or experiment] [key=value ...] [-n N]`.
 
 Starts one process for each GPU, or N; also `composer -n 2 fastflower/train.py ...`, which takes the same arguments and
-can start several machines. The same command resumes a killed or preempted run; a finished run is left as it is.
-Writes results/model/<exp>/ (checkpoints, log) and results/results/<exp>/ (meta/, events.jsonl, tensorboard/). Exit
-codes: 0 done, 1 diverged, 2 bad input, 3 damaged files, 4 the machine lacks something, 75 stopped by a signal with its
-state saved.
+can start several machines; that launcher prints lines of its own around an error, which its ranks cannot prevent.
+The same command resumes a killed or preempted run; a finished run is left as it is. Writes results/model/<exp>/
+(checkpoints, log) and results/results/<exp>/ (meta/, events.jsonl, tensorboard/). Exit codes: 0 done, 1 diverged, 2 bad
+input, 3 damaged files, 4 the machine lacks something, 75 stopped by a signal with its state saved.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ if (
     sys.path[0] = str(HERE.parent)
 
 from fastflower.core import console, errors, launcher  # noqa: E402
+from fastflower.core.errors import InputError  # noqa: E402
 from fastflower.data.betons.fold_set import check_converted  # noqa: E402
-from fastflower.model.pretrained import check_present  # noqa: E402
-from fastflower.recipe import Recipe, checks, parse_command  # noqa: E402
+from fastflower.model.pretrained import check_architecture, check_present  # noqa: E402
+from fastflower.recipe import Recipe, checks, own, parse_command  # noqa: E402
+from fastflower.recipe.derived import refits, validates  # noqa: E402
 from fastflower.training import exits  # noqa: E402
 
 
@@ -30,15 +32,24 @@ def start(argv: list[str]) -> int:
     count, arguments = launcher.split_ranks(argv)
     if launcher.is_rank():
         return main(arguments)
-    check(arguments)
+    recipe, _ = check(arguments)
     count = count or max(1, launcher.gpu_count())
     if count == 1:
         code = main(arguments)
     else:
         code = launcher.launch([sys.executable, "-m", "fastflower.train", *arguments], count)
     if code == 0:
-        console.print_next("evaluate", arguments)
+        print_next(recipe, arguments)
     return code
+
+
+def print_next(recipe: Recipe, arguments: list[str]) -> None:
+    """Print the next command: without held-out images nothing is scored, and a member is handed in by its name."""
+    if validates(recipe):
+        console.print_next("evaluate", arguments)
+    else:
+        kind = "refit" if refits(recipe) else "ema_best" if recipe.ema.enabled else "last"
+        console.print_next("export", [*arguments, f"ensembling.find_pattern={kind}__*.pth"])
 
 
 @exits.rank_zero_reports()
@@ -57,6 +68,13 @@ def check(argv: list[str]) -> tuple[Recipe, list[str]]:
     recipe = parse_command(argv)
     advice = checks.check(recipe)
     checks.check_trackers(recipe)
+    check_architecture(recipe.model.backbone)
+    if recipe.semi.rounds:
+        raise InputError(
+            f"semi.rounds = {recipe.semi.rounds}: rounds of students are trained by python -m fastflower.campaign with "
+            "the same arguments; use it, or semi.rounds=0 for the recipe alone"
+        )
+    own.check_own(recipe)
     check_converted(recipe)
     check_present(recipe)
     return recipe, advice

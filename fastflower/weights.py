@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastflower.core import errors, files
+from fastflower.core import console, errors, files
 from fastflower.core.errors import EnvironmentFault, InputError
-from fastflower.model.pretrained import locate_weights, target_path
-from fastflower.recipe import load
+from fastflower.model.pretrained import check_architecture, locate_weights, published_name, target_path
+from fastflower.recipe import arguments, load
 
 if TYPE_CHECKING:
     from fastflower.model.weight_files import Kind
@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
         description=inspect.getdoc(sys.modules[__name__]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("backbone", nargs="?", help="timm name with its tag, or a recipe that names it")
+    parser.add_argument(
+        "backbone", nargs="?", help="timm name with its tag, or a recipe or experiment that names it"
+    )
     parser.add_argument("file", nargs="?", type=Path, help="a file or folder with weights; without: download")
     parser.add_argument("--ema", action="store_true", help="of a checkpoint: the averaged weights")
     parser.add_argument("--raw", action="store_true", help="of a checkpoint: the weights themselves")
@@ -49,20 +51,30 @@ def main(argv: list[str]) -> None:
         list_recipes()
         return
     name = options.backbone
-    if name.endswith((".yaml", ".yml")):
-        name = load(name).model.backbone
+    if name.endswith((".yaml", ".yml")) or arguments.recorded_recipe(name).is_file():
+        name = load(arguments.locate(name)).model.backbone
+    name = published_name(name)
     if options.file is not None and not options.file.exists():
         raise InputError(f"{options.file}: no such file or folder; give a file of weights, or leave it out")
+    check_architecture(name)
     present = locate_weights(name)
     if present and not options.replace:
         if options.file is not None:
             raise InputError(f"{present} is already there; --replace replaces it")
         check_present_file(name, present)
-        return
-    if options.file is None:
+    elif options.file is None:
         fetch(name)
     else:
         convert_file(name, options.file, "ema" if options.ema else "raw" if options.raw else None)
+    print_next(published_name(options.backbone), name)
+
+
+def print_next(given: str, name: str) -> None:
+    """Print the check of a training from these weights: of the recipe that was given, else of one that names them."""
+    if given == name:
+        users = (path for path in sorted(RECIPES.glob("*.yaml")) if load(path).model.backbone == name)
+        given = str(next(users, ""))
+    console.print_next("doctor", [given] if given else [f"model.backbone={name}"])
 
 
 def list_recipes() -> None:
@@ -81,7 +93,7 @@ def list_recipes() -> None:
         print(f"{name}  ({', '.join(recipes)})\n  {f'present   {present}' if present else 'missing'}")
     absent = next((name for name in users if not locate_weights(name)), None)
     if absent:
-        print(f"next: python -m fastflower.weights {absent}")
+        console.print_next("weights", [absent])
 
 
 def check_present_file(name: str, path: Path) -> None:

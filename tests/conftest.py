@@ -64,7 +64,18 @@ def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
     """The predictor's modules, as `python code/predict.py` sees them."""
     monkeypatch.syspath_prepend(str(REPO / "code"))
     monkeypatch.setattr(signal, "signal", lambda *_, **__: None)
-    names = ("predict", "bundles", "guard", "inputs", "pictures", "programs", "networks", "sample", "table")
+    names = (
+        "predict",
+        "bundles",
+        "guard",
+        "inputs",
+        "pictures",
+        "priors",
+        "programs",
+        "networks",
+        "sample",
+        "table",
+    )
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield type("code", (), {name: importlib.import_module(name) for name in names})

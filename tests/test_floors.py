@@ -168,13 +168,18 @@ def test_nothing_is_left_for_later():
     ] == []
 
 
-def test_the_lock_is_hashed_and_covers_the_project():
-    lock = (REPO / "requirements.lock").read_text()
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-next.lock"])
+def test_the_lock_is_hashed_and_covers_the_project(name: str):
+    lock = (REPO / name).read_text()
     pinned = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", lock, flags=re.M))
     entries = re.split(r"\n(?=[a-z0-9])", lock.strip())
     assert all("--hash=sha256:" in entry for entry in entries)
     project = (REPO / "pyproject.toml").read_text()
-    for name, version in re.findall(r'^  "([\w-]+)==([\d.]+)"', project, flags=re.M):
-        assert pinned[name] == version
-    for name in re.findall(r'^  "([\w-]+)[>=]', project, flags=re.M):
-        assert name in pinned
+    versions = dict(re.findall(r'^  "([\w-]+)==([\d.]+)"', project, flags=re.M))
+    if name == "requirements-next.lock":
+        versions |= dict(
+            re.findall(r"^([\w-]+)==(\S+)", (REPO / "requirements-next.in").read_text(), flags=re.M)
+        )
+    assert {package: pinned[package] for package in versions} == versions
+    for package in re.findall(r'^  "([\w-]+)[>=]', project, flags=re.M):
+        assert package in pinned

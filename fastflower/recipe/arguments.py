@@ -12,7 +12,7 @@ from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.recipe.load import SUFFIXES, load
 from fastflower.recipe.run_record import recipe_text
-from fastflower.recipe.schema import Recipe
+from fastflower.recipe.schema import Recipe, fields_of
 
 
 def parse_command(argv: list[str]) -> Recipe:
@@ -25,11 +25,31 @@ def parse_command(argv: list[str]) -> Recipe:
     return load(locate(names[0]) if names else None, changes)
 
 
+def parse_several(argv: list[str]) -> list[Recipe]:
+    """The recipes of a command line for several experiments: `[recipe or experiment ...] [key=value ...]`.
+
+    Changes apply to all. InputError when two of the recipes are of one experiment.
+    """
+    names, changes = split_arguments(argv)
+    by_experiment: dict[str, tuple[str, Recipe]] = {}
+    for name in dict.fromkeys(names):
+        recipe = load(locate(name), changes)
+        earlier, same = by_experiment.setdefault(recipe.exp.name, (name, recipe))
+        if recipe != same:
+            raise InputError(
+                f"{earlier} and {name} are both of the experiment {recipe.exp.name} and differ; give one of them"
+            )
+    return [recipe for _, recipe in by_experiment.values()] or [load(None, changes)]
+
+
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """The names (recipes and experiments) and the changes (key=value) among arguments."""
     options = [argument for argument in argv if argument.startswith("-") and "=" not in argument]
     if options:
-        raise InputError(f"got {options[0]}, which is no option of this command; --help shows what it takes")
+        raise InputError(
+            f"got {options[0]}, which is no option of this command; --help shows what it takes, and settings are "
+            "written key=value, such as opt.lr=1e-3"
+        )
     changes = [argument for argument in argv if "=" in argument]
     return [argument for argument in argv if "=" not in argument], changes
 
@@ -53,9 +73,14 @@ def locate(name: str) -> Path:
     known = {exp: exp for exp in recorded_experiments()}
     known |= {file.stem: str(file) for folder in (Path(), Path("recipes")) for file in folder.glob("*.yaml")}
     near = [known[stem] for stem in difflib.get_close_matches(path.name, list(known), n=3)]
-    hint = (
-        f"did you mean {' or '.join(near)}?" if near else "train an experiment, or give the path of a recipe"
-    )
+    if name in {key for key, _, _ in fields_of(Recipe())}:
+        raise InputError(f"got {name} without a value; a change is written {name}=value")
+    trained = recorded_experiments()
+    hint = f"trained are {', '.join(trained[:5])}{', ...' * (len(trained) > 5)}"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif not trained:
+        hint = "train an experiment, or give the path of a recipe"
     raise InputError(
         f"{name} is neither a recipe (a file that ends in .yaml) nor an experiment (no {recorded}); {hint}"
     )

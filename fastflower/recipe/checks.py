@@ -8,9 +8,18 @@ import math
 import re
 from pathlib import Path
 
-from fastflower.core import runs
+from fastflower.core import metric, runs
 from fastflower.core.errors import EnvironmentFault, InputError
-from fastflower.recipe.derived import CORRUPTIONS, combos, derive, fold_count, parse_interval, scaled_lr
+from fastflower.recipe.derived import (
+    CORRUPTIONS,
+    combos,
+    derive,
+    fold_count,
+    image_sizes,
+    parse_interval,
+    scaled_lr,
+    validates,
+)
 from fastflower.recipe.schema import Recipe
 from fastflower.recipe.starting_point import (
     from_scratch,
@@ -21,7 +30,17 @@ from fastflower.recipe.starting_point import (
     warmup_epochs,
 )
 
-RESERVED = (runs.BUNDLE.name, runs.PRETRAINED.name, runs.SUBMISSION.name, runs.COMPARISON.name)
+RESERVED = tuple(
+    path.name
+    for path in (
+        runs.BUNDLE,
+        runs.PRETRAINED,
+        runs.SUBMISSION,
+        runs.COMPARISON,
+        runs.COMBINATION,
+        runs.FIGURES,
+    )
+)
 SMALL_BATCH = 8  # images, below which a gradient from scratch is mostly noise
 LONGEST_NAME = 200  # bytes; a file name holds 255, and temporary files append to it
 BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
@@ -35,9 +54,11 @@ def check(recipe: Recipe) -> list[str]:
     _check_test_folder(recipe)
     check_flips(recipe)
     _check_start(recipe)
+    _check_frozen(recipe)
     _check_schedule(recipe)
     _check_balance(recipe, advice)
     _check_ranges(recipe)
+    _check_unscored(recipe, advice)
     _check_semi(recipe, advice)
     _advise(recipe, advice)
     _advise_start(recipe, advice)
@@ -68,13 +89,24 @@ def check_flips(recipe: Recipe) -> None:
         "aug.hflip_p": recipe.aug.hflip_p,
         "aug.vflip_p": recipe.aug.vflip_p,
         "tta.hflip": recipe.tta.hflip,
+        "tta.vflip": recipe.tta.vflip,
     }
     on = [name for name, value in flips.items() if value]
     if on and not (recipe.data.flips_keep_class or recipe.checks.allow_flips):
-        remedy = " ".join(f"{name}={'false' if name == 'tta.hflip' else 0}" for name in on)
+        remedy = " ".join(f"{name}={'false' if name.startswith('tta.') else 0}" for name in on)
         raise InputError(
             f"{on[0]} = {str(flips[on[0]]).lower()}: flips change the class of these images "
             f"(data.flips_keep_class=false); set {remedy}, or allow them by checks.allow_flips=true"
+        )
+
+
+def check_scored(recipe: Recipe, command: str) -> None:
+    """Refuse a command that needs held-out images where every image trains."""
+    if not validates(recipe):
+        key = "data.fold" if recipe.data.split != "none" else "data.split"
+        raise InputError(
+            f"{key} = none: every image trained, so {command} has none that was held out; export --members hands "
+            "in a checkpoint that nothing has scored, and another data.split with its own data.home gives scores"
         )
 
 
@@ -113,6 +145,48 @@ def _check_start(recipe: Recipe) -> None:
         raise InputError(
             f"model.init = {recipe.model.init}: an experiment cannot start from itself; set another exp.name, or "
             "train.extend=true to train it longer"
+        )
+
+
+def _check_frozen(recipe: Recipe) -> None:
+    """Refuse what contradicts a backbone, or weights of a backbone, that stay as they are."""
+    model, lora = recipe.model, recipe.model.lora
+    if model.head == "knn" and (model.freeze == "none" or not model.frozen_views):
+        raise InputError(
+            "model.head = knn finds neighbours by features that stay as they are; set model.freeze=backbone and "
+            "model.frozen_views to 1 or more"
+        )
+    if lora.targets != "auto" and not (
+        isinstance(lora.targets, list)
+        and lora.targets
+        and all(isinstance(part, str) for part in lora.targets)
+    ):
+        raise InputError(
+            f"model.lora.targets = {lora.targets}: must be auto or a list of layer names, such as [qkv, proj]"
+        )
+    setting = "model.freeze = backbone" if model.freeze == "backbone" else f"model.lora.rank = {lora.rank}"
+    if model.freeze == "none" and not lora.rank:
+        return
+    if from_scratch(recipe) and ":" not in model.backbone:  # an own network's function may load weights
+        raise InputError(
+            f"{setting} keeps weights that are random here; set model.pretrained=true or model.init, or train them"
+        )
+    if model.freeze == "none":
+        return
+    idle = {
+        "model.lora.rank=0": lora.rank > 0,
+        "model.drop_path=0": model.drop_path > 0,
+        "model.grad_checkpointing=false": model.grad_checkpointing,
+        "llrd.enabled=auto": recipe.llrd.enabled is True,
+        "llrd.unfreeze_schedule=null": recipe.llrd.unfreeze_schedule is not None,
+        "model.frozen_views=0": recipe.semi.enabled and model.frozen_views > 0,
+        "distill.teacher=[]": bool(recipe.distill.teacher) and model.head == "knn",
+    }
+    wrong = [remedy for remedy, asked in idle.items() if asked]
+    if wrong:
+        keys = ", ".join(remedy.partition("=")[0] for remedy in wrong)
+        raise InputError(
+            f"{setting}, with head {model.head}, contradicts {keys}; set {' '.join(wrong)}, or model.freeze=none"
         )
 
 
@@ -176,6 +250,16 @@ def _check_balance(recipe: Recipe, advice: list[str]) -> None:
 
 def _check_ranges(recipe: Recipe) -> None:
     combos(recipe.robust.kinds, recipe.robust.level)
+    if recipe.sched.name == "plateau" and recipe.eval.every not in ("auto", 1):
+        raise InputError(
+            f"eval.every = {recipe.eval.every}: sched.name=plateau follows the scores of each epoch; "
+            "set it to 1 or auto"
+        )
+    if metric.parse(recipe.select.metric).needs_corrupted and not recipe.robust.enabled:
+        raise InputError(
+            f"select.metric = {recipe.select.metric} needs corrupted images; set robust.enabled=true or leave "
+            "corrupted out of it"
+        )
     if recipe.robust.enabled and not recipe.robust.kinds:
         raise InputError(f"robust.kinds = {recipe.robust.kinds}: choose from {', '.join(CORRUPTIONS)}")
     if len(recipe.llrd.multipliers) < 2:
@@ -218,11 +302,11 @@ def _check_ranges(recipe: Recipe) -> None:
             raise InputError(f"data.{name} = {value}: must be auto or three numbers in 0..1")
     fold = recipe.data.fold
     folds = fold if isinstance(fold, list) else [fold]
-    if recipe.data.n_splits == 1 and recipe.data.split != "given" and not recipe.data.val:
+    if recipe.data.n_splits == 1 and recipe.data.split not in ("given", "none") and not recipe.data.val:
         raise InputError("data.n_splits = 1: must be 2 or more, unless the folds are given")
     count = fold_count(recipe)
-    if fold != "all" and not (folds and all(type(k) is int and 0 <= k < count for k in folds)):
-        raise InputError(f"data.fold = {fold}: must be all, or a number (or list) in 0..{count - 1}")
+    if fold not in ("all", "none") and not (folds and all(type(k) is int and 0 <= k < count for k in folds)):
+        raise InputError(f"data.fold = {fold}: must be all, none, or a number (or list) in 0..{count - 1}")
     if recipe.ensembling.average == "probabilities" and "greedy" in (
         recipe.ensembling.weighting,
         recipe.bundle.members,
@@ -234,16 +318,57 @@ def _check_ranges(recipe: Recipe) -> None:
         )
     if not recipe.tta.scales:
         raise InputError("tta.scales is empty; give at least one image size")
+    oblong = next((size for size in image_sizes(recipe) if size[0] != size[1]), None)
+    if recipe.tta.quarter_turns and oblong:
+        raise InputError(
+            f"tta.quarter_turns=true turns square images, data.img_size has {oblong[0]} x {oblong[1]}; set it to "
+            "false, or use tta.rotations=[180]"
+        )
+
+
+def _check_unscored(recipe: Recipe, advice: list[str]) -> None:
+    """Refuse and explain what training on every image takes away."""
+    if validates(recipe):
+        return
+    monitor = (
+        f"; the plateau schedule follows the training loss instead of sched.monitor={recipe.sched.monitor}"
+        if recipe.sched.name == "plateau"
+        else ""
+    )
+    if recipe.data.split != "none":
+        if recipe.distill.teacher:
+            raise InputError(
+                "data.fold = none: distill.teacher is known out of fold only, and a training on all images has no "
+                "fold; leave out one of them"
+            )
+        advice.append(
+            f"data.fold=none: no image is held out, so nothing scores this training, which follows its folds{monitor}"
+        )
+        return
+    if recipe.data.val:
+        raise InputError(
+            f"data.val = {recipe.data.val} and data.split = none: the first names validation images, the second trains "
+            "on every image; leave one of them out"
+        )
+    advice.append(
+        f"data.split=none: no image is held out, so all {recipe.sched.cosine_epochs} epochs are trained and none is "
+        f"the best: robust, es and select have no effect{monitor}"
+    )
 
 
 def _check_semi(recipe: Recipe, advice: list[str]) -> None:
     semi = recipe.semi
-    if not semi.enabled:
+    if not semi.enabled and not semi.rounds:
         return
+    if semi.enabled and semi.method == "soft" and not semi.soft_teacher:
+        raise InputError(
+            "semi.method=soft needs semi.soft_teacher, the experiment that labels the unlabelled images; with "
+            "semi.rounds, python -m fastflower.campaign sets it"
+        )
     if bool(recipe.data.unlabelled) == (recipe.data.labels_per_class is not None):
         raise InputError(
-            "semi.enabled=true learns from data.unlabelled or from the images that data.labels_per_class leaves "
-            "unlabelled; "
+            f"{'semi.enabled=true' if semi.enabled else f'semi.rounds = {semi.rounds}'} learns from data.unlabelled or "
+            "from the images that data.labels_per_class leaves unlabelled; "
             f"got {'both, give one' if recipe.data.unlabelled else 'neither, give one or set semi.enabled=false'}"
         )
     nested = recipe.data.unlabelled and _nested(recipe.data.unlabelled, recipe.data.test)
@@ -266,7 +391,7 @@ def _check_semi(recipe: Recipe, advice: list[str]) -> None:
 
 
 def _advise(recipe: Recipe, advice: list[str]) -> None:
-    if recipe.model.head != "linear" and not 0.2 <= recipe.model.margin <= 0.4:
+    if recipe.model.head in ("arcface", "cosface") and not 0.2 <= recipe.model.margin <= 0.4:
         advice.append(f"model.margin = {recipe.model.margin:g}: the usual range is 0.2 to 0.4")
     if recipe.aug.corrupt_p > 0 and recipe.robust.enabled:
         advice.append(
@@ -279,7 +404,7 @@ def _advise(recipe: Recipe, advice: list[str]) -> None:
         )
     if recipe.sched.name == "plateau":
         _advise_plateau(recipe, advice)
-    if recipe.select.metric == "combo" and not recipe.robust.enabled:
+    if "combo" in metric.parse(recipe.select.metric).names and not recipe.robust.enabled:
         advice.append(
             "robust.enabled=false: best is chosen by clean top-1, because S needs the corrupted set"
         )

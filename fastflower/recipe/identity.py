@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastflower.recipe.derived import Derived
+from fastflower.recipe.own import own_names, own_sources
 from fastflower.recipe.schema import Recipe, fields_of
 from fastflower.recipe.starting_point import settled
 
@@ -29,7 +30,8 @@ def identity(
     keys = {name: value for name, value, _ in fields_of(recipe) if not name.startswith(FREE)}
     keys |= settled(recipe)  # `auto` and the value that it takes are equal
     batches = [stage.batch_per_gpu * derived.world_size * recipe.train.grad_accum for stage in derived.stages]
-    return {"recipe": keys, "data": dict(data), "global batch": {"by stage": batches}}
+    own = {"own source of": own_sources(recipe)} if own_names(recipe) else {}
+    return {"recipe": keys, "data": dict(data), "global batch": {"by stage": batches}, **own}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

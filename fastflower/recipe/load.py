@@ -14,8 +14,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastflower.core import runs
-from fastflower.core.errors import InputError
+from fastflower.core import metric, runs
+from fastflower.core.errors import InputError, of_machine
+from fastflower.core.own_parts import is_own
 from fastflower.recipe.checks import check_name
 from fastflower.recipe.schema import Recipe, fields_of
 
@@ -61,7 +62,7 @@ def merge(layers: list[Layer], path: str | Path | None) -> Recipe:
         try:
             merged = OmegaConf.merge(merged, layer.keys)
         except OmegaConfBaseException as error:
-            raise InputError(_explain(layer.source, error)) from None
+            raise InputError(_explain(layer.source, error, layer.keys)) from None
     try:
         recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -75,6 +76,7 @@ def merge(layers: list[Layer], path: str | Path | None) -> Recipe:
     )
     for dotted, value, spec in fields_of(recipe):
         _check_limits(dotted, value, spec)
+    metric.parse(recipe.select.metric)
     return recipe
 
 
@@ -109,7 +111,12 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
             f"{path}: a recipe is a map of keys, got {type(OmegaConf.to_container(layer)).__name__}"
         )
     base = layer.pop("base", None)
-    bases = _layers(path.parent / str(base), (*seen, path)) if base else []
+    try:
+        bases = _layers(path.parent / str(base), (*seen, path)) if base else []
+    except InputError as error:
+        if seen or not str(error).startswith("no recipe "):
+            raise
+        raise InputError(f"{path}: base = {base}: {error}") from None
     return [*bases, Layer(str(path), layer)]
 
 
@@ -149,13 +156,15 @@ def _read(path: Path) -> str:
             raise InputError(f"{path}: a recipe is a file of at most {LARGEST // 1000} kB")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
         installed = runs.shipped("recipes") / path.name
         if installed.is_file() and installed != path:
             hint = f"; did you mean {installed}, which came with fastflower?"
         raise InputError(f"no recipe {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise of_machine(error) from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
@@ -171,7 +180,7 @@ def _parse_changes(changes: list[str]) -> Any:
         raise InputError(f"{' '.join(changes)[:200]}: {_cause(error)}") from None
 
 
-def _explain(source: str, error: Exception) -> str:
+def _explain(source: str, error: Exception, layer: DictConfig | None = None) -> str:
     """Turn an error of OmegaConf into one line: the key, the value, and the allowed values or the nearest key."""
     full_key = (getattr(error, "full_key", None) or "").partition("[")[0]
     text = str(error).split("\n")[0]
@@ -186,11 +195,49 @@ def _explain(source: str, error: Exception) -> str:
         got = f" = {value[1].replace('None', 'null')}" if value else ""
         where = "" if f"{full_key}=" in source else f"{source}: "  # a change shows its key itself
         return f"{where}{full_key}{got}: must be {allowed(str(specs[full_key].type))}"
-    return f"{source}: a section holds keys, as in opt.lr=1e-3, and has no value itself"
+    return (
+        f"{source}: {_valued_section(error, layer)} is a section: it holds keys, as in opt.lr=1e-3 or, in a file, one "
+        "a line with a space after the colon, and has no value itself"
+    )
+
+
+def _valued_section(error: Exception, layer: DictConfig | None) -> str:
+    """The section of the schema to which a layer gives a value."""
+    sections = [
+        field.name for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.default_factory)
+    ]
+    given = [
+        name
+        for name in sections
+        if layer is not None and name in layer and not OmegaConf.is_dict(layer[name])
+    ]
+    return (given or [getattr(error, "full_key", None) or "this"])[0]
+
+
+KNOWN_AS = {  # other programs' names of settings, which resemble no key or a wrong one
+    "learning_rate": "opt.lr",
+    "batch_size": "train.batch_per_gpu",
+    "epochs": "sched.cosine_epochs",
+    "num_epochs": "sched.cosine_epochs",
+    "t_max": "sched.cosine_epochs",
+    "min_lr": "sched.eta_min",
+    "scheduler": "sched.name",
+    "optimizer": "opt.name",
+    "num_workers": "data.workers",
+    "dropout": "model.drop_rate",
+    "label_smoothing": "reg.ls_eps",
+    "use_amp": "train.amp",
+    "use_semi_supervised": "semi.enabled",
+    "num_folds": "data.n_splits",
+    "k": "data.n_splits",
+    "image_size": "data.img_size",
+}
 
 
 def nearest(unknown: str, names: list[str]) -> str | None:
     """The key or section most similar to an unknown key: by full name, by last component, or by section."""
+    if known := KNOWN_AS.get(unknown.lower()):
+        return known
     last_components = {name.rsplit(".", 1)[-1]: name for name in names}
     sections = {spec.name: spec.name for spec in dataclasses.fields(Recipe)}
     for candidates, text, cutoff in (
@@ -213,8 +260,9 @@ def allowed(annotation: str) -> str:
         "bool": "true or false",
         "str": "text",
         "None": "null",
+        "Own": "module:function",
     }
-    kinds = annotation.replace("Auto", "Literal['auto']").split(" | ")
+    kinds = annotation.strip("( )").replace("Auto", "Literal['auto']").split(" | ")
     if "float" in kinds and "int" in kinds:
         kinds.remove("int")
     alternatives = []
@@ -232,6 +280,11 @@ def allowed(annotation: str) -> str:
 
 def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    kind = str(spec.type)
+    if "Own" in kind and value not in re.findall(r"'(.*?)'", kind) and not is_own(value):
+        near = difflib.get_close_matches(str(value), re.findall(r"'(.*?)'", kind), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{dotted} = {value}: must be {allowed(kind)}{hint}")
     if not _is_finite(value):
         raise InputError(f"{dotted} = {value}: must be finite; nan and inf are no settings")
     limits = {name: spec.metadata[name] for name in signs if name in spec.metadata}
@@ -247,8 +300,8 @@ def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
             item <= limits.get("le", float("inf")),
         )
         if item != item or not all(within):
-            allowed = " and ".join(f"{signs[name]} {limit}" for name, limit in limits.items())
-            raise InputError(f"{dotted} = {value}: must be {allowed}")
+            bounds = " and ".join(f"{signs[name]} {limit}" for name, limit in limits.items())
+            raise InputError(f"{dotted} = {value}: must be {bounds}")
 
 
 def _is_finite(value: Any) -> bool:

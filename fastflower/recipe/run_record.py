@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,11 +67,15 @@ class Environment:
     cuda: str | None
     threads: int
     command: list[str]
+    own_sources: dict[str, str] = field(default_factory=dict)  # see recipe.own
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestEpoch:
-    """The epoch (from 1) with the best score by select.metric, and the weights that reached it."""
+    """The epoch (from 1) with the best score by select.metric, and the weights that reached it.
+
+    Epoch 0 where no image was held out to be scored.
+    """
 
     epoch: int
     score: float

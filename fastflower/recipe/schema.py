@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Auto = Literal["auto"]
+Own = str  # beside a Literal: module:function, see core/own_parts.py
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
@@ -59,9 +60,10 @@ class Data:
     )
     home: str = key("data", "folder for classes.csv, folds.csv and betons/, written by convert")
     test: str = key("test_dataset", "folder of the images to predict; never used in training")
-    split: Literal["stratified", "stratified_group", "kfold", "ratio", "given"] = key(
+    split: Literal["stratified", "stratified_group", "kfold", "ratio", "given", "none"] = key(
         "stratified_group",
-        "how images are divided into folds, near-duplicates always together; given: by data.fold_col",
+        "how images are divided into folds, near-duplicates always together; given: by data.fold_col; none: every "
+        "image trains and nothing is scored (after folds, data.fold=none is the training on all images)",
     )
     n_splits: int = key(5, "number of folds; a ratio split holds out 1/n_splits once", ge=1)
     fold_col: str = key(
@@ -74,7 +76,11 @@ class Data:
         "",
         "column of data.csv whose equal values share a fold, such as film, writer or patient; empty: none",
     )
-    fold: Any = key(0, "validation fold: a number, a list of numbers, or all")
+    fold: Any = key(
+        0,
+        "validation fold: a number, a list of numbers, or all; none: one more training, on all images, for the epochs "
+        "that the folds chose (train.refit_epochs)",
+    )
     labels_per_class: int | None = key(
         None,
         "training images of each class that keep their labels, the others become unlabelled; null: all",
@@ -148,14 +154,24 @@ class Aug:
     clahe_tiles: int = key(8, "CLAHE: number of tiles along each side", ge=1, le=32)
     randaugment_n: int = key(0, "RandAugment: operations per image; 0: off", ge=0, le=8)
     randaugment_m: int = key(9, "RandAugment: magnitude, from 0 to 30", ge=0, le=30)
+    trivial_p: float = key(
+        0.0,
+        "TrivialAugment: probability of one random operation of random, wide strength; 1: as in its paper",
+        ge=0,
+        le=1,
+    )
     augmix_p: float = key(0.0, "AugMix, a light version: probability", ge=0, le=1)
     corrupt_p: float = key(0.0, "light blur or noise: probability", ge=0, le=1)
+    extra: list[str] = key(
+        [], "transforms of your own, module:function, after those above and before RandomErasing"
+    )
 
 
 @dataclass(frozen=True)
 class Sampler:
-    type: Literal["none", "weighted_en", "weighted_inv", "class_balanced", "repeat_factor"] = key(
-        "weighted_en", "how the images of an epoch are drawn; none: each once per pass"
+    type: Literal["none", "weighted_en", "weighted_inv", "class_balanced", "repeat_factor"] | Own = key(
+        "weighted_en",
+        "how the images of an epoch are drawn; none: each once per pass; or a sampler of your own",
     )
     beta: float = key(
         0.999, "weighted_en: beta of the effective number (1 - beta^n) / (1 - beta)", ge=0, lt=1
@@ -177,6 +193,20 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class Lora:
+    rank: int = key(
+        0,
+        "rank of low-rank adapters in the backbone's linear layers, which train in the place of its weights; 0: none",
+        ge=0,
+    )
+    alpha: float = key(16.0, "scale of the adapters: their output counts alpha / rank times", gt=0)
+    targets: Any = key(
+        "auto",
+        "layers with adapters, by the last part of their names, such as [qkv, proj]; auto: all of attention and MLPs",
+    )
+
+
+@dataclass(frozen=True)
 class Model:
     backbone: str = key("convnextv2_base.fcmae_ft_in22k_in1k", "timm name, with its pretrained tag")
     pretrained: bool = key(
@@ -187,18 +217,42 @@ class Model:
         "start from the best member of another experiment, by its name, or from a weight file, by its path, "
         "instead of model.pretrained; empty: do not",
     )
-    head: Literal["linear", "arcface", "cosface"] = key("linear", "classifier on the pooled features")
+    head: Literal["linear", "arcface", "cosface", "cosine", "mlp", "knn"] = key(
+        "linear",
+        "classifier on the pooled features; cosine: scaled cosines without a margin; mlp: one hidden layer; knn: votes "
+        "of the nearest training images, without training steps (needs freeze=backbone)",
+    )
     margin: float = key(0.3, "margin of arcface (in radians) and cosface", ge=0, lt=1)
-    head_scale: float = key(30.0, "arcface, cosface: scale of the cosine logits", gt=0)
+    head_scale: float = key(30.0, "arcface, cosface, cosine: scale of the cosine logits", ge=1, le=1000)
+    mlp_width: int = key(512, "mlp: width of the hidden layer", ge=1)
+    knn_k: int = key(20, "knn: number of neighbours that vote", ge=1)
+    knn_temperature: float = key(
+        0.07, "knn: temperature of the neighbours' weights, by cosine similarity", gt=0
+    )
+    freeze: Literal["none", "backbone"] = key(
+        "none", "backbone: it stays as it is, and the head alone is trained on its features"
+    )
+    frozen_views: int = key(
+        1,
+        "freeze=backbone: fixed views of each training image whose features are computed once, the evaluation view and "
+        "augmented ones; 0: new views in every epoch, whose features are computed every time",
+        ge=0,
+    )
+    lora: Lora = field(default_factory=Lora)
     drop_rate: float = key(0.0, "dropout probability before the head", ge=0, lt=1)
-    drop_path: float = key(0.0, "stochastic depth probability", ge=0, lt=1)
+    drop_path: float = key(
+        0.0,
+        "stochastic depth: probability of the last block; timm's networks raise it from 0 with depth",
+        ge=0,
+        lt=1,
+    )
     grad_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
 
 
 @dataclass(frozen=True)
 class Loss:
-    name: Literal["lsce", "ce", "focal", "bsce", "bce"] = key(
-        "lsce", "loss function; all but ce use the label smoothing of reg.ls_eps"
+    name: Literal["lsce", "ce", "focal", "bsce", "bce"] | Own = key(
+        "lsce", "loss function, or one of your own; all but ce use the label smoothing of reg.ls_eps"
     )
     focal_gamma: float = key(2.0, "focal: focusing exponent", ge=0)
     pos_weight: float | int | Auto = key(
@@ -222,8 +276,26 @@ class Distill:
 
 @dataclass(frozen=True)
 class Opt:
-    name: Literal["adamw", "adam", "sgd"] = key(
-        "adamw", "optimizer; adam adds the weight decay to the gradients, as torch's Adam does"
+    name: (
+        Literal[
+            "adamw",
+            "adam",
+            "sgd",
+            "nadamw",
+            "radamw",
+            "lion",
+            "adan",
+            "adopt",
+            "laprop",
+            "mars",
+            "muon",
+            "adamuon",
+        ]
+        | Own
+    ) = key(
+        "adamw",
+        "optimizer: torch's adamw, adam (adds the weight decay to the gradients) or sgd, timm's others, or one of your "
+        "own; muon turns matrices and kernels, and takes AdamW for the rest",
     )
     lr: float | int | Auto = key(
         "auto", "learning rate, without scaling or bounds; auto: lr_ref scaled to the global batch"
@@ -271,6 +343,12 @@ class Train:
         False,
         "go on with a finished or interrupted run whose recipe had fewer sched.cosine_epochs; the learning rate "
         "continues where a training of the new length is at that epoch",
+    )
+    refit_epochs: int | Auto = key(
+        "auto",
+        "data.fold=none: epochs to train, on the schedule of sched.cosine_epochs; auto: the median of the folds' best "
+        "epochs",
+        ge=1,
     )
     keep_every: int = key(0, "interval in epochs of copies of last.pth kept as epoch__*.pth; 0: none", ge=0)
 
@@ -347,9 +425,25 @@ class Reg:
 @dataclass(frozen=True)
 class Semi:
     enabled: bool = key(False, "learn from unlabelled images too")
-    method: Literal["fixmatch", "pseudo"] = key(
+    method: Literal["fixmatch", "pseudo", "soft"] = key(
         "fixmatch",
-        "view that learns the label predicted on the weak view: the strong one (fixmatch) or the weak one (pseudo)",
+        "what learns the label predicted on the weak view: the strong view (fixmatch) or the weak one (pseudo); soft: "
+        "the strong view learns the probabilities of semi.soft_teacher",
+    )
+    soft_teacher: str = key(
+        "", "soft: experiment whose members that validated this fold too label the unlabelled images"
+    )
+    power: float = key(
+        1.0, "soft: exponent of the teacher's probabilities; above 1 sharpens them", gt=0, le=10
+    )
+    floor: float = key(
+        0.3, "soft: smallest confidence of the teacher at which an image is learned", ge=0, lt=1
+    )
+    rounds: int = key(
+        0,
+        "rounds of students that campaign trains after the recipe itself, each with soft labels of the round before",
+        ge=0,
+        le=10,
     )
     threshold: float = key(
         0.95, "smallest confidence at which the prediction on a weak view becomes a label", ge=0, le=1
@@ -387,10 +481,16 @@ class Swa:
 class Robust:
     enabled: bool = key(True, "score a corrupted copy of the validation images too")
     kinds: list[str] = key(
-        ["gaussian_noise", "blur", "brightness", "jpeg", "occlusion"], "kinds of corruption"
+        ["gaussian_noise", "blur", "brightness", "jpeg", "occlusion"],
+        "kinds of corruption; module:function for one of your own",
     )
     level: Literal["low", "medium", "low_medium"] = key(
         "low", "strength of the corruptions; low_medium: both"
+    )
+    score: Literal["auto", "all", "one"] = key(
+        "auto",
+        "corruptions in which training scores an image: all, or one, in turn; auto: one above 10,000 corrupted images; "
+        "evaluate scores all",
     )
 
 
@@ -407,10 +507,12 @@ class Es:
 
 @dataclass(frozen=True)
 class Select:
-    metric: Literal["clean", "combo", "f1"] = key(
+    metric: str = key(
         "combo",
-        "score that selects the best epoch: clean top-1, combo for S of clean and corrupted top-1, or f1 for F1 of "
-        "the second of two classes, macro F1 of more",
+        "score that selects the best epoch: clean (top-1), combo (S of clean and corrupted top-1), corrupted, f1 (of "
+        "the second of two classes, macro F1 of more), macro_f1, macro_recall (balanced accuracy), log_loss, auc (of "
+        "two classes, or the mean over each class against the others), kappa (quadratic), module:function, or a "
+        "weighted sum such as 0.7*clean + 0.3*macro_f1",
     )
     alpha: float = key(0.7, "weight of clean in S = alpha * clean + (1 - alpha) * corrupted", ge=0, le=1)
 
@@ -424,6 +526,12 @@ class Eval:
         le=2,
     )
     batch: int = key(0, "images per evaluation batch; 0: batch_per_gpu", ge=0)
+    every: int | Auto = key(
+        "auto",
+        "interval in epochs of the scores; the last epoch of each size is scored always; auto: an eighth of the "
+        "epochs, from 1 to 5, then each of the last eighth; 1 for sched.name=plateau",
+        ge=1,
+    )
     ece_bins: int = key(15, "bins of the expected calibration error", ge=2)
 
 
@@ -439,6 +547,19 @@ class Tta:
         "fraction of the side by which each view is shifted, in four directions, for further ones",
         ge=0,
         le=0.5,
+    )
+    vflip: bool = key(False, "add each view upside down")
+    quarter_turns: bool = key(False, "add each view turned by 90, 180 and 270 degrees; of square images")
+    crops: float = key(
+        1.0,
+        "side of five parts of each view, its centre and corners, as a fraction of the view's, for further ones; "
+        "1: none",
+        ge=0.3,
+        le=1,
+    )
+    prune: bool = key(
+        False,
+        "leave out the views without which the out-of-fold score of select.metric is as high, in evaluate and export",
     )
     reduce: Literal["mean", "vote"] = key(
         "mean",
@@ -482,6 +603,16 @@ class Accept:
     corrupted_min: float | None = key(
         None, "smallest accepted corrupted top-1 of the ensemble; null: not checked", ge=0, le=1
     )
+    score: float | int | None = key(
+        None,
+        "smallest accepted score of the ensemble by select.metric, of log_loss the largest; null: not checked",
+    )
+    gain_min: float | None = key(
+        None,
+        "smallest accepted gain in clean top-1 of the ensemble over its best run; null: not checked",
+        ge=-1,
+        le=1,
+    )
     macro_drop_max: float | None = key(
         None,
         "largest accepted drop of a member's macro F1 below its run's best at that size; null: not checked",
@@ -508,9 +639,21 @@ class Bundle:
         ge=0,
         lt=1,
     )
-    columns: Literal["three", "two", "binary", "sample"] = key(
+    prior: str = key(
+        "train",
+        "class distribution of the images to predict: train, as in training; uniform; em, estimated from their "
+        "predictions; or a CSV file of shares. The predictor corrects for it, evaluate shows the effect",
+    )
+    columns: Literal["three", "two", "binary", "odds", "top", "sample"] = key(
         "sample",
-        "columns of the submission; binary: the second class's probability; sample: as in ref/predictions_sample.csv",
+        "columns of the submission; binary: the second class's probability; odds: a column of probabilities for each "
+        "class; top: the bundle.top_k likeliest classes in one cell; sample: as in ref/predictions_sample.csv",
+    )
+    top_k: int = key(5, "columns=top: classes in a cell, the likeliest first", ge=1)
+    separator: str = key(" ", "columns=top: text between the classes of a cell")
+    labels: Literal["ids", "names"] = key(
+        "ids",
+        "classes in the submission: the organiser's ids, or the names in classes.csv; a sample's own count more",
     )
 
 

@@ -32,6 +32,10 @@ class LrRule:
 # Adam's steps do not grow with the gradient, so from scratch its rate follows the noise, the root of the batch
 TRAINED = LrRule(2e-4, bound=5e-4, lowest=2e-6, highest=3e-3)
 SCRATCH = LrRule(2e-3, bound=4e-3, lowest=1e-4, highest=1e-2, root=True)
+FROZEN = LrRule(1e-2, bound=4e-2, lowest=3e-4, highest=0.1, root=True)  # a head on features that stay
+# Lion's steps have the size of the rate in every weight; its paper (arXiv:2302.06675): a third to a tenth of Adam's
+LION_TRAINED = LrRule(4e-5, bound=1e-4, lowest=5e-7, highest=5e-4)
+LION_SCRATCH = LrRule(4e-4, bound=8e-4, lowest=2e-5, highest=2e-3, root=True)
 SGD_TRAINED = LrRule(1e-2, bound=5e-2, lowest=1e-4, highest=0.2)
 SGD_SCRATCH = LrRule(0.1, bound=0.5, lowest=1e-3, highest=2.0)
 
@@ -43,6 +47,8 @@ def from_scratch(recipe: Recipe) -> bool:
 
 def origin(recipe: Recipe) -> str:
     """The start in words, for lines that give a reason."""
+    if recipe.model.freeze == "backbone":
+        return "on frozen features"
     if recipe.model.init:
         return f"from {recipe.model.init}"
     return "from pretrained weights" if recipe.model.pretrained else "from scratch"
@@ -50,7 +56,10 @@ def origin(recipe: Recipe) -> str:
 
 def lr_rule(recipe: Recipe) -> LrRule:
     """The rule of the recipe's optimizer for its start."""
-    rules = (SGD_TRAINED, SGD_SCRATCH) if recipe.opt.name == "sgd" else (TRAINED, SCRATCH)
+    special = {"sgd": (SGD_TRAINED, SGD_SCRATCH), "lion": (LION_TRAINED, LION_SCRATCH)}
+    rules = special.get(recipe.opt.name, (TRAINED, SCRATCH))
+    if recipe.model.freeze == "backbone":
+        return SGD_SCRATCH if recipe.opt.name == "sgd" else FROZEN
     return rules[from_scratch(recipe)]
 
 
@@ -67,8 +76,10 @@ def warmup_epochs(recipe: Recipe) -> float:
 
 
 def layerwise(recipe: Recipe) -> bool:
-    """True if each part of the network has its own learning rate: llrd.enabled, or a start from trained weights."""
-    return not from_scratch(recipe) if recipe.llrd.enabled == "auto" else bool(recipe.llrd.enabled)
+    """True if each part of the network has its own learning rate: llrd.enabled, or trained weights that train on."""
+    if recipe.llrd.enabled != "auto":
+        return bool(recipe.llrd.enabled)
+    return not from_scratch(recipe) and recipe.model.freeze == "none"
 
 
 def settled(recipe: Recipe) -> dict[str, object]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastflower.core import scores
+from fastflower.core import runs, scores
 from fastflower.core.charts import Chart
-from fastflower.evaluation.records import ExperimentScores
+from fastflower.core.errors import InputError
+from fastflower.core.records import read_record
+from fastflower.evaluation.records import EnsembleComparison, ExperimentScores
 from fastflower.recipe import Recipe, fields_of
 from fastflower.report import curves
 from fastflower.report.charts import Interval, Lines, interval_chart, over_epochs
+from fastflower.report.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,34 @@ class DifferingKey:
 
     key: str
     values: list[str]
+
+
+def content(experiments: Sequence[Experiment]) -> dict[str, Any]:
+    """The tables and charts of a comparison, as the templates of both formats read them."""
+    differences = paired_differences([experiment.scores for experiment in experiments])
+    recipes = {experiment.name: experiment.recipe for experiment in experiments if experiment.recipe}
+    return {
+        "experiments": [experiment.scores for experiment in experiments],
+        "folds_differ": len({tuple(experiment.scores.fused.folds) for experiment in experiments}) > 1,
+        "differences": differences,
+        "overview": [
+            scores_chart([experiment.scores for experiment in experiments]),
+            differences_chart(differences),
+        ],
+        "names": list(recipes),
+        "differing_keys": differing_keys(recipes),
+        "charts": epoch_charts({experiment.name: experiment.events for experiment in experiments}, "compare"),
+        "ensemble": combination([experiment.name for experiment in experiments]),
+    }
+
+
+def combination(names: Sequence[str]) -> EnsembleComparison | None:
+    """What `ensemble` found for the runs of exactly these experiments together; None when it has not, or is damaged."""
+    try:
+        found = read_record(runs.COMBINATION, EnsembleComparison) if runs.COMBINATION.is_file() else None
+    except InputError:  # of an earlier version or damaged: ensemble writes it anew
+        return None
+    return found if found and {run.partition("/")[0] for run in found.runs} == set(names) else None
 
 
 def paired_differences(summaries: list[ExperimentScores]) -> list[PairedDifference]:

@@ -30,6 +30,10 @@ CHARTS: tuple[tuple[str, Lines, str], ...] = (
     ("corrupt", Lines("Corrupted top-1", percent=True, best="max"), r"^corrupt_(raw|ema|swa)$"),
     ("s", Lines("S", percent=True, best="max"), r"^s_(raw|ema|swa)$"),
     ("macro", Lines("Macro recall and F1", percent=True, best="max"), r"^macro_(recall|f1)_"),
+    ("f1", Lines("F1", percent=True, best="max"), r"^f1_(raw|ema|swa)$"),
+    ("auc", Lines("AUC", best="max"), r"^auc_(raw|ema|swa)$"),
+    ("kappa", Lines("Quadratic kappa", best="max"), r"^kappa_(raw|ema|swa)$"),
+    ("log-loss", Lines("Log loss"), r"^log_loss_(raw|ema|swa)$"),
     ("kind-raw", Lines("Top-1 by corruption, raw", percent=True), r"^per_kind\..*\.raw$"),
     ("kind-ema", Lines("Top-1 by corruption, EMA", percent=True), r"^per_kind\..*\.ema$"),
     ("lr", Lines("Learning rate", log=True), r"^lr_groups\."),
@@ -168,27 +172,24 @@ def run_curves(events: list[dict[str, Any]]) -> list[RunCurves]:
 
 
 def best_by_stage(events: list[dict[str, Any]], fold_sizes: dict[int, int]) -> list[dict[str, Any]]:
-    """The best epoch of each run at each image size, by S of the better of raw and averaged weights.
+    """The best epoch of each run at each image size, by the score that chose it (S where none is recorded).
 
     Clean and corrupted top-1 and S with Wilson intervals; `fold_sizes`: validation images of each fold.
     """
     table = []
+    rows = rows_by_run(events)
     for (backbone, fold, seed), epochs in by_run(events).items():
+        choices = {
+            epoch: _choice(row) for row in rows[backbone, fold, seed] if (epoch := row.get("epoch")) in epochs
+        }
         starts = [min(epochs), *size_changes(series(epochs)), max(epochs) + 1]
         for first, after in zip(starts[:-1], starts[1:], strict=True):
-            best = max(
-                (
-                    (value, -epoch, name == "s_ema", name.removeprefix("s_"))
-                    for epoch in epochs
-                    if first <= epoch < after
-                    for name, value in epochs[epoch].items()
-                    if re.fullmatch(r"s_(raw|ema|swa)", name)
-                ),
-                default=None,
-            )
-            if best is None or fold not in fold_sizes:
+            within = [
+                (choice, epoch) for epoch, choice in choices.items() if choice and first <= epoch < after
+            ]
+            if not within or fold not in fold_sizes:
                 continue
-            score, epoch, weights = best[0], -best[1], best[3]
+            (_, weights), epoch = max(within, key=lambda item: (item[0][0], -item[1]))
             numbers, n = epochs[epoch], fold_sizes[fold]
             row: dict[str, Any] = {"backbone": backbone, "fold": fold, "seed": seed, "first": first}
             row |= {"last": after - 1, "epoch": epoch, "weights": weights, "n": n}
@@ -196,12 +197,24 @@ def best_by_stage(events: list[dict[str, Any]], fold_sizes: dict[int, int]) -> l
             for key, value in (
                 ("clean", numbers.get(f"clean_{weights}")),
                 ("corrupted", numbers.get(f"corrupt_{weights}")),
-                ("s", score),
+                ("s", numbers.get(f"s_{weights}")),
             ):
                 low, high = scores.wilson(value * n, n) if value is not None else (None, None)
                 row[key] = value if value is None else {"top1": value, "top1_low": low, "top1_high": high}
             table.append(row)
     return table
+
+
+def _choice(row: dict[str, Any]) -> tuple[float, str] | None:
+    """The score of an epoch's chosen weights and their name; of the highest S, EMA first, where neither is recorded."""
+    if row.get("score") is not None and row.get("chosen"):
+        return float(row["score"]), str(row["chosen"])
+    found = [
+        (row[f"s_{name}"], name == "ema", name)
+        for name in ("raw", "swa", "ema")
+        if row.get(f"s_{name}") is not None
+    ]
+    return (max(found)[0], max(found)[2]) if found else None
 
 
 def _title(name: str) -> str:

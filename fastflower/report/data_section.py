@@ -6,8 +6,10 @@ from collections import Counter
 
 import numpy as np
 
+from fastflower.evaluation.measured import Leak
 from fastflower.report.dataset import Sizes
 from fastflower.report.experiment import Experiment
+from fastflower.report.scores_section import moved_text
 
 Facts = list[tuple[str, str]]
 
@@ -43,8 +45,20 @@ def data_facts(experiment: Experiment) -> Facts:
         conflicts = sum(pair.conflict for pair in pairs)
         found = f"{len(pairs):,} pairs, {conflicts} with different labels" if pairs else "none found"
         facts.append(("duplicates and near-duplicates", found))
+        if experiment.leak and experiment.leak.copies:
+            facts.append(("what they would have added to the score", inflation(experiment.leak)))
         facts.append(("skipped as unreadable", f"{data.skipped_count:,}" if data.skipped_count else "none"))
     return facts
+
+
+def inflation(leak: Leak) -> str:
+    """The leak of a plain split in words."""
+    gain = leak.inflation
+    return (
+        f"up to {100 * gain.gain:+.2f} ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}) percent of top-1: a plain "
+        f"split in {leak.splits} trains on copies of {leak.leaked:.0f} of the {leak.n:,} images that it validates, and "
+        "a network may answer with their labels"
+    )
 
 
 def size_range(sizes: Sizes) -> str:
@@ -60,6 +74,8 @@ def bundle_facts(experiment: Experiment) -> Facts:
         return []
     facts = [(name, f"weight {weight:.3f}") for name, weight in bundle.members]
     views = ", ".join(bundle.sizes) + (", plain and mirrored" if bundle.hflip else "")
+    factor = 2 if bundle.hflip else 1
+    views += moved_text(factor * bundle.views, factor * bundle.crops)
     measured = {gate.name: gate.got for gate in bundle.record.gates} if bundle.record else {}
     return [
         ("members", f"{len(bundle.members)}"),

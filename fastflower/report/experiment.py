@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastflower.core import runs
 from fastflower.core.errors import CorruptionError, InputError
 from fastflower.core.records import read_record, to_plain
 from fastflower.core.tables import escaped
 from fastflower.data.folds import DUPLICATES, Folds, read_duplicates, read_folds
+from fastflower.evaluation.agreement import Trained, check_recipe
+from fastflower.evaluation.measured import Leak, Priors, ViewTable
 from fastflower.evaluation.records import (
     EnsembleComparison,
     ExperimentScores,
@@ -27,6 +29,7 @@ from fastflower.report.hand_in import BundleFacts, SubmissionScore, read_bundle,
 if TYPE_CHECKING:
     from fastflower.report.thumbnails import AugmentationSamples, CorruptedSample
 
+M = TypeVar("M", ViewTable, Priors, Leak)
 MAX_IMAGES = {"mistakes": 36, "suspects": 18, "duplicates": 24}  # on the page
 
 
@@ -75,6 +78,9 @@ class Experiment:
     augmentation: AugmentationSamples | None = None
     corrupted: list[CorruptedSample] = field(default_factory=list)
     duplicates: list[DuplicatePair] = field(default_factory=list)
+    views: ViewTable | None = None
+    priors: Priors | None = None
+    leak: Leak | None = None
     data: DataFacts = field(default_factory=DataFacts)
     bundle: BundleFacts | None = None
     test_scores: list[SubmissionScore] = field(default_factory=list)
@@ -86,8 +92,11 @@ class Experiment:
         return self.data.noun
 
 
-def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
-    """Read an experiment's files; missing optional ones are noted. InputError when it was not evaluated."""
+def read_experiment(exp: str, given: Recipe | None = None, *, with_images: bool = True) -> Experiment:
+    """Read an experiment's files; missing optional ones are noted. InputError when it was not evaluated.
+
+    A recipe that is given says where the images are; InputError when it contradicts the members that were scored.
+    """
     folder = runs.RESULTS / exp
     scores_path, ensemble_path = folder / "scores.json", folder / "ensemble.json"
     if not scores_path.is_file():
@@ -97,8 +106,10 @@ def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
             f"(evaluated: {', '.join(evaluated) or 'none'})"
         )
     scores = read_record(scores_path, ExperimentScores)
-    recipe_file = folder / "meta" / "recipe.yaml"
-    recipe, text, notes = _recipe(recipe_file)
+    recipe, text, notes = _recipe(folder / "meta" / "recipe.yaml")
+    if given is not None:
+        check_recipe(given, [Trained.of(row.checkpoint, row, scores) for row in scores.members])
+        recipe = replace(recipe or given, data=given.data)
     pictures = Pictures()
     duplicates = _duplicates(recipe, scores.folds_hash, notes) if recipe else []
     if recipe and with_images:
@@ -122,6 +133,9 @@ def read_experiment(exp: str, *, with_images: bool = True) -> Experiment:
         augmentation=pictures.augmentation,
         corrupted=pictures.corrupted,
         duplicates=duplicates,
+        views=_measured(folder, ViewTable, notes),
+        priors=_measured(folder, Priors, notes),
+        leak=_measured(folder, Leak, notes),
         data=read_facts(recipe, scores, notes) if recipe else DataFacts(noun=noun_of(recipe, scores)),
         bundle=read_bundle(exp, scores, notes),
         test_scores=read_test_scores(exp, recipe, scores, notes=notes) if recipe else [],
@@ -199,6 +213,16 @@ def _duplicates(recipe: Recipe, folds_hash: str, notes: list[str]) -> list[Dupli
     except CorruptionError as error:
         notes.append(f"{error}; the page lacks its duplicates")
         return []
+
+
+def _measured(folder: Path, kind: type[M], notes: list[str]) -> M | None:
+    """What evaluate measured beside the scores; None where it has not, a note when damaged."""
+    path = folder / kind.FILE
+    try:
+        return read_record(path, kind) if path.is_file() else None
+    except InputError as error:
+        notes.append(f"{error}; the page lacks it")
+        return None
 
 
 def _recipe(path: Path) -> tuple[Recipe | None, str, list[str]]:

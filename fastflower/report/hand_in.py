@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any
 from fastflower.bundle import hand_in
 from fastflower.bundle.description import BundleDescription
 from fastflower.bundle.hand_in import HandIn
-from fastflower.core import runs, scores
+from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
-from fastflower.evaluation.records import ExperimentScores, Top1
+from fastflower.evaluation import submissions
+from fastflower.evaluation.records import ExperimentScores
+from fastflower.evaluation.submissions import SubmissionScore
 from fastflower.recipe import Recipe
 
 TRUTH = "truth.csv"  # below data.home: the labels of the test images, where somebody has them
@@ -29,18 +30,10 @@ class BundleFacts:
     megabytes: float
     sizes: list[str]
     hflip: bool
+    views: int  # of the member with most of them; mirrored ones are not counted
+    crops: int  # of the same member
     temperature: float
     record: HandIn | None
-
-
-@dataclass(frozen=True)
-class SubmissionScore:
-    """Top-1 of a submission on the n labelled test images; `missing` of them have no row, and count as wrong."""
-
-    name: str
-    score: Top1
-    right: int
-    missing: int
 
 
 def read_bundle(exp: str, stored: ExperimentScores, notes: list[str]) -> BundleFacts | None:
@@ -58,11 +51,14 @@ def read_bundle(exp: str, stored: ExperimentScores, notes: list[str]) -> BundleF
         record = None
     if record is None and not _is_own(exp, stored, (member.name for member in bundle.members)):
         return None
+    largest = max(bundle.members, key=lambda member: len(member.views))
     return BundleFacts(
         members=[(member.name, member.weight) for member in bundle.members],
         megabytes=sum(file.stat().st_size for file in runs.BUNDLE.rglob("*") if file.is_file()) / 1e6,
         sizes=[f"{crop.height} × {crop.width}" for crop in bundle.crops],
         hflip=bundle.hflip,
+        views=len(largest.views),
+        crops=len({view.crop for view in largest.views}),
         temperature=bundle.temperature,
         record=record,
     )
@@ -75,24 +71,21 @@ def read_test_scores(
     truth_path = Path(recipe.data.home) / TRUTH
     if not truth_path.is_file():
         return []
-    try:
-        truth = _column(truth_path, recipe.data.image_col, recipe.data.label_col)
-    except InputError as error:
-        notes.append(str(error))
-        return []
     found = []
+    try:
+        truth = submissions.read_labels(
+            truth_path, image_col=recipe.data.image_col, label_col=recipe.data.label_col
+        )
+    except InputError as error:
+        notes.append(f"{error}; the page lacks the score on the test images")
+        return []
     for path in (runs.SUBMISSION, *sorted((runs.RESULTS / exp).glob("submission*.csv"))):
-        if not path.is_file() or not _is_own(exp, stored, _summary(path).get("members", [])):
-            continue
-        try:
-            predictions = _column(path, "filename", "category_id")
-        except InputError as error:
-            notes.append(str(error))
-            continue
-        right = sum(predictions.get(name) == label for name, label in truth.items())
-        low, high = scores.wilson(right, len(truth))
-        score = Top1(n=len(truth), top1=right / len(truth), top1_low=low, top1_high=high)
-        found.append(SubmissionScore(path.name, score, right, sum(name not in predictions for name in truth)))
+        if path.is_file() and _is_own(exp, stored, _summary(path).get("members", [])):
+            try:
+                classes = [(row.category_id, row.name) for row in stored.classes]
+                found.append(submissions.score(truth, path, classes))
+            except InputError as error:
+                notes.append(f"{error}; its top-1 is not on the page")
     return found
 
 
@@ -111,18 +104,3 @@ def _summary(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _column(path: Path, key: str, value: str) -> dict[str, str]:
-    """Two columns of a CSV as a dict; InputError when one is missing or there is no row."""
-    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
-        missing = [name for name in (key, value) if name not in names]
-        if missing:
-            has = ", ".join(names) or "none"
-            raise InputError(f"{path}: no column {missing[0]}, it has {has}; its top-1 is not on the page")
-        rows = {row[key]: row[value] for row in reader}
-    if not rows:
-        raise InputError(f"{path}: no rows; its top-1 is not on the page")
-    return rows

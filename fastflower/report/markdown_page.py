@@ -10,11 +10,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fastflower.core import files
+from fastflower.core import files, runs
 from fastflower.core.charts import Chart
+from fastflower.core.console import visible
 from fastflower.evaluation import tables
 from fastflower.recipe import starting_point
-from fastflower.report import comparison, curves, data_section, page
+from fastflower.report import comparison, curves, data_section, recipe_section, scores_section
 from fastflower.report.charts import long_tail, reliability, robustness
 from fastflower.report.experiment import Experiment
 from fastflower.report.next_steps import next_steps
@@ -34,10 +35,10 @@ def write(folder: Path, experiment: Experiment, experiments: list[Experiment]) -
     ]
     if fused.corrupted:
         charts.append(robustness(fused.corrupted, fused.single.top1))
-    runs = curves.run_curves(experiment.events)
-    first = [chart for run in runs[:1] for chart in run.charts if chart.name.split("-", 1)[1] in CURVES]
+    trainings = curves.run_curves(experiment.events)
+    first = [chart for run in trainings[:1] for chart in run.charts if chart.name.split("-", 1)[1] in CURVES]
     all_runs = comparison.epoch_charts(curves.events_by_name(experiment.events), "together")
-    training = {"All runs": all_runs, **({runs[0].label: first} if runs else {})}
+    training = {"All runs": all_runs, **({trainings[0].label: first} if trainings else {})}
     for chart in [*charts, *all_runs, *first]:
         files.write_atomic(folder / "figures" / f"{chart.name}.png", chart.png())
     text = (
@@ -45,8 +46,18 @@ def write(folder: Path, experiment: Experiment, experiments: list[Experiment]) -
         .get_template("report.md.j2")
         .render(_content(experiment, experiments, charts=charts, training=training))
     )
-    files.write_atomic(folder / "report.md", text)
+    files.write_atomic(folder / "report.md", visible(text))
     return folder / "report.md"
+
+
+def write_comparison(experiments: list[Experiment]) -> Path:
+    """Write compare.md and its figures below results/results; returns its path."""
+    content = comparison.content(experiments) | {"noun": experiments[0].noun}
+    for chart in [*filter(None, content["overview"]), *content["charts"]]:
+        files.write_atomic(runs.FIGURES / f"{chart.name}.png", chart.png())
+    path = runs.COMPARISON.with_suffix(".md")
+    files.write_atomic(path, visible(_environment().get_template("compare.md.j2").render(content)))
+    return path
 
 
 def _content(
@@ -69,10 +80,10 @@ def _content(
         "bundle_facts": data_section.bundle_facts(experiment),
         "gates": experiment.bundle.record.gates if experiment.bundle and experiment.bundle.record else [],
         "test_scores": experiment.test_scores,
-        "basis": page.basis(experiment.scores, experiment.noun),
-        "view_names": page.view_names(experiment.scores.members[0].views),
-        "derived_numbers": page.derived_numbers(experiment.numbers),
-        "changed_keys": page.changed_keys(experiment.recipe) if experiment.recipe else [],
+        "basis": scores_section.basis(experiment.scores, experiment.noun),
+        "view_names": scores_section.view_names(experiment.scores.members[0].views),
+        "derived_numbers": recipe_section.derived_numbers(experiment.numbers),
+        "changed_keys": recipe_section.changed_keys(experiment.recipe) if experiment.recipe else [],
         "charts": {chart.name: chart for chart in charts},
         "training": training,
         "others": others,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastflower.evaluation.records import CorruptedScores, ExperimentScores, Top1
 from fastflower.evaluation.summary import fold_names
 from fastflower.report import curves
@@ -22,7 +24,7 @@ def interval(block: Top1) -> str:
 
 
 def kind_name(kind: str) -> str:
-    return {"jpeg": "JPEG"}.get(kind, kind.replace("_", " "))
+    return {"jpeg": "JPEG"}.get(kind, kind.rpartition(":")[2].replace("_", " "))
 
 
 def upper_first(text: str) -> str:
@@ -85,11 +87,13 @@ def limits(experiment: Experiment) -> str:
     missed = [row for row in scores.acceptance if not row.passed]
     if missed:
         row = missed[0]
-        got = "was not measured" if row.got is None else f"is {percent(row.got)}"
+        amount = (lambda value: f"{value:.4f}") if row.metric else percent
+        got = "was not measured" if row.got is None else f"is {amount(row.got)}"
         if row.top1_low is not None and row.top1_high is not None:
-            got += f" (n = {row.n}, 95% interval {100 * row.top1_low:.1f} to {100 * row.top1_high:.1f})"
+            low, high = (amount(end).rstrip("%") for end in (row.top1_low, row.top1_high))
+            got += f" (n = {row.n}, 95% interval {low} to {high})"
         more = f"; {len(missed) - 1} more thresholds are missed" if len(missed) > 1 else ""
-        return f"The recipe accepts {row.bound} {percent(row.wanted)} for {row.name}, which {got}{more}."
+        return f"The recipe accepts {row.bound} {amount(row.wanted)} for {row.name}, which {got}{more}."
     if experiment.test_scores:
         return test_sentence(experiment)
     return spread_sentence(experiment)
@@ -129,6 +133,11 @@ def spread_sentence(experiment: Experiment) -> str:
     )
 
 
+def _losses(row: dict[str, Any]) -> tuple[str, ...]:
+    """The losses that an epoch has; one that was not scored has no validation loss."""
+    return ("train_loss",) if "score" in row and row["score"] is None else ("train_loss", "val_loss")
+
+
 def broken_runs(experiment: Experiment) -> list[str]:
     """A clause for each run with a loss that is not finite, or that has no end among the events."""
     clauses = []
@@ -137,8 +146,7 @@ def broken_runs(experiment: Experiment) -> list[str]:
         lost = [
             row["epoch"]
             for row in rows
-            if row.get("event") == "epoch"
-            and any(loss in row and row[loss] is None for loss in ("train_loss", "val_loss"))
+            if row.get("event") == "epoch" and any(loss in row and row[loss] is None for loss in _losses(row))
         ]
         start = next((row for row in reversed(rows) if row.get("event") == "start"), None)
         epochs = [row["epoch"] for row in rows if row.get("event") == "epoch"]

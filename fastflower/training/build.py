@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastflower.algorithms.gradients import GradientGuard
 from fastflower.algorithms.learning_rate import LearningRate
 from fastflower.algorithms.lr_range import LrRangeTest
 from fastflower.algorithms.mixing import MixUpCutMix
+from fastflower.algorithms.soft_labels import SoftLabels
 from fastflower.algorithms.stages import StageSchedule
 from fastflower.bundle.program import try_export
 from fastflower.callbacks.checkpoints import CheckpointSaver, Stateful
@@ -43,8 +44,8 @@ from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.transforms.augment import augment
 from fastflower.data.unlabelled import UnlabelledBatches, exclusion_notice
-from fastflower.evaluation import distillation
-from fastflower.evaluation.inference import views_of
+from fastflower.evaluation import distillation, soft_labels
+from fastflower.evaluation.views import sizes_of
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
 from fastflower.model.network import (
@@ -56,10 +57,12 @@ from fastflower.model.network import (
 )
 from fastflower.optim.groups import Group, describe_groups, param_groups
 from fastflower.optim.optimizers import build_optimizer
+from fastflower.optim.schedules import plateau_monitor
 from fastflower.recipe import Recipe
-from fastflower.recipe.derived import Derived, derive, parse_interval
+from fastflower.recipe.derived import Derived, derive, is_scored, parse_interval
 from fastflower.recipe.run_record import ParameterGroup, RunNumbers
 from fastflower.recipe.starting_point import reasons
+from fastflower.training.features import FrozenFeatures, are_computed_once
 from fastflower.training.fold_data import Loaders, Position, class_counts, loaders
 from fastflower.training.initial import load_initial
 from fastflower.training.memory import MemoryTrial
@@ -106,11 +109,15 @@ def training(
 ) -> Training:
     """Build one run; `identity` decides which checkpoints it may resume from. One that resumes needs no weights."""
     derived, position, counts = derive(recipe, machine.world), Position(), class_counts(recipe, fold)
-    network, spec, notes = _network(recipe, len(counts), machine, fold=None if resuming else fold)
+    begins = not resuming or are_computed_once(recipe)  # features are of the weights that it began with
+    network, spec, notes = _network(recipe, counts, machine, fold=fold if begins else None)
     on_rank_zero(lambda: _try_export(recipe, network, spec, images=fold.train.images_per_row))
     notes += exclusion_notice(recipe, fold)
     data = loaders(
         recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
+    )
+    frozen = _use_features(
+        recipe, data, fold=fold, network=network, spec=spec, machine=machine, say=console.write, notes=notes
     )
     groups = param_groups(network, derived.lr, recipe)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
@@ -121,18 +128,26 @@ def training(
         recipe, derived, classifier=classifier, data=data, guard=guard, fill=spec.fill, stop=stop
     )
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
-    rows = {label: loader.beton.rows for label, loader in data.evaluation.items()}
+    rows = {label: len(loader.rows) for label, loader in data.evaluation.items()}
     scoring = Scoring(recipe, derived, networks=networks.values, rows=rows, combos=data.combos)
     schedule = LearningRate(
         recipe,
         derived,
         network=network,
         steps=data.train.steps,
-        monitored=lambda: float(getattr(scoring, recipe.sched.monitor)),
+        monitored=lambda: {
+            "score": scoring.score,
+            "val_loss": scoring.val_loss,
+            "train_loss": recorder.meter.mean("loss"),
+        }[plateau_monitor(recipe)],
     )
     semi_teacher = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
     semi = (
-        {"semi": FixMatch(recipe, counts.tolist(), fill=spec.fill, teacher=semi_teacher)}
+        {
+            "semi": _unlabelled_learning(
+                recipe, fold, counts, fill=spec.fill, teacher=semi_teacher, notes=notes
+            )
+        }
         if recipe.semi.enabled
         else {}
     )
@@ -155,6 +170,7 @@ def training(
         "recorder": recorder,
         "machine": machine,
         **semi,
+        **frozen,
     }
     meta = functools.partial(member_meta, recipe, run, spec=spec, derived=derived, fold=fold, counts=counts)
     every, keep = parse_interval(recipe.train.save_every), recipe.train.keep_every
@@ -173,7 +189,9 @@ def training(
         recipe, derived, machine=machine, fold=fold, spec=spec, classifier=classifier, data=data, groups=groups,
         algorithms=[*semi.values(), schedule, guard, *averages.values()],
         max_duration=f"{derived.epochs}ep",
-        eval_dataloader=[_evaluator(label, loader) for label, loader in data.evaluation.items()],
+        eval_dataloader=[
+            _evaluator(label, loader, recipe, derived) for label, loader in data.evaluation.items()
+        ],
         callbacks=[scoring, recorder, saver, progress],
         loggers=trackers(recipe, run),
         run_name=f"{run.exp}_{run.stem}",
@@ -212,10 +230,11 @@ def lr_range_test(
 ) -> tuple[list[float], list[float]]:
     """Learning rates tried and their losses, from a training of the recipe's network that writes no files."""
     position, counts = Position(), class_counts(recipe, fold)
-    network, spec, _ = _network(recipe, len(counts), machine, fold=fold)
+    network, spec, _ = _network(recipe, counts, machine, fold=fold)
     data = loaders(
         recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
     )
+    _use_features(recipe, data, fold=fold, network=network, spec=spec, machine=machine)
     range_test = LrRangeTest(recipe, derived.lr)
     classifier = Classifier(network, build_loss(recipe, counts.tolist()))
     trainer = _trainer(
@@ -233,6 +252,27 @@ def lr_range_test(
     finally:
         _close(trainer, data)
     return range_test.tried, range_test.losses
+
+
+def _use_features(
+    recipe: Recipe,
+    data: Loaders,
+    *,
+    fold: FoldSet,
+    network: Network,
+    spec: NetworkSpec,
+    machine: Machine,
+    say: Callable[[str], None] = print,
+    notes: list[str] | None = None,
+) -> dict[str, FrozenFeatures]:
+    """Let the loaders give the features of a frozen backbone, where they are computed once; adds a line to `notes`."""
+    if not are_computed_once(recipe):
+        return {}
+    features = FrozenFeatures(recipe, network=network, spec=spec, machine=machine, say=say)
+    line = features.use(data, fold)
+    if notes is not None:
+        notes.append(line)
+    return {"features": features}
 
 
 def _trainer(
@@ -287,21 +327,22 @@ def _memory_trial(trainer: Trainer, classifier: Classifier, data: Loaders) -> Me
         classifier=classifier,
         state=trainer.state,
         loader=data.train,
-        eval_batch=max(loader.batch_size for loader in data.evaluation.values()),
+        eval_batch=max((loader.batch_size for loader in data.evaluation.values()), default=1),
         stages=next(algorithm for algorithm in algorithms if isinstance(algorithm, StageSchedule)),
         algorithms=[a for a in algorithms if isinstance(a, (DeviceAugment, MixUpCutMix, FixMatch))],
     )
 
 
 def _network(
-    recipe: Recipe, classes: int, machine: Machine, *, fold: FoldSet | None
+    recipe: Recipe, counts: np.ndarray, machine: Machine, *, fold: FoldSet | None
 ) -> tuple[Network, NetworkSpec, list[str]]:
     """The recipe's network on this rank's device, initialised equally on all ranks, its spec and notes for people.
 
-    Without `fold`, for a run that resumes, the weights of model.init are left out.
+    `counts` (C,) are the training images of each class. Without `fold`, for a run that resumes, the weights of
+    model.init are left out.
     """
     seeding.seed_all(recipe.seed)
-    network, spec, notes = training_network(recipe, classes)
+    network, spec, notes = training_network(recipe, len(counts), images=int(counts.sum()))
     notes = [*reasons(recipe), *notes]
     if recipe.model.init and fold is not None:
         notes += load_initial(network, spec, recipe=recipe, fold=fold)
@@ -320,8 +361,8 @@ def _network(
 
 def _try_export(recipe: Recipe, network: Network, spec: NetworkSpec, *, images: int) -> None:
     """Refuse, before the training, a network that could not be handed in; a row of the data has `images` images."""
-    views = views_of(spec.size, spec.scales(recipe.tta.scales), hflip=False)
-    try_export(spec, network, [(view.height, images * view.width) for view in views])
+    sizes = sizes_of(spec.size, spec.scales(recipe.tta.scales))
+    try_export(spec, network, [(height, images * width) for height, width in sizes])
 
 
 def _facts(
@@ -355,7 +396,7 @@ def _facts(
             for group in groups
         ),
         class_counts=tuple(counts.tolist()),
-        validation=fold.val.rows,
+        validation=fold.val.rows if fold.val else 0,
         unlabelled=len(extras.rows) if isinstance(extras, UnlabelledBatches) else 0,
         combos=tuple((kind, level) for kind, level in data.combos),
         determinism=machine.determinism(),
@@ -366,6 +407,8 @@ def _facts(
 
 def save_sample_pictures(recipe: Recipe, training: Training) -> None:
     """Save pictures of epoch 0's first samples, samples_<run>.png, and samples_<run>_<size>.png for later sizes."""
+    if are_computed_once(recipe) and recipe.model.frozen_views == 1:
+        return  # nothing is augmented
     run, stages = training.run, training.scoring.derived.stages
     sizes = list(dict.fromkeys((stage.height, stage.width) for stage in stages))
     for position, size in enumerate(sizes):
@@ -440,13 +483,34 @@ def _averages(
     return averages
 
 
-def _evaluator(label: str, loader: EvalLoader) -> Evaluator:
-    """A Composer Evaluator that runs at the end of each epoch; `Scoring` computes the metrics."""
+def _unlabelled_learning(
+    recipe: Recipe,
+    fold: FoldSet,
+    counts: np.ndarray,
+    *,
+    fill: tuple[float, ...],
+    teacher: nn.Module | None,
+    notes: list[str],
+) -> FixMatch:
+    """The algorithm by which the run learns from unlabelled images; a line on its soft labels goes to `notes`."""
+    if recipe.semi.method != "soft":
+        return FixMatch(recipe, counts.tolist(), fill=fill, teacher=teacher)
+    labels = soft_labels.soft_labels(recipe, fold, len(counts))
+    notes.append(labels.line)
+    return SoftLabels(recipe, counts.tolist(), fill=fill, targets=labels.targets)
+
+
+def _evaluator(label: str, loader: EvalLoader, recipe: Recipe, derived: Derived) -> Evaluator:
+    """A Composer Evaluator that runs at the end of the epochs of eval.every; `Scoring` computes the metrics."""
+
+    def due(state: State, event: Event) -> bool:
+        return event == Event.EPOCH_END and is_scored(recipe, derived, state.timestamp.epoch.value)
+
     return Evaluator(
         label=label,
         dataloader=loader,
         metric_names=[],
-        eval_interval=lambda state, event: event == Event.EPOCH_END,
+        eval_interval=due,
     )
 
 

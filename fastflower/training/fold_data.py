@@ -12,12 +12,15 @@ from fastflower.callbacks.scoring import CLEAN, CORRUPTED
 from fastflower.core.errors import InputError
 from fastflower.data.betons.fold_set import FoldSet, open_fold
 from fastflower.data.decode.kernel import Crop
+from fastflower.data.device_copies import DeviceCopies
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.samplers import order
 from fastflower.data.unlabelled import UnlabelledBatches, labelled_rows, unlabelled_rows
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import Derived, eval_factor
 from fastflower.training.ranks import Machine, on_rank_zero
+
+ALL_CORRUPTED = 10_000  # corrupted images up to which training scores all (robust.score=auto)
 
 
 class Position:
@@ -85,6 +88,8 @@ def loaders(
 
     @functools.lru_cache(maxsize=2)  # called many times an epoch, for its length and its rows
     def rows(epoch: int) -> np.ndarray:
+        if recipe.model.head == "knn":  # there is nothing to train
+            return labelled[:0]
         batch = per_rank(epoch) * machine.world
         orders = [
             order(recipe.sampler, labels, seed=recipe.seed, epoch=turn, fold=number, batch=batch)
@@ -106,7 +111,7 @@ def loaders(
     extras = None
     if recipe.semi.enabled:
         weak = replace(crop, scale=(recipe.semi.weak_scale[0], recipe.semi.weak_scale[1]))
-        strong = crop if recipe.semi.method == "fixmatch" else None
+        strong = None if recipe.semi.method == "pseudo" else crop
         unlabelled, unlabelled_index = unlabelled_rows(recipe, fold)
         extras = UnlabelledBatches(
             beton=unlabelled,
@@ -117,7 +122,7 @@ def loaders(
             batch=per_rank,
             steps=steps,
             size=size,
-            weak=weak,
+            weak=None if recipe.semi.method == "soft" else weak,
             strong=strong,
             rank=machine.rank,
             world=machine.world,
@@ -137,7 +142,7 @@ def loaders(
     )
     train.cursor = lambda: position.next_batch
     for stage in derived.stages:
-        if train.steps(stage.first - 1) == 0:
+        if recipe.model.head != "knn" and train.steps(stage.first - 1) == 0:
             raise InputError(
                 f"fold {number} has {len(labelled)} training images with labels, fewer than the global batch of "
                 f"{stage.batch_per_gpu * recipe.train.grad_accum * machine.world}; lower train.batch_per_gpu"
@@ -146,6 +151,7 @@ def loaders(
     for label, beton in ((CLEAN, fold.val), (CORRUPTED, fold.val_corrupt)):
         if beton is not None:
             batch = recipe.eval.batch or recipe.train.batch_per_gpu
+            combos = len(beton.origin.combos) if label == CORRUPTED else 1
             evaluation[label] = EvalLoader(
                 beton,
                 batch,
@@ -155,12 +161,35 @@ def loaders(
                 rank=machine.rank,
                 world=machine.world,
                 threads=threads,
+                rows=scored_combos(recipe, beton.rows // combos, combos),
             )
+    if machine.device == "gpu":
+        copies = DeviceCopies(machine.torch_device)
+        train.copies = copies
+        for loader in evaluation.values():
+            loader.copies = copies
     return Loaders(
         train,
         evaluation,
         [list(combo) for combo in fold.val_corrupt.origin.combos] if fold.val_corrupt else [],
     )
+
+
+def scored_combos(recipe: Recipe, images: int, count: int) -> np.ndarray | None:
+    """The rows of `count` corrupted copies of `images` images that training scores, by robust.score; None: all.
+
+    Copy after copy, as the beton has them, with equally many images of each: up to `count` - 1 images are left out.
+    """
+    auto = recipe.robust.score == "auto"
+    if (
+        recipe.robust.score == "all"
+        or count < 2
+        or images < count
+        or (auto and images * count <= ALL_CORRUPTED)
+    ):
+        return None
+    each = images // count
+    return np.concatenate([copy * images + copy + count * np.arange(each) for copy in range(count)])
 
 
 def class_counts(recipe: Recipe, fold: FoldSet) -> np.ndarray:

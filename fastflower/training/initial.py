@@ -17,6 +17,7 @@ from fastflower.core.runs import MemberName, find_members, parse_member
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.folds import read_folds
 from fastflower.model.backbones import match_weights
+from fastflower.model.lora import merged
 from fastflower.model.member import MemberMeta, parse_meta
 from fastflower.model.network import Network, NetworkSpec
 from fastflower.model.weight_files import read_weights
@@ -73,7 +74,7 @@ def _read(path: Path) -> tuple[MemberMeta | None, dict[str, Tensor]]:
     """The tensors of a file, and the description that only this project's checkpoints have."""
     if path.is_file() and checkpoint.seal(path) is not None:
         content = checkpoint.load(path)
-        return parse_meta(content.meta, path), content.tensors
+        return parse_meta(content.meta, path), merged(content.tensors)
     return None, read_weights(path).tensors
 
 
@@ -130,5 +131,11 @@ def _load_head(
         return f"new head ({meta.num_classes} classes there, {spec.num_classes} others here)"
     if meta.head != spec.head:
         return f"new head ({meta.head} there, {spec.head} here)"
-    network.head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in head.items()})
+    if spec.head == "knn":
+        return "the k-NN head holds this fold's images"
+    theirs = {name.removeprefix("head."): tensor for name, tensor in head.items()}
+    ours = network.head.state_dict()
+    if any(name not in theirs or theirs[name].shape != tensor.shape for name, tensor in ours.items()):
+        return f"new head (the {meta.head} head there has another width)"
+    network.head.load_state_dict(theirs)
     return "head kept, as the classes are equal"

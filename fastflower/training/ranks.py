@@ -21,7 +21,7 @@ from composer.utils import dist
 from fastflower.callbacks.checkpoints import remove_leftovers
 from fastflower.core import launcher
 from fastflower.core.console import Console
-from fastflower.core.errors import EnvironmentFault, InputError, of_machine
+from fastflower.core.errors import EnvironmentFault, InputError, lack_of_machine, of_machine
 from fastflower.core.files import digest, locked
 from fastflower.core.runs import Run
 from fastflower.recipe import Recipe
@@ -194,6 +194,26 @@ def exit_rank(error: InputError) -> NoReturn:
 
 
 @contextmanager
+def network_may_not_fit(recipe: Recipe, machine: Machine) -> Iterator[None]:
+    """Context manager around the building of a training: a GPU without room for the weights is one line, and exit 4."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if machine.watch is not None:
+            machine.watch.announce(EnvironmentFault.exit_code)
+        said = str(error).strip().split("\n")[0].split(". ")[0]
+        exit_rank(
+            EnvironmentFault(
+                f"the weights of {recipe.model.backbone} and their averages do not fit into memory "
+                f"({said or type(error).__name__}); end other processes on the GPU (nvidia-smi lists them), or set a "
+                "smaller model.backbone"
+            )
+        )
+
+
+@contextmanager
 def one_may_fail(machine: Machine, memory: MemoryTrial) -> Iterator[None]:
     """Context manager around training: a rank that fails prints its error and exits at once; the others follow.
 
@@ -211,8 +231,8 @@ def one_may_fail(machine: Machine, memory: MemoryTrial) -> Iterator[None]:
         elif isinstance(error, torch.distributed.DistError) or "onnection" in str(error):
             fault = EnvironmentFault(f"{launcher.SURVIVOR}, or cannot be reached: {own_words(error)}")
             fault.exit_code = (machine.watch and machine.watch.failed_code()) or fault.exit_code
-        elif isinstance(error, OSError):
-            fault = of_machine(error)
+        else:
+            fault = fault or lack_of_machine(error)
         if machine.watch is not None:
             machine.watch.announce(fault.exit_code if fault else 1)
         if fault is not None:
@@ -245,7 +265,7 @@ def lock_run(recipe: Recipe, fold: int) -> Iterator[Run]:
 
         def acquire() -> None:
             try:
-                stack.enter_context(locked(run.model_dir / f".{run.stem}.lock", busy))
+                stack.enter_context(locked(run.lock_path, busy))
             except OSError as error:
                 raise EnvironmentFault(
                     f"{run.model_dir}: cannot be written ({error.strerror}); change exp.name"

@@ -18,7 +18,7 @@ from fastflower import __version__
 from fastflower.callbacks.checkpoints import FIXED_NAMES
 from fastflower.callbacks.progress import side
 from fastflower.callbacks.scoring import Scoring
-from fastflower.core import files
+from fastflower.core import files, metric
 from fastflower.core.console import clock, timestamp
 from fastflower.core.records import to_plain, write_record
 from fastflower.core.runs import Run
@@ -26,7 +26,8 @@ from fastflower.data.betons.fold_set import FoldSet
 from fastflower.model.member import MemberMeta
 from fastflower.model.network import NetworkSpec
 from fastflower.recipe import Recipe, to_yaml
-from fastflower.recipe.derived import Derived, eval_factor
+from fastflower.recipe.derived import Derived, eval_factor, refits, validates
+from fastflower.recipe.own import own_sources
 from fastflower.recipe.run_record import (
     BestEpoch,
     Environment,
@@ -80,7 +81,7 @@ def member_meta(
     return MemberMeta(
         **vars(network),
         resize_factor=eval_factor(recipe),
-        stored_side=fold.val.origin.stored_side,
+        stored_side=fold.train.origin.stored_side,
         class_ids=tuple(fold.classes.ids),
         class_hash=fold.classes.hash,
         class_counts=tuple(counts.tolist()),
@@ -98,8 +99,8 @@ def member_meta(
     )
 
 
-def versions() -> Environment:
-    """The environment, to repeat a run elsewhere: packages, git state, Python, devices, command line."""
+def versions(recipe: Recipe) -> Environment:
+    """The environment, to repeat a run elsewhere: packages, git state, Python, devices, command line, own parts."""
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return Environment(
@@ -112,6 +113,7 @@ def versions() -> Environment:
         cuda=torch.version.cuda if cuda else None,
         threads=torch.get_num_threads(),
         command=sys.argv,
+        own_sources=own_sources(recipe),
     )
 
 
@@ -140,14 +142,17 @@ def git_state() -> dict[str, Any] | None:
 def write_meta(recipe: Recipe, facts: RunFacts, *, advice: list[str], determinism: str) -> None:
     """Write recipe, folds, classes, versions and derived numbers to meta/.
 
-    recipe.yaml and versions.json there are those of the experiment's latest start; each start of a run, a resume
-    included, keeps its own in meta/<run>/<time>/.
+    recipe.yaml and versions.json there are those of the experiment's latest start, a refit on all images apart; each
+    start of a run, a resume included, keeps its own in meta/<run>/<time>/.
     """
     folder = facts.run.meta_dir
     facts.run.end_path.unlink(missing_ok=True)  # of a training whose checkpoints were removed or damaged
     started = folder / facts.run.stem / timestamp().replace(":", "-").replace(" ", "_")
-    environment = versions()
-    for place in (started, folder):
+    environment = versions(recipe)
+    follows = (
+        refits(recipe) and (folder / "recipe.yaml").is_file()
+    )  # or evaluate would take it for the experiment's
+    for place in (started,) if follows else (started, folder):
         write_recipe(place / "recipe.yaml", recipe)
         write_record(place / "versions.json", environment)
     for name in ("folds.csv", "classes.csv"):
@@ -183,7 +188,7 @@ def end_of_run(
         reason=scoring.selection.stopped or f"all {epochs} epochs",
         stopped_early=bool(scoring.selection.stopped),
         epochs=epochs,
-        best=BestEpoch(epoch=best.epoch, score=best.score, weights=best.weights),
+        best=BestEpoch(epoch=best.epoch, score=best.score if best.epoch else 0.0, weights=best.weights),
         idle_epochs=scoring.selection.idle,
         scores=dict(scoring.best_flat),
         last_scores=dict(scoring.flat),
@@ -219,10 +224,11 @@ def summary(end: RunEnd) -> list[str]:
         if (score := end.scores.get(f"{metric}_{best.weights}")) is not None
     ]
     detail = f" ({', '.join(texts)})" if texts else ""
+    chosen = f"epoch {best.epoch}, {best.weights} weights, {best.score:.4f}{detail}"
     return [
         "",
         f"done: {end.reason}, {clock(end.seconds)}",
-        f"  best       epoch {best.epoch}, {best.weights} weights, {best.score:.4f}{detail}",
+        f"  best       {chosen if best.epoch else 'none: no image was held out to be scored'}",
         *(f"  {kind:<10} {path}" for kind, path in end.files.items()),
     ]
 
@@ -269,10 +275,13 @@ def _data(facts: RunFacts) -> str:
 
 def _semi(recipe: Recipe, unlabelled: int) -> str:
     semi = recipe.semi
+    source = f"from {semi.threshold:g} by {semi.teacher} weights"
+    if semi.method == "soft":
+        source = f"labels of {semi.soft_teacher} from {semi.floor:g}, to the power of {semi.power:g}"
     ramp = f", rising over {semi.ramp_epochs} epochs" if semi.ramp_epochs else ""
     return (
-        f"{unlabelled} images, {semi.mu} beside each labelled one, {semi.method} from {semi.threshold:g} "
-        f"by {semi.teacher} weights, weight {semi.lambda_u:g}{ramp}"
+        f"{unlabelled} images, {semi.mu} beside each labelled one, {semi.method} {source}, "
+        f"weight {semi.lambda_u:g}{ramp}"
     )
 
 
@@ -305,12 +314,11 @@ def _averages(recipe: Recipe) -> str:
 
 def _best_by(recipe: Recipe) -> str:
     alpha = recipe.select.alpha
-    if recipe.select.metric == "f1":
-        score = "F1"
-    elif recipe.select.metric == "clean" or not recipe.robust.enabled:
-        score = "clean top-1"
-    else:
-        score = f"S = {alpha:g} clean + {1 - alpha:g} corrupted"
+    if not validates(recipe):
+        return "nothing: no image is held out"
+    score = metric.parse(recipe.select.metric).title
+    if recipe.select.metric == "combo":
+        score = f"S = {alpha:g} clean + {1 - alpha:g} corrupted" if recipe.robust.enabled else "clean top-1"
     stop = (
         f"patience {recipe.es.patience} of {recipe.es.min_delta:g} in {recipe.es.monitor}"
         if recipe.es.enabled

@@ -69,10 +69,9 @@ def find_resume_point(
         )
     done = ""
     if meta.finished and run.end_path.exists():
-        done = (
-            f"fold {run.fold}, seed {run.seed} of {run.exp} is finished ({meta.finished}): "
-            f"best epoch {meta.best['epoch']} with {meta.best['score']:.4f}; nothing to do"
-        )
+        score = meta.best["score"]  # None where no image was held out
+        best = "" if score is None else f": best epoch {meta.best['epoch']} with {score:.4f}"
+        done = f"fold {run.fold}, seed {run.seed} of {run.exp} is finished ({meta.finished}){best}; nothing to do"
     return ResumePoint(path, meta.finished, done)
 
 

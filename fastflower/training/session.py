@@ -14,12 +14,15 @@ from fastflower.core.runs import Run
 from fastflower.model.network import fitted
 from fastflower.recipe import Recipe, derived
 from fastflower.recipe.identity import identity as run_identity
-from fastflower.training import build, fold_data, ranks, record, resume
+from fastflower.training import build, fold_data, ranks, record, refit, resume
 
 
 def train(recipe: Recipe, advice: list[str]) -> None:
     """Train the folds of a checked recipe; `advice` are the lines of its check."""
     recipe, lines = fitted(recipe)
+    if derived.refits(recipe):
+        recipe, why = refit.settled(recipe)
+        lines = [*why, *lines]
     advice = [*lines, *advice]
     machine = ranks.prepare(recipe)
     stop = Stop()
@@ -48,16 +51,17 @@ def train_fold(
         console.write(point.done)
         return
     fold_data.verify(fold)
-    training = build.training(
-        recipe,
-        run,
-        fold=fold,
-        machine=machine,
-        stop=stop,
-        console=console,
-        identity=identity,
-        resuming=point is not None,
-    )
+    with ranks.network_may_not_fit(recipe, machine):
+        training = build.training(
+            recipe,
+            run,
+            fold=fold,
+            machine=machine,
+            stop=stop,
+            console=console,
+            identity=identity,
+            resuming=point is not None,
+        )
     try:
         if point is not None:
             resume.restore(

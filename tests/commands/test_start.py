@@ -29,6 +29,7 @@ RECIPE = (  # arguments of a command that takes a recipe, and a part of the line
     (["absent.yaml"], "no recipe"),
     (["a.yaml", "b.yaml"], "got 2 recipe files"),
 )
+RECIPES = (*RECIPE[:3], (["{demo}", "absent.yaml"], "no recipe"))  # of one that takes several
 REFUSED: dict[str, tuple[tuple[list[str], str], ...]] = {
     "convert": (
         *RECIPE,
@@ -42,18 +43,30 @@ REFUSED: dict[str, tuple[tuple[list[str], str], ...]] = {
         (["tta.hflip=true", "data.flips_keep_class=false"], "flips change the class"),
     ),
     "lrfind": (*RECIPE, ([], "folds.csv: no such file; run convert first")),
-    "evaluate": (*RECIPE, ([], "train first, or change ensembling.find_pattern")),
-    "ensemble": (*RECIPE, ([], "no results/results/default/scores.json")),
-    "export": (*RECIPE, ([], "no member in results/model/default matches")),
+    "evaluate": (*RECIPES, ([], "train first, or change ensembling.find_pattern")),
+    "ensemble": (
+        *RECIPES,
+        ([], "no results/results/default/scores.json"),
+        (
+            ["{demo}", "seed=1", "--save", "{scratch}"],
+            "--save and --predict are for the runs of one experiment",
+        ),
+    ),
+    "export": (
+        *RECIPES,
+        ([], "no member in results/model/default matches"),
+        (["{demo}", "{scratch}", "--members", "a.pth"], "--members names the members of all experiments"),
+    ),
     "report": (
         (["absent"], "no results/results/absent/scores.json"),
         (["a", "--format", "pdf"], "--format pdf"),
+        (["a", "seed=1"], "a is neither a recipe"),
     ),
     "campaign": (
         (["absent.yaml"], "no recipe"),
-        (["{recipe}", "optt.lr=1"], "unknown key optt"),
-        (["{recipe}", "opt.lr=[1e-3,fast]"], "must be a number or auto"),
-        ([], "got no recipe file"),
+        (["{demo}", "optt.lr=1"], "unknown key optt"),
+        (["{demo}", "opt.lr=[1e-3,fast]"], "must be a number or auto"),
+        ([], "got no recipe or experiment"),
     ),
     "demo": ((["words"], "no recipes/demo.yaml"),),
     "doctor": (),
@@ -109,7 +122,13 @@ def ends(command: str, runs: list[list[str]], repo: Path) -> tuple[list[tuple[in
 @pytest.mark.parametrize("command", REFUSED)
 def test_help_and_refusals_import_nothing_heavy(command: str, repo: Path) -> None:
     refused = [
-        ([argument.format(recipe=repo / "recipes/demo.yaml") for argument in arguments], text)
+        (
+            [
+                argument.format(**{name: repo / f"recipes/{name}.yaml" for name in ("demo", "scratch")})
+                for argument in arguments
+            ],
+            text,
+        )
         for arguments, text in REFUSED[command]
     ]
     helped = [[bench, "--help"] for bench in ("loader", "convert", "predict", "decoder", "fuzz")]

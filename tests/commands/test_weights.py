@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastflower import train, weights
+from fastflower.core import console
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.model import published
 from fastflower.model.backbones import build_backbone
@@ -102,7 +103,7 @@ def test_without_arguments_the_recipes_weights_are_listed(capsys: pytest.Capture
         f"  present   {there}",
         "vit_tiny_patch16_224  (c.yaml)",
         "  missing",
-        "next: python -m fastflower.weights vit_tiny_patch16_224",
+        f"next: {console.spelled('weights', ['vit_tiny_patch16_224'])}",
     ]
 
 

@@ -30,7 +30,10 @@ from fastflower.algorithms.fixmatch import FixMatch
 from fastflower.algorithms.mixing import MixUpCutMix
 from fastflower.bundle import gates, writer
 from fastflower.bundle.members import choose
+from fastflower.bundle.submission import class_texts
 from fastflower.callbacks.selection import Candidate, Selection
+from fastflower.campaign import rounds
+from fastflower.campaign.plan import parse_overrides
 from fastflower.core import checkpoint, runs, seeding
 from fastflower.core.errors import InputError
 from fastflower.core.records import to_plain
@@ -43,7 +46,7 @@ from fastflower.data.labels import read_labels
 from fastflower.data.loaders import train_images
 from fastflower.data.samplers import order
 from fastflower.data.transforms.augment import augment
-from fastflower.evaluation import acceptance, distillation, summary
+from fastflower.evaluation import acceptance, agreement, distillation, priors, soft_labels, summary, views
 from fastflower.model.embeddings import embedder
 from fastflower.model.losses import build_loss
 from fastflower.model.network import synchronise_norms, training_network
@@ -54,6 +57,7 @@ from fastflower.optim.schedules import Plateau, frozen_parts, lr_factor
 from fastflower.recipe import Recipe, checks, derived, load, schema, to_yaml
 from fastflower.recipe.derived import derive
 from fastflower.training import build, fold_data, ranks
+from fastflower.training.features import FrozenFeatures
 from fastflower.training.initial import load_initial
 from support import fake_members, toy_project
 
@@ -185,6 +189,19 @@ def unlabelled(recipe: Recipe) -> Any:
     return sha(state.batch["image"]), float(state.loss), fixmatch.row()
 
 
+def soft_targets(recipe: Recipe) -> Any:
+    """The soft labels of unlabelled images by the trained member."""
+    opened = fold_set.open_fold(recipe, 0)
+    return sha(soft_labels.soft_labels(recipe, opened, len(opened.classes)).targets)
+
+
+def rounds_planned(recipe: Recipe) -> Any:
+    """The experiments of a campaign's rounds."""
+    path = Path("observed.yaml")
+    path.write_text(to_yaml(recipe))
+    return [each.exp for each in rounds.plan_rounds([str(path)], parse_overrides([]))]
+
+
 def paired(recipe: Recipe) -> Any:
     """Training crops of pairs."""
     with BetonWriter(Path("pairs.beton"), 8, images_per_row=2) as writer:
@@ -234,6 +251,26 @@ def begun(recipe: Recipe) -> Any:
     return sha(*built.state_dict().values())
 
 
+def probed(recipe: Recipe) -> Any:
+    """The features that a head is trained on, and its logits before the first step."""
+    fold, device = fold_set.open_fold(recipe, 0), ranks.prepare(recipe)
+    seeding.seed_all(0)
+    built, spec, _ = training_network(recipe, len(fold.classes), images=fold.train.rows)
+    data = fold_data.loaders(
+        recipe,
+        derive(recipe, 1),
+        position=fold_data.Position(),
+        fold=fold,
+        interpolation="bicubic",
+        machine=device,
+    )
+    FrozenFeatures(recipe, network=built, spec=spec, machine=device, say=print).use(data, fold)
+    rows = np.arange(8)
+    return sha(data.train.features(rows, rows.astype(np.uint64))), sha(
+        built.eval()(data.evaluation["clean"].features(rows))
+    )
+
+
 def resumed(recipe: Recipe) -> Any:
     """The result of training where a run of one epoch has ended: an exit code or an error message."""
     Path("observed.yaml").write_text(to_yaml(recipe))
@@ -265,7 +302,7 @@ def judged(recipe: Recipe) -> Any:
     seen = []
     for epoch, (clean, corrupted) in enumerate(course, 1):
         verdict = selection.update(
-            epoch, int(epoch > 3), {"raw": Candidate(clean, corrupted, clean, f1=clean, val_loss=1 / epoch)}
+            epoch, int(epoch > 3), {"raw": Candidate(clean, corrupted, clean, val_loss=1 / epoch)}
         )
         seen.append((verdict.new, verdict.stop, verdict.patience_left, selection.best))
     return seen
@@ -356,6 +393,7 @@ def combined(recipe: Recipe) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         member = fake_members.member(0)
         patch.setattr(summary, "load_member_logits", lambda folder: [member])
+        patch.setattr(agreement, "check_recipe", lambda recipe, members: None)
         patch.setattr(ensemble, "read_folds", lambda path: types.SimpleNamespace(fold=fake_members.folds()))
         out = io.StringIO()
         path = Path("observed.yaml")
@@ -390,12 +428,27 @@ def bundled(recipe: Recipe) -> Any:
         return json.dumps(to_plain(manifest)), (folder / "weights_0.safetensors").stat().st_size
 
 
+def labelled(recipe: Recipe) -> Any:
+    """The texts of two classes in a submission, or the refusal where they have no names."""
+    return notes_and_result(lambda: class_texts(recipe, ["7", "12"]))
+
+
 def exported(recipe: Recipe) -> Any:
     """The names of the gates that fail in export."""
     path = Path("observed.yaml")
     path.write_text(to_yaml(recipe))
     _, refusal = notes_and_result(lambda: export.main([str(path)]))
     return [gate.split(":")[0] for gate in str(refusal).split("; ")]
+
+
+def kept_views(recipe: Recipe) -> Any:
+    """The views that export takes, or its refusal where evaluate has not measured them."""
+    return notes_and_result(lambda: to_plain(views.kept_views(recipe).tta.scales))
+
+
+def bundle_correction(recipe: Recipe) -> Any:
+    """The correction of probabilities in the bundle, or the refusal where evaluate has not measured it."""
+    return notes_and_result(lambda: priors.correction(recipe, ["0", "1", "2"]))
 
 
 def lost(recipe: Recipe) -> Any:
@@ -408,11 +461,13 @@ def lost(recipe: Recipe) -> Any:
 FIRST, SECOND = fake_members.BACKBONES
 HAND = f"ensembling.weighting=hand ensembling.weights={{{FIRST}: 1, {SECOND}: 1}}"
 ONE = " ".join(toy_project.ONE)
+FROZEN = f"{ONE} model.backbone=test_resnet model.pretrained=true model.freeze=backbone"
 MANY = "sched.cosine_epochs=12 data.size_epochs=[4,12]"
 MIXED = "reg.mix_prob=1 reg.mixup=0.5 reg.cutmix=0.5"
 SMALL = "data.home=new data.store=jpeg data.img_size=[16] data.size_epochs=auto tta.scales=[16]"
 GIVEN = "data.home=new data.split=given data.n_splits=2"
 EMBEDDED = "data.home=new data.root=twins data.group=embedding data.group_backbone=test_resnet"
+SOFT = "semi.method=soft semi.soft_teacher=tiny semi.floor=0 semi.enabled=true data.labels_per_class=3"
 SEMI = "semi.enabled=true semi.mu=3 semi.threshold=0 data.labels_per_class=3"
 CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "seed": (batches, "7", ""),
@@ -465,8 +520,10 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "aug.clahe_tiles": (batches, "2", "aug.clahe_p=1"),
     "aug.randaugment_n": (batches, "2", ""),
     "aug.randaugment_m": (batches, "25", "aug.randaugment_n=2"),
+    "aug.trivial_p": (batches, "1", ""),
     "aug.augmix_p": (batches, "1", ""),
     "aug.corrupt_p": (batches, "1", ""),
+    "aug.extra": (batches, "[support.own_transform:darker]", ""),
     "sampler.type": (drawn, "none", ""),
     "sampler.beta": (drawn, "0.9", ""),
     "sampler.oversample_cap": (drawn, "1", ""),
@@ -479,6 +536,14 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "model.head": (network, "arcface", ""),
     "model.margin": (objective, "0.1", "model.head=cosface"),
     "model.head_scale": (network, "8", "model.head=cosface"),
+    "model.mlp_width": (network, "64", "model.head=mlp"),
+    "model.knn_k": (probed, "3", f"{FROZEN} model.head=knn"),
+    "model.knn_temperature": (probed, "1", f"{FROZEN} model.head=knn"),
+    "model.freeze": (network, "backbone", "model.backbone=test_resnet"),
+    "model.frozen_views": (probed, "3", FROZEN),
+    "model.lora.rank": (network, "4", ""),
+    "model.lora.alpha": (begun, "1", "model.lora.rank=4"),
+    "model.lora.targets": (network, "[qkv]", "model.lora.rank=4"),
     "model.drop_rate": (network, "0.9", ""),
     "model.drop_path": (network, "0.9", ""),
     "model.grad_checkpointing": (network, "true", ""),
@@ -513,6 +578,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "train.compile": (arguments, "true", ""),
     "train.max_nonfinite": (trained, "2", f"{ONE} opt.lr=1e30"),
     "train.save_every": (plan, "7ba", ""),
+    "train.refit_epochs": (plan, "2", "data.fold=none train.refit_epochs=1"),
     "train.keep_every": (trained, "1", ONE),
     "train.extend": (resumed, "true", f"{ONE} sched.cosine_epochs=2"),
     "sched.name": (plan, "none", ""),
@@ -541,6 +607,10 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "reg.erase_p": (batches, "1", ""),
     "semi.enabled": (batches, "true", "semi.mu=1 data.labels_per_class=3"),
     "semi.method": (unlabelled, "pseudo", SEMI),
+    "semi.soft_teacher": (plan, "other", "semi.method=soft " + SEMI),
+    "semi.power": (soft_targets, "3", SOFT),
+    "semi.floor": (soft_targets, "0.99", SOFT),
+    "semi.rounds": (rounds_planned, "2", SEMI),
     "semi.threshold": (unlabelled, "1", SEMI),
     "semi.align": (unlabelled, "true", SEMI),
     "semi.mu": (batches, "2", SEMI),
@@ -559,6 +629,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "robust.enabled": (batches, "false", ""),
     "robust.kinds": (converted, "[jpeg]", "data.home=new"),
     "robust.level": (converted, "medium", "data.home=new"),
+    "robust.score": (batches, "one", ""),
     "es.enabled": (judged, "false", ""),
     "es.monitor": (judged, "val_loss", ""),
     "es.patience": (judged, "3", ""),
@@ -568,10 +639,15 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "select.alpha": (judged, "0.1", ""),
     "eval.resize_factor": (batches, "1.0", ""),
     "eval.batch": (batches, "3", ""),
+    "eval.every": (trained, "3", ""),
     "eval.ece_bins": (summed_up, "5", ""),
     "tta.scales": (bundled, "[32,48]", ""),
     "tta.rotations": (bundled, "[-10,10]", ""),
     "tta.shift": (bundled, "0.1", ""),
+    "tta.vflip": (bundled, "true", ""),
+    "tta.quarter_turns": (bundled, "true", ""),
+    "tta.crops": (bundled, "0.8", ""),
+    "tta.prune": (kept_views, "true", ""),
     "tta.reduce": (bundled, "vote", ""),
     "ensembling.average": (summed_up, "probabilities", ""),
     "tta.hflip": (bundled, "false", ""),
@@ -581,6 +657,8 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "ensembling.weights": (summed_up, f"{{{fake_members.BACKBONES[0]}: 3, {fake_members.BACKBONES[1]}: 1}}", HAND),
     "accept.clean_min": (accepted, "0.99", ""),
     "accept.corrupted_min": (accepted, "0.99", ""),
+    "accept.score": (accepted, "0.99", ""),
+    "accept.gain_min": (accepted, "0.01", ""),
     "accept.macro_drop_max": (accepted, "0.01", ""),
     "ts.enabled": (summed_up, "false", ""),
     "ts.fit_on": (summed_up, "combo", ""),
@@ -590,7 +668,11 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "bundle.dtype": (bundled, "fp32", ""),
     "bundle.half": (bundled, "none", ""),
     "bundle.max_loss": (lost, "0.5", ""),
+    "bundle.prior": (bundle_correction, "uniform", ""),
     "bundle.columns": (bundled, "two", ""),
+    "bundle.top_k": (bundled, "3", ""),
+    "bundle.separator": (bundled, ";", ""),
+    "bundle.labels": (labelled, "names", ""),
     "cudnn.deterministic": (machine, "false", ""),
     "cudnn.benchmark": (machine, "true", ""),
     "log.tensorboard": (trained, "true", ONE),

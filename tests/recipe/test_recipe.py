@@ -258,7 +258,7 @@ def test_commands_take_one_file_and_changes():
         ("base: mine.yaml\n", "form a circle"),
         ("base: mime.yaml\n", "did you mean"),
         ("lr: 1e-3\n", "unknown key lr; did you mean opt.lr?"),
-        ("opt:\n", "a section holds keys, as in opt.lr=1e-3"),
+        ("opt:\n", "opt is a section: it holds keys, as in opt.lr=1e-3"),
         ("seed: 1.5\n", "mine.yaml: seed = 1.5: must be a whole number"),
     ],
 )
@@ -317,9 +317,12 @@ def test_a_missing_recipe_names_the_nearest():
         ("data.img_size.0=3", "a change is written key=value"),
         ("opt.lrref=1", "unknown key opt.lrref; did you mean opt.lr_ref?"),
         ("patience=3", "did you mean"),
-        ("opt=3", "opt=3: a section holds keys, as in opt.lr=1e-3"),
+        ("learning_rate=1e-3", "unknown key learning_rate; did you mean opt.lr?"),
+        ("T_max=40", "unknown key T_max; did you mean sched.cosine_epochs?"),
+        ("use_semi_supervised=False", "did you mean semi.enabled?"),
+        ("opt=3", "opt=3: opt is a section: it holds keys, as in opt.lr=1e-3"),
         ("dta.root=x", "unknown key dta; did you mean data?"),
-        ("ops.lr=1", "unknown key ops; did you mean opt?"),
+        ("optt.lr=1", "unknown key optt; did you mean opt?"),
         ("opt.lr_ref=abc", "opt.lr_ref = abc: must be a number"),
         ("opt.lr=abc", "opt.lr = abc: must be a number or auto"),
         ("sampler.type=balanced", "sampler.type = balanced: must be one of none, weighted_en"),
@@ -430,7 +433,7 @@ def test_every_key_is_read_by_the_program(repo):
     defining = {repo / "fastflower/recipe" / name for name in ("schema.py", "load.py")}
     files = [path for path in (repo / "fastflower").rglob("*.py") if path not in defining]
     reads = set().union(*(_dotted_reads(path) for path in files))
-    names = {name if "." in name else f"recipe.{name}" for name in KEYS}
+    names = {".".join(f"recipe.{name}".split(".")[-2:]) for name in KEYS}
     assert sorted(names - reads - {"opt.clip_grad"}) == []
 
 

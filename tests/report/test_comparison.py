@@ -282,7 +282,7 @@ def test_the_markdown_report_has_the_ensembling_methods_of_the_page(compared: Co
         pytest.skip("the experiment has no ensemble.json")
     html = tables((data.folder / "report.html").read_text(encoding="utf-8"))["methods"]
     for row, cells in zip(rows, html, strict=True):
-        megabytes = cells[9] if cells[9] == "–" else f"{float(cells[9]):.0f}"
+        megabytes = cells[11] if cells[11] == "–" else f"{float(cells[11]):.0f}"
         assert row == [
             cells[0],
             f"{cells[1]} ({cells[2]})",
@@ -290,7 +290,7 @@ def test_the_markdown_report_has_the_ensembling_methods_of_the_page(compared: Co
             cells[4],
             cells[6],
             megabytes,
-            cells[10],
+            cells[12],
         ]
 
 

@@ -17,8 +17,10 @@ import pytest
 from lightgbm import LGBMClassifier
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
+from scipy.stats import binomtest
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 from fastflower.bundle import hand_in
 from fastflower.bundle.description import BundleDescription
@@ -97,7 +99,8 @@ def make_hand_in(folder: Path, names: list[str]) -> None:
     bundle = {
         "fastflower": "0", "class_ids": IDS, "class_hash": "c0ffee", "prior": [1 / 6] * 6, "columns": "three",
         "half": "gpu", "temperature": 1.25, "hflip": True, "reduce": "mean", "space": "logits", "pairs": None,
-        "tolerance": 1e-4, "pixel_tolerance": 0, "crops": [crop], "programs": [], "members": entries,
+        "tolerance": 1e-4, "pixel_tolerance": 0, "crops": [crop], "programs": [], "members": entries, "labels": IDS,
+        "top_k": 5, "separator": " ",
     }  # fmt: skip
     write_record(runs.BUNDLE / "bundle.json", from_plain(BundleDescription, bundle))
     gates = [
@@ -786,6 +789,24 @@ def fitted(name: str, stack: np.ndarray, y: np.ndarray) -> Any:
             bag.append(int(np.argmin(losses)))
         w = np.bincount(bag, minlength=runs_) / len(bag)
         return w, lambda z: logits(w, 1.0, z)
+    if name == "hill climbing":  # 40 rounds on four fifths, cut where the last fifth's log loss is lowest
+        parts = min(5, int(np.bincount(y)[np.unique(y)].min()))
+        w = np.zeros(runs_)
+        for rest, held_out in StratifiedKFold(max(2, parts), shuffle=True, random_state=0).split(y, y):
+            bag = []
+            for _ in range(40):
+                losses = [
+                    nll(softmax(stack[[*bag, m]][:, rest].mean(0), axis=1), y[rest]) for m in range(runs_)
+                ]
+                bag.append(int(np.argmin(np.round(losses, 9))))
+            cuts = [
+                nll(softmax(stack[bag[:k]][:, held_out].mean(0), axis=1), y[held_out])
+                for k in range(1, len(bag) + 1)
+            ]
+            cut = int(np.argmin(np.round(cuts, 9))) + 1
+            w += np.bincount(bag[:cut], minlength=runs_) / cut
+        w /= w.sum()
+        return w, lambda z: logits(w, 1.0, z)
     model: Any = LogisticRegression(C=0.01, max_iter=100)
     if name == "LightGBM stacking":
         model = LGBMClassifier(
@@ -802,6 +823,30 @@ def fitted(name: str, stack: np.ndarray, y: np.ndarray) -> Any:
     return None, predicted
 
 
+def rank_mean(z: np.ndarray) -> np.ndarray:
+    """Probabilities (N, C): each class's mean sorted ones, in the order of the mean ranks over the runs."""
+    probs = softmax(z, axis=2)
+    n, fused = z.shape[1], np.empty(z.shape[1:])
+
+    def places(values: np.ndarray) -> np.ndarray:
+        return np.array([(values < x).sum() + ((values == x).sum() - 1) / 2 for x in values])
+
+    for c in range(z.shape[2]):
+        order = places(np.mean([places(own[:, c]) for own in probs], axis=0))
+        fused[:, c] = np.interp(order, np.arange(n), np.sort(probs[:, :, c], axis=1).mean(0))
+    return fused / fused.sum(1, keepdims=True)
+
+
+def paired(hit: np.ndarray, base: np.ndarray) -> list[str]:
+    """The interval of Agresti and Min, and p of McNemar's exact test, as the page shows them."""
+    gained, lost, n = (hit & ~base).sum(), (base & ~hit).sum(), len(hit) + 2
+    mean = (gained - lost) / n
+    half = 1.959964 * np.sqrt((gained + lost + 1) / n - mean**2) / np.sqrt(n)
+    p_value = binomtest(int(gained), int(gained + lost)).pvalue if gained + lost else 1.0
+    return [f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}", f"{p_value:.2g}"]
+
+
+@pytest.mark.filterwarnings("ignore:The least populated class")  # of a part's images
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")  # 100 steps suffice
 def test_methods_and_weights(page_of: Page) -> None:
     data = page_of.data
@@ -820,13 +865,16 @@ def test_methods_and_weights(page_of: Page) -> None:
     if len(sets) > 1:
         probs_by_method["mean of logits"] = softmax(stack.mean(0), axis=1)
         probs_by_method["mean of probabilities"] = softmax(stack, axis=2).mean(0)
-        fits = ["learned weights", "learned mixture", "greedy in budget"]
+        fits = ["learned weights", "learned mixture", "greedy in budget", "hill climbing"]
+        probs_by_method["mean of ranks"] = np.empty(stack.shape[1:])
+        for part in data.folds:
+            probs_by_method["mean of ranks"][fold == part] = rank_mean(stack[:, fold == part])
     if data.name == "example":
         probs_by_method["mean by backbone"] = probs_by_method["mean of logits"]  # two of each
         probs_by_method["hand-set weights"] = softmax(
             np.tensordot([0.375, 0.375, 0.125, 0.125], stack, axes=1), axis=1
         )
-    all_runs = sorted(set(probs_by_method) - {"best single"})
+    all_runs = sorted(set(probs_by_method) - {"best single", "mean of ranks"})
     for name in [*fits, *stackings]:
         probs_by_method[name] = np.empty(stack.shape[1:])
         for part in data.folds:
@@ -838,7 +886,10 @@ def test_methods_and_weights(page_of: Page) -> None:
         gains = [hit[fold == part].mean() - base[fold == part].mean() for part in data.folds]
         gain = hit.mean() - base.mean()
         assert shown[name][:2] == [p(hit.mean()), span(hit.sum(), len(y))], name
-        assert shown[name][5:8] == [f"{100 * v:+.2f}" for v in (gain, min(gains), max(gains))], name
+        assert [shown[name][i] for i in (5, 8, 9)] == [
+            f"{100 * v:+.2f}" for v in (gain, min(gains), max(gains))
+        ], name
+        assert shown[name][6:8] == (["–", "–"] if probs is None else paired(hit, base)), name
         if probs is not None:
             assert close(shown[name][2], metrics.f1_score(y, probs.argmax(1), average="macro")), name
             assert float(shown[name][3]) == pytest.approx(nll(probs, y), abs=0.0012), name
@@ -849,8 +900,9 @@ def test_methods_and_weights(page_of: Page) -> None:
         *((name, data.members) for name in all_runs),
     ):
         cost = [f"{sum(own['info'][key] for own in members):.1f}" for key in ("mb", "ms")]
-        assert shown[name][8:] == [*cost, "fits"], name
-    assert all(shown[name][8:] == ["–", "–", "no predictor"] for name in stackings)
+        assert shown[name][10:] == [*cost, "fits"], name
+    alone = [*stackings, *(["mean of ranks"] if len(sets) > 1 else [])]
+    assert all(shown[name][10:] == ["–", "–", "no predictor"] for name in alone)
     shown_text = text_of(page_of.section("ensemble"))
     assert f"{len(y)} images in {len(data.folds)} parts" in shown_text
     assert f"{p(min(single))} to {p(max(single))}%" in shown_text

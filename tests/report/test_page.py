@@ -30,12 +30,12 @@ from fastflower.evaluation.metrics import views_advice
 from fastflower.evaluation.records import ExperimentScores
 from fastflower.recipe import load
 from fastflower.recipe.run_record import Environment, write_recipe
-from fastflower.report import comparison, curves, experiment, page, thumbnails
+from fastflower.report import comparison, curves, experiment, page, scores_section, thumbnails
 from fastflower.report.__main__ import main, parse
 from fastflower.report.charts import Lines, over_epochs
 from fastflower.report.experiment import Experiment, read_experiment, rows_by_fold
 from fastflower.report.markdown_page import write
-from support.fake_members import BACKBONES, IDS, classes_csv, event, folds, member
+from support.fake_members import BACKBONES, IDS, classes_csv, event, folds, member, write_folds
 from support.reference_scores import wilson
 
 LARGEST = 10_000_000  # bytes of a page
@@ -168,8 +168,9 @@ def test_means_over_folds_and_missing_folds() -> None:
     values = [row.clean.top1 for row in rows]
     over = scores.runs[0].over_folds["clean.top1"]
     assert (over.mean, over.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert "Folds 0, 2 of 3 (79 images), the mean logits of 2 runs; fold 1 has no member" in page.basis(
-        scores
+    assert (
+        "Folds 0, 2 of 3 (79 images), the mean logits of 2 runs; fold 1 has no member"
+        in scores_section.basis(scores)
     )
     text = console.aligned(tables.score_table(scores))
     assert len({len(line.split("  ")[0]) for line in text.splitlines()}) and f"{values[0]:.4f}" in text
@@ -397,10 +398,38 @@ def test_temporary_files_of_a_killed_report_are_removed() -> None:
 
 def test_an_experiment_is_named_by_its_recipe_and_the_changes_to_it() -> None:
     Path("mine.yaml").write_text("seed: 1\n")
-    assert parse(["mine.yaml", "results/results/other", "mine.yaml"]) == (["mine", "other"], "html")
-    assert parse(["mine.yaml", "exp.name=named", "model.pretrained=false"]) == (["named"], "html")
+
+    def names(*words: str) -> list[str]:
+        return [asked.name for asked in parse(list(words))[0]]
+
+    assert names("mine.yaml", "results/results/other", "mine.yaml") == ["mine", "other"]
+    assert names("mine.yaml", "exp.name=named", "model.pretrained=false") == ["named"]
+    assert parse(["other", "--format", "md"])[1] == "md"
     with pytest.raises(InputError, match=r"unknown key exp.nam; did you mean exp.name"):
         parse(["mine.yaml", "exp.nam=x"])
+
+
+def test_a_recipe_that_contradicts_the_scored_members_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_experiment()
+    fitting = ["example", f"model.backbone={BACKBONES[0]}", "data.img_size=32"]
+    for change, pattern in (
+        ("model.backbone=resnet18", "model.backbone = resnet18, but the members of example are of"),
+        ("model.head=arcface", "model.head = arcface, but best_combo__.* was trained with linear"),
+        ("data.img_size=64", r"data.img_size = 64, but .* was trained with \[32, 32\]"),
+    ):
+        with pytest.raises(InputError, match=pattern):
+            main([*fitting, change])
+    write_folds(Path("data/folds.csv"), count=2)
+    with pytest.raises(
+        InputError, match=r"was trained with other folds \(\w+\) than data holds \(\w+\); point"
+    ):
+        main(fitting)
+    monkeypatch.delenv(console.NEXT, raising=False)
+    main([*fitting, "data.home=elsewhere"])
+    assert not (runs.RESULTS / "compare.html").exists()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("export example")
 
 
 def test_invalid_arguments_are_refused_in_one_line(

@@ -14,14 +14,14 @@ from fastflower.core.tables import write_csv
 from fastflower.evaluation import summary
 from fastflower.evaluation.logits import MemberLogits
 from fastflower.evaluation.records import ExperimentScores, Verdict
+from fastflower.evaluation.submissions import SubmissionScore
 from fastflower.recipe import Recipe, load
-from fastflower.report import dataset, hand_in, page
+from fastflower.report import dataset, hand_in, page, scores_section
 from fastflower.report import next_steps as steps
 from fastflower.report.dataset import DataFacts
 from fastflower.report.experiment import DuplicatePair, Experiment
-from fastflower.report.hand_in import SubmissionScore
 from fastflower.report.next_steps import next_steps
-from fastflower.report.verdict import verdict
+from fastflower.report.verdict import broken_runs, verdict
 from support.fake_members import BACKBONES, classes_csv, event, folds, member
 from support.reference_scores import wilson
 
@@ -85,7 +85,7 @@ def test_two_classes_are_compared_with_the_more_frequent_one() -> None:
     name = largest.name or largest.category_id
     assert f"; always answering “{name}” would reach {share}." in verdict(good)[0]
     assert f"which is not certain to be more than always answering “{name}” ({share})." in verdict(poor)[0]
-    overview = {row["name"]: row["value"] for row in page.overview(good.scores)}
+    overview = {row["name"]: row["value"] for row in scores_section.overview(good.scores)}
     assert "Clean top-5" not in overview  # of two classes it says nothing
     guess = np.concatenate([two_classes(fold, 4.0).logits.argmax(1) for fold in (0, 1, 2)])
     truth = np.concatenate([two_classes(fold, 4.0).class_idx for fold in (0, 1, 2)])
@@ -98,7 +98,7 @@ def test_two_classes_are_compared_with_the_more_frequent_one() -> None:
 def test_without_corrupted_images_nothing_is_claimed_about_them() -> None:
     shown = experiment([uncorrupted(fold) for fold in (0, 1, 2)])
     assert verdict(shown)[1].startswith("Nothing is known about disturbed images")
-    assert page.about_s(shown).startswith("S equals clean top-1")
+    assert scores_section.about_s(shown).startswith("S equals clean top-1")
     html = page.experiment_page(shown)
     assert 'id="robustness"' not in html and "Corrupted top-1" not in html
 
@@ -112,6 +112,14 @@ def test_pairs_are_called_pairs() -> None:
     recipe = load(None, ["data.form=pairs", "data.home=nowhere"])
     assert dataset.noun_of(recipe, shown.scores) == "pairs"
     assert dataset.noun_of(None, shown.scores) == "images"
+
+
+def test_an_epoch_without_scores_is_no_divergence() -> None:
+    rows = [event(epoch, 0) for epoch in (1, 2, 3)]
+    rows[1] |= {"val_loss": None, "score": None}
+    assert broken_runs(experiment(events=rows)) == []
+    rows[1] |= {"val_loss": None, "score": 0.0}
+    assert "not finite in epoch 2" in broken_runs(experiment(events=rows))[0]
 
 
 @pytest.mark.parametrize("kind", ["loss", "end"])

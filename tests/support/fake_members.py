@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def member(
     info = MemberInfo(
         name=name, checkpoint=name, seal=None, backbone=backbone, fold=fold, seed=seed, epoch=fold + 3, weights="ema",
         head="linear", stored=None, size=(32, 32), views=[(32, 32, False), (32, 32, True)], class_ids=IDS,
-        class_hash="c0ffee", folds_hash="f01d", mb=10.0, ms=2.0,
+        class_hash="c0ffee", folds_hash=drawn_folds().hash, mb=10.0, ms=2.0,
     )  # fmt: skip
     return Logits(
         logits=noisy(0.1),
@@ -69,21 +70,25 @@ def member(
     )
 
 
-def write_folds(path: Path, count: int = 3) -> None:
-    """Write folds.csv as convert does."""
+@functools.cache
+def drawn_folds(count: int = 3) -> Folds:
+    """The folds that convert would have made of the members' images."""
     column, class_idx = folds(count=count), labels()
     rows = len(column)
-    save_folds(
-        path,
-        Folds(
-            filenames=[f"image_{row}.jpg" for row in range(rows)],
-            category_ids=[IDS[c] for c in class_idx],
-            class_idx=class_idx,
-            fold=column,
-            group=np.arange(rows),
-            sha256=[f"{row:064x}" for row in range(rows)],
-        ),
+    return Folds(
+        filenames=[f"image_{row}.jpg" for row in range(rows)],
+        category_ids=[IDS[c] for c in class_idx],
+        class_idx=class_idx,
+        fold=column,
+        group=np.arange(rows),
+        sha256=[f"{row:064x}" for row in range(rows)],
     )
+
+
+def write_folds(path: Path, count: int = 3) -> None:
+    """Write folds.csv as convert does, in the place of an earlier one."""
+    path.unlink(missing_ok=True)
+    save_folds(path, drawn_folds(count))
 
 
 def classes_csv() -> list[dict[str, str]]:

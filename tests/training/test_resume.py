@@ -154,7 +154,7 @@ def shape(tree: Any) -> Any:
 
 def test_the_layout_of_last_is_the_one_that_its_number_stands_for(uncut):
     """When this test needs other keys, raise checkpoints.LAYOUT, so that an older `last` is refused and not misread."""
-    assert checkpoints.LAYOUT == uncut["last"].meta["layout"] == 2
+    assert checkpoints.LAYOUT == uncut["last"].meta["layout"] == 3
     more = uncut["last"].training_state
     assert set(more) == {"time", "optimizer", "scaler", "parts"} and set(more["optimizer"]) == {
         "state",
@@ -167,7 +167,7 @@ def test_the_layout_of_last_is_the_one_that_its_number_stands_for(uncut):
         "schedule": leaves(("factor", "best", "bad_epochs")),
         "scoring": {
             "selection": leaves(
-                ("reference", "idle", "stage", "macro_best", "s_before", "alarmed", "stopped", "bests")
+                ("reference", "idle", "stage", "macro_best", "s_before", "alarmed", "scored", "stopped", "bests")
             ),
             **leaves(("epoch", "flat", "best_flat", "score", "val_loss")),
         },
@@ -189,7 +189,7 @@ def test_a_last_of_an_older_layout_is_refused(project, monkeypatch):
     del old.meta["layout"], old.training_state["parts"]["scoring"]["val_loss"]
     checkpoint.save(path, old.tensors, old.meta, **old.training_state)
     with pytest.raises(
-        errors.InputError, match=r"has layout None, this version resumes layout 2; .* exp.name$"
+        errors.InputError, match=r"has layout None, this version resumes layout 3; .* exp.name$"
     ):
         toy_project.fit()
 

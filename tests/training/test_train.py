@@ -242,7 +242,7 @@ def test_a_run_of_nan_stops_with_advice(monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["data.fold=7"], r"data.fold = 7: must be all, or a number \(or list\) in 0..2"),
+        (["data.fold=7"], r"data.fold = 7: must be all, none, or a number \(or list\) in 0..2"),
         (["train.save_every=often"], "train.save_every = often: must be epochs such as 1ep"),
         (
             ["train.batch_per_gpu=64"],
