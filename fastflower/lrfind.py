@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     data = fold_data.open_data(recipe, fold)
     files.check_writable(runs.RESULTS / recipe.exp.name)
     with ranks.network_may_not_fit(recipe, machine):
-        rates, losses = build.lr_range_test(recipe, derived, fold=data, machine=machine)
+        rates, losses = build.lr_range_test(recipe, fold=data, machine=machine)
     if machine.rank == 0:
         run = Run(exp=recipe.exp.name, backbone=recipe.model.backbone, fold=fold, seed=recipe.seed)
         setting = report(recipe, derived, run=run, rates=rates, losses=losses)

@@ -1,4 +1,4 @@
-"""Builds a run from its recipe: data, network, optimizer, algorithms, callbacks, Composer's Trainer."""
+"""Builds a run from its recipe: network and data, optimizer, algorithms, callbacks, Composer's Trainer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Algorithm, Event, State
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflower.algorithms.augmentation import DeviceAugment
 from fastflower.algorithms.averaging import Ema, Swa
@@ -27,48 +25,35 @@ from fastflower.algorithms.lr_range import LrRangeTest
 from fastflower.algorithms.mixing import MixUpCutMix
 from fastflower.algorithms.soft_labels import SoftLabels
 from fastflower.algorithms.stages import StageSchedule
-from fastflower.bundle.program import try_export
 from fastflower.callbacks.checkpoints import CheckpointSaver, Stateful
-from fastflower.callbacks.progress import Progress, side
+from fastflower.callbacks.progress import Progress
 from fastflower.callbacks.recorder import Recorder
 from fastflower.callbacks.scoring import Scoring
 from fastflower.callbacks.stop import Stop
 from fastflower.callbacks.tensorboard_files import TensorBoard
 from fastflower.callbacks.trackers import trackers
 from fastflower.callbacks.trends import Trends
-from fastflower.core import seeding
 from fastflower.core.console import Console
-from fastflower.core.errors import InputError
 from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import FoldSet
-from fastflower.data.loaders import EvalLoader, TrainLoader
+from fastflower.data.loaders import EvalLoader
 from fastflower.data.transforms.augment import augment
-from fastflower.data.unlabelled import UnlabelledBatches, exclusion_notice
+from fastflower.data.unlabelled import UnlabelledBatches
 from fastflower.evaluation import distillation, soft_labels
-from fastflower.evaluation.views import sizes_of
 from fastflower.model.classifier import Classifier
 from fastflower.model.losses import build_loss
-from fastflower.model.network import (
-    Network,
-    NetworkSpec,
-    batch_norms,
-    synchronise_norms,
-    training_network,
-)
-from fastflower.optim.groups import Group, describe_groups, param_groups
+from fastflower.model.network import Network
+from fastflower.optim.groups import Group, describe_groups
 from fastflower.optim.optimizers import build_optimizer
 from fastflower.optim.schedules import plateau_monitor
 from fastflower.recipe import Recipe
-from fastflower.recipe.derived import Derived, derive, is_scored, parse_interval
+from fastflower.recipe.derived import is_scored, parse_interval
 from fastflower.recipe.run_record import ParameterGroup, RunNumbers
-from fastflower.recipe.starting_point import reasons
-from fastflower.training.features import FrozenFeatures, are_computed_once
-from fastflower.training.fold_data import Loaders, Position, class_counts, loaders
-from fastflower.training.initial import load_initial
+from fastflower.training.fold_data import Loaders
 from fastflower.training.memory import MemoryTrial
-from fastflower.training.ranks import TIMEOUT, Machine, on_rank_zero, one_may_fail
+from fastflower.training.prepared import Prepared, prepare
+from fastflower.training.ranks import TIMEOUT, Machine, one_may_fail
 from fastflower.training.record import RunFacts, member_meta
-from fastflower.training.samples import COLUMNS, save_samples
 from fastflower.training.trainer import FoldTrainer
 
 SWA_BATCHES = 50  # to re-estimate BatchNorm statistics
@@ -80,16 +65,22 @@ class Training:
 
     run: Run
     facts: RunFacts
-    spec: NetworkSpec
+    prepared: Prepared
     trainer: Trainer
     memory: MemoryTrial
-    network: nn.Module
-    data: Loaders
     components: dict[str, Stateful]  # what a resume restores, by the name in `last`
     scoring: Scoring
     recorder: Recorder
     saver: CheckpointSaver
     console: Console
+
+    @property
+    def network(self) -> Network:
+        return self.prepared.network
+
+    @property
+    def data(self) -> Loaders:
+        return self.prepared.data
 
     def close(self) -> None:
         """Stop threads and close files, after success or failure."""
@@ -108,25 +99,16 @@ def training(
     resuming: bool = False,
 ) -> Training:
     """Build one run; `identity` decides which checkpoints it may resume from. One that resumes needs no weights."""
-    derived, position, counts = derive(recipe, machine.world), Position(), class_counts(recipe, fold)
-    begins = not resuming or are_computed_once(recipe)  # features are of the weights that it began with
-    network, spec, notes = _network(recipe, counts, machine, fold=fold if begins else None)
-    on_rank_zero(lambda: _try_export(recipe, network, spec, images=fold.train.images_per_row))
-    notes += exclusion_notice(recipe, fold)
-    data = loaders(
-        recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
+    prepared = prepare(
+        recipe, fold=fold, machine=machine, say=console.write, begins=not resuming, hands_in=True
     )
-    frozen = _use_features(
-        recipe, data, fold=fold, network=network, spec=spec, machine=machine, say=console.write, notes=notes
-    )
-    groups = param_groups(network, derived.lr, recipe)
-    classifier = Classifier(network, build_loss(recipe, counts.tolist()))
+    network, derived, data = prepared.network, prepared.derived, prepared.data
+    groups = prepared.groups()
+    classifier = Classifier(network, build_loss(recipe, prepared.counts.tolist()))
     guard = GradientGuard(
         network, recipe.train.clip_grad, limit=recipe.train.max_nonfinite, warn=console.write
     )
-    averages = _averages(
-        recipe, derived, classifier=classifier, data=data, guard=guard, fill=spec.fill, stop=stop
-    )
+    averages = _averages(prepared, classifier, guard=guard, stop=stop)
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
     rows = {label: len(loader.rows) for label, loader in data.evaluation.items()}
     scoring = Scoring(recipe, derived, networks=networks.values, rows=rows, combos=data.combos)
@@ -141,16 +123,7 @@ def training(
             "train_loss": recorder.meter.mean("loss"),
         }[plateau_monitor(recipe)],
     )
-    semi_teacher = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
-    semi = (
-        {
-            "semi": _unlabelled_learning(
-                recipe, fold, counts, fill=spec.fill, teacher=semi_teacher, notes=notes
-            )
-        }
-        if recipe.semi.enabled
-        else {}
-    )
+    semi = _unlabelled_learning(prepared, averages)
     recorder = Recorder(
         run,
         derived,
@@ -162,61 +135,38 @@ def training(
     trends = Trends(recipe)
     progress = Progress(console, derived, recorder=recorder, scoring=scoring, trends=trends)
     components: dict[str, Stateful] = {
-        **averages,
-        "trends": trends,
-        "guard": guard,
-        "schedule": schedule,
-        "scoring": scoring,
-        "recorder": recorder,
-        "machine": machine,
-        **semi,
-        **frozen,
-    }
-    meta = functools.partial(member_meta, recipe, run, spec=spec, derived=derived, fold=fold, counts=counts)
-    every, keep = parse_interval(recipe.train.save_every), recipe.train.keep_every
+        **averages, "trends": trends, "guard": guard, "schedule": schedule, "scoring": scoring, "recorder": recorder,
+        "machine": machine, **semi, **({"features": prepared.features} if prepared.features else {}),
+    }  # fmt: skip
     saver = CheckpointSaver(
         run,
         networks,
         scoring=scoring,
         components=components,
-        meta=meta,
+        meta=functools.partial(
+            member_meta, recipe, run, spec=prepared.spec, derived=derived, fold=fold, counts=prepared.counts
+        ),
         identity=identity,
-        every=every,
+        every=parse_interval(recipe.train.save_every),
         stop=stop,
-        keep=keep,
+        keep=recipe.train.keep_every,
     )
     trainer = _trainer(
-        recipe, derived, machine=machine, fold=fold, spec=spec, classifier=classifier, data=data, groups=groups,
+        prepared, classifier, groups,
         algorithms=[*semi.values(), schedule, guard, *averages.values()],
         max_duration=f"{derived.epochs}ep",
-        eval_dataloader=[
-            _evaluator(label, loader, recipe, derived) for label, loader in data.evaluation.items()
-        ],
+        eval_dataloader=[_evaluator(label, loader, prepared) for label, loader in data.evaluation.items()],
         callbacks=[scoring, recorder, saver, progress],
         loggers=trackers(recipe, run),
         run_name=f"{run.exp}_{run.stem}",
         compile_config={"dynamic": False} if recipe.train.compile else None,
     )  # fmt: skip
-    position.state = trainer.state
-    facts = _facts(
-        run,
-        derived,
-        machine=machine,
-        network=network,
-        fold=fold,
-        data=data,
-        counts=counts,
-        groups=groups,
-        notes=notes,
-    )
     return Training(
         run=run,
-        facts=facts,
-        spec=spec,
+        facts=_facts(run, prepared, groups),
+        prepared=prepared,
         trainer=trainer,
         memory=_memory_trial(trainer, classifier, data),
-        network=network,
-        data=data,
         components=components,
         scoring=scoring,
         recorder=recorder,
@@ -225,25 +175,20 @@ def training(
     )
 
 
-def lr_range_test(
-    recipe: Recipe, derived: Derived, *, fold: FoldSet, machine: Machine
-) -> tuple[list[float], list[float]]:
+def lr_range_test(recipe: Recipe, *, fold: FoldSet, machine: Machine) -> tuple[list[float], list[float]]:
     """Learning rates tried and their losses, from a training of the recipe's network that writes no files."""
-    position, counts = Position(), class_counts(recipe, fold)
-    network, spec, _ = _network(recipe, counts, machine, fold=fold)
-    data = loaders(
-        recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
-    )
-    _use_features(recipe, data, fold=fold, network=network, spec=spec, machine=machine)
-    range_test = LrRangeTest(recipe, derived.lr)
-    classifier = Classifier(network, build_loss(recipe, counts.tolist()))
+    prepared = prepare(recipe, fold=fold, machine=machine)
+    network, data = prepared.network, prepared.data
+    range_test = LrRangeTest(recipe, prepared.derived.lr)
+    classifier = Classifier(network, build_loss(recipe, prepared.counts.tolist()))
+    guard = GradientGuard(network, recipe.train.clip_grad, limit=recipe.lrfind.steps + 1)
     trainer = _trainer(
-        recipe, derived, machine=machine, fold=fold, spec=spec, classifier=classifier, data=data,
-        groups=param_groups(network, derived.lr, recipe),
-        algorithms=[range_test, GradientGuard(network, recipe.train.clip_grad, limit=recipe.lrfind.steps + 1)],
+        prepared,
+        classifier,
+        prepared.groups(),
+        algorithms=[range_test, guard],
         max_duration=f"{recipe.lrfind.steps}ba",
-    )  # fmt: skip
-    position.state = trainer.state
+    )
     memory = _memory_trial(trainer, classifier, data)
     try:
         with one_may_fail(machine, memory):
@@ -254,51 +199,25 @@ def lr_range_test(
     return range_test.tried, range_test.losses
 
 
-def _use_features(
-    recipe: Recipe,
-    data: Loaders,
-    *,
-    fold: FoldSet,
-    network: Network,
-    spec: NetworkSpec,
-    machine: Machine,
-    say: Callable[[str], None] = print,
-    notes: list[str] | None = None,
-) -> dict[str, FrozenFeatures]:
-    """Let the loaders give the features of a frozen backbone, where they are computed once; adds a line to `notes`."""
-    if not are_computed_once(recipe):
-        return {}
-    features = FrozenFeatures(recipe, network=network, spec=spec, machine=machine, say=say)
-    line = features.use(data, fold)
-    if notes is not None:
-        notes.append(line)
-    return {"features": features}
-
-
 def _trainer(
-    recipe: Recipe,
-    derived: Derived,
-    *,
-    machine: Machine,
-    fold: FoldSet,
-    spec: NetworkSpec,
+    prepared: Prepared,
     classifier: Classifier,
-    data: Loaders,
     groups: list[Group],
+    *,
     algorithms: list[Algorithm],
     **options: Any,
 ) -> Trainer:
     """Composer's Trainer with all that a run and an lr range test share; augmentation runs before `algorithms`."""
-    return FoldTrainer(
+    recipe, derived, data, machine = prepared.recipe, prepared.derived, prepared.data, prepared.machine
+    classes = prepared.num_classes
+    trainer = FoldTrainer(
         model=classifier,
         train_dataloader=data.train,
         spin_dataloaders=False,  # on resume it would start and abandon an iterator for every past epoch
         algorithms=[
-            DeviceAugment(
-                recipe.aug, recipe.reg.erase_p, fill=spec.fill, pairs=fold.train.images_per_row == 2
-            ),
+            DeviceAugment(**prepared.augmentation),
             StageSchedule(recipe.seed, derived, data.train.steps),
-            MixUpCutMix(recipe, spec.num_classes, distillation.probabilities(recipe, fold, spec.num_classes)),
+            MixUpCutMix(recipe, classes, distillation.probabilities(recipe, prepared.fold, classes)),
             *algorithms,
         ],
         optimizers=build_optimizer(groups, recipe, machine.torch_device),
@@ -310,6 +229,8 @@ def _trainer(
         dist_timeout=TIMEOUT,
         **options,
     )
+    prepared.position.state = trainer.state
+    return trainer
 
 
 def _close(trainer: Trainer, data: Loaders) -> None:
@@ -333,50 +254,8 @@ def _memory_trial(trainer: Trainer, classifier: Classifier, data: Loaders) -> Me
     )
 
 
-def _network(
-    recipe: Recipe, counts: np.ndarray, machine: Machine, *, fold: FoldSet | None
-) -> tuple[Network, NetworkSpec, list[str]]:
-    """The recipe's network on this rank's device, initialised equally on all ranks, its spec and notes for people.
-
-    `counts` (C,) are the training images of each class. Without `fold`, for a run that resumes, the weights of
-    model.init are left out.
-    """
-    seeding.seed_all(recipe.seed)
-    network, spec, notes = training_network(recipe, len(counts), images=int(counts.sum()))
-    notes = [*reasons(recipe), *notes]
-    if recipe.model.init and fold is not None:
-        notes += load_initial(network, spec, recipe=recipe, fold=fold)
-    network, synchronised = synchronise_norms(
-        network, recipe, device=machine.torch_device, world_size=machine.world
-    )
-    network.to(machine.torch_device)
-    smallest = min(stage.batch_per_gpu for stage in derive(recipe, machine.world).stages)
-    if smallest == 1 and batch_norms(network) and not synchronised:
-        raise InputError(
-            f"a batch of 1 image: the BatchNorm layers of {recipe.model.backbone} need 2 or more; raise "
-            "train.batch_per_gpu (or train.stage_batch), or choose a backbone without BatchNorm"
-        )
-    return network, spec, notes + _norm_notes(network, synchronised, machine)
-
-
-def _try_export(recipe: Recipe, network: Network, spec: NetworkSpec, *, images: int) -> None:
-    """Refuse, before the training, a network that could not be handed in; a row of the data has `images` images."""
-    sizes = sizes_of(spec.size, spec.scales(recipe.tta.scales))
-    try_export(spec, network, [(height, images * width) for height, width in sizes])
-
-
-def _facts(
-    run: Run,
-    derived: Derived,
-    *,
-    machine: Machine,
-    network: nn.Module,
-    fold: FoldSet,
-    data: Loaders,
-    counts: np.ndarray,
-    groups: list[Group],
-    notes: list[str],
-) -> RunFacts:
+def _facts(run: Run, prepared: Prepared, groups: list[Group]) -> RunFacts:
+    derived, data, machine, fold = prepared.derived, prepared.data, prepared.machine, prepared.fold
     extras = data.train.extras
     numbers = RunNumbers(
         **vars(derived),
@@ -384,7 +263,7 @@ def _facts(
         steps=tuple(data.train.steps(stage.first - 1) for stage in derived.stages),
         precision=machine.precision,
         device=torch.cuda.get_device_name() if machine.device == "gpu" else "CPU",
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        parameters=sum(parameter.numel() for parameter in prepared.network.parameters()),
         groups=tuple(
             ParameterGroup(
                 name=group["name"],
@@ -395,64 +274,21 @@ def _facts(
             )
             for group in groups
         ),
-        class_counts=tuple(counts.tolist()),
+        class_counts=tuple(prepared.counts.tolist()),
         validation=fold.val.rows if fold.val else 0,
         unlabelled=len(extras.rows) if isinstance(extras, UnlabelledBatches) else 0,
         combos=tuple((kind, level) for kind, level in data.combos),
         determinism=machine.determinism(),
-        notes=tuple(notes),
+        notes=tuple(prepared.notes),
     )
     return RunFacts(run, numbers, classes=len(fold.classes), group_table=describe_groups(groups))
 
 
-def save_sample_pictures(recipe: Recipe, training: Training) -> None:
-    """Save pictures of epoch 0's first samples, samples_<run>.png, and samples_<run>_<size>.png for later sizes."""
-    if are_computed_once(recipe) and recipe.model.frozen_views == 1:
-        return  # nothing is augmented
-    run, stages = training.run, training.scoring.derived.stages
-    sizes = list(dict.fromkeys((stage.height, stage.width) for stage in stages))
-    for position, size in enumerate(sizes):
-        suffix = f"_{side(list(size))}" if position else ""
-        _save_sample_picture(recipe, training, size, run.results_dir / f"samples_{run.stem}{suffix}.png")
-
-
-def _save_sample_picture(recipe: Recipe, training: Training, size: tuple[int, int], path: Path) -> None:
-    """Save the picture of a size, through a separate loader that reads as a single rank would."""
-    train, spec = training.data.train, training.spec
-    extras = train.extras
-    if isinstance(extras, UnlabelledBatches):
-        extras = replace(extras, batch=lambda epoch: COLUMNS, size=lambda epoch: size, mu=1, rank=0, world=1)
-    loader = TrainLoader(
-        train.beton,
-        train.order,
-        seed=train.seed,
-        batch=lambda epoch: COLUMNS,
-        size=lambda epoch: size,
-        crop=train.crop,
-        extras=extras,
-    )
-    save_samples(
-        path,
-        recipe,
-        loader=loader,
-        num_classes=len(training.facts.numbers.class_counts),
-        interpolation=spec.interpolation,
-        fill=spec.fill,
-    )
-
-
 def _averages(
-    recipe: Recipe,
-    derived: Derived,
-    *,
-    classifier: Classifier,
-    data: Loaders,
-    guard: GradientGuard,
-    fill: tuple[float, ...],
-    stop: Stop,
+    prepared: Prepared, classifier: Classifier, *, guard: GradientGuard, stop: Stop
 ) -> dict[str, Any]:
     """The recipe's EMA and SWA; EMA is scored from the first epoch, SWA from its first average."""
-    network = classifier.network
+    recipe, network, epochs = prepared.recipe, classifier.network, prepared.derived.epochs
     averages: dict[str, Any] = {}
     if recipe.ema.enabled:
         averages["ema"] = Ema(
@@ -463,61 +299,37 @@ def _averages(
 
         def batches(state: State) -> Iterator[Tensor]:
             """The first SWA_BATCHES augmented batches of the epoch that has just ended."""
-            loader = copy.copy(data.train)
+            loader = copy.copy(prepared.data.train)
             loader.cursor = lambda: (state.timestamp.epoch.value - 1, 0)
             for batch in itertools.islice(loader, SWA_BATCHES):
-                pairs = data.train.beton.images_per_row == 2
-                yield augment(
-                    state.device.batch_to_device(batch["image"]),
-                    batch["key"],
-                    aug=recipe.aug,
-                    erase_p=recipe.reg.erase_p,
-                    fill=fill,
-                    pairs=pairs,
-                )
+                images = state.device.batch_to_device(batch["image"])
+                yield augment(images, batch["key"], **prepared.augmentation)
 
-        first = min(derived.epochs, math.floor(recipe.swa.start * derived.epochs) + 1)
+        first = min(epochs, math.floor(recipe.swa.start * epochs) + 1)
         averages["swa"] = Swa(
             network, first, shadows=classifier.shadows, batches=batches, stopping=stop.requested_on_any_rank
         )
     return averages
 
 
-def _unlabelled_learning(
-    recipe: Recipe,
-    fold: FoldSet,
-    counts: np.ndarray,
-    *,
-    fill: tuple[float, ...],
-    teacher: nn.Module | None,
-    notes: list[str],
-) -> FixMatch:
-    """The algorithm by which the run learns from unlabelled images; a line on its soft labels goes to `notes`."""
+def _unlabelled_learning(prepared: Prepared, averages: dict[str, Any]) -> dict[str, FixMatch]:
+    """The algorithm by which the run learns from unlabelled images, if any; adds a line on soft labels to the notes."""
+    recipe, counts, fill = prepared.recipe, prepared.counts.tolist(), prepared.spec.fill
+    if not recipe.semi.enabled:
+        return {}
     if recipe.semi.method != "soft":
-        return FixMatch(recipe, counts.tolist(), fill=fill, teacher=teacher)
-    labels = soft_labels.soft_labels(recipe, fold, len(counts))
-    notes.append(labels.line)
-    return SoftLabels(recipe, counts.tolist(), fill=fill, targets=labels.targets)
+        teacher = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
+        return {"semi": FixMatch(recipe, counts, fill=fill, teacher=teacher)}
+    labels = soft_labels.soft_labels(recipe, prepared.fold, prepared.num_classes)
+    prepared.notes.append(labels.line)
+    return {"semi": SoftLabels(recipe, counts, fill=fill, targets=labels.targets)}
 
 
-def _evaluator(label: str, loader: EvalLoader, recipe: Recipe, derived: Derived) -> Evaluator:
+def _evaluator(label: str, loader: EvalLoader, prepared: Prepared) -> Evaluator:
     """A Composer Evaluator that runs at the end of the epochs of eval.every; `Scoring` computes the metrics."""
 
     def due(state: State, event: Event) -> bool:
-        return event == Event.EPOCH_END and is_scored(recipe, derived, state.timestamp.epoch.value)
+        epoch = state.timestamp.epoch.value
+        return event == Event.EPOCH_END and is_scored(prepared.recipe, prepared.derived, epoch)
 
-    return Evaluator(
-        label=label,
-        dataloader=loader,
-        metric_names=[],
-        eval_interval=due,
-    )
-
-
-def _norm_notes(network: nn.Module, synchronised: int, machine: Machine) -> list[str]:
-    if synchronised:
-        return [f"{synchronised} BatchNorm layers are synchronised over the ranks"]
-    norms = len(batch_norms(network))
-    if norms and machine.world > 1:
-        return [f"{norms} BatchNorm layers keep each rank's own statistics; rank 0's are scored and saved"]
-    return []
+    return Evaluator(label=label, dataloader=loader, metric_names=[], eval_interval=due)

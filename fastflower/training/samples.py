@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fastflower.callbacks.progress import side
 from fastflower.core import files
+from fastflower.core.runs import Run
 from fastflower.data.loaders import TrainLoader, eval_images
 from fastflower.data.transforms import preview
 from fastflower.data.transforms.augment import augment
-from fastflower.data.unlabelled import strong_augmentation
+from fastflower.data.unlabelled import UnlabelledBatches, strong_augmentation
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import eval_factor
+from fastflower.training.prepared import Prepared
 
 COLUMNS = 8  # images in a row
 GAP = 4  # pixels between images
@@ -71,6 +75,41 @@ def grid(rows: dict[str, np.ndarray]) -> Image.Image:
         for column, image in enumerate(images):
             canvas.paste(Image.fromarray(image), (GAP + column * (width + GAP), top + BAND))
     return canvas
+
+
+def save_pictures(prepared: Prepared, run: Run) -> None:
+    """Save pictures of epoch 0's first samples, samples_<run>.png, and samples_<run>_<size>.png for later sizes."""
+    recipe = prepared.recipe
+    if prepared.features is not None and recipe.model.frozen_views == 1:
+        return  # nothing is augmented
+    sizes = dict.fromkeys((stage.height, stage.width) for stage in prepared.derived.stages)
+    for position, size in enumerate(sizes):
+        suffix = f"_{side(list(size))}" if position else ""
+        save_samples(
+            run.results_dir / f"samples_{run.stem}{suffix}.png",
+            recipe,
+            loader=_first_batch(prepared, size),
+            num_classes=prepared.num_classes,
+            interpolation=prepared.spec.interpolation,
+            fill=prepared.spec.fill,
+        )
+
+
+def _first_batch(prepared: Prepared, size: tuple[int, int]) -> TrainLoader:
+    """A separate loader of COLUMNS images of a size, which reads as a single rank would."""
+    train = prepared.data.train
+    extras = train.extras
+    if isinstance(extras, UnlabelledBatches):
+        extras = replace(extras, batch=lambda epoch: COLUMNS, size=lambda epoch: size, mu=1, rank=0, world=1)
+    return TrainLoader(
+        train.beton,
+        train.order,
+        seed=train.seed,
+        batch=lambda epoch: COLUMNS,
+        size=lambda epoch: size,
+        crop=train.crop,
+        extras=extras,
+    )
 
 
 def save_samples(

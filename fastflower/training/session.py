@@ -14,7 +14,7 @@ from fastflower.core.runs import Run
 from fastflower.model.network import fitted
 from fastflower.recipe import Recipe, derived
 from fastflower.recipe.identity import identity as run_identity
-from fastflower.training import build, fold_data, ranks, record, refit, resume
+from fastflower.training import build, fold_data, ranks, record, refit, resume, samples
 
 
 def train(recipe: Recipe, advice: list[str]) -> None:
@@ -109,7 +109,7 @@ def announce(recipe: Recipe, training: build.Training, *, machine: ranks.Machine
     if start.batch.value:
         say(f"  resuming after epoch {epoch}, step {step} of the next", "bold")
     else:
-        build.save_sample_pictures(recipe, training)
+        samples.save_pictures(training.prepared, training.run)
     say()
     row = {"event": "start", "from_epoch": epoch, "from_step": step, **training.scoring.derived.as_dict()}
     training.recorder.write(row)
