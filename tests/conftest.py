@@ -69,10 +69,12 @@ def code(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
         "bundles",
         "guard",
         "inputs",
+        "messages",
         "pictures",
         "priors",
         "programs",
         "networks",
+        "rows",
         "sample",
         "table",
     )

@@ -40,7 +40,7 @@ def test_a_picture_that_found_no_room_is_read_again(code, monkeypatch):
     table = code.table.Table([b"%d" % n for n in range(4)], IDS, prior=[1, 0, 0])
     predicted = [
         row
-        for rows, _ in code.predict.predict_rows(
+        for rows, _ in code.rows.predict_rows(
             Sums([]), code.inputs.Folder(b"."), table=table, threads=2, batch=2
         )
         for row in rows
@@ -54,7 +54,7 @@ def test_words_on_unreadable_pictures_fit_into_a_pipe(code, monkeypatch, capfd):
     table = code.table.Table(names, IDS, prior=[1, 0, 0])
     assert all(
         rows == []
-        for rows, _ in code.predict.predict_rows(
+        for rows, _ in code.rows.predict_rows(
             Sums([]), code.inputs.Folder(b"nowhere"), table=table, threads=2, batch=16
         )
     )
@@ -73,7 +73,7 @@ def test_batches_for_a_gpu_keep_rows_together(code, batch):
     table = code.table.Table([b"%d.png" % n for n in range(8)], IDS, prior=[0.2, 0.5, 0.3])
     ensemble = Sums(crop)
     sums = {}
-    for rows, logits in code.predict.predict_rows(
+    for rows, logits in code.rows.predict_rows(
         ensemble, code.inputs.Folder(b"some"), table=table, threads=2, batch=batch
     ):
         sums.update(zip(rows, logits.ravel().tolist(), strict=True))
@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(code, monkeypatch):
 
     monkeypatch.setattr(code.pictures, "prepare", prepare)
     table = code.table.Table([b"%d" % n for n in range(5000)], IDS, prior=[1, 0, 0])
-    for rows, _ in code.predict.predict_rows(
+    for rows, _ in code.rows.predict_rows(
         Sums([]), code.inputs.Folder(b"."), table=table, threads=2, batch=16
     ):
         waiting -= len(rows)
@@ -150,5 +150,5 @@ def test_little_memory_leaves_a_whole_table(exported):
 def test_a_clock_that_stands_still_stops_nothing(run, code, monkeypatch):
     """On Windows it does so for 16 ms at a time."""
     write_photographs(2)
-    monkeypatch.setattr(code.predict, "time", types.SimpleNamespace(monotonic=lambda: 1.0))
+    monkeypatch.setattr(code.rows, "time", types.SimpleNamespace(monotonic=lambda: 1.0))
     assert run()[0] == 0

@@ -58,8 +58,8 @@ def test_before_any_training_no_table_is_called_a_submission(run_without_network
 
 def test_the_first_estimate_of_time_is_not_that_of_warming_up(code, monkeypatch):
     clock = iter((0.0, 40.0, 41.0, 43.0, 44.0))  # loaded, the first row, and three more
-    monkeypatch.setattr(code.predict.time, "monotonic", lambda: next(clock))
-    speed = code.predict.Speed(0.0, 0)
+    monkeypatch.setattr(code.rows.time, "monotonic", lambda: next(clock))
+    speed = code.rows.Speed(0.0, 0)
     assert [speed.update(done) for done in (1, 2, 4, 5)] == [
         (True, False), (False, False), (False, True), (False, False)
     ]  # fmt: skip

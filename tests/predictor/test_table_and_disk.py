@@ -198,5 +198,5 @@ def test_control_characters_reach_neither_the_table_nor_the_console(code, capsys
     table.fill([0, 1, 2], np.eye(3) * 20)
     rows = table.text().decode().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == [r"\x1b[31mred", r"a\u202eb\x9b", "plain"]
-    code.predict.log("a \x1b[31m\r\n\x07 b")
+    code.messages.log("a \x1b[31m\r\n\x07 b")
     assert capsys.readouterr().out == "predict: a \\x1b[31m\\r\\n\\x07 b\n"
