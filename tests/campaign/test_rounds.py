@@ -23,7 +23,7 @@ from fastflower.evaluation import inference, soft_labels, summary
 from fastflower.model.member import save_member
 from fastflower.model.network import NetworkSpec, build_network
 from fastflower.recipe import checks, load
-from support import toy_project
+from support import forked, toy_project
 from support.member_metas import member_meta
 
 SHORT = [*toy_project.ONE, "robust.enabled=false", "data.labels_per_class=4", "semi.mu=2", "semi.floor=0.26"]
@@ -194,20 +194,14 @@ def test_a_campaign_trains_rounds_keeps_them_and_shows_their_gain(
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_rounds_on_two_ranks(project, capfd: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "tiny.yaml",
-        *SHORT,
-        "train.batch_per_gpu=4",
-        "semi.rounds=1",
-        "data.fold=0",
-        "--no-ray",
-        "-n",
-        "2",
-    ]
-    assert main(words) == 0
-    out = capfd.readouterr().out
-    assert "wrote" in out and "tiny-round1" in out
+def test_a_student_learns_on_two_ranks(project) -> None:
+    save_random(0)
+    words = [*SHORT, "semi.rounds=1", "data.fold=0", "train.batch_per_gpu=4", "train.world_size=2"]
+    teacher, student = rounds.plan_rounds(["tiny.yaml"], plan.parse_overrides(words))
+    assert teacher.exp == "tiny"
+    two = forked.training(*student.arguments[1:])
+    assert two.wait() == [0, 0], two.text()
+    assert "soft labels by 1 members of tiny that validated fold 0" in two.text()
     events = runs.read_events(runs.RESULTS / "tiny-round1" / "events.jsonl", [])
     epochs = [event for event in events if event.get("event") == "epoch"]
     assert epochs and 0 <= epochs[-1]["mask_rate"] <= 1 and epochs[-1]["unlabelled_loss"] > 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from fastflower.model.member import load_member
 from fastflower.recipe import checks, derived, load, parse_command
 from fastflower.recipe.run_record import RunEnd
 from fastflower.training import refit
-from support import toy_project
+from support import forked, toy_project
 
 NONE = ["tiny.yaml", "data.fold=none"]
 
@@ -84,11 +82,9 @@ def test_a_refit_trains_on_all_images_for_the_epochs_of_the_folds(
 def test_two_ranks_refit(tmp_path: Path) -> None:
     toy_project.project(tmp_path)
     convert.main(NONE)
-    words = [*NONE, "train.refit_epochs=2", "train.world_size=2", "train.batch_per_gpu=5", "-n", "2"]
-    two = subprocess.run(
-        [sys.executable, "-m", "fastflower.train", *words], capture_output=True, text=True, timeout=300
-    )
-    assert two.returncode == 0, two.stderr
+    words = [*NONE[1:], "train.refit_epochs=2", "train.world_size=2", "train.batch_per_gpu=5"]
+    two = forked.training(*words)
+    assert two.wait() == [0, 0], two.text()
     (path,) = toy_project.run_of(fold=3).checkpoints("refit")
     assert load_member(path).meta.epoch == 2
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from fastflower.core.records import read_record
 from fastflower.core.scores import softmax
 from fastflower.evaluation import summary
 from fastflower.evaluation.records import ExperimentScores
-from support import toy_project
+from support import forked, toy_project
 
 SUM = "select.metric=0.5*auc + 0.5*macro_f1"
 
@@ -81,9 +79,8 @@ def test_two_ranks_measure_what_one_does() -> None:
         "def first(probabilities, labels): return float(probabilities[0, labels[0]])\n"
     )
     words = ["select.metric=my_metrics:first + 0.1*kappa", *toy_project.ONE, "train.world_size=2"]
-    two = [sys.executable, "-m", "fastflower.train", "tiny.yaml", *words, "exp.name=two", "-n", "2"]
-    finished = subprocess.run(two, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
+    two = forked.training(*words, "exp.name=two")
+    assert two.wait() == [0, 0], two.text()
     member = toy_project.end(toy_project.run_of("two"))
     (end,) = [
         row for row in runs.read_events(toy_project.run_of("two").events_path, []) if row["event"] == "end"

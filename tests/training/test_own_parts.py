@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from fastflower.optim.optimizers import build_optimizer
 from fastflower.recipe import load
 from fastflower.recipe.derived import derive
 from fastflower.recipe.own import check_own, own_names
-from support import toy_project
+from support import forked, toy_project
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add_your_own.md"
 WORDS = [
@@ -120,12 +119,9 @@ def test_a_corruption_of_ones_own_is_converted_and_its_source_is_compared(tmp_pa
 @pytest.mark.slow
 def test_two_ranks_train_with_own_parts(tmp_path: Path) -> None:
     toy_project.project(tmp_path)
-    words = ["tiny.yaml", *WORDS, *toy_project.ONE, "train.world_size=2", "train.batch_per_gpu=5"]
-    two = subprocess.run(
-        [sys.executable, "-m", "fastflower.train", *words, "exp.name=two", "-n", "2"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
+    words = [*WORDS, *toy_project.ONE, "train.world_size=2", "train.batch_per_gpu=5"]
+    two = forked.training(*words, "exp.name=two")
+    assert two.wait() == [0, 0], two.text()
     rows = runs.read_events(toy_project.run_of("two").events_path, [])
     assert [row["event"] for row in rows] == ["start", "epoch", "end"]
 
