@@ -19,8 +19,8 @@ from support import toy_project
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="has a real GPU")]
 # the emulation turns each 0 into 1 on its way to Python, so a comparison of exported logits cannot pass
 WITHOUT_TRIAL = """
-from fastflower.training import build
-build.try_export = lambda *_: None
+from fastflower.training import prepared
+prepared.try_export = lambda *_: None
 """
 TRAIN = f"""
 from emu import *
