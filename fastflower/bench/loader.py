@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int | None:
         start = {
             "contender": "fastflower, start of both loaders",
             "size": args.size[0],
-            **starts(beton, args.size[0]),
+            **starts(beton, args.size[0], turns=min(3, args.rounds)),
             "refusal_s": refusals(),
         }
         print(

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 
-def starts(beton: Path, size: int, turns: int = 3) -> dict[str, float]:
+def starts(beton: Path, size: int, *, turns: int) -> dict[str, float]:
     """Medians of `turns` warm and cold starts; torch_s: seconds of the warm start that importing torch took."""
     _start(beton, size)
     warm = sorted((_start(beton, size) for _ in range(turns)), key=lambda start: start["both_s"])[turns // 2]

@@ -143,18 +143,24 @@ def check_writable(*folders: Path) -> None:
 def scratch_folder(purpose: str) -> Iterator[Path]:
     """Context manager: a new folder for temporary files of this process, deleted on exit.
 
-    First deletes those of this user's killed processes, or gigabytes would pile up in the system's temporary folder.
+    Deletes those of this user's killed processes, or gigabytes would pile up in the system's temporary folder: first,
+    and again on exit, when the processes that a killed one had started no longer write there.
     """
-    for folder in Path(tempfile.gettempdir()).glob(".fastflower-*.tmp"):
-        with suppress(OSError):  # another process has removed it
-            if is_abandoned(folder) and folder.lstat().st_uid == os.getuid():
-                remove(folder)
+    _remove_abandoned_scratch()
     ending = f".{os.getpid()}-{process_namespace()}.tmp"
     folder = Path(tempfile.mkdtemp(prefix=f".fastflower-{purpose}-", suffix=ending))
     try:
         yield folder
     finally:
         remove(folder)
+        _remove_abandoned_scratch()
+
+
+def _remove_abandoned_scratch() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(".fastflower-*.tmp"):
+        with suppress(OSError):  # another process has removed it
+            if is_abandoned(folder) and folder.lstat().st_uid == os.getuid():
+                remove(folder)
 
 
 @contextmanager

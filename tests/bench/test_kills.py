@@ -101,6 +101,16 @@ def test_contents_leave_out_times_and_nothing_else() -> None:
     ]
 
 
+def test_the_file_with_which_python_tests_a_folder_is_no_leftover(tmp_path: Path) -> None:
+    for name, content, ignored in (
+        ("e6_otzw6", b"blat", True),
+        ("e6_otzw6", b"a table", False),
+        ("soup", b"", False),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert kills._tests_a_folder(tmp_path / name) == ignored
+
+
 def test_unknown_commands_are_refused() -> None:
     with pytest.raises(InputError, match=r"--only trian: no such command; choose from convert, train"):
         kills.main(["--only", "trian"])

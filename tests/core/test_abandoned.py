@@ -44,6 +44,9 @@ def test_scratch_folders_of_killed_processes_are_removed_by_the_next_one(
         assert not abandoned.exists() and own.is_dir() and other.is_dir()
         assert own.stat().st_mode & 0o777 == 0o700
     assert sorted(system_folder.iterdir()) == sorted([of_living, of_container])
+    with scratch_folder("soup"):
+        late = left(gone)  # by a process that the killed one had started
+    assert not late.exists()
 
 
 def test_a_scratch_folder_of_a_killed_process_is_recognised(system_folder: Path) -> None:
