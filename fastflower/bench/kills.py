@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastflower.bench import final_content, tiny_project
+from fastflower.bench.forked import fork
 from fastflower.core import errors
 from fastflower.core.errors import InputError
 
@@ -169,7 +170,11 @@ class Kills:
         counts: Counter[str] = Counter(dict.fromkeys(COLUMNS[2:], 0))
         if unstable := final_content.differences(expected, final_content.contents(self.work)):
             self._blame(
-                victim, "two undisturbed runs", f"differ in {', '.join(unstable[:5])}", counts, "differs"
+                victim,
+                "two undisturbed runs",
+                text=f"differ in {', '.join(unstable[:5])}",
+                counts=counts,
+                kind="differs",
             )
         draw = random.Random(f"{self.seed}/{victim.name}")
         kills = [Kill(seconds=draw.uniform(0, ended.seconds)) for _ in range(moments)]
@@ -209,27 +214,35 @@ class Kills:
         repeated = self._run(victim)
         when = f"{kill.seconds:.2f} s" if not kill.change else f"change {kill.change}"
         if orphans := _end_children(self.own_children):
-            self._blame(victim, when, f"{orphans} processes outlive it", counts, "orphans")
+            self._blame(victim, when, text=f"{orphans} processes outlive it", counts=counts, kind="orphans")
         if repeated.code:
             kind = "hangs" if repeated.seconds > BOUND else "fails"
             self._blame(
-                victim, when, f"repeated, exits with {repeated.code}: {self._last_words()}", counts, kind
+                victim,
+                when,
+                text=f"repeated, exits with {repeated.code}: {self._last_words()}",
+                counts=counts,
+                kind=kind,
             )
             return
         left = final_content.leftovers(self.work) + [
             f"$TMPDIR/{path.name}" for path in self.temporary.iterdir() if not _tests_a_folder(path)
         ]
         if left:
-            self._blame(victim, when, f"left over: {', '.join(left[:5])}", counts, "left over")
+            self._blame(
+                victim, when, text=f"left over: {', '.join(left[:5])}", counts=counts, kind="left over"
+            )
         different = [
             name
             for name in final_content.differences(expected, final_content.contents(self.work))
             if not any(name.startswith(path) for path in left)
         ]
         if different:
-            self._blame(victim, when, f"differs in {', '.join(different[:5])}", counts, "differs")
+            self._blame(
+                victim, when, text=f"differs in {', '.join(different[:5])}", counts=counts, kind="differs"
+            )
 
-    def _blame(self, victim: Victim, when: str, text: str, counts: Counter[str], kind: str) -> None:
+    def _blame(self, victim: Victim, when: str, *, text: str, counts: Counter[str], kind: str) -> None:
         counts[kind] += 1
         print(f"{victim.name}, {when}: {text}", file=sys.stderr, flush=True)
 
@@ -278,33 +291,21 @@ class Kills:
 
     def _fork(self, victim: Victim, change: int, note: Path) -> int:
         """Fork a command from this process, which dies before the `change`-th change of a file; returns its id."""
-        sys.stdout.flush()
-        child = os.fork()
-        if child:
-            return child
-        code = 70
-        try:
-            handle = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            for stream in (1, 2):
-                os.dup2(handle, stream)
-            sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+
+        def work() -> None:
             os.chdir(self.work)
             os.environ.update(self._environment())
             tempfile.tempdir = None
             module = importlib.import_module(f"fastflower.{victim.command}")
             sys.argv = [str(module.__file__), *victim.arguments]
             changes = _count_changes(change)
-            errors.run_command(module.main)
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else 1
-            note.write_text(str(changes[0]))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            with contextlib.suppress(BaseException):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+            try:
+                errors.run_command(module.main)
+            except SystemExit:
+                note.write_text(str(changes[0]))
+                raise
+
+        return fork(work, self.said)
 
 
 def _tests_a_folder(path: Path) -> bool:

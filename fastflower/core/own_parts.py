@@ -56,7 +56,7 @@ def find(key: str, name: str) -> Callable[..., Any]:
 
 
 def call(key: str, name: str, *arguments: Any) -> Any:
-    """What the part returns; InputError for what it raises, as for any other fault of the user's module."""
+    """Call a part and return its result; InputError for whatever it raises, as for other faults of the module."""
     part = find(key, name)
     try:
         return part(*arguments)

@@ -188,7 +188,7 @@ def given_prior(recipe: Recipe, class_ids: list[str]) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Correction:
-    """What the predictor corrects by: source and target distribution (C,), or em; `effect` says what it changed."""
+    """The class distributions (C,) by which the predictor corrects; `effect` is their out-of-fold effect as text."""
 
     source: list[float]
     target: list[float] | Literal["em"]

@@ -122,7 +122,7 @@ class Effects:
         return self.known[key]
 
     def plain(self) -> np.ndarray:
-        """Those of the plain view at the trained size alone."""
+        """Hits and NLL of each image under the plain view at the trained size alone: float64 (2, N)."""
         return self._by_image([views.member.single for views in self.members])
 
     def ms(self, tta: Tta) -> float:

@@ -36,7 +36,7 @@ def build_optimizer(groups: list[Group], recipe: Recipe, device: torch.device) -
 
 
 def _own(name: str, groups: list[Group]) -> torch.optim.Optimizer:
-    """What the user's function returns for the groups, which the schedule finds again by their names."""
+    """The optimizer of the user's function; InputError unless it keeps the names by which schedules know the groups."""
     optimizer = own_parts.call("opt.name", name, groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
         what = f"returned {type(optimizer).__name__}, must return a torch.optim.Optimizer"

@@ -69,7 +69,7 @@ def content(experiments: Sequence[Experiment]) -> dict[str, Any]:
 
 
 def combination(names: Sequence[str]) -> EnsembleComparison | None:
-    """What `ensemble` found for the runs of exactly these experiments together; None when it has not, or is damaged."""
+    """The record of `ensemble` on the runs of exactly these experiments; None without one, or when it is damaged."""
     try:
         found = read_record(runs.COMBINATION, EnsembleComparison) if runs.COMBINATION.is_file() else None
     except InputError:  # of an earlier version or damaged: ensemble writes it anew

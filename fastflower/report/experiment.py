@@ -216,7 +216,7 @@ def _duplicates(recipe: Recipe, folds_hash: str, notes: list[str]) -> list[Dupli
 
 
 def _measured(folder: Path, kind: type[M], notes: list[str]) -> M | None:
-    """What evaluate measured beside the scores; None where it has not, a note when damaged."""
+    """A record that evaluate writes beside the scores; None without one; a damaged one is noted."""
     path = folder / kind.FILE
     try:
         return read_record(path, kind) if path.is_file() else None

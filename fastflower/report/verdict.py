@@ -78,7 +78,7 @@ def robustness(scores: ExperimentScores) -> str:
 
 
 def limits(experiment: Experiment) -> str:
-    """What most limits the first two sentences: a run that broke off, a missed threshold, the test set, or the n."""
+    """The strongest limit of the first two sentences: a broken run, a missed threshold, the test set, or the n."""
     scores = experiment.scores
     broken = broken_runs(experiment)
     if broken:

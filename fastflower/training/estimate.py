@@ -67,7 +67,7 @@ class Need:
 
     @property
     def advice(self) -> str:
-        """What happens or helps where the whole batch does not fit; empty where it does."""
+        """The remedy where the whole batch does not fit; empty where it does."""
         if not self.fits:
             return f"does not fit; {WAYS_OUT}"
         return (
@@ -182,7 +182,7 @@ def _from_scratch(recipe: Recipe) -> Recipe:
 
 
 def _batches(recipe: Recipe, rows: int, *, height: int, width: int) -> list[Tensor]:
-    """What lies on the GPU beside a microbatch: the step's images, Composer's copy of them, bytes of it and the next.
+    """Tensors on the GPU beside a microbatch: the step's images, Composer's copy of them, bytes of it and the next.
 
     The loader is ahead by two batches and the one that it copies.
     """

@@ -1,4 +1,4 @@
-"""What a training and a learning-rate range test begin with: the network on its device, the loaders of its fold."""
+"""The start of trainings and learning-rate range tests: the network on its device, the loaders of its fold."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from fastflower.data.device_copies import DeviceCopies
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What is asked of CUDA, in order, with the thread that asks; its streams are names."""
+    """A record of the calls to CUDA, in order, with their threads; its streams are names."""
     calls: list[tuple] = []
     now = threading.local()
 

@@ -32,7 +32,7 @@ def drawn(n: int, classes: np.ndarray, believed: np.ndarray, seed: int = 0) -> t
 
 
 def test_the_source_is_the_distribution_that_the_network_believes_in() -> None:
-    """Whether it was balanced by a sampler, or follows the images."""
+    """True if a sampler balanced it; otherwise it follows the images."""
     for believed in (UNIFORM, SKEWED, np.array([0.2, 0.2, 0.6])):
         log_p, labels = drawn(6000, SKEWED, believed)
         np.testing.assert_allclose(priors.source_prior(log_p, labels), believed, atol=0.04)
@@ -115,7 +115,7 @@ def test_tables_that_do_not_fit_are_refused(text: str, fault: str) -> None:
 
 
 def measured(**changes: object) -> priors.Priors:
-    """What evaluate has measured of the predictor's classes."""
+    """The record that evaluate writes of the predictor's classes."""
     fields = {
         "n": 9, "t": 1.5, "class_ids": IDS, "given": None, "source": SKEWED.tolist(), "labels": SKEWED.tolist(),
         "rows": [], **changes,

@@ -52,7 +52,7 @@ def test_neighbours_vote_by_their_distance_to_the_first_that_does_not() -> None:
 
 
 def test_a_rounding_error_turns_no_neighbour_around() -> None:
-    """Where the last of the neighbours changes, its weight is 0."""
+    """The weight of the last neighbour is 0 where it changes."""
     for side in (-1e-6, 1e-6):
         angles = torch.tensor([0.1, 0.3, 0.3 + side])
         head = neighbours(torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 1, 2]))
