@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     recipes = parse_several(options.recipe)
     for recipe in recipes:
         checks.check_scored(recipe, "ensemble")
+        checks.check_metric(recipe)
         check_own(recipe, ["select.metric"])
     first, several = recipes[0], len(recipes) > 1
     if several and (options.save or options.predict):

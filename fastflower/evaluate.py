@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     recipes = parse_several(argv)
     for recipe in recipes:
         checks.check_flips(recipe)
+        checks.check_views(recipe)
+        checks.check_metric(recipe)
         checks.check_scored(recipe, "evaluate")
         check_own(recipe, ["select.metric"])
     paths = [member_paths(recipe) for recipe in recipes]

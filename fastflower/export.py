@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     recipe, others = recipes[0], recipes[1:]
     for each in recipes:
         checks.check_flips(each)
+        checks.check_views(each)
     if others and options.members:
         raise InputError(
             f"--members names the members of all experiments; give one recipe or experiment, got {len(recipes)}"

@@ -48,6 +48,11 @@ def choose(recipe: Recipe, requested: list[Path], *, others: Sequence[Recipe] = 
     """
     recipes = [recipe, *others]
     check_shared_settings(recipes)
+    if others and recipe.bundle.prior != "train":
+        raise InputError(
+            f"bundle.prior = {recipe.bundle.prior}: evaluate measures it for one experiment; for several give "
+            "bundle.prior=train"
+        )
     if requested:
         paths = sorted(dict.fromkeys(requested))
         check_recipe(recipe, [Trained.of(path.name, read_meta(path)) for path in paths])

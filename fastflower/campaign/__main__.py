@@ -37,6 +37,10 @@ def main(argv: list[str]) -> int:
     ranks = options.n or default_ranks(load(options.recipes[0], overrides.fixed).train.world_size)
     planned = []
     if load(options.recipes[0], overrides.fixed).semi.rounds:
+        if options.trials:
+            raise InputError(
+                "got --trials with semi.rounds; a search trains no rounds of students; give one of them"
+            )
         planned = rounds.plan_rounds(options.recipes, overrides)
     if options.dry_run:
         for task in [task for each in planned for task in each.tasks] or plan.tasks(

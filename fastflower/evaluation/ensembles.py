@@ -393,6 +393,7 @@ def compare(
     weights = {
         name: dict(zip(names, fit().tolist(), strict=True)) for name, fit in fits.items() if name in table
     }
+    best = best_run(stack, labels, metric)
     rows: list[MethodScores] = []
     base: np.ndarray | None = None  # hits of the first method, the best single run
     for name, method in table.items():
@@ -401,7 +402,7 @@ def compare(
         base = hits if base is None else base
         gains = [float(hits[parts == part].mean() - base[parts == part].mean()) for part in np.unique(parts)]
         gain = float(hits.mean() - base.mean())
-        cost = hand_in_cost(name, weights.get(name), best=best_run(stack, labels, metric), budget=budget)
+        cost = hand_in_cost(name, weights.get(name), best=best, budget=budget)
         score = parse(metric).shown(clean_score(log_p, labels, metric))
         row = {**scores.scores(log_p, labels), "method": name, "gain": gain, "gains": gains, "score": score}
         row |= cost | {"over_best": to_plain(paired_gain(base, hits)) if rows else None}

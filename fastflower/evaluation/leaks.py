@@ -25,7 +25,8 @@ def measure(fused: Logits[LogitsInfo], folds: Folds, splits: int) -> Leak:
     honest = (fused.logits.argmax(1) == fused.class_idx).astype(np.float64)
     sizes = np.bincount(folds.group)
     copies = np.flatnonzero(sizes[folds.group[fused.index]] > 1)
-    mates = {row: np.flatnonzero(folds.group == folds.group[fused.index[row]]) for row in copies.tolist()}
+    by_group = np.split(np.argsort(folds.group, kind="stable"), np.cumsum(sizes)[:-1])
+    mates = {row: by_group[folds.group[fused.index[row]]] for row in copies.tolist()}
     with_leak, leaked = honest.copy(), 0.0
     if len(copies):
         with_leak[copies] = 0

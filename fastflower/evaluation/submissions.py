@@ -46,7 +46,12 @@ def read_predictions(path: Path, classes: Sequence[tuple[str, str]]) -> dict[str
         rows = list(csv.DictReader(file))
     odds = [column for column in (rows[0] if rows else {}) if column in ids and column != "category_id"]
     if len(odds) > 1:
-        return {row["filename"]: ids[max(odds, key=lambda column: float(row[column]))] for row in rows}
+        try:
+            return {row["filename"]: ids[max(odds, key=lambda column: float(row[column]))] for row in rows}
+        except KeyError:
+            raise InputError(f"{path}: no column filename; it has {', '.join(rows[0])}") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: a probability is no number ({error})") from None
 
     def first(cell: str) -> str:
         starts = [

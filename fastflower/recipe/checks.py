@@ -53,6 +53,8 @@ def check(recipe: Recipe) -> list[str]:
     parse_interval(recipe.train.save_every)
     _check_test_folder(recipe)
     check_flips(recipe)
+    check_views(recipe)
+    check_metric(recipe)
     _check_start(recipe)
     _check_frozen(recipe)
     _check_schedule(recipe)
@@ -97,6 +99,27 @@ def check_flips(recipe: Recipe) -> None:
         raise InputError(
             f"{on[0]} = {str(flips[on[0]]).lower()}: flips change the class of these images "
             f"(data.flips_keep_class=false); set {remedy}, or allow them by checks.allow_flips=true"
+        )
+
+
+def check_views(recipe: Recipe) -> None:
+    """Refuse views at test time that the images cannot have."""
+    if not recipe.tta.scales:
+        raise InputError("tta.scales is empty; give at least one image size")
+    oblong = next((size for size in image_sizes(recipe) if size[0] != size[1]), None)
+    if recipe.tta.quarter_turns and oblong:
+        raise InputError(
+            f"tta.quarter_turns=true turns square images, data.img_size has {oblong[0]} x {oblong[1]}; set it to "
+            "false, or use tta.rotations=[180]"
+        )
+
+
+def check_metric(recipe: Recipe) -> None:
+    """Refuse a metric of corrupted images where there are none."""
+    if metric.parse(recipe.select.metric).needs_corrupted and not recipe.robust.enabled:
+        raise InputError(
+            f"select.metric = {recipe.select.metric} needs corrupted images; set robust.enabled=true or leave "
+            "corrupted out of it"
         )
 
 
@@ -255,11 +278,6 @@ def _check_ranges(recipe: Recipe) -> None:
             f"eval.every = {recipe.eval.every}: sched.name=plateau follows the scores of each epoch; "
             "set it to 1 or auto"
         )
-    if metric.parse(recipe.select.metric).needs_corrupted and not recipe.robust.enabled:
-        raise InputError(
-            f"select.metric = {recipe.select.metric} needs corrupted images; set robust.enabled=true or leave "
-            "corrupted out of it"
-        )
     if recipe.robust.enabled and not recipe.robust.kinds:
         raise InputError(f"robust.kinds = {recipe.robust.kinds}: choose from {', '.join(CORRUPTIONS)}")
     if len(recipe.llrd.multipliers) < 2:
@@ -315,14 +333,6 @@ def _check_ranges(recipe: Recipe) -> None:
         raise InputError(
             f"{key} = greedy chooses by the mean of logits; with ensembling.average=probabilities use another, or "
             "ensembling.average=logits"
-        )
-    if not recipe.tta.scales:
-        raise InputError("tta.scales is empty; give at least one image size")
-    oblong = next((size for size in image_sizes(recipe) if size[0] != size[1]), None)
-    if recipe.tta.quarter_turns and oblong:
-        raise InputError(
-            f"tta.quarter_turns=true turns square images, data.img_size has {oblong[0]} x {oblong[1]}; set it to "
-            "false, or use tta.rotations=[180]"
         )
 
 

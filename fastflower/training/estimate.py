@@ -125,7 +125,9 @@ def _state_share(optimizer: torch.optim.Optimizer) -> float:
     """Bytes of state for a byte of parameters, by a step of the optimizer's twin on one small matrix."""
     probe = nn.Parameter(torch.zeros(16, 16, device="cpu"))
     probe.grad = torch.ones_like(probe)
-    twin = copy.copy(optimizer)
+    twin = copy.copy(optimizer)  # without the attributes that a class of the user's may add
+    twin.__dict__.update({name: value for name, value in vars(optimizer).items() if name not in vars(twin)})
+    twin.__dict__.pop("step", None)  # Composer's scheduler wraps the step of the original
     twin.state, twin.param_groups = defaultdict(dict), [{**optimizer.param_groups[0], "params": [probe]}]
     twin.step()
     tensors = [value for value in twin.state[probe].values() if isinstance(value, Tensor)]

@@ -23,7 +23,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from fastflower import __version__
-from fastflower.core import checkpoint, files, seeding
+from fastflower.core import checkpoint, files, own_parts, seeding
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
 from fastflower.data.betons.beton_file import Beton
@@ -136,6 +136,7 @@ class FrozenFeatures:
             settings = {
                 "view": number, "seed": recipe.seed, "size": size, "crop": asdict(crop), "aug": asdict(recipe.aug),
                 "erase_p": recipe.reg.erase_p,
+                "sources": [own_parts.source_digest("aug.extra", name) for name in recipe.aug.extra],
             }  # fmt: skip
             yield View(beton, rows, pixels, settings)
 
@@ -177,6 +178,9 @@ class FrozenFeatures:
             "libraries": [torch.__version__, timm.__version__],
             "device": self.machine.device,
             "backbone": self.spec.backbone,
+            "source": own_parts.source_digest("model.backbone", self.spec.backbone)
+            if own_parts.is_own(self.spec.backbone)
+            else "",
             "weights": self.weights,
             "mean": self.spec.mean,
             "std": self.spec.std,

@@ -576,6 +576,10 @@ def test_members_of_two_experiments_become_one_bundle():
         InputError, match=r"ensembling.weighting = learned: evaluate fits these weights for one"
     ):
         chosen("ensembling.weighting=learned")
+    with pytest.raises(
+        InputError, match=r"bundle.prior = em: evaluate measures it for one experiment; for several"
+    ):
+        chosen("bundle.prior=em")
     with pytest.raises(InputError, match=r"model.backbone = resnet18, but the members of b are of"):
         chosen(other="model.backbone=resnet18")
 

@@ -52,6 +52,7 @@ def test_each_round_learns_from_the_one_before(project) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--trials", "2"], r"got --trials with semi.rounds; a search trains no rounds"),
         (["opt.lr=[1e-3,2e-3]"], r"with lists of seed and model.backbone alone; got opt.lr"),
         (["data.labels_per_class=null"], r"semi.rounds = 1 learns from data.unlabelled or .* got neither"),
         (["data.labels_per_class=null", "data.unlabelled=a/b", "data.test=a"], r"one inside the other"),

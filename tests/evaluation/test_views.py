@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from fastflower import evaluate
+from fastflower import ensemble, evaluate, export
 from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
@@ -71,9 +71,15 @@ def test_flips_turns_and_crops_are_those_of_the_pixels() -> None:
 
 
 def test_views_of_oblong_images_are_not_turned() -> None:
-    words = ["data.img_size=[[32,64]]", "data.size_epochs=auto"]
+    words = ["data.img_size=[[32,64]]", "data.size_epochs=auto", "tta.quarter_turns=true"]
     with pytest.raises(InputError, match=r"tta.quarter_turns=true turns square images, .* has 32 x 64"):
-        checks.check(load(None, [*words, "tta.quarter_turns=true"]))
+        checks.check(load(None, words))
+    for command in (evaluate, export):
+        with pytest.raises(InputError, match=r"tta.quarter_turns=true turns square images, .* has 32 x 64"):
+            command.main(words)
+    for command in (evaluate, ensemble):
+        with pytest.raises(InputError, match=r"needs corrupted images; set robust.enabled=true"):
+            command.main(["select.metric=0.5*clean + 0.5*corrupted", "robust.enabled=false"])
     with pytest.raises(InputError, match=r"tta.vflip = true: flips change the class"):
         checks.check_flips(
             load(

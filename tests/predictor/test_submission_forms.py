@@ -101,6 +101,20 @@ def test_each_form_is_written_checked_and_scored(predicted: Callable, form: str)
     assert (found.right, found.missing) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("id,7,9\na.jpg,0.1,0.9\n", "s.csv: no column filename; it has id, 7, 9"),
+        ("filename,7,9\na.jpg,0.1,high\n", "s.csv: a probability is no number .*high"),
+        ("filename,7,9\na.jpg,0.1\n", "s.csv: a probability is no number"),
+    ],
+)
+def test_a_table_of_probabilities_that_cannot_be_read_is_one_line(text: str, said: str) -> None:
+    Path("s.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        submissions.read_predictions(Path("s.csv"), [("7", ""), ("9", "")])
+
+
 CHANGED = {
     "odds": [
         (lambda text: text.replace("012", "13"), "columns"),

@@ -147,3 +147,20 @@ def test_the_state_of_any_optimizer_is_counted(name: str, moments: int) -> None:
     kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     assert sum(v.nbytes for v in kept) == pytest.approx(moments * size, rel=0.01)
     assert estimate.missing_state(optimizer) == 0
+
+
+def test_an_optimizer_with_attributes_of_its_own_is_counted() -> None:
+    class Halved(torch.optim.SGD):
+        def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+            super().__init__(parameters, lr=0.1, momentum=0.9)
+            self.factor = 0.5
+
+        def step(self, closure: None = None) -> None:
+            self.param_groups[0]["lr"] *= self.factor
+            super().step(closure)
+
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = Halved([weight])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)  # wraps the step of this one
+    assert estimate.missing_state(optimizer) == weight.nbytes
+    assert bool((weight == 1).all()) and not optimizer.state
