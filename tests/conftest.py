@@ -7,8 +7,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the ranks of a test share few cores
 
 import importlib
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,22 @@ import torch
 from fastflower.core import seeding
 
 REPO = Path(__file__).resolve().parents[1]
+SCRATCH = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gather what tests and killed commands leave in the temporary folder, to remove it at the end."""
+    if hasattr(config, "workerinput"):
+        return  # a worker inherits the environment of the process that started it
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # failed tests' folders stay
+    config.stash[SCRATCH] = tempfile.mkdtemp(prefix="fft-")  # short: paths of sockets end at 107 characters
+    os.environ["TMPDIR"] = config.stash[SCRATCH]
+    tempfile.tempdir = None  # read TMPDIR anew
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SCRATCH in config.stash:
+        shutil.rmtree(config.stash[SCRATCH], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
