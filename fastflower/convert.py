@@ -1,11 +1,14 @@
-"""python -m fastflower.convert [recipe.yaml] [key=value ...]: converts labels and images to folds and betons.
+"""python -m fastflower.convert [recipe.yaml] [key=value ...] [--ray]: converts labels and images to folds and betons.
 
 Writes classes.csv, class_stats.csv and .png, folds.csv, duplicates.csv and betons/ below data.home. Files that are
-up to date are kept: folds.csv is written once, and a second run has nothing to do.
+up to date are kept: folds.csv is written once, and a second run has nothing to do. With --ray, the nodes of the Ray
+cluster at RAY_ADDRESS do the work; each must see this folder and the images under the same paths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastflower.core import console, errors
@@ -13,23 +16,30 @@ from fastflower.data.labels import check_columns, check_num_classes, describe, l
 from fastflower.recipe import Recipe, checks, own, parse_command
 
 if TYPE_CHECKING:
+    from fastflower.data.conversion.encode import Machine
     from fastflower.data.conversion.grouping import Embed
     from fastflower.data.conversion.pipeline import Converted
+
+RAY = "--ray"
 
 
 def main(argv: list[str]) -> int:
     """Convert, and print a summary."""
+    cluster = RAY in argv
+    argv = [word for word in argv if word != RAY]
     recipe = parse_command(argv)
     checks.check(recipe)
     own.check_own(recipe, ["robust.kinds"])
     table = read_labels(recipe)
     check_columns(recipe, len(table.classes))
-    for notice in (*table.notices, *check_num_classes(recipe, table), *label_warnings(table)):
+    aux = [line for column in table.aux for line in column.describe()]
+    for notice in (*table.notices, *check_num_classes(recipe, table), *label_warnings(table), *aux):
         print(f"note: {errors.one_line(notice)}")
     print(describe(table))
     from fastflower.data.conversion.pipeline import convert  # here: SciPy takes half a second, a refusal none
 
-    print(summary(recipe.data.home, convert(recipe, table, _embedder)))
+    machines = _cluster() if cluster else None
+    print(summary(recipe.data.home, convert(recipe, table, _embedder, cluster=machines)))
     console.print_next("train", argv)
     return 0
 
@@ -47,6 +57,18 @@ def summary(home: str, result: Converted) -> str:
         f"{result.bytes_on_disk / 1e6:.0f} MB in {home}/betons, {result.seconds:.1f} s"
     )
     return "\n".join(lines)
+
+
+@contextmanager
+def _cluster() -> Iterator[Machine]:
+    """Context manager: the nodes of a Ray cluster, with as many tasks at once as they have cores."""
+    from fastflower.core import ray_cluster
+    from fastflower.data.conversion.encode import Machine
+
+    with ray_cluster.joined(f"leave out {RAY}") as ray:
+        count = ray_cluster.cores(ray)
+        print(f"on Ray: {count} tasks at once; nodes: {len(ray_cluster.nodes(ray))}", flush=True)
+        yield Machine(count, ray_cluster.RayTasks(ray).map_ordered, shards=True)
 
 
 def _embedder(recipe: Recipe) -> Embed:

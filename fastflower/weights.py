@@ -4,9 +4,9 @@ Without arguments: the backbones of recipes/, and whether their weights are here
 timm's weights come from and under which licence; they are downloaded, checked, and put below
 results/model/pretrained_model/. HF_ENDPOINT=https://hf-mirror.com downloads from the mirror. Without a network: the
 addresses of the file and the path to put it at. With a file: converts a state dict, a checkpoint of timm's train.py or
-another program (.pth, .pt, .bin, .pth.tar), .safetensors, or a folder as the Hugging Face hub has it; nothing in it is
-run. A head is left out. Training also finds <backbone>.pth, .pt, .bin, <backbone>/model.safetensors and
-<backbone>/pytorch_model.bin there.
+another program (.pth, .pt, .bin, .pth.tar), .safetensors, or a folder as the Hugging Face hub or a contest entry has it
+(model/best_model.pth with config.json); nothing in it is run. A head is left out. Training also finds <backbone>.pth,
+.pt, .bin, <backbone>/model.safetensors and <backbone>/pytorch_model.bin there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     name = options.backbone
     if name.endswith((".yaml", ".yml")) or arguments.recorded_recipe(name).is_file():
         name = load(arguments.locate(name)).model.backbone
-    name = published_name(name)
+    backbone, name = name, published_name(name)
     if options.file is not None and not options.file.exists():
         raise InputError(f"{options.file}: no such file or folder; give a file of weights, or leave it out")
     check_architecture(name)
@@ -66,15 +66,15 @@ def main(argv: list[str]) -> None:
         fetch(name)
     else:
         convert_file(name, options.file, "ema" if options.ema else "raw" if options.raw else None)
-    print_next(published_name(options.backbone), name)
+    print_next(options.backbone, backbone)
 
 
-def print_next(given: str, name: str) -> None:
+def print_next(given: str, backbone: str) -> None:
     """Print the check of a training from these weights: of the recipe that was given, else of one that names them."""
-    if given == name:
-        users = (path for path in sorted(RECIPES.glob("*.yaml")) if load(path).model.backbone == name)
-        given = str(next(users, ""))
-    console.print_next("doctor", [given] if given else [f"model.backbone={name}"])
+    if given == backbone:
+        users = (path for path in sorted(RECIPES.glob("*.yaml")) if load(path).model.backbone == backbone)
+        given = str(next(users, f"model.backbone={backbone}"))
+    console.print_next("doctor", [given])
 
 
 def list_recipes() -> None:
@@ -83,7 +83,7 @@ def list_recipes() -> None:
     for path in sorted(RECIPES.glob("*.yaml")):
         recipe = load(path)
         if recipe.model.pretrained:
-            users.setdefault(recipe.model.backbone, []).append(path.name)
+            users.setdefault(published_name(recipe.model.backbone), []).append(path.name)
     if not users:
         raise InputError(
             f"no recipe in {RECIPES.resolve()} starts from weights; give a backbone: python -m fastflower.weights NAME"

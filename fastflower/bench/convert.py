@@ -28,7 +28,7 @@ from fastflower.bench.contenders import check_stock
 from fastflower.bench.pictures import photographs
 from fastflower.core.errors import InputError
 from fastflower.core.files import write_json
-from fastflower.data.betons.beton_file import BetonWriter
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.labels import read_labels
 from fastflower.recipe import load
 

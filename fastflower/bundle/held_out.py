@@ -14,7 +14,8 @@ from fastflower.bundle.description import BundleDescription, PairArrays
 from fastflower.core.errors import CorruptionError
 from fastflower.core.tables import escaped
 from fastflower.data.betons import fold_set
-from fastflower.data.betons.beton_file import RAW, Beton, BetonWriter, EncodedImage, open_beton
+from fastflower.data.betons.beton_file import RAW, Beton, EncodedImage, open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.conversion.encode import content_of
 from fastflower.data.folds import Folds
 from fastflower.data.readers import image_files, sources

@@ -26,7 +26,8 @@ from fastflower.core.errors import InputError
 from fastflower.core.launcher import gpu_count
 from fastflower.core.records import read_record
 from fastflower.core.tables import write_csv
-from fastflower.recipe import arguments, load
+from fastflower.recipe import Recipe, arguments, load
+from fastflower.recipe.derived import unscored_kind, validates
 from fastflower.recipe.run_record import RunNumbers, numbers_path
 
 
@@ -68,17 +69,24 @@ def run(
         search = Search(options.recipes, overrides, trials=options.trials, journal=journal)
     finished = Finished(ranks)
     parallel = can_run_parallel(ranks) if options.ray is None else options.ray
+    order: dict[plan.Task, int] = {}  # of the plan, in which trainings side by side do not end
+
+    def numbered(tasks: Iterable[plan.Task]) -> Iterator[plan.Task]:
+        for task in tasks:
+            order[task] = len(order)
+            yield task
 
     def train(tasks: Iterable[plan.Task]) -> Iterator[Result]:
         if parallel:
-            return cluster.run_on_ray(tasks, ranks, finished=finished, logs=table.parent / "campaign_logs")
-        return launch.run_sequentially(tasks, ranks, finished)
+            logs = table.parent / "campaign_logs"
+            return cluster.run_on_ray(numbered(tasks), ranks, finished=finished, logs=logs)
+        return launch.run_sequentially(numbered(tasks), ranks, finished)
 
     if planned:
         stream = rounds.run(planned, train)
     else:
         stream = train(search.tasks() if search else plan.tasks(options.recipes, overrides))
-    collected, completed = collect(stream, search, table)
+    collected, completed = collect(stream, search, order=order, table=table)
     print_summary(collected, search, table)
     if not completed:
         print("interrupted; run the same command again to continue")
@@ -88,7 +96,7 @@ def run(
         print_gains(rounds.gains(planned), table.with_name(rounds.FILE))
     names = list(dict.fromkeys(result.task.run.exp for result in collected))
     if collected and not failed:
-        console.print_next("evaluate", names)
+        print_next(load(options.recipes[0], overrides.fixed), names, in_rounds=bool(planned))
     return int(failed)
 
 
@@ -149,12 +157,15 @@ def can_run_parallel(ranks: int) -> bool:
     return gpu_count() >= 2 * ranks and importlib.util.find_spec("ray") is not None
 
 
-def collect(stream: Iterator[Result], search: Search | None, table: Path) -> tuple[list[Result], bool]:
-    """Results in the order they arrive, and False after Ctrl-C; the table is rewritten after each."""
+def collect(
+    stream: Iterator[Result], search: Search | None, *, order: dict[plan.Task, int], table: Path
+) -> tuple[list[Result], bool]:
+    """Results in the order of their tasks, and False after Ctrl-C; the table is rewritten after each result."""
     collected: list[Result] = []
     try:
         for result in stream:
             collected.append(result)
+            collected.sort(key=lambda item: order[item.task])
             if search:
                 search.record(result)
             rows = [results.row(item) for item in collected]
@@ -199,6 +210,17 @@ def print_gains(rows: list[dict[str, str]], path: Path) -> None:
     write_csv(path, rows)
     print("\n" + console.aligned([list(rows[0]), *(list(row.values()) for row in rows)]))
     print(f"wrote {path}; no validation image's label has reached a member that scores it")
+
+
+def print_next(recipe: Recipe, experiments: list[str], *, in_rounds: bool) -> None:
+    """Print the next command: rounds are evaluated already, and without held-out images nothing is scored."""
+    if in_rounds:
+        console.print_next("report", experiments)
+    elif validates(recipe):
+        console.print_next("evaluate", experiments)
+    else:
+        pattern = f"ensembling.find_pattern={unscored_kind(recipe)}__*.pth"
+        console.print_next("export", [*experiments, pattern])
 
 
 def validation_images(collected: list[Result]) -> int:

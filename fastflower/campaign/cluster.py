@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ from typing import Any
 from fastflower.campaign import launch
 from fastflower.campaign.launch import Finished, Result
 from fastflower.campaign.plan import Task
+from fastflower.core import ray_cluster
 from fastflower.core.errors import EnvironmentFault
+from fastflower.core.runs import Run
 
-ANSWER = 5.0  # seconds that a cluster has to accept a connection
 RETRIES = 2  # of a training whose node was lost; it resumes from its last checkpoint
 
 
@@ -24,29 +23,8 @@ def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: P
     Yields results as trainings end; each training writes its output to a file in `logs`. Every node must see the
     working directory under the same path. Uses the cluster of RAY_ADDRESS, else starts a local one until the end.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # tasks without GPUs keep CUDA_VISIBLE_DEVICES
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # its warnings surround our own line
-    check_address(os.environ.get("RAY_ADDRESS", ""))
-    try:
-        import ray
-    except ImportError:
-        raise EnvironmentFault(
-            "--ray needs Ray, which is not installed; pip install 'fastflower[cluster]'"
-        ) from None
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises many kinds: no cluster at the address, no ports, no shared memory
-        address = os.environ.get("RAY_ADDRESS")
-        remedy = f"unset RAY_ADDRESS={address} to start one here" if address else "use --no-ray"
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise EnvironmentFault(f"--ray: Ray does not start ({cause}); {remedy}") from None
-    try:
-        request, slots, threads = resources(
-            [node["Resources"] for node in ray.nodes() if node["Alive"]], ranks
-        )
+    with ray_cluster.joined("use --no-ray") as ray:
+        request, slots, threads = resources(ray_cluster.nodes(ray), ranks)
         print(f"on Ray: {slots} trainings at once, {ranks} {_unit(request)} each; logs in {logs}", flush=True)
         train = ray.remote(_train).options(max_retries=RETRIES, **request)
         waiting: dict[Any, Task] = {}
@@ -58,29 +36,12 @@ def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: P
             log = logs / f"{task.run.exp}__{task.run.stem}.log"
             command = launch.training_command(task, ranks)
             environment = launch.child_environment(threads)
-            waiting[train.remote(command, environment, str(log), os.getcwd())] = task
+            waiting[train.remote(task.run, command, environment, str(log), os.getcwd())] = task
             print(f"  queued {task.name}", flush=True)
             if len(waiting) >= slots:
                 yield _first(ray, waiting)
         while waiting:
             yield _first(ray, waiting)
-    finally:
-        ray.shutdown()
-
-
-def check_address(address: str) -> None:
-    """Raise EnvironmentFault when nothing listens at the address of a cluster: Ray itself tries for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
-    except (OSError, OverflowError) as error:
-        cause = getattr(error, "strerror", None) or str(error)
-        raise EnvironmentFault(
-            f"--ray: no Ray cluster at RAY_ADDRESS={address} ({cause}); start it there (ray start --head), unset "
-            "RAY_ADDRESS to start one here, or use --no-ray"
-        ) from None
 
 
 def resources(nodes: list[dict[str, float]], ranks: int) -> tuple[dict[str, float], int, int]:
@@ -109,9 +70,15 @@ def _unit(request: dict[str, float]) -> str:
     return "GPUs" if request["num_gpus"] else "cores"
 
 
-def _train(command: list[str], environment: dict[str, str], log: str, folder: str) -> tuple[int, str]:
-    """Run the training as a process on a node, with the GPUs that Ray assigned to it."""
+def _train(
+    run: Run, command: list[str], environment: dict[str, str], log: str, folder: str
+) -> tuple[int, str]:
+    """Run the training as a process on a node, with the GPUs that Ray assigned to it.
+
+    After the loss of a node that still saves, the training waits for its end.
+    """
     os.chdir(folder)
+    launch.await_end(run)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         environment = environment | {"CUDA_VISIBLE_DEVICES": visible}

@@ -139,7 +139,7 @@ def run_process(command: list[str], environment: dict[str, str], log: Path | Non
             stdout=target,
             stderr=subprocess.PIPE,
             start_new_session=True,  # gets Ctrl-C once, from this process: a second signal would stop its saving
-            preexec_fn=partial(die_with_parent, signal.SIGTERM),
+            preexec_fn=partial(die_with_parent, signal.SIGTERM, parent=os.getpid()),
         )
         reader = threading.Thread(target=_forward, args=(process.stderr, target, last_lines), daemon=True)
         reader.start()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+
+from fastflower.core.console import shortened
 
 TEXT, FAINT = "#1b1f23", "#d3d9df"
 SERIES = ("#0a6cc2", "#d1570c", "#12845a", "#a4368f", "#8a6d00", "#5b5fc7")
@@ -21,10 +26,40 @@ VARIABLES = {
     **{c: f"var(--s{i})" for i, c in enumerate(SERIES, 1)},
 }
 LEGEND_ROW = 0.19  # inches
+CJK = (  # usual families with Chinese letters, and the files that hold them
+    *(
+        ("Noto Sans CJK SC", "NotoSansCJK"),
+        ("Noto Sans CJK JP", "NotoSansCJK"),
+        ("Noto Sans SC", "NotoSansSC"),
+    ),
+    *(("Source Han Sans SC", "SourceHanSans"), ("Source Han Sans CN", "SourceHanSans")),
+    *(("WenQuanYi Micro Hei", "wqy-microhei"), ("WenQuanYi Zen Hei", "wqy-zenhei")),
+    *(("Droid Sans Fallback", "DroidSansFallback"), ("Microsoft YaHei", "msyh"), ("SimHei", "simhei")),
+    *(("PingFang SC", "PingFang"), ("Hiragino Sans GB", "Hiragino Sans GB"), ("Heiti TC", "STHeiti")),
+)
+
+
+def _cjk_families() -> list[str]:
+    """The families of CJK that are installed, also since matplotlib wrote its list of fonts; a sixth of a second."""
+    if not _known() & {family for family, _ in CJK}:
+        files = tuple(file for _, file in CJK)
+        for path in font_manager.findSystemFonts():
+            if Path(path).name.startswith(files):
+                with contextlib.suppress(OSError, RuntimeError):  # a file that is no font
+                    font_manager.fontManager.addfont(path)
+    return [family for family, _ in CJK if family in _known()]
+
+
+def _known() -> set[str]:
+    return {font.name for font in font_manager.fontManager.ttflist}
+
+
+FAMILIES = ("DejaVu Sans", *_cjk_families())  # letters that the first lacks are those of the next
 _DIGITS = re.compile(r"(\d+\.\d{2})\d+")
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "font.family": FAMILIES,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -106,15 +141,34 @@ def canvas(
 
 
 def axis_label(*names: str, longest: int = 18) -> str:
-    """The first of the names that the chart's font can draw, cut to `longest` characters; '?' for what it lacks."""
+    """The first of the names that the charts' fonts can draw, cut to `longest` columns; '?' for what they lack."""
     name = next((name for name in names if name and all(map(is_drawable, name))), names[-1])
+    missing = [letter for letter in "".join(names) if letter.isprintable() and not is_drawable(letter)]
+    if missing:
+        _say_missing(missing[0])
     text = "".join(letter if is_drawable(letter) else "?" for letter in name)
-    text = text if len(text) <= longest else text[: longest - 1] + "…"
-    return text.replace("$", r"\$")  # a pair of them would begin a formula
+    return shortened(text, longest).replace("$", r"\$")  # a pair of them would begin a formula
 
 
 @functools.cache
 def is_drawable(letter: str) -> bool:
-    """True if the charts' font has the letter; a page's SVG has the fonts of its reader, a PNG only this one."""
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    return letter.isprintable() and font.get_char_index(ord(letter)) != 0
+    """True if one of the charts' fonts has the letter; a page's SVG has the fonts of its reader, a PNG only these."""
+    return letter.isprintable() and any(font.get_char_index(ord(letter)) for font in _fonts())
+
+
+@functools.cache
+def _fonts() -> list[FT2Font]:
+    return [font_manager.get_font(font_manager.findfont(family)) for family in FAMILIES]
+
+
+_said: set[str] = set()
+
+
+def _say_missing(letter: str) -> None:
+    """Print once that class names are not drawn as they are, and what to install."""
+    if not _said:
+        print(
+            f"note: no font here has {letter} and other letters of the class names, so charts name classes by their "
+            "ids; fonts-noto-cjk (Debian, Ubuntu) has those of Chinese"
+        )
+    _said.add(letter)

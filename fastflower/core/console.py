@@ -8,13 +8,14 @@ import shlex
 import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 NEXT = "FASTFLOWER_NEXT"  # environment variable; 0: commands do not name the next one
-# what steers a terminal, or reverses the direction of text; not tab and line feed (twin of CONTROLS in code/table.py)
+# characters that steer a terminal or reverse text; not tab and line feed (twin of CONTROLS in code/table.py)
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
@@ -156,12 +157,26 @@ class Console:
 
 def aligned(rows: list[list[str]]) -> str:
     """Rows of text as aligned columns: the first left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    widths = [max(text_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        gaps = [" " * (width - text_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0] + gaps[0], *map(str.__add__, gaps[1:], row[1:])]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def text_width(text: str) -> int:
+    """The columns that a text takes, on a terminal or an axis: Chinese letters take two, accents to combine none."""
+    return sum(
+        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in text
+    )
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text cut to `longest` columns, with an ellipsis where it was longer."""
+    if text_width(text) <= longest:
+        return text
+    while text_width(text) > longest - 1:
+        text = text[:-1]
+    return f"{text}…"

@@ -133,7 +133,7 @@ class Member(TrainedModel):
 
 
 class Bundle(TrainedModel):
-    """A hand-in, or what evaluate wrote beside an experiment's members, run by the predictor itself."""
+    """A hand-in, or the programs that evaluate wrote beside an experiment's members, run by the predictor itself."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         code = predictor_code()

@@ -1,4 +1,4 @@
-"""Weights in the files that others write: state dicts, checkpoints of training programs, Hugging Face folders.
+"""Weights in the files that others write: state dicts, checkpoints of training programs, folders of a hub or contest.
 
 Nothing in a file is ever run: torch's restricted unpickler builds tensors and plain values, and everything else that
 a file names (the options of timm's train.py, NumPy numbers, settings of other libraries) becomes an empty `Inert`.
@@ -20,15 +20,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.model.lora import merged
+from fastflower.model.handed_in import handed_in
 from fastflower.model.pretrained import FOLDER_FILES
 
 Kind = Literal["raw", "ema"]
 WRAPPERS: dict[Kind, tuple[str, ...]] = {  # keys under which training programs keep the weights
     "raw": ("state_dict", "model_state_dict", "model", "module"),
-    "ema": ("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    "ema": ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model_state_dict", "ema"),
 }
 PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.")  # of DDP, compile, Lightning, ...
+CHECKPOINTS = (".pth", ".pt", ".pth.tar", ".safetensors")  # endings in the folder of a training program
+BEST = "best"  # in the name of a file that is preferred to others of its folder
 OLD_FORMAT = (
     "argparse.Namespace",
     "numpy.core.multiarray.scalar",
@@ -61,7 +63,7 @@ class Inert(dict):
 
 
 def read_weights(path: Path, kind: Kind | None = None) -> WeightFile:
-    """Read a file of weights, or a folder as the Hugging Face hub has it.
+    """Read a file of weights, a folder as the Hugging Face hub has it, or one with a checkpoint such as best_model.pth.
 
     Of a checkpoint with the raw and the averaged weights, `kind` says which. Raises InputError when it has to be said,
     or when there are none; CorruptionError for a damaged file.
@@ -108,7 +110,7 @@ def unpickle(path: Path) -> Any:
 
 
 def _check_beginning(path: Path) -> None:
-    """Refuse what browsers and git save in the place of weights."""
+    """Refuse web pages and git pointers that were saved in place of weights."""
     with open(path, "rb") as file:
         start = file.read(64).lstrip().lower()
     for mark, what in ((b"<", "a web page"), (b"version https://git-lfs", "a pointer of Git LFS")):
@@ -117,26 +119,36 @@ def _check_beginning(path: Path) -> None:
 
 
 def _read_folder(folder: Path, kind: Kind | None) -> WeightFile:
-    """The weights of a folder with model.safetensors or pytorch_model.bin, and the architecture in its config.json."""
+    """The weights of a folder, in a file named as hubs or training programs do, and the network in its config.json."""
     path = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
-    if path is None:
-        parts = sorted(folder.glob("*-00001-of-*"))
-        what = f"its weights are in parts ({parts[0].name}, ...)" if parts else "no weights in it"
-        raise InputError(f"{folder}: {what}; give a folder with {' or '.join(FOLDER_FILES)}, or a file")
+    path = path or _checkpoint_in(folder)
     file = read_weights(path, kind)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architecture = str(config.get("architecture", ""))
+        architecture = str(config.get("architecture") or config.get("model_type") or "")
     except (OSError, ValueError, AttributeError):  # the config only names the network; its tensors decide
         architecture = ""
     return WeightFile(path, file.tensors, file.key, architecture or file.architecture)
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The only checkpoint of a folder, or its only one that is called best; InputError for none or several."""
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(CHECKPOINTS) and path.is_file())
+    found = [path for path in found if BEST in path.name] or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"{folder}: has {', '.join(path.name for path in found)}; give one of these files")
+    parts = sorted(folder.glob("*-00001-of-*"))
+    what = f"its weights are in parts ({parts[0].name}, ...)" if parts else "no weights in it"
+    raise InputError(f"{folder}: {what}; give a folder with {' or '.join(FOLDER_FILES)} or a .pth, or a file")
 
 
 def _unwrap(path: Path, content: Any, kind: Kind | None) -> WeightFile:
     """The tensors within the dictionaries that training programs put around them."""
     key, architecture = "", ""
     if isinstance(content, dict) and "fastflower" in content and isinstance(content.get("tensors"), dict):
-        tensors = merged(content["tensors"])  # a member: its head is of its own classes
+        tensors = handed_in(content["tensors"])  # a member: its head is of its own classes
         content = {name: tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
     while isinstance(content, dict) and (inner := _choose(path, content, None if key else kind)):
         architecture = architecture or _architecture(content)

@@ -183,24 +183,52 @@ def test_a_failure_has_its_reason(tmp_path):
         launch.run_process(["./nothing"], {}, None)
 
 
-def test_a_training_gets_sigterm_when_its_campaign_dies(tmp_path):
-    """kill -9 of the campaign: the training gets SIGTERM, on which it saves."""
-    child = "import signal, time, pathlib\nsignal.signal(15, lambda *_: (pathlib.Path('told').touch(), exit(0)))\n"
-    child += "pathlib.Path('up').touch(); time.sleep(30)"
-    parent = "import sys\nfrom fastflower.campaign import launch\n"
-    parent += f"launch.run_process([sys.executable, '-c', {child!r}], {{}}, None)"
-    campaign = subprocess.Popen([sys.executable, "-c", parent])
+TRAINING = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path("told").touch(), exit(0)))
+pathlib.Path("up").touch()
+time.sleep(60)
+"""
+IN_TURN = """
+import sys
+from fastflower.campaign import launch
+launch.run_process([sys.executable, "training.py"], {}, None)
+"""
+ON_RAY = """
+import os, sys
+from fastflower.campaign import cluster
+from fastflower.core import ray_cluster
+from fastflower.core.runs import Run
+run = Run(exp="tiny", backbone="test_vit", fold=0, seed=42)
+with ray_cluster.joined("") as ray:
+    command = [sys.executable, "training.py"]
+    ray.get(ray.remote(cluster._train).remote(run, command, dict(os.environ), "log", os.getcwd()))
+"""
 
-    def wait(name: str) -> bool:
-        deadline = time.monotonic() + 60
-        while not Path(name).exists() and time.monotonic() < deadline:
+
+@pytest.mark.parametrize(
+    "campaign", [IN_TURN, pytest.param(ON_RAY, marks=pytest.mark.slow)], ids=["in turn", "on Ray"]
+)
+def test_a_training_gets_sigterm_when_its_campaign_dies(tmp_path, monkeypatch, campaign):
+    """kill -9 of the campaign: the training gets SIGTERM, on which it saves."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    Path("training.py").write_text(TRAINING)
+    process = subprocess.Popen([sys.executable, "-c", campaign])
+
+    def wait(name: str, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while (
+            not Path(name).exists()
+            and process.poll() in (None, -signal.SIGKILL)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         return Path(name).exists()
 
-    assert wait("up")
-    campaign.send_signal(signal.SIGKILL)
-    campaign.wait()
-    assert wait("told")
+    assert wait("up", 120)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert wait("told", 30)
 
 
 @pytest.fixture
@@ -330,6 +358,7 @@ def test_a_perfect_score_has_an_error_too(project):
     assert grid is not None and grid.error == pytest.approx(math.sqrt(300.5 * 0.5 / 301**3))
 
 
+@pytest.mark.slow
 def test_trainings_of_two_recipes_or_backbones_are_no_grid(project):
     Path("other.yaml").write_text("base: tiny.yaml\nexp: {name: other}\n")
     axes = ["opt.lr=[1e-4,1e-3]", "train.batch_per_gpu=[4,8]"]

@@ -248,3 +248,34 @@ def toy(tmp_path: Path) -> Path:
     from support.toy_project import project
 
     return project(tmp_path)
+
+
+def test_the_model_folder_of_another_contest_entry_is_read(state: dict[str, Tensor], capsys) -> None:
+    """As FloraAI has it: raw and averaged weights in best_model.pth, beside latest_checkpoint.pth and config.json."""
+    folder = Path("entry/model")
+    folder.mkdir(parents=True)
+    averaged = {name: tensor * 2 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    about = {
+        "epoch": 7,
+        "val_acc": 98.18,
+        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 5e-5}]},
+        "args": argparse.Namespace(model_type="test_resnet"),
+    }
+    torch.save({**about, "model_state_dict": state}, folder / "latest_checkpoint.pth")
+    torch.save(
+        {**about, "model_state_dict": state, "ema_model_state_dict": averaged}, folder / "best_model.pth"
+    )
+    config = {"model_type": "test_resnet", "num_classes": 100, "class_to_idx": {"164": 0, "1734": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=r"model_state_dict .* and ema_model_state_dict .*choose by --raw or --ema"
+    ):
+        weights.main([NAME, str(folder)])
+    weights.main([NAME, str(folder), "--ema"])
+    assert "taking ema_model_state_dict of entry/model/best_model.pth" in capsys.readouterr().out
+    check_loaded(state, 2.0)
+    with pytest.raises(InputError, match=r"best_model\.pth is of test_resnet, not of"):
+        weights.main(["test_vit", str(folder), "--ema"])
+    torch.save(state, folder / "best_model_v2.pth")
+    with pytest.raises(InputError, match=r"has best_model.pth, best_model_v2.pth; give one of these files"):
+        weights.main([NAME, str(folder), "--replace"])

@@ -39,6 +39,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["bundle", "results/model/s2"])
 def test_predictions_are_the_predictors(
     folder: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from fastflower.core import own_parts
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
 from fastflower.core.records import read_record
+from fastflower.data import auxiliary
+from fastflower.data.auxiliary import AuxColumn, AuxTargets
 from fastflower.data.betons.beton_file import Beton, open_beton
 from fastflower.data.betons.manifest import (
     NO_FOLD,
@@ -42,7 +44,7 @@ class FoldSet:
     """One fold, open and checked.
 
     val: None when every image trains. val_corrupt: None when the recipe scores no corruptions. unlabelled: None when it
-    does not learn from data.unlabelled.
+    does not learn from data.unlabelled. aux: the recorded columns of data.aux_cols.
     """
 
     folds: Folds
@@ -51,6 +53,14 @@ class FoldSet:
     val: Beton | None
     val_corrupt: Beton | None
     unlabelled: Beton | None = None
+    aux: tuple[AuxColumn, ...] = ()
+
+    @property
+    def aux_targets(self) -> AuxTargets | None:
+        """The auxiliary labels of the training and validation images; None without data.aux_cols."""
+        if not self.aux:
+            return None
+        return AuxTargets.of(self.aux, train=self.train.index, val=self.val.index if self.val else None)
 
     @property
     def held_out(self) -> Beton:
@@ -73,6 +83,8 @@ class FoldSet:
         }
         if self.unlabelled is not None:
             identity["unlabelled_hash"] = self.unlabelled.origin.inputs_hash
+        if self.aux:
+            identity["aux_hash"] = auxiliary.columns_hash(self.aux)
         return identity
 
 
@@ -156,6 +168,7 @@ def check_converted(recipe: Recipe) -> None:
     home = Path(recipe.data.home)
     folds = read_folds(home / "folds.csv")
     read_classes(home / "classes.csv")
+    auxiliary.recorded(recipe, folds.hash)
     for fold in derived.fold_numbers(recipe):
         _check_fold(home, fold, folds)
         path = beton_path(home, fold, "train")
@@ -179,8 +192,10 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
     folds = read_folds(home / "folds.csv")
     classes = read_classes(home / "classes.csv")
     hashes = {"folds_hash": folds.hash, "classes_hash": classes.hash}
+    aux = auxiliary.recorded(recipe, folds.hash)
     if sources.is_present(recipe):
         folds, table = load_folds(home, read_labels(recipe), recipe)
+        auxiliary.check_current(home, aux, table.aux)
         hashes |= {"labels_hash": table.hash, "inputs_hash": inputs_hash(home, table)}
     _check_fold(home, fold, folds)
     check_leaks(folds, fold)
@@ -202,6 +217,7 @@ def open_fold(recipe: Recipe, fold: int) -> FoldSet:
         val=betons.get("val"),
         val_corrupt=betons.get("val_corrupt"),
         unlabelled=unlabelled,
+        aux=aux,
     )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from fastflower.core import files, workers
 from fastflower.core.errors import EnvironmentFault
 from fastflower.data.betons import fold_set
-from fastflower.data.betons.beton_file import JPEG, RAW, BetonWriter, EncodedImage
+from fastflower.data.betons.beton_file import JPEG, RAW, EncodedImage
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.betons.manifest import Origin, StorageSettings, manifest_path
 from fastflower.data.conversion import encode
 from fastflower.data.folds import Folds
@@ -67,10 +68,10 @@ def write_betons(
     folds: Folds,
     spool: encode.Spool,
     spool_rows: np.ndarray,
-    processes: int,
+    machine: encode.Machine,
     meanwhile: Callable[[], object],
 ) -> None:
-    """Write the beton of each origin with worker processes; `meanwhile` runs in this process.
+    """Write the beton of each origin with the processes of `machine`; `meanwhile` runs in this process.
 
     spool_rows: int64 (N,), the spool's row of each row of folds. Corrupted copies are computed here: an image
     validates one fold, so each copy is computed once.
@@ -97,10 +98,10 @@ def write_betons(
     # longest tasks first, so that the workers finish together
     origins = sorted(origins, key=lambda origin: ("val_corrupt", "train", "val").index(origin.split))
     total = sum(len(rows_of(folds, origin)) * max(1, len(origin.combos)) for origin in origins)
-    for _ in workers.map_ordered(
+    for _ in machine.map_ordered(
         write,
         ((origin,) for origin in origins),
-        count=min(processes, len(origins)),
+        count=min(machine.processes, len(origins)),
         on_progress=workers.Progress("rows", total),
         meanwhile=meanwhile,
     ):

@@ -18,6 +18,8 @@ def class_chart(table: LabelTable) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from fastflower.core.charts import FAMILIES, axis_label
+
     rows = class_stats(table)
     order = np.argsort(-table.counts, kind="stable")
     counts = table.counts[order]
@@ -35,7 +37,8 @@ def class_chart(table: LabelTable) -> bytes:
     labelled = len(counts) <= MAX_LABELLED
     axes.set_xticks(np.arange(len(counts)) if labelled else [])
     if labelled:
-        axes.set_xticklabels(_ids(table, order), fontsize=8, rotation=90 if len(counts) > 20 else 0)
+        ids = [axis_label(table.classes.ids[k], longest=10) for k in order]
+        axes.set_xticklabels(ids, fontsize=8, rotation=90 if len(counts) > 20 else 0, family=FAMILIES)
     axes.set_xlabel("category_id" if labelled else "classes, largest first")
     axes.set_ylabel("images")
     axes.set_xlim(-0.7, len(counts) - 0.3)
@@ -45,9 +48,3 @@ def class_chart(table: LabelTable) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _ids(table: LabelTable, order: np.ndarray) -> list[str]:
-    """Ids cut to ten characters; '?' for text that the chart's font may lack."""
-    ids = (table.classes.ids[k] for k in order)
-    return [text[:10] if text.isascii() and "$" not in text else "?" for text in ids]

@@ -1,7 +1,8 @@
 """Encoding: each image is read, checked, decoded, hashed and encoded once, into spool files.
 
 Every worker process appends to its own spool file and returns offsets, not pixels, so memory stays flat and little
-crosses the pipe. The stored bytes depend on the image alone, never on the worker.
+crosses the pipe. On a cluster every shard of the rows has a file of its own, which appears when it is whole: a shard
+whose node was lost is encoded again. The stored bytes depend on the image alone, never on the worker.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32
 from PIL import Image
 
-from fastflower.core import workers
+from fastflower.core import files, workers
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.files import digest
 from fastflower.data.betons.beton_file import JPEG, RAW, EncodedImage
@@ -38,6 +40,8 @@ from fastflower.data.readers.jpeg_endings import completed
 from fastflower.data.readers.sources import Source
 
 CHUNK = 16  # rows a task: small enough for workers to finish together, large enough to hide the pipe
+SHARD = 1024  # most rows of a shard, the task of a cluster: seconds of work, and what a lost node costs
+SHARDS = 4  # least shards a core, so that the nodes finish together
 BLOB = np.dtype(
     [
         ("file", "u4"),
@@ -90,6 +94,9 @@ class Spool:
     def __post_init__(self) -> None:
         self._handles: dict[int, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": {}}  # a copy in another process opens the files itself
+
     def read(self, rows: np.ndarray, column: int) -> Iterator[list[EncodedImage]]:
         """Yield the encoded images of each row: one, or two for pairs."""
         for first in range(0, len(rows), CHUNK):  # tolist() by chunk: fast, and memory stays flat
@@ -121,6 +128,21 @@ class Spool:
         self._handles.clear()
 
 
+@dataclass(frozen=True)
+class Machine:
+    """The processes that convert: of this machine, or with `shards` those of a cluster."""
+
+    processes: int
+    map_ordered: workers.MapOrdered = workers.map_ordered
+    shards: bool = False
+
+    def rows_a_task(self, rows: int) -> int:
+        """The rows that a task encodes."""
+        if not self.shards:
+            return CHUNK
+        return min(SHARD, max(CHUNK, -(-rows // (SHARDS * self.processes))))
+
+
 @dataclass
 class _EncodedChunk:
     """The fields of Spool for the rows of one task; hashes are None where not computed."""
@@ -137,7 +159,7 @@ def encode_rows(
     names: list[str],
     *,
     validating: np.ndarray,
-    processes: int,
+    machine: Machine,
     on_progress: Callable[[int], None],
 ) -> Spool:
     """Encode the rows of these names; `validating` (bool (N,)) marks rows that may validate.
@@ -155,15 +177,20 @@ def encode_rows(
         problems=[""] * n,
         misnamed=[""] * n,
     )
+    size = machine.rows_a_task(n)
     tasks = (
-        (names[first : first + CHUNK], validating[first : first + CHUNK].tolist())
-        for first in range(0, n, CHUNK)
+        (
+            names[first : first + size],
+            validating[first : first + size].tolist(),
+            first if machine.shards else None,
+        )
+        for first in range(0, n, size)
     )
     encoding.source.load()
     work = functools.partial(_encode_chunk, encoding)
     first = 0
-    for chunk in workers.map_ordered(
-        work, tasks, count=min(processes, -(-n // CHUNK)), on_progress=on_progress
+    for chunk in machine.map_ordered(
+        work, tasks, count=min(machine.processes, -(-n // size)), on_progress=on_progress
     ):
         span = slice(first, first + len(chunk.sha256))
         spool.blobs[span], spool.sha256[span] = chunk.blobs, chunk.sha256
@@ -174,8 +201,12 @@ def encode_rows(
     return spool
 
 
-def _encode_chunk(encoding: Encoding, names: list[str], validating: list[bool]) -> _EncodedChunk:
-    path = _spool_path(Path(encoding.folder), os.getpid())
+def _encode_chunk(
+    encoding: Encoding, names: list[str], validating: list[bool], shard: int | None
+) -> _EncodedChunk:
+    """Encode rows into the spool file of this process or, on a cluster, of the shard, by its first row."""
+    number = os.getpid() if shard is None else shard
+    path = _spool_path(Path(encoding.folder), number)
     n, images = len(names), encoding.source.images_per_row
     chunk = _EncodedChunk(
         blobs=np.zeros((n, images, COLUMNS), BLOB),
@@ -185,7 +216,7 @@ def _encode_chunk(encoding: Encoding, names: list[str], validating: list[bool]) 
         misnamed=[""] * n,
     )
     try:
-        with open(path, "ab") as file:
+        with open(path, "ab") if shard is None else _whole(path) as file:
             for row, (name, validates) in enumerate(zip(names, validating, strict=True)):
                 hashes = [
                     _encode_image(
@@ -195,6 +226,7 @@ def _encode_chunk(encoding: Encoding, names: list[str], validating: list[bool]) 
                 ]
                 chunk.sha256.append(_row_hash(hashes))
                 workers.count_done()
+        chunk.blobs["file"] = number
     except OSError as error:
         raise EnvironmentFault(
             f"{path}: cannot write ({error.strerror}); free the disk or move data.home"
@@ -302,11 +334,18 @@ def _sha256(image: bytes | np.ndarray) -> str:
     return sha256.hexdigest()
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """Context manager: a file to write that appears at `path` when it is whole, and may be written twice."""
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
 def _append(file: IO[bytes], mode: int, *, pixels: np.ndarray, data: bytes | None = None) -> tuple[int, ...]:
-    """Append the JPEG file `data`, or without it the pixels; return the fields of a BLOB."""
+    """Append the JPEG file `data`, or without it the pixels; return the fields of a BLOB, all but its file."""
     offset, content = file.tell(), np.ascontiguousarray(pixels).data if data is None else data
     size, crc = file.write(content), crc32(content)
-    return os.getpid(), mode, pixels.shape[0], pixels.shape[1], offset, size, crc
+    return 0, mode, pixels.shape[0], pixels.shape[1], offset, size, crc
 
 
 def _spool_path(folder: Path, file: int) -> Path:

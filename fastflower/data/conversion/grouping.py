@@ -29,7 +29,7 @@ def wants_hashing(recipe: Recipe, table: LabelTable, side: int) -> bool:
         return False
     if recipe.data.group != "auto":
         return recipe.data.group == "phash"
-    size = table.source.size(table.filenames[0]) if table.source.from_arrays else None
+    size = table.source.size(table.filenames[0]) if table.source.in_one_file else None
     if size and min(size) < duplicates.MIN_SIDE:
         print(f"near-duplicates: left out, hashes mean little for images of {size[0]} x {size[1]}")
         return False

@@ -10,7 +10,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -21,8 +21,9 @@ from fastflower.core import files
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.tables import CHECK, escaped, read_sealed, sealed_rows, write_csv
 from fastflower.core.workers import Progress, cores
+from fastflower.data import auxiliary
 from fastflower.data.betons import fold_set
-from fastflower.data.betons.beton_file import BetonWriter
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.betons.manifest import NO_FOLD, UNLABELLED, Origin, StorageSettings
 from fastflower.data.conversion import assemble, encode
 from fastflower.data.conversion.class_chart import class_chart
@@ -58,11 +59,16 @@ class Converted:
 
 
 def convert(
-    recipe: Recipe, table: LabelTable, embedder: Callable[[Recipe], Embed] | None = None
+    recipe: Recipe,
+    table: LabelTable,
+    embedder: Callable[[Recipe], Embed] | None = None,
+    *,
+    cluster: AbstractContextManager[encode.Machine] | None = None,
 ) -> Converted:
     """Write classes.csv, folds.csv and the betons of every fold, as far as they are missing; print the progress.
 
-    `embedder` opens the network of data.group = embedding, before any image is read. All outputs appear at the end,
+    `embedder` opens the network of data.group = embedding, before any image is read. `cluster` joins the machines that
+    do the work, when there is any; without, it is this one. All outputs appear at the end,
     together. Raises InputError for unreadable images (naming all of them) and for labels that no longer match
     folds.csv; EnvironmentFault for a full disk, a killed worker, or another conversion to the same folder.
     """
@@ -80,39 +86,37 @@ def convert(
             up_to_date=up_to_date,
         )
 
-    with _locked(home), assemble.new_set(home) as folder:
+    with _locked(home), assemble.new_set(home) as folder, ExitStack() as work:
         folds = None
         if (home / "folds.csv").exists():
             folds, table = load_folds(home, table, recipe)
             content = fold_set.inputs_hash(home, table)
-            for store in ("raw", "jpeg") if recipe.data.store == "auto" else (recipe.data.store,):
-                settings = fold_set.storage_settings(recipe, store)
-                origins = _fold_origins(settings, table, folds=folds, content=content, extra=refits(recipe))
-                origins += [unlabelled.origin(settings)] if unlabelled else []
-                if all(fold_set.is_current(home / "betons", origin) for origin in origins) and _has_tables(
-                    home, table, unlabelled=bool(unlabelled)
-                ):
-                    return converted(settings, folds, up_to_date=True)
+            current = _current_settings(recipe, table, folds=folds, content=content, unlabelled=unlabelled)
+            if current:
+                whole = auxiliary.is_recorded(home, table.aux, folds.hash)
+                auxiliary.record(home, table.aux, folds.hash)
+                return converted(current, folds, up_to_date=whole)
         settings = fold_set.storage_settings(recipe, choose_store(recipe, table, home))
         validating = folds.fold >= 0 if folds else may_validate(table, recipe)
         hashing = folds is None and wants_hashing(recipe, table, settings.stored_side)
         files_before = contents.file_states(table.source.files(table.filenames))
-        if table.source.from_arrays and not content:
+        if table.source.in_one_file and not content:
             content = fold_set.inputs_hash(home, table)
         embed = embedder(recipe) if embedder and folds is None and recipe.data.group == "embedding" else None
+        machine = work.enter_context(cluster) if cluster else encode.Machine(cores(recipe.data.workers))
         with _encoded(
-            recipe,
             table.source,
+            machine=machine,
             names=table.filenames,
             validating=validating,
             settings=settings,
             folder=folder,
             hashing=hashing,
         ) as spool:
-            if not table.source.from_arrays:
+            if not table.source.in_one_file:
                 contents.remember(home / fold_set.CONTENTS, files_before, spool.sha256)
             table, spool_rows = _usable(recipe, table, spool=spool, folds=folds, home=home)
-            if not table.source.from_arrays:  # the bytes that were decoded, even if a file has changed since
+            if not table.source.in_one_file:  # the bytes that were decoded, even if a file has changed since
                 content = contents.hash_of(spool.sha256[row] for row in spool_rows.tolist())
             duplicate_rows = None
             if folds is None:
@@ -124,34 +128,51 @@ def convert(
             for fold in folds.numbers:
                 check_leaks(folds, fold)
             chart = functools.cache(lambda: class_chart(table))
+            origins = _fold_origins(settings, table, folds=folds, content=content, extra=refits(recipe))
             assemble.write_betons(
                 folder,
-                [
-                    origin
-                    for origin in _fold_origins(
-                        settings, table, folds=folds, content=content, extra=refits(recipe)
-                    )
-                    if not assemble.reuse(home, folder, origin)
-                ],
+                [origin for origin in origins if not assemble.reuse(home, folder, origin)],
                 folds=folds,
                 spool=spool,
                 spool_rows=spool_rows,
-                processes=cores(recipe.data.workers),
+                machine=machine,
                 meanwhile=chart,
             )
         if unlabelled and not (
             (home / fold_set.UNLABELLED_TABLE).is_file()
             and assemble.reuse(home, folder, unlabelled.origin(settings))
         ):
-            _convert_unlabelled(recipe, unlabelled, settings=settings, home=home, folder=folder)
+            _convert_unlabelled(recipe, unlabelled, settings=settings, machine=machine, folder=folder)
         write_classes(home / "classes.csv", table)
         write_csv(home / "class_stats.csv", class_stats(table))
         files.write_atomic(home / "class_stats.png", chart())
         if duplicate_rows is not None:
             write_csv(home / DUPLICATES, duplicate_rows, (*DUPLICATE_COLUMNS, CHECK))
             save_folds(home / "folds.csv", folds)
+        auxiliary.record(home, table.aux, folds.hash)
         assemble.replace_set(home, folder)
         return converted(settings, folds, up_to_date=False)
+
+
+def _current_settings(
+    recipe: Recipe,
+    table: LabelTable,
+    *,
+    folds: Folds,
+    content: str,
+    unlabelled: UnlabelledImages | None,
+) -> StorageSettings | None:
+    """The settings with which all betons and tables of these folds are there already; None if any is missing."""
+    home = Path(recipe.data.home)
+    for store in ("raw", "jpeg") if recipe.data.store == "auto" else (recipe.data.store,):
+        settings = fold_set.storage_settings(recipe, store)
+        origins = _fold_origins(settings, table, folds=folds, content=content, extra=refits(recipe))
+        origins += [unlabelled.origin(settings)] if unlabelled else []
+        if all(fold_set.is_current(home / "betons", origin) for origin in origins) and _has_tables(
+            home, table, unlabelled=bool(unlabelled)
+        ):
+            return settings
+    return None
 
 
 def _has_tables(home: Path, table: LabelTable, *, unlabelled: bool) -> bool:
@@ -200,13 +221,18 @@ def _check_unlabelled(recipe: Recipe) -> UnlabelledImages:
 
 
 def _convert_unlabelled(
-    recipe: Recipe, images: UnlabelledImages, *, settings: StorageSettings, home: Path, folder: Path
+    recipe: Recipe,
+    images: UnlabelledImages,
+    *,
+    settings: StorageSettings,
+    machine: encode.Machine,
+    folder: Path,
 ) -> None:
     """Write one beton of images without labels (-1), and their order to unlabelled.csv."""
-    n = len(images.names)
+    n, home = len(images.names), Path(recipe.data.home)
     with _encoded(
-        recipe,
         images.source,
+        machine=machine,
         names=images.names,
         validating=np.zeros(n, bool),
         settings=settings,
@@ -270,9 +296,9 @@ def _locked(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _encoded(
-    recipe: Recipe,
     source: Source,
     *,
+    machine: encode.Machine,
     names: list[str],
     validating: np.ndarray,
     settings: StorageSettings,
@@ -297,7 +323,7 @@ def _encoded(
             encoding,
             names,
             validating=validating,
-            processes=cores(recipe.data.workers),
+            machine=machine,
             on_progress=Progress("images", len(names)),
         )
         misnamed = [row for row, form in enumerate(spool.misnamed) if form]

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
+import lzma
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +29,11 @@ ROWS = 4096  # rows converted at a time, so that memory holds only one copy of t
 PIXELS = "pixels"  # column of the pixels of an image as one text
 MAX_FIELD = 1 << 30  # characters of a cell
 MIN_PIXELS = 16  # a table of pixels has more columns than this
+# what NumPy and zipfile raise for damaged files
+BROKEN = (
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
 REMEDY = "name them by data.arrays=[images, labels], or [first, second, labels] for pairs"
 
 
@@ -60,19 +68,18 @@ def open_npz(path: Path, wanted: Any, *, shape: Any, labelled: bool) -> Stack:
     """
     try:
         shapes = _shapes(path)
-        names, label = _choose(path, shapes, wanted=wanted, labelled=labelled)
-        with np.load(path, allow_pickle=False) as file:
-            values = file[label] if label else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as .npz ({_one_line(error)}); save it again") from None
+    except BROKEN as error:
+        raise _damaged(path, error) from None
+    names, label = _choose(path, shapes, wanted=wanted, labelled=labelled)
+    values = _arrays(path, [label])[0] if label else None
     layouts = [_layout(shapes[name][0], f"{path}: {name}", shape) for name in names]
     if len({layout[:3] for layout in layouts}) > 1:
         sizes = " and ".join(f"{name} {layout[:3]}" for name, layout in zip(names, layouts, strict=True))
         raise InputError(f"{path}: {sizes}: the two images of a pair have one size, one row a pair")
 
     def load() -> tuple[np.ndarray, ...]:
-        with np.load(path, allow_pickle=False) as file:
-            return tuple(as_uint8(file[name], f"{path}: {name}", shape) for name in names)
+        arrays = zip(_arrays(path, names), names, strict=True)
+        return tuple(as_uint8(values, f"{path}: {name}", shape) for values, name in arrays)
 
     rows, height, width, _ = layouts[0]
     labels = None if values is None else _labels(values, f"{path}: {label}", rows)
@@ -239,6 +246,19 @@ def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return shapes
 
 
+def _arrays(path: Path, names: list[str]) -> list[np.ndarray]:
+    """Arrays of a .npz, whose checksums are compared while they are read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except BROKEN as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read as .npz ({_one_line(error)}); save it again")
+
+
 def _choose(
     path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], *, wanted: Any, labelled: bool
 ) -> tuple[list[str], str | None]:
@@ -279,7 +299,7 @@ def _labels(values: np.ndarray, what: str, rows: int) -> list[str]:
 def _npy(path: Path) -> np.ndarray:
     try:
         values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except BROKEN as error:
         raise InputError(f"{path}: cannot be read as .npy ({_one_line(error)}); save it again") from None
     return values
 

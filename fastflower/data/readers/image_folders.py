@@ -21,6 +21,7 @@ SYSTEM_NAMES = frozenset(
     {
         *("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler"),
         *("system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+        *("@recently-snapshot", "@sharebin", "@tmp", "~snapshot", "recycled", "found.000", "__pycache__"),
     }
 )
 
@@ -111,6 +112,7 @@ class FileSource:
     prefix: str = ""
     images_per_row: int = 1
     from_arrays: bool = False
+    in_one_file: bool = False
     _folders: dict[str, dict[str, list[str]]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property

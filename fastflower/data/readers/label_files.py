@@ -16,7 +16,7 @@ from fastflower.core.errors import InputError
 from fastflower.core.tables import escaped
 from fastflower.data.readers.image_folders import SUFFIXES, FileSource, list_images
 
-ONE_HOT = frozenset({"0", "1", "0.0", "1.0"})
+ONE_HOT = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 MAX_LISTED = 10  # names in one message
 ClassNames = dict[str, dict[str, str]]  # column -> category_id -> name
 
@@ -118,11 +118,13 @@ def _parse(
         if len(cells) != len(header)
     ]
     records = [(where, cells) for where, cells in records if len(cells) == len(header)]
+    _check_unique(path, [name for name in header if name in (image_col, label_col)])
     image = header.index(image_col)
     if label_col not in header:
         rows, columns = _one_hot_rows(records, header, image)
         if not rows or not one_hot:
             raise _no_column(path, header, (label_col,))
+        _check_unique(path, columns)
         notice = f"{path}: the labels are its {len(columns)} columns of 0 and 1: {', '.join(columns)}"
         return broken + rows, {}, [notice]
     label = header.index(label_col)
@@ -141,13 +143,15 @@ def _one_hot_rows(
     columns = [
         column
         for column in range(len(header))
-        if column != image and all(cells[column].strip() in ONE_HOT for _, cells in records)
+        if column != image
+        and header[column]  # a column without a name holds the numbers of the rows
+        and all(cells[column].strip().lower() in ONE_HOT for _, cells in records)
     ]
     if len(columns) < 2:
         return [], []
     rows = []
     for where, cells in records:
-        ones = [header[column] for column in columns if float(cells[column])]
+        ones = [header[column] for column in columns if ONE_HOT[cells[column].strip().lower()]]
         listed = ", ".join(map(escaped, ones)) or "none"
         fault = f"{where}: {len(ones)} columns are 1 ({listed}); an image has one label"
         rows.append(LabelRow(where, cells[image], "".join(ones[:1]), "" if len(ones) == 1 else fault))
@@ -168,6 +172,15 @@ def _header(text: str, path: Path, *, image_col: str, label_col: str) -> tuple[s
             if all(name in header for name in wanted):
                 return delimiter, header
     raise _no_column(path, max(headers.values(), key=len), required)
+
+
+def _check_unique(path: Path, names: list[str]) -> None:
+    """Raise InputError if two of the columns that are read have one name, as one of them would be ignored."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(
+                f"{path}: {count} columns are called {escaped(name)}; leave the one that counts, or rename the others"
+            )
 
 
 def _no_column(path: Path, header: list[str], required: tuple[str, ...]) -> InputError:

@@ -9,6 +9,9 @@
 |           | or one column `pixels` of all its numbers   |                                                            |
 | arrays    | a .npz, or a .npy of images                 | in the .npz; for a .npy data.csv, a .npy with as many rows |
 | pairs     | a .npz with two arrays of images            | in the .npz: one label per pair                            |
+| beton     | a .beton that FFCV's DatasetWriter wrote    | its field data.label_col, `label`, or the only one of      |
+|           |                                             | labels; without one data.csv: a .npy, or a table that      |
+|           |                                             | names the rows                                             |
 
 With `auto`, the type of data.root decides; a folder is `csv` if data.csv exists or it has no subfolders.
 """
@@ -27,6 +30,7 @@ from fastflower.core.errors import InputError
 from fastflower.core.tables import escaped
 from fastflower.data.readers import arrays
 from fastflower.data.readers.arrays import Stack
+from fastflower.data.readers.ffcv_files import is_ffcv, open_ffcv
 from fastflower.data.readers.image_folders import Check, FileSource, has_class_folders, list_images
 from fastflower.data.readers.label_files import ClassNames, LabelRow, csv_rows, folder_rows
 from fastflower.recipe import Recipe
@@ -35,7 +39,8 @@ from fastflower.recipe import Recipe
 class Source(Protocol):
     """Reads images by row name.
 
-    images_per_row: 2 for pairs, else 1. from_arrays: pixels come from arrays, not from image files.
+    images_per_row: 2 for pairs, else 1. from_arrays: all images are pixels, of one size; none is an image file.
+    in_one_file: all images lie in one file.
     """
 
     @property
@@ -43,6 +48,9 @@ class Source(Protocol):
 
     @property
     def from_arrays(self) -> bool: ...
+
+    @property
+    def in_one_file(self) -> bool: ...
 
     def files(self, names: list[str]) -> list[str]:
         """The files whose bytes decide the pixels of these rows."""
@@ -70,6 +78,7 @@ class ArraySource:
     path: Path
     stack: Stack
     from_arrays: bool = True
+    in_one_file: bool = True
 
     @property
     def stem(self) -> str:
@@ -84,6 +93,11 @@ class ArraySource:
     def images_per_row(self) -> int:
         """Two for pairs, else one."""
         return self.stack.images_per_row
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.stack.rows
 
     def name(self, row: int) -> str:
         """The name of a row."""
@@ -124,6 +138,11 @@ class JoinedSource:
     def from_arrays(self) -> bool:
         """True if the pixels come from arrays; equal in both sources."""
         return self.first.from_arrays
+
+    @property
+    def in_one_file(self) -> bool:
+        """True if the images of each source lie in one file; equal in both sources."""
+        return self.first.in_one_file
 
     def _source_of(self, name: str) -> Source:
         return self.second if name.startswith(self.prefix) else self.first
@@ -176,7 +195,9 @@ def form_of(recipe: Recipe) -> str:
         near = difflib.get_close_matches(
             root.name, os.listdir(root.parent) if root.parent.is_dir() else [], n=1
         )
-        remedy = "give the folder that holds the training images, or the .npz, .npy or table of pixels"
+        remedy = (
+            "give the folder that holds the training images, or the .npz, .npy, .beton or table of pixels"
+        )
         if near:
             remedy = f"did you mean {root.parent / near[0]}?"
         raise InputError(f"data.root = {root}: no such folder or file; {remedy}")
@@ -191,7 +212,7 @@ def form_of(recipe: Recipe) -> str:
         if requested == "auto":
             detected = ("arrays", "pairs")[_open_arrays(recipe, root, labelled=True).images_per_row - 1]
     else:
-        detected = "arrays" if root.suffix == ".npy" else "pixels"
+        detected = "arrays" if root.suffix == ".npy" else "beton" if is_ffcv(root) else "pixels"
         possible = (detected,)
     if requested not in ("auto", *possible):
         raise InputError(
@@ -209,8 +230,12 @@ def is_present(recipe: Recipe) -> bool:
 
 def open_labelled(recipe: Recipe) -> LabelledRows:
     """The training rows in any form, followed by those of data.val."""
-    form = form_of(recipe)
-    first = _rows(recipe, form, path=Path(recipe.data.root), prefix="")
+    form, root = form_of(recipe), Path(recipe.data.root)
+    if root.is_dir() and not any(root.iterdir()):
+        raise InputError(
+            f"data.root = {root}: the folder is empty; put the training images there, or name the folder that has them"
+        )
+    first = _rows(recipe, form, path=root, prefix="")
     if not recipe.data.val:
         return first
     path = Path(recipe.data.val)
@@ -253,8 +278,12 @@ def open_unlabelled(recipe: Recipe) -> tuple[Source, list[str], list[str]]:
         return FileSource(path), listing.images, listing.notices(path)
     if not path.is_file():
         raise InputError(f"data.unlabelled = {path}: no such folder or file")
-    source = ArraySource(path, _open_arrays(recipe, path, labelled=False))
-    return source, [source.name(row) for row in range(source.stack.rows)], []
+    source = (
+        open_ffcv(path).source
+        if is_ffcv(path)
+        else ArraySource(path, _open_arrays(recipe, path, labelled=False))
+    )
+    return source, [source.name(row) for row in range(source.rows)], []
 
 
 def pair_arrays(recipe: Recipe, path: str = "") -> list[str]:
@@ -280,6 +309,8 @@ def _rows(recipe: Recipe, form: str, *, path: Path, prefix: str) -> LabelledRows
         for row in rows:
             row.filename = prefix + row.filename
         return LabelledRows(FileSource(path, prefix), rows, origin=str(path), notices=notices)
+    if form == "beton":
+        return _beton_rows(recipe, path)
     stack = _open_arrays(recipe, path, labelled=True)
     if form == "pairs" and stack.images_per_row != 2:
         raise InputError(f"data.form = pairs: {path} has one array of images; {arrays.REMEDY}")
@@ -293,6 +324,36 @@ def _rows(recipe: Recipe, form: str, *, path: Path, prefix: str) -> LabelledRows
         [f"{path}: the columns {', '.join(map(escaped, stack.unused))} are not used"] if stack.unused else []
     )
     return LabelledRows(source, rows, origin=str(path), notices=unused)
+
+
+def _beton_rows(recipe: Recipe, path: Path) -> LabelledRows:
+    """The rows of a beton of FFCV, with the labels of its field or, where it has none, of data.csv."""
+    data, file = recipe.data, open_ffcv(path)
+    source, csv = file.source, Path(data.csv)
+    field = file.label_field(data.label_col)
+    names = [source.name(row) for row in range(source.rows)]
+    if field:
+        rows = [LabelRow(name, name, label) for name, label in zip(names, file.labels(field), strict=True)]
+        notices = [f"{path}: the labels are its field {field}" + f"; {csv} is not used" * csv.is_file()]
+        return LabelledRows(source, rows, origin=str(path), notices=notices)
+    if path != Path(data.root):
+        raise InputError(
+            f"data.val = {path}: it has no field of labels; give one with labels, or choose the validation rows by "
+            "data.split=given and data.fold_col"
+        )
+    if csv.suffix == ".npy":
+        labels = arrays.npy_labels(csv, source.rows)
+        rows = [LabelRow(name, name, label) for name, label in zip(names, labels, strict=True)]
+        return LabelledRows(source, rows, origin=str(csv))
+    if not csv.is_file():
+        raise InputError(
+            f"{path}: has no field of labels; give them as data.csv: a .npy with one label per row, or a table whose "
+            f"column {data.image_col} names the rows {names[0]} to {names[-1]}"
+        )
+    rows, class_names, notices = csv_rows(
+        csv, path.parent, image_col=data.image_col, label_col=data.label_col
+    )
+    return LabelledRows(source, rows, origin=data.csv, names=class_names, notices=notices)
 
 
 def _open_arrays(recipe: Recipe, path: Path, *, labelled: bool) -> Stack:

@@ -191,6 +191,7 @@ def test_a_conversion_refuses_every_cut_jpeg() -> None:
     assert folds.read_folds(Path("data/folds.csv")).filenames == [f"{k}.jpg" for k in range(8)]
 
 
+@pytest.mark.slow
 def test_most_damage_that_shows_is_noticed() -> None:
     """Counts files that Pillow decodes silently but far from the picture; the others are valid JPEGs of another one."""
     rng, shows, noticed = random.Random(0), 0, 0

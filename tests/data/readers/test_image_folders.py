@@ -23,7 +23,10 @@ SMALL = [
     "data.workers=1",
     "robust.kinds=[occlusion]",
 ]
-FOLDERS = [".ipynb_checkpoints", "@eaDir", ".Trash-1000", "__MACOSX", "$RECYCLE.BIN", "lost+found", ".git"]
+FOLDERS = [
+    *(".ipynb_checkpoints", "@eaDir", ".Trash-1000", "__MACOSX", "$RECYCLE.BIN", "lost+found", ".git"),
+    *("@Recently-Snapshot", "RECYCLED", "~snapshot"),
+]
 FILES = ["._0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg"]
 WANTED = [f"{kind}/{k}.jpg" for kind in ("lily", "rose") for k in range(4)]
 
@@ -58,7 +61,7 @@ def test_only_photographs_are_listed(littered: Path) -> None:
         *(f"{folder}{name}" for folder in ("", "lily/") for name in (*FOLDERS, *FILES))
     }
     assert listing.notices(littered) == [
-        "24 hidden or system entries below photos were left out, such as $RECYCLE.BIN",
+        "30 hidden or system entries below photos were left out, such as $RECYCLE.BIN",
         "1 links to folders below photos were not followed; their images do not count, such as rose/linked",
     ]
 
@@ -121,7 +124,7 @@ def test_rows_of_a_label_file_that_name_them_are_left_out(
     assert table.filenames == WANTED
     assert table.notices == ("3 rows name hidden or system files and were left out, such as ._0.jpg",)
     assert labels.label_warnings(table) == [
-        "24 hidden or system entries below photos were left out, such as $RECYCLE.BIN"
+        "30 hidden or system entries below photos were left out, such as $RECYCLE.BIN"
     ]
 
 

@@ -85,6 +85,28 @@ def test_one_column_for_each_class() -> None:
     assert "labels.csv: the labels are its 3 columns of 0 and 1: MEL, NV, BCC" in table.notices
 
 
+def test_columns_for_each_class_may_be_true_or_false_and_one_without_a_name_is_none() -> None:
+    files("a.jpg", "b.jpg")
+    table = read(",filename,x,y\n0,a.jpg,True,False\n1,b.jpg,False,True\n")
+    assert table.category_ids == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("filename,category_id,category_id", "category_id"),
+        ("filename,filename,category_id", "filename"),
+        ("filename,x,x", "x"),
+    ],
+)
+def test_two_columns_of_one_name_are_refused(header: str, name: str) -> None:
+    files("a.jpg", "b.jpg")
+    with pytest.raises(
+        InputError, match=rf"labels.csv: 2 columns are called {name}; leave the one that counts"
+    ):
+        read(f"{header}\na.jpg,1,0\nb.jpg,0,1\n")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -276,6 +276,13 @@ def test_damaged_array_files_are_refused() -> None:
         Path("cut.npz").write_bytes(data[:cut])
         with pytest.raises(InputError, match=r"cut.npz: cannot be read as .npz"):
             convert.main([*SMALL, "data.root=cut.npz"])
+    for save, name in ((np.savez, "stored"), (np.savez_compressed, "deflated")):
+        save(f"{name}.npz", x=grey(), y=np.arange(12))
+        broken = bytearray(Path(f"{name}.npz").read_bytes())
+        broken[len(broken) // 3] ^= 1  # within the pixels, which are read last
+        Path(f"{name}.npz").write_bytes(broken)
+        with pytest.raises(InputError, match=rf"^{name}.npz: cannot be read as .npz \(.*\); save it again$"):
+            convert.main([*SMALL, f"data.root={name}.npz"])
     Path("cut.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(InputError, match=r"cut.npy: cannot be read as .npy"):
         convert.main([*SMALL, "data.root=cut.npy", "data.csv=y.npy"])
