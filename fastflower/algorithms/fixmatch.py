@@ -99,7 +99,7 @@ class FixMatch(Algorithm):
         views = []
         if self.teacher is not None:
             with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
-                self._label_logits = self.teacher(weak)
+                self._label_logits = self.teacher(weak)[:, : len(self.counts)]  # not those of auxiliary heads
         if self.teacher is None or self.semi.method == "pseudo":
             views.append(weak)
         if self.semi.method == "fixmatch":
@@ -109,7 +109,7 @@ class FixMatch(Algorithm):
     def _split_logits(self, state: State) -> None:
         assert isinstance(state.outputs, Tensor)
         rows = len(state.batch["label"])
-        views = state.outputs[rows:].split(rows * self.semi.mu)
+        views = state.outputs[rows:, : len(self.counts)].split(rows * self.semi.mu)
         state.outputs = state.outputs[:rows]
         self._learned_logits = views[-1]
         if self.teacher is None:

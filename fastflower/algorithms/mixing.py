@@ -6,7 +6,9 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastflower.data.auxiliary import AuxTargets
 from fastflower.data.transforms.mixing import choose, mix
 from fastflower.recipe import Recipe, derived
 
@@ -21,13 +23,23 @@ class MixUpCutMix(Algorithm):
     """BATCH_START: mix the batch and write "target", a function of (seed, epoch, step), the same on every rank.
 
     "target" is float32 (B, C) for every batch, mixed or not; "key" is taken out of the batch. With `teacher`,
-    probabilities (rows of the training beton, C), it is (B, 2C): the labels' targets, then the teacher's.
+    probabilities (rows of the training beton, C), it is (B, 2C): the labels' targets, then the teacher's. With `aux`,
+    "aux" are the targets (B, K) of all auxiliary columns beside each other, mixed alike; 0 where an image has no value.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int, teacher: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        teacher: Tensor | None = None,
+        *,
+        aux: AuxTargets | None = None,
+    ) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
         self.teacher = teacher
+        self.aux_sizes = aux.sizes if aux else ()
+        self.aux_codes = torch.from_numpy(aux.train) if aux else None
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.BATCH_START
@@ -47,10 +59,7 @@ class MixUpCutMix(Algorithm):
             cutmix=reg.cutmix,
         )
         alpha = {"mixup": reg.mixup, "cutmix": reg.cutmix}.get(kind, 0.0)
-        teacher_rows = None
-        if self.teacher is not None:
-            self.teacher = self.teacher.to(batch["label"].device)
-            teacher_rows = self.teacher[batch["row"]]
+        further = self._further(batch)
         images, targets = mix(
             batch["image"],
             batch["label"],
@@ -58,7 +67,21 @@ class MixUpCutMix(Algorithm):
             num_classes=self.num_classes,
             kind=kind,
             alpha=alpha,
-            teacher=teacher_rows,
+            further=further,
         )
-        rest = {name: column for name, column in batch.items() if name != "key"}
-        state.batch = {**rest, "image": images, "target": targets}
+        state.batch = {name: column for name, column in batch.items() if name != "key"}
+        if self.aux_codes is not None:
+            targets, state.batch["aux"] = targets.tensor_split([-sum(self.aux_sizes)], dim=1)
+        state.batch |= {"image": images, "target": targets}
+
+    def _further(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The targets beside those of the labels: the teacher's, then those of the auxiliary columns."""
+        columns, rows = [], batch["row"]
+        if self.teacher is not None:
+            self.teacher = self.teacher.to(rows.device)
+            columns.append(self.teacher[rows])
+        if self.aux_codes is not None:
+            self.aux_codes = self.aux_codes.to(rows.device)
+            for codes, size in zip(self.aux_codes[rows].unbind(1), self.aux_sizes, strict=True):
+                columns.append(F.one_hot(codes.clamp_min(0), size) * (codes >= 0)[:, None])
+        return torch.cat(columns, 1) if columns else None

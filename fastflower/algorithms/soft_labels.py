@@ -36,7 +36,8 @@ class SoftLabels(FixMatch):
     def _split_logits(self, state: State) -> None:
         assert isinstance(state.outputs, Tensor)
         rows = len(state.batch["label"])
-        self._learned_logits, state.outputs = state.outputs[rows:], state.outputs[:rows]
+        self._learned_logits = state.outputs[rows:, : len(self.counts)]
+        state.outputs = state.outputs[:rows]
 
     def _add_loss(self, state: State) -> None:
         self.targets = self.targets.to(self._learned_logits.device)

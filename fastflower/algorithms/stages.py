@@ -41,7 +41,7 @@ class StageSchedule(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> None:
         if event == Event.BATCH_START:
-            seeding.seed_all(self.seed, state.timestamp.batch.value, dist.get_global_rank())
+            self.seed_step(state)
             return
         if event in (Event.BEFORE_FORWARD, Event.AFTER_BACKWARD):
             torch.use_deterministic_algorithms(True, warn_only=event == Event.AFTER_BACKWARD)
@@ -53,6 +53,10 @@ class StageSchedule(Algorithm):
         self._strict_now = self.strict[self.derived.stages.index(stage)]
         if epoch + 1 == stage.first:
             torch.cuda.empty_cache()  # does nothing where CUDA has not started
+
+    def seed_step(self, state: State) -> None:
+        """Begin the random numbers of the current step on this rank."""
+        seeding.seed_all(self.seed, state.timestamp.batch.value, dist.get_global_rank())
 
     def at(self, epoch: int) -> tuple[Stage, int]:
         """The stage of an epoch (from 0) and its microbatch."""

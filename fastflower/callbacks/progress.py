@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from composer.core import Callback, State
@@ -31,6 +32,8 @@ COLUMNS = (  # (name, width) in an epoch's row; "acc" in training, "ema" after a
     ("ema", 6), ("S", 6), ("best", 12), ("pat", 3), ("img/s", 5), ("left", 7),
 )  # fmt: skip
 
+SCORE_WIDTH = 6  # of the accuracy of an auxiliary column, which follow
+
 SCORE_NAMES = {  # of the column of scores, by select.metric
     "combo": "S", "f1": "F1", "macro_f1": "mac F1", "macro_recall": "mac R", "log_loss": "-loss",
     "auc": "AUC", "kappa": "kappa",
@@ -42,15 +45,22 @@ def side(size: list[int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
-def headline(metric: str = "combo") -> str:
-    """The column names above `epoch_line`; another metric than S stands in its place, a loss with a minus."""
+def headline(metric: str = "combo", aux: Sequence[str] = ()) -> str:
+    """The column names above `epoch_line`, and those of auxiliary columns; another metric than S stands in its place.
+
+    A loss has a minus.
+    """
     shown = SCORE_NAMES.get(metric, "score")
     names = (shown if name == "S" else name for name, _ in COLUMNS)
-    return "  ".join(name.rjust(width) for name, (_, width) in zip(names, COLUMNS, strict=True))
+    cells = [name.rjust(width) for name, (_, width) in zip(names, COLUMNS, strict=True)]
+    return "  ".join([*cells, *(name.rjust(SCORE_WIDTH) for name in aux)])
 
 
-def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
-    """One aligned row of an epoch's numbers, `left` in seconds; a star marks a new best epoch."""
+def epoch_line(row: dict[str, Any], epochs: int, left: float, *, aux: Sequence[str] = ()) -> str:
+    """One aligned row of an epoch's numbers, `left` in seconds; a star marks a new best epoch.
+
+    The accuracies of the auxiliary columns `aux` are those of the chosen weights.
+    """
 
     def score(name: str) -> str:
         value = row.get(name)
@@ -78,7 +88,11 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
         "-" if math.isnan(speed) else f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}",
         clock(left),
     )
-    return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
+    texts = [cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)]
+    for column in aux:
+        value = row.get("aux", {}).get(column, {}).get(row["chosen"])
+        texts.append(("-" if value is None else f"{value:.4f}").rjust(max(SCORE_WIDTH, len(column))))
+    return "  ".join(texts).rstrip()
 
 
 def step_line(
@@ -137,16 +151,16 @@ class Progress(Callback):
         )
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        row = self.recorder.row
+        row, aux = self.recorder.row, self.scoring.recipe.data.aux_cols
         self._last = time.perf_counter()
         if self.rows % HEADER_EVERY == 0:
-            self.console.write(headline(self.scoring.recipe.select.metric), "bold")
+            self.console.write(headline(self.scoring.recipe.select.metric, aux), "bold")
         self.rows += 1
         left = (
             0.0 if self.scoring.selection.stopped else time_left(self.derived, row["epoch"], row["seconds"])
         )
         self.console.write(
-            epoch_line(row, self.derived.epochs, left),
+            epoch_line(row, self.derived.epochs, left, aux=aux),
             "green" if row["best"]["epoch"] == row["epoch"] else "",
         )
         for note in [*self._notes(row), *self.trends.update(row)]:

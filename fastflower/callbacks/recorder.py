@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -30,6 +31,9 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     }
     for kind, values in row["per_kind"].items():
         numbers |= {f"corrupt_{name}/{kind}": value for name, value in values.items()}
+    for column, values in row.get("aux", {}).items():
+        shown = re.sub(r"[^\w .-]", "_", column)  # the marks that MLflow allows
+        numbers |= {f"aux_{name}/{shown}": value for name, value in values.items()}
     # MLflow rejects the whole epoch when a name has a comma
     return numbers | {f"lr/{name.replace(',', '')}": value for name, value in row["lr_groups"].items()}
 
@@ -95,7 +99,9 @@ class Recorder(Callback):
         scoring: Scoring,
         tensorboard: TensorBoard | None,
         extra_entries: Sequence[Callable[[], dict[str, Any]]] = (),
+        repeating: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.repeating = repeating
         self.run = run
         self.derived = derived
         self.guard = guard
@@ -123,6 +129,8 @@ class Recorder(Callback):
         self._wait_seconds = time.perf_counter() - self._wait_start
 
     def after_loss(self, state: State, logger: Logger) -> None:
+        if self.repeating():
+            return
         logits, batch = state.outputs, state.batch
         assert isinstance(logits, torch.Tensor)
         target = batch.get("target")  # with distillation the teacher's probabilities follow the labels
@@ -189,6 +197,7 @@ class Recorder(Callback):
             "score": self.scoring.score if scores.clean else None,
             **scores.flat(),
             "per_kind": scores.per_kind,
+            **({"aux": scores.aux} if self.scoring.aux else {}),
             "chosen": chosen,
             "best": {"epoch": best.epoch, "score": best.score, "weights": best.weights},
             "new_best": sorted(scores.verdict.new),

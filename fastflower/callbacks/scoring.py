@@ -18,11 +18,13 @@ from fastflower.callbacks.selection import Candidate, Selection, Verdict
 from fastflower.core import metric, scores
 from fastflower.core.errors import CorruptionError, Diverged
 from fastflower.core.host_copies import HostCopies
+from fastflower.data.auxiliary import AuxTargets
 from fastflower.recipe import Recipe
 from fastflower.recipe.checks import BALANCING
 from fastflower.recipe.derived import Derived, refits
 
 CLEAN, CORRUPTED = "clean", "corrupted"
+GUESSES = "auxiliary "  # before the name of weights, of their guesses of auxiliary columns
 LOGGED = ("top5", "macro_recall", "macro_f1", *scores.BINARY, "ece")  # of scores.scores, in events.jsonl
 
 
@@ -35,6 +37,7 @@ class EpochScores:
     corrupted: dict[str, float] = field(default_factory=dict)
     per_kind: dict[str, dict[str, float]] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # weights -> terms of select.metric
+    aux: dict[str, dict[str, float]] = field(default_factory=dict)  # auxiliary column -> weights -> accuracy
     verdict: Verdict | None = None
 
     def flat(self) -> dict[str, float]:
@@ -65,6 +68,34 @@ def in_row_order(gathered: list[tuple[np.ndarray, ...]], rows: int, label: str) 
 def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """True for each row (B, C) of finite logits whose largest is that of its label (B,): bool (B,)."""
     return (logits.argmax(1) == labels) & logits.isfinite().all(1)
+
+
+def split_auxiliary(
+    outputs: dict[str, torch.Tensor], sizes: tuple[int, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The main head's logits (B, C) by weights, and the likeliest value of each further column, int64 (B, columns)."""
+    main = {name: logits[:, : logits.shape[1] - sum(sizes)] for name, logits in outputs.items()}
+    guesses = {
+        f"{GUESSES}{name}": torch.stack(
+            [own.argmax(1) for own in logits[:, main[name].shape[1] :].split(sizes, 1)], 1
+        )
+        for name, logits in outputs.items()
+    }
+    return main, guesses
+
+
+def auxiliary_accuracies(
+    guesses: dict[str, np.ndarray], codes: np.ndarray, names: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """Column -> weights -> the fraction of right guesses (N, columns) where `codes` has a value; without any, none."""
+    return {
+        column: {
+            name.removeprefix(GUESSES): float((guess[known, place] == codes[known, place]).mean())
+            for name, guess in guesses.items()
+        }
+        for place, column in enumerate(names)
+        if (known := codes[:, place] >= 0).any()
+    }
 
 
 def by_kind(hits: np.ndarray, combos: list[list[str]]) -> dict[str, float]:
@@ -101,7 +132,9 @@ class Scoring(Callback):
         networks: Callable[[], Iterable[nn.Module]],
         rows: dict[str, int],
         combos: list[list[str]],
+        aux: AuxTargets | None = None,
     ) -> None:
+        self.aux = aux
         self.recipe = recipe
         self.derived = derived
         self.networks = networks
@@ -131,8 +164,12 @@ class Scoring(Callback):
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         batch, outputs = state.batch, cast(dict[str, torch.Tensor], state.outputs)
+        if self.aux:
+            outputs, guesses = split_auxiliary(outputs, self.aux.sizes)
         if state.dataloader_label == CORRUPTED:  # of which only the right answers count
             outputs = {name: right_answers(logits, batch["label"]) for name, logits in outputs.items()}
+        elif self.aux:
+            outputs |= guesses
         columns = {name: batch[name] for name in ("valid", "row", "label")} | outputs
         self._collected.append({name: self._copies.add(column) for name, column in columns.items()})
 
@@ -147,14 +184,15 @@ class Scoring(Callback):
         gathered = dist.all_gather_object(tuple(column[valid].numpy() for column in columns))
         _, labels, *outputs = in_row_order(gathered, self.rows[label], label)
         if label == CLEAN:
+            logits = dict(zip(weights, outputs, strict=True))
+            guesses = {name: logits.pop(name) for name in weights if name.startswith(GUESSES)}
             bins = self.recipe.eval.ece_bins
-            clean = {
-                name: scores.scores(values, labels, bins)
-                for name, values in zip(weights, outputs, strict=True)
-            }
+            clean = {name: scores.scores(values, labels, bins) for name, values in logits.items()}
             self.latest = EpochScores(state.timestamp.epoch.value, clean)
-            for name, values in zip(weights, outputs, strict=True):
+            for name, values in logits.items():
                 self.latest.measured[name] = self.metric.measure(values, labels)
+            if self.aux and self.aux.val is not None:
+                self.latest.aux = auxiliary_accuracies(guesses, self.aux.val, self.aux.names)
             return
         assert self.latest is not None, "the clean images are scored first"
         for name, hits in zip(weights, outputs, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastflower.core.files import check_writable
 from fastflower.core.runs import Run
 from fastflower.recipe import Recipe, fields_of, to_yaml
 
@@ -32,7 +33,7 @@ def hyperparameters(recipe: Recipe, run: Run) -> dict[str, bool | float | int | 
 
 
 class TensorBoard:
-    """The writer of one run, which creates its file with the first epoch.
+    """The writer of one run, which makes sure of its folder at once and creates its file with the first epoch.
 
     A resumed run writes epochs again, and TensorBoard shows the latest.
     """
@@ -40,7 +41,9 @@ class TensorBoard:
     def __init__(self, recipe: Recipe, run: Run) -> None:
         self.recipe = recipe
         self.run = run
+        self.folder = run.results_dir / "tensorboard" / run.stem
         self._writer: Any = None
+        check_writable(self.folder)
 
     def add_epoch(self, numbers: dict[str, float], epoch: int) -> None:
         """Write the numbers of an epoch; with the first of them recipe, pictures and hparams too."""
@@ -48,8 +51,7 @@ class TensorBoard:
             # slow to import; only the rank that writes needs it
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = self.run.results_dir / "tensorboard" / f"{self.run.stem}"
-            self._writer = SummaryWriter(str(folder), purge_step=epoch)
+            self._writer = SummaryWriter(str(self.folder), purge_step=epoch)
             self._describe_run([name for name in numbers if name.startswith(COMPARED)])
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, epoch)

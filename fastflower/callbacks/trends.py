@@ -1,8 +1,9 @@
-"""Trends over epochs that deserve a line: overfitting, a learning rate that keeps falling, an F1 that stands still."""
+"""Trends over epochs that deserve a line: overfitting, odd gradients, falls of the learning rate, an F1 at rest."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastflower.recipe import Recipe
 OVERFIT_EPOCHS, OVERFIT_RISE = 5, 0.1  # validation loss above its best for this long and by this fraction
 FALLS = 3  # of the learning rate in a row
 STILL_EPOCHS, STILL = 10, 0.001  # without a gain of F1
+NORM_EPOCHS, NORM_RISE, NORM_LEAST = 3, 10.0, 1e-6  # epochs whose median is the usual gradient norm
 
 
 @dataclass
@@ -27,6 +29,12 @@ class Course:
     f1: float = -math.inf
     f1_epoch: int = 0
     still: bool = False  # said, until F1 improves
+    norms: list[float] = field(
+        default_factory=list
+    )  # mean gradient norms of the last epochs that were not odd
+    longest: float = 0.0  # the largest of all that were not odd
+    first_loss: float = math.inf  # the training loss of the first epoch
+    odd: bool = False  # said, until a gradient norm is usual again
 
 
 class Trends:
@@ -38,13 +46,14 @@ class Trends:
 
     def __init__(self, recipe: Recipe) -> None:
         self.sched, self.metric = recipe.sched, recipe.select.metric
+        self.clip_grad = recipe.train.clip_grad
         self.course = Course()
 
     def update(self, row: dict[str, Any]) -> list[str]:
         """The lines for an epoch."""
         if row["size"] != self.course.size:
             self.course = Course(size=list(row["size"]))
-        return [*self._overfitting(row), *self._lr(row), *self._f1(row)]
+        return [*self._overfitting(row), *self._gradient(row), *self._lr(row), *self._f1(row)]
 
     def _overfitting(self, row: dict[str, Any]) -> list[str]:
         course, val, train = self.course, row["val_loss"], row["train_loss"]
@@ -64,6 +73,33 @@ class Trends:
             f"validation loss rose from {course.val_loss:.4f} (epoch {course.val_epoch}) to {val:.4f} while the "
             f"training loss fell from {course.train_loss:.4f} to {train:.4f}: overfitting; raise opt.weight_decay, "
             "model.drop_rate, reg.mix_prob or aug.strength"
+        ]
+
+    def _gradient(self, row: dict[str, Any]) -> list[str]:
+        """Gradients longer than ever and ten times as long as usual, or none while the training loss is high."""
+        course, norm = self.course, row["grad_norm"]
+        if not math.isfinite(norm):  # no step of the epoch counted, which the gradient guard says
+            return []
+        if math.isinf(course.first_loss):
+            course.first_loss = row["train_loss"]
+        usual = statistics.median(course.norms) if len(course.norms) == NORM_EPOCHS else math.inf
+        exploding = norm > max(NORM_RISE * usual, course.longest)
+        vanishing = norm < NORM_LEAST and row["train_loss"] > course.first_loss / 2
+        if not (exploding or vanishing):
+            course.norms, course.odd = [*course.norms, norm][-NORM_EPOCHS:], False
+            course.longest = max(course.longest, norm)
+            return []
+        if course.odd:
+            return []
+        course.odd = True
+        if exploding:
+            clip = "" if self.clip_grad else ", or set train.clip_grad=1.0"
+            return [
+                f"gradient norm {norm:.3g}, {norm / usual:.0f} times that of the epochs before: lower opt.lr{clip}"
+            ]
+        return [
+            f"gradient norm {norm:.1g} with a training loss of {row['train_loss']:.4f}: gradients vanish; try "
+            "another opt.lr, or a backbone with normalisation layers"
         ]
 
     def _lr(self, row: dict[str, Any]) -> list[str]:

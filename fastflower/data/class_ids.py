@@ -10,18 +10,25 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from decimal import Decimal
 
 from fastflower.core.tables import escaped
 from fastflower.data.readers.image_folders import composed
 from fastflower.data.readers.label_files import LabelRow
 
-INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad]")  # zero-width spaces, byte order mark, soft hyphen
+# zero-width spaces, byte order mark, soft hyphen, marks and isolates of the writing direction
+INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
+# joiners, fillers, selectors of a glyph's form: invisible too, but some words and emoji are written with them
+HARDLY_VISIBLE = re.compile("[\u034f\u115f\u1160\u200c\u200d\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e01ef]")
 SPACES = re.compile(r"\s+")  # any of Unicode's, such as the non-breaking space
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 JOINTS = re.compile(r"[\s,;|/+&]+")  # marks with which people join two labels into one
 INTEGER = re.compile(r"-?[0-9]{1,300}")
 FLOAT = re.compile(r"(-?[0-9]+)\.0+")
+NUMBER = re.compile(r"[-+]?[0-9]{1,300}(\.[0-9]{1,300})?([eE][-+]?[0-9]{1,3})?")
 MISSING = "nan"  # how NumPy and pandas write a missing value
+# how people and other programs write one; each may as well be the name of a class
+DOUBTFUL = frozenset(("none", "null", "nil", "na", "n/a", "n.a.", "#n/a", "<na>", "nat", "?", "-", "--", "."))
 
 
 def clean(category_id: str) -> str:
@@ -34,6 +41,16 @@ def clean(category_id: str) -> str:
 def visible(name: str) -> str:
     """A class's name as text that terminals and pages can show: control characters become question marks."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", clean(name))
+
+
+def order_ids(ids: set[str]) -> tuple[str, ...]:
+    """Class ids in canonical order: numbers by value, then text, as in 007, 7, 9, 10, rose."""
+
+    def rank(category_id: str) -> tuple[int, int, str]:
+        number = INTEGER.fullmatch(category_id)
+        return (0, int(category_id), category_id) if number else (1, 0, category_id)
+
+    return tuple(sorted(ids, key=rank))
 
 
 def canonicalise(rows: list[LabelRow], notices: list[str]) -> list[str]:
@@ -59,19 +76,29 @@ def suspicions(ids: Iterable[str]) -> list[str]:
     """Notices of ids that are different classes but may be meant as one, or as several."""
     known = set(ids)
     lines = []
-    padded = sorted(i for i in known if re.fullmatch(r"0[0-9]+", i) and (i.lstrip("0") or "0") in known)
-    if padded:
-        lines.append(f"'{padded[0]}' and '{padded[0].lstrip('0') or '0'}' are different classes")
+    numbers = defaultdict(list)
+    for category_id in sorted(filter(NUMBER.fullmatch, known)):
+        numbers[Decimal(category_id)].append(category_id)
+    lines += [f"'{same[0]}' and '{same[1]}' are different classes" for same in numbers.values() if same[1:]][
+        :1
+    ]
+    lines += [
+        f"{category_id!r} is a class; if it marks images without a label, remove their rows"
+        for category_id in sorted(known)
+        if category_id.casefold() in DOUBTFUL or (category_id == "-1" and "0" in known and "-2" not in known)
+    ]
     folded = defaultdict(list)
     for category_id in sorted(known):
-        key = re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", category_id).casefold())
+        text = HARDLY_VISIBLE.sub("", unicodedata.normalize("NFKC", category_id))
+        key = re.sub(r"[\s_-]+", "", text.casefold())
         folded[key].append(category_id)
     # a minus sign and the width of digits make numbers differ
     alike = [same for key, same in folded.items() if len(same) > 1 and not key.isdigit()]
     if alike:
+        shown = [ascii(text) if HARDLY_VISIBLE.search(text) else repr(text) for text in alike[0][:2]]
         lines.append(
-            f"{len(alike)} pairs of classes differ only in case, width or spaces, such as "
-            f"{' and '.join(repr(i) for i in alike[0][:2])}; if they are one class, write them in one way"
+            f"{len(alike)} pairs of classes differ only in case, width, spaces or invisible characters, such as "
+            f"{' and '.join(shown)}; if they are one class, write them in one way"
         )
     joined = sorted(i for i in known if len(parts := JOINTS.split(i)) > 1 and known.issuperset(parts))
     if joined:

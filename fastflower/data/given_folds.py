@@ -26,7 +26,7 @@ def read(recipe: Recipe, filenames: Sequence[str], source: Source) -> np.ndarray
     """
     data = recipe.data
     path = Path(data.fold_csv or data.csv)
-    row_of = _column(recipe, path, data.fold_col, filenames=filenames, source=source)
+    row_of = column(recipe, path, data.fold_col, filenames=filenames, source=source)
     folds = np.zeros(len(filenames), np.int64)
     for position, name in enumerate(filenames):
         text = row_of[name].category_id.strip()
@@ -56,20 +56,42 @@ def read_groups(recipe: Recipe, filenames: Sequence[str], source: Source) -> np.
 
     Images without a group are groups of their own.
     """
-    column = recipe.data.group_col
-    row_of = _column(recipe, Path(recipe.data.csv), column, filenames=filenames, source=source)
+    heading = recipe.data.group_col
+    path = label_table(recipe, "data.group_col", [heading])
+    row_of = column(recipe, path, heading, filenames=filenames, source=source)
     texts = [row_of[name].category_id.strip() or f"\0{name}" for name in filenames]
     return np.unique(texts, return_inverse=True)[1].astype(np.int64)
 
 
-def _column(
-    recipe: Recipe, path: Path, column: str, *, filenames: Sequence[str], source: Source
+def label_table(recipe: Recipe, key: str, headings: Sequence[str]) -> Path:
+    """The path of data.csv, in which a key names further columns; InputError where it is no such table."""
+    path, listed = Path(recipe.data.csv), ", ".join(headings)
+    if path.suffix == ".npy" or not path.is_file():
+        raise InputError(
+            f"{key} = {listed}: data.csv = {path} is no label file with further columns; give a table with the columns "
+            f"{recipe.data.image_col}, {listed}, or leave {key} empty"
+        )
+    return path
+
+
+def column(
+    recipe: Recipe, path: Path, heading: str, *, filenames: Sequence[str], source: Source
 ) -> dict[str, LabelRow]:
-    """The rows of a table by the image that they name, with the column's text as their category_id."""
+    """The rows of a table by the image that they name, with the column's text as their category_id.
+
+    Raises InputError for an image without a row, and for one whose rows differ.
+    """
     rows, *_ = csv_rows(
-        path, Path(recipe.data.root), image_col=recipe.data.image_col, label_col=column, one_hot=False
+        path, Path(recipe.data.root), image_col=recipe.data.image_col, label_col=heading, one_hot=False
     )
-    row_of = {restored(row.filename): row for row in rows}
+    row_of: dict[str, LabelRow] = {}
+    for row in rows:
+        first = row_of.setdefault(restored(row.filename), row)
+        if first.category_id.strip() != row.category_id.strip():
+            raise InputError(
+                f"{path}: {first.where} and {row.where}: '{escaped(row.filename)}' has two values of {heading}, "
+                f"'{escaped(first.category_id)}' and '{escaped(row.category_id)}'; leave one"
+            )
     if isinstance(source, FileSource):
         named = set(filenames)
         for name in [name for name in row_of if name not in named]:
@@ -79,7 +101,7 @@ def _column(
     missing = [name for name in filenames if name not in row_of]
     if missing:
         raise InputError(
-            f"{path}: no {column} for {len(missing)} of {len(filenames)} images, such as {escaped(missing[0])}"
+            f"{path}: no {heading} for {len(missing)} of {len(filenames)} images, such as {escaped(missing[0])}"
         )
     return row_of
 

@@ -19,7 +19,8 @@ import numpy as np
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
 from fastflower.core.tables import escaped, read_sealed, sealed_rows, write_csv
-from fastflower.data import class_ids, given_folds
+from fastflower.data import auxiliary, class_ids, given_folds
+from fastflower.data.auxiliary import AuxColumn
 from fastflower.data.readers import sources
 from fastflower.data.readers.image_folders import composed, is_hidden, list_images
 from fastflower.data.readers.label_files import ClassNames, LabelRow
@@ -83,7 +84,7 @@ class LabelTable:
 
     class_idx: int64 (N,). sizes: bytes of each file, int64 (N,). names: the label file's columns of class names.
     given_folds: the fold that the labels or data.val give each row, int64 (N,), or None. given_groups: the group that
-    data.group_col gives each row, likewise.
+    data.group_col gives each row, likewise. aux: the columns of data.aux_cols.
     """
 
     filenames: list[str]
@@ -96,6 +97,7 @@ class LabelTable:
     source: Source = field(default=FileSource(Path()), compare=False)
     given_folds: np.ndarray | None = None
     given_groups: np.ndarray | None = None
+    aux: tuple[AuxColumn, ...] = ()
 
     def __len__(self) -> int:
         return len(self.filenames)
@@ -121,6 +123,7 @@ class LabelTable:
             sizes=self.sizes[rows],
             given_folds=None if self.given_folds is None else self.given_folds[rows],
             given_groups=None if self.given_groups is None else self.given_groups[rows],
+            aux=tuple(column.take(rows) for column in self.aux),
         )
 
 
@@ -156,6 +159,8 @@ def read_labels(recipe: Recipe) -> LabelTable:
         table = replace(table, given_folds=given_folds.read(recipe, table.filenames, table.source))
     if recipe.data.group_col:
         table = replace(table, given_groups=given_folds.read_groups(recipe, table.filenames, table.source))
+    if recipe.data.aux_cols:
+        table = replace(table, aux=auxiliary.read(recipe, table.filenames, table.source))
     if table.given_folds is not None:
         given_folds.check_trained(
             recipe, table.classes.ids, class_idx=table.class_idx, folds=table.given_folds
@@ -207,16 +212,6 @@ def label_warnings(table: LabelTable) -> list[str]:
                 f"for {', '.join(ids)}"
             )
     return lines
-
-
-def order_ids(ids: set[str]) -> tuple[str, ...]:
-    """Class ids in canonical order: numbers by value, then text, as in 007, 7, 9, 10, rose."""
-
-    def rank(category_id: str) -> tuple[int, int, str]:
-        number = class_ids.INTEGER.fullmatch(category_id)
-        return (0, int(category_id), category_id) if number else (1, 0, category_id)
-
-    return tuple(sorted(ids, key=rank))
 
 
 def part_of(n: int) -> str:
@@ -361,7 +356,7 @@ def _listing(problems: list[str], *, rows: int, root: str) -> str:
 def _table(
     rows: list[LabelRow], sizes: np.ndarray, *, labelled: LabelledRows, notices: list[str]
 ) -> LabelTable:
-    classes = ClassMap(order_ids({row.category_id for row in rows}))
+    classes = ClassMap(class_ids.order_ids({row.category_id for row in rows}))
     ids = [row.category_id for row in rows]
     class_idx = np.array([classes.index(category_id) for category_id in ids], dtype=np.int64)
     known = {composed(category_id): category_id for category_id in classes.ids}

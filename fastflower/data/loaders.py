@@ -83,6 +83,11 @@ class TrainLoader:
         """Number of global batches in an epoch."""
         return len(self._order(epoch)) // (self.batch(epoch) * self.world)
 
+    def class_draws(self, epoch: int, classes: int) -> list[int]:
+        """The number of images of each class that an epoch trains on, repeats included."""
+        trained = self._order(epoch)[: self.steps(epoch) * self.batch(epoch) * self.world]
+        return np.bincount(self.beton.labels[trained], minlength=classes).tolist()
+
     def __len__(self) -> int:
         return self.steps(self.cursor()[0])
 

@@ -1,4 +1,4 @@
-"""The recipe of a training on frozen features: what images alone can follow is switched off, with a line for each."""
+"""The recipe of a training on frozen features: settings for images are switched off, with a line for each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import replace
 from fastflower.recipe import Recipe, derived
 
 
+def features_are_fixed(recipe: Recipe) -> bool:
+    """True if a recipe trains on features of fixed views, which are computed once."""
+    return recipe.model.freeze == "backbone" and recipe.model.frozen_views > 0
+
+
 def frozen_recipe(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe as a training on features that are computed once follows it, and lines on what changed.
 
     Fixed views have one size and are not mixed. A k-NN head has no training steps: one epoch without any, of the
     evaluation view, and no averages of weights. Any other recipe is returned as it is.
     """
-    if recipe.model.freeze == "none" or not recipe.model.frozen_views:
+    if not features_are_fixed(recipe):
         return recipe, []
     lines, sizes = [], derived.image_sizes(recipe)
     if len(sizes) > 1:

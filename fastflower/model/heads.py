@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,11 @@ class NeighboursHead(nn.Module):
             weights = ((nearest[:, :-1] - nearest[:, -1:]) / self.temperature).exp() - 1
             votes = weights[:, :, None] * (self.labels[rows[:, :-1]][:, :, None] == self.classes)
             return VOTE_SCALE * votes.sum(1) / (weights.sum(1, keepdim=True) + 1e-12)
+
+
+def build_aux_heads(sizes: Sequence[int], features: int) -> nn.ModuleList:
+    """A linear head for each auxiliary column, of `sizes` values."""
+    return nn.ModuleList(_linear(features, size) for size in sizes)
 
 
 def build_head(spec: NetworkSpec, features: int) -> nn.Module:

@@ -157,6 +157,22 @@ class Distilled(nn.Module):
         return (1 - self.weight) * self.loss(logits, labels) + self.weight * divergence
 
 
+def auxiliary_loss(
+    logits: Tensor, targets: Tensor, *, sizes: Sequence[int], weights: Sequence[float]
+) -> Tensor:
+    """The weighted sum, float32, of a cross-entropy for each auxiliary column of logits and soft targets (B, K).
+
+    `sizes` are the columns' widths within K. A row without a value, whose target is 0, adds nothing; the mean is over
+    all rows, or microbatches and ranks would not add up.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    for weight, own, wanted in zip(
+        weights, logits.split(list(sizes), 1), targets.split(list(sizes), 1), strict=True
+    ):
+        total = total - weight * (wanted.float() * own.float().log_softmax(1)).sum(1).mean()
+    return total
+
+
 def consistency(
     label_logits: Tensor, learned_logits: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:

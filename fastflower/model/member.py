@@ -12,7 +12,7 @@ from torch import Tensor
 from fastflower.core import checkpoint
 from fastflower.core.errors import InputError
 from fastflower.core.records import FieldError, from_plain, to_plain
-from fastflower.model.lora import merged
+from fastflower.model.handed_in import handed_in
 from fastflower.model.network import NetworkSpec
 
 
@@ -48,17 +48,17 @@ class MemberCheckpoint:
 
 
 def load_member(path: Path) -> MemberCheckpoint:
-    """Read a member onto the CPU, with the adapters of a `last` merged into their weights.
+    """Read a member onto the CPU; of a `last`, the adapters merged into their weights and the main head alone.
 
     Raises CorruptionError for a damaged file, InputError for a missing or foreign one or an incomplete description.
     """
     content = checkpoint.load(path)
-    return MemberCheckpoint(parse_meta(content.meta, path), merged(content.tensors))
+    return MemberCheckpoint(parse_meta(content.meta, path), handed_in(content.tensors))
 
 
 def save_member(path: Path, tensors: dict[str, Tensor], meta: MemberMeta) -> None:
-    """Write a member atomically; adapters are merged into their weights, and NaN scores become null."""
-    checkpoint.save(path, merged(tensors), to_plain(meta))
+    """Write a member atomically, adapters merged and without auxiliary heads; NaN scores become null."""
+    checkpoint.save(path, handed_in(tensors), to_plain(meta))
 
 
 def parse_meta(meta: Mapping[str, Any], path: Path) -> MemberMeta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.model import backbones
 from fastflower.model.frozen import frozen_recipe
-from fastflower.model.heads import NeighboursHead, build_head
+from fastflower.model.heads import NeighboursHead, build_aux_heads, build_head
 from fastflower.model.lora import adapt
 from fastflower.model.response_norm import use_lean_response_norms
 from fastflower.model.sizes import fitting, view_scales
@@ -91,8 +92,9 @@ class NetworkSpec:
 class Network(nn.Module):
     """Pixels 0..255 -> logits. Normalisation is part of the network, so that no caller can get it wrong.
 
-    The state dict holds `backbone.*` and `head.*` only; mean and std come from the spec. `kept` is what training leaves
-    as it is: nothing, the backbone, or the weights of a backbone that learns through adapters alone.
+    The state dict holds `backbone.*` and `head.*` only, in training `aux_heads.*` too; mean and std come from the spec.
+    `kept` is what training leaves as it is: nothing, the backbone, or the weights of a backbone that learns through
+    adapters alone.
     """
 
     mean: Tensor
@@ -108,11 +110,18 @@ class Network(nn.Module):
         self.backbone = backbone
         self.dropout = nn.Dropout(drop_rate)
         self.head = head
+        self.aux_heads = nn.ModuleList()  # see `add_aux_heads`
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float 0..255, or features (B, F) computed before -> logits (B, C)."""
-        features = self.features(images) if images.ndim == 4 else images
-        return self.head(self.dropout(features))
+        """(B, 3, H, W) float 0..255, or features (B, F) computed before -> logits (B, C).
+
+        The logits of auxiliary heads, where training has added some, are further columns.
+        """
+        features = self.dropout(self.features(images) if images.ndim == 4 else images)
+        logits: Tensor = self.head(features)
+        return (
+            torch.cat([logits, *(head(features) for head in self.aux_heads)], 1) if self.aux_heads else logits
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float 0..255 -> features (B, F) of the backbone."""
@@ -191,10 +200,11 @@ def training_network(
         pretrained=pretrained if model.pretrained and not model.init else None,
     )
     use_lean_response_norms(backbone)
+    constant = drop_path_note(backbone, spec.backbone)
     network = Network(backbone, _head(spec, sizes), spec=spec, drop_rate=model.drop_rate)
     if recipe.train.channels_last:
         use_channels_last(network)
-    notes = _keep(network, recipe)
+    notes = constant + _keep(network, recipe)
     if model.init:  # its caller loads the weights
         return network, spec, notes
     return (
@@ -204,8 +214,25 @@ def training_network(
     )
 
 
+def drop_path_note(backbone: nn.Module, name: str) -> list[str]:
+    """A line for people where the rate of stochastic depth does not grow with depth; else none."""
+    rates = [m.drop_prob for m in backbone.modules() if isinstance(m, timm.layers.DropPath)]
+    if len(rates) < 2 or not rates[0] or len(set(rates)) > 1:
+        return []
+    return [
+        f"model.drop_path = {rates[0]:g} in each of {len(rates)} places, as {name} was published; it does not grow"
+    ]
+
+
+def add_aux_heads(network: Network, spec: NetworkSpec, sizes: Sequence[int]) -> None:
+    """Add a head for each auxiliary column, of `sizes` values, whose random weights come from torch's generator."""
+    device = network.mean.device
+    features = backbones.profile(spec.backbone, [spec.size]).features
+    network.aux_heads = build_aux_heads(sizes, features).to(device)
+
+
 def _keep(network: Network, recipe: Recipe) -> list[str]:
-    """Freeze what model.freeze and model.lora leave as it is; a line for people that says what trains."""
+    """Freeze the layers that model.freeze and model.lora keep; returns a line for people on those that train."""
     lora = recipe.model.lora
     if recipe.model.freeze == "backbone":
         network.kept = "backbone"

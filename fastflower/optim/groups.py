@@ -50,7 +50,8 @@ def part_by_parameter(network: nn.Module, names: list[str]) -> dict[str, str]:
     }
     part_of = {f"backbone.{name}": part_of_stage[stage] for name, stage in stage_of.items()}
     return {
-        name: "head" if name.startswith("head.") else part_of[name] for name, _ in network.named_parameters()
+        name: "head" if name.startswith(("head.", "aux_heads.")) else part_of[name]
+        for name, _ in network.named_parameters()
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastflower.core import runs
 from fastflower.core.errors import InputError
-from fastflower.recipe.load import SUFFIXES, load
+from fastflower.recipe.load import SUFFIXES, key_of_option, load
 from fastflower.recipe.run_record import recipe_text
 from fastflower.recipe.schema import Recipe, fields_of
 
@@ -46,9 +46,11 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """The names (recipes and experiments) and the changes (key=value) among arguments."""
     options = [argument for argument in argv if argument.startswith("-") and "=" not in argument]
     if options:
+        key = key_of_option(options[0])
+        example = f"here {key}=..." if key else "such as opt.lr=1e-3"
         raise InputError(
             f"got {options[0]}, which is no option of this command; --help shows what it takes, and settings are "
-            "written key=value, such as opt.lr=1e-3"
+            f"written key=value, {example}"
         )
     changes = [argument for argument in argv if "=" in argument]
     return [argument for argument in argv if "=" not in argument], changes

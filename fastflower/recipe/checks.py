@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import math
 import re
-from pathlib import Path
 
 from fastflower.core import metric, runs
 from fastflower.core.errors import EnvironmentFault, InputError
+from fastflower.recipe.advice import doubtful_starts, unusual_values
 from fastflower.recipe.derived import (
     CORRUPTIONS,
     combos,
@@ -17,18 +15,18 @@ from fastflower.recipe.derived import (
     fold_count,
     image_sizes,
     parse_interval,
-    scaled_lr,
     validates,
 )
-from fastflower.recipe.schema import Recipe
-from fastflower.recipe.starting_point import (
-    from_scratch,
-    layerwise,
-    lr_bound,
-    lr_rule,
-    origin,
-    warmup_epochs,
+from fastflower.recipe.method_checks import (
+    check_auxiliary,
+    check_frozen,
+    check_semi,
+    check_start,
+    check_unscored,
+    is_nested,
 )
+from fastflower.recipe.schema import Recipe
+from fastflower.recipe.starting_point import layerwise, lr_bound, warmup_epochs
 
 RESERVED = tuple(
     path.name
@@ -41,7 +39,6 @@ RESERVED = tuple(
         runs.FIGURES,
     )
 )
-SMALL_BATCH = 8  # images, below which a gradient from scratch is mostly noise
 LONGEST_NAME = 200  # bytes; a file name holds 255, and temporary files append to it
 BALANCING = ("weighted_en", "weighted_inv", "class_balanced", "repeat_factor")
 
@@ -55,20 +52,19 @@ def check(recipe: Recipe) -> list[str]:
     check_flips(recipe)
     check_views(recipe)
     check_metric(recipe)
-    _check_start(recipe)
-    _check_frozen(recipe)
+    check_start(recipe)
+    check_frozen(recipe)
+    check_auxiliary(recipe, advice)
     _check_schedule(recipe)
     _check_balance(recipe, advice)
     _check_ranges(recipe)
-    _check_unscored(recipe, advice)
-    _check_semi(recipe, advice)
-    _advise(recipe, advice)
-    _advise_start(recipe, advice)
-    return advice
+    check_unscored(recipe, advice)
+    check_semi(recipe, advice)
+    return advice + unusual_values(recipe) + doubtful_starts(recipe)
 
 
 def check_name(name: str) -> None:
-    """Refuse an experiment's name that cannot name its folders, or names what is no experiment."""
+    """Refuse an experiment's name that cannot name its folders, or is that of another file or folder."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         fault = "must be letters, digits, _ . - only, and begin with a letter, a digit or _"
     elif name.casefold() in RESERVED:
@@ -143,73 +139,11 @@ def check_trackers(recipe: Recipe) -> None:
             )
 
 
-def _nested(first: str, second: str) -> bool:
-    """True if two paths are equal or one is inside the other."""
-    a, b = Path(first).resolve(), Path(second).resolve()
-    return a == b or a in b.parents or b in a.parents
-
-
 def _check_test_folder(recipe: Recipe) -> None:
-    if _nested(recipe.data.root, recipe.data.test):
+    if is_nested(recipe.data.root, recipe.data.test):
         raise InputError(
             f"data.root = {recipe.data.root} and data.test = {recipe.data.test} are one inside the other; "
             "the images to predict must not be trained on, so keep them apart"
-        )
-
-
-def _check_start(recipe: Recipe) -> None:
-    start = f"model.init = {recipe.model.init}" if recipe.model.init else "model.pretrained = true"
-    if recipe.checks.from_scratch and (recipe.model.pretrained or recipe.model.init):
-        raise InputError(
-            f"{start}: this recipe trains from scratch (checks.from_scratch=true), as its contest demands; set "
-            "model.pretrained=false and no model.init, or checks.from_scratch=false"
-        )
-    if recipe.model.init and recipe.model.init == recipe.exp.name:
-        raise InputError(
-            f"model.init = {recipe.model.init}: an experiment cannot start from itself; set another exp.name, or "
-            "train.extend=true to train it longer"
-        )
-
-
-def _check_frozen(recipe: Recipe) -> None:
-    """Refuse what contradicts a backbone, or weights of a backbone, that stay as they are."""
-    model, lora = recipe.model, recipe.model.lora
-    if model.head == "knn" and (model.freeze == "none" or not model.frozen_views):
-        raise InputError(
-            "model.head = knn finds neighbours by features that stay as they are; set model.freeze=backbone and "
-            "model.frozen_views to 1 or more"
-        )
-    if lora.targets != "auto" and not (
-        isinstance(lora.targets, list)
-        and lora.targets
-        and all(isinstance(part, str) for part in lora.targets)
-    ):
-        raise InputError(
-            f"model.lora.targets = {lora.targets}: must be auto or a list of layer names, such as [qkv, proj]"
-        )
-    setting = "model.freeze = backbone" if model.freeze == "backbone" else f"model.lora.rank = {lora.rank}"
-    if model.freeze == "none" and not lora.rank:
-        return
-    if from_scratch(recipe) and ":" not in model.backbone:  # an own network's function may load weights
-        raise InputError(
-            f"{setting} keeps weights that are random here; set model.pretrained=true or model.init, or train them"
-        )
-    if model.freeze == "none":
-        return
-    idle = {
-        "model.lora.rank=0": lora.rank > 0,
-        "model.drop_path=0": model.drop_path > 0,
-        "model.grad_checkpointing=false": model.grad_checkpointing,
-        "llrd.enabled=auto": recipe.llrd.enabled is True,
-        "llrd.unfreeze_schedule=null": recipe.llrd.unfreeze_schedule is not None,
-        "model.frozen_views=0": recipe.semi.enabled and model.frozen_views > 0,
-        "distill.teacher=[]": bool(recipe.distill.teacher) and model.head == "knn",
-    }
-    wrong = [remedy for remedy, asked in idle.items() if asked]
-    if wrong:
-        keys = ", ".join(remedy.partition("=")[0] for remedy in wrong)
-        raise InputError(
-            f"{setting}, with head {model.head}, contradicts {keys}; set {' '.join(wrong)}, or model.freeze=none"
         )
 
 
@@ -263,12 +197,31 @@ def _check_balance(recipe: Recipe, advice: list[str]) -> None:
         )
     if sampler.beta < 0.9 and sampler.type == "weighted_en":
         advice.append(f"sampler.beta = {sampler.beta:g}: the usual range is 0.9 to 0.999")
-    if sampler.type in BALANCING and loss.name == "bce" and loss.pos_weight == "auto":
-        advice.append("a balancing sampler and loss.pos_weight=auto both correct the class prior; choose one")
-    if loss.name == "focal" and recipe.reg.mix_prob > 0:
-        advice.append("focal loss with MixUp/CutMix: both weigh hard examples; compare with loss.name=lsce")
+    if sampler.type in BALANCING and loss.name == "bce" and loss.pos_weight != 1:
+        advice.append(
+            f"a balancing sampler and loss.pos_weight={loss.pos_weight} both correct the class prior; choose one"
+        )
+    if sampler.type in BALANCING and loss.name == "focal":
+        advice.append(
+            f"sampler.type = {sampler.type} and focal loss both favour rare classes; compare macro F1 with "
+            "loss.name=lsce and with sampler.type=none"
+        )
+    strong = _strong_augmentation(recipe)
+    if loss.name == "focal" and strong:
+        advice.append(f"focal loss with {strong}: both weigh hard examples; compare with loss.name=lsce")
     if loss.name == "focal" and not 1 <= loss.focal_gamma <= 2:
         advice.append(f"loss.focal_gamma = {loss.focal_gamma:g}: the usual range is 1 to 2")
+
+
+def _strong_augmentation(recipe: Recipe) -> str:
+    """The names of the augmentations in use that make images hard, joined by commas."""
+    in_use = {
+        "MixUp/CutMix": recipe.reg.mix_prob,
+        "RandAugment": recipe.aug.randaugment_n,
+        "TrivialAugment": recipe.aug.trivial_p,
+        "AugMix": recipe.aug.augmix_p,
+    }
+    return ", ".join(name for name, amount in in_use.items() if amount)
 
 
 def _check_ranges(recipe: Recipe) -> None:
@@ -334,124 +287,3 @@ def _check_ranges(recipe: Recipe) -> None:
             f"{key} = greedy chooses by the mean of logits; with ensembling.average=probabilities use another, or "
             "ensembling.average=logits"
         )
-
-
-def _check_unscored(recipe: Recipe, advice: list[str]) -> None:
-    """Refuse and explain what training on every image takes away."""
-    if validates(recipe):
-        return
-    monitor = (
-        f"; the plateau schedule follows the training loss instead of sched.monitor={recipe.sched.monitor}"
-        if recipe.sched.name == "plateau"
-        else ""
-    )
-    if recipe.data.split != "none":
-        if recipe.distill.teacher:
-            raise InputError(
-                "data.fold = none: distill.teacher is known out of fold only, and a training on all images has no "
-                "fold; leave out one of them"
-            )
-        advice.append(
-            f"data.fold=none: no image is held out, so nothing scores this training, which follows its folds{monitor}"
-        )
-        return
-    if recipe.data.val:
-        raise InputError(
-            f"data.val = {recipe.data.val} and data.split = none: the first names validation images, the second trains "
-            "on every image; leave one of them out"
-        )
-    advice.append(
-        f"data.split=none: no image is held out, so all {recipe.sched.cosine_epochs} epochs are trained and none is "
-        f"the best: robust, es and select have no effect{monitor}"
-    )
-
-
-def _check_semi(recipe: Recipe, advice: list[str]) -> None:
-    semi = recipe.semi
-    if not semi.enabled and not semi.rounds:
-        return
-    if semi.enabled and semi.method == "soft" and not semi.soft_teacher:
-        raise InputError(
-            "semi.method=soft needs semi.soft_teacher, the experiment that labels the unlabelled images; with "
-            "semi.rounds, python -m fastflower.campaign sets it"
-        )
-    if bool(recipe.data.unlabelled) == (recipe.data.labels_per_class is not None):
-        raise InputError(
-            f"{'semi.enabled=true' if semi.enabled else f'semi.rounds = {semi.rounds}'} learns from data.unlabelled or "
-            "from the images that data.labels_per_class leaves unlabelled; "
-            f"got {'both, give one' if recipe.data.unlabelled else 'neither, give one or set semi.enabled=false'}"
-        )
-    nested = recipe.data.unlabelled and _nested(recipe.data.unlabelled, recipe.data.test)
-    if nested and not recipe.checks.allow_unlabelled_test:
-        raise InputError(
-            f"data.unlabelled = {recipe.data.unlabelled} and data.test = {recipe.data.test} are one inside the other; "
-            "keep them apart, or set checks.allow_unlabelled_test=true if the contest's rules allow it"
-        )
-    if recipe.loss.name == "bce":
-        raise InputError(
-            "semi.enabled=true needs a softmax over the classes, which loss.name = bce does not train; use lsce or ce"
-        )
-    if semi.teacher == "ema" and not recipe.ema.enabled:
-        raise InputError("semi.teacher = ema needs ema.enabled=true; enable it or use semi.teacher=raw")
-    if semi.ramp_epochs >= recipe.sched.cosine_epochs:
-        advice.append(
-            f"semi.ramp_epochs = {semi.ramp_epochs}: the weight of unlabelled images never reaches semi.lambda_u in "
-            f"{recipe.sched.cosine_epochs} epochs"
-        )
-
-
-def _advise(recipe: Recipe, advice: list[str]) -> None:
-    if recipe.model.head in ("arcface", "cosface") and not 0.2 <= recipe.model.margin <= 0.4:
-        advice.append(f"model.margin = {recipe.model.margin:g}: the usual range is 0.2 to 0.4")
-    if recipe.aug.corrupt_p > 0 and recipe.robust.enabled:
-        advice.append(
-            "aug.corrupt_p trains on corruptions that robust.kinds scores; they are no longer unseen"
-        )
-    if not recipe.ema.warmup and recipe.ema.enabled:
-        advice.append(
-            f"ema.warmup=false: at decay {recipe.ema.decay:g} half of the initial weights remain after "
-            f"{math.log(0.5) / math.log(recipe.ema.decay):.0f} steps"
-        )
-    if recipe.sched.name == "plateau":
-        _advise_plateau(recipe, advice)
-    if "combo" in metric.parse(recipe.select.metric).names and not recipe.robust.enabled:
-        advice.append(
-            "robust.enabled=false: best is chosen by clean top-1, because S needs the corrupted set"
-        )
-
-
-def _advise_start(recipe: Recipe, advice: list[str]) -> None:
-    """Lines for settings that cannot work for what the training starts from, with the value to use."""
-    numbers, rule, start = derive(recipe, recipe.train.world_size), lr_rule(recipe), origin(recipe)
-    if not rule.lowest <= numbers.lr <= rule.highest:
-        side = "barely learns" if numbers.lr < rule.lowest else "diverges or forgets what it knows"
-        open_keys = dataclasses.replace(recipe.opt, lr="auto", lr_ref="auto", lr_max_bound="auto")
-        usual, _ = scaled_lr(dataclasses.replace(recipe, opt=open_keys), numbers.batch_global)
-        advice.append(
-            f"lr {numbers.lr:.3g} {start} {side} ({recipe.opt.name} learns at {rule.lowest:g} to {rule.highest:g}); "
-            f"use opt.lr={usual:.2g}, or the rate that python -m fastflower.lrfind suggests"
-        )
-    if from_scratch(recipe) and layerwise(recipe) and min(recipe.llrd.multipliers) < 1:
-        advice.append(
-            f"llrd.enabled=true from scratch holds the first layers, which know nothing, at "
-            f"{min(recipe.llrd.multipliers):g} of the learning rate; use llrd.enabled=auto"
-        )
-    if from_scratch(recipe) and numbers.batch_global < SMALL_BATCH:
-        advice.append(
-            f"a global batch of {numbers.batch_global} from scratch learns from noise; raise train.batch_per_gpu or "
-            f"train.grad_accum to {SMALL_BATCH} images or more"
-        )
-
-
-def _advise_plateau(recipe: Recipe, advice: list[str]) -> None:
-    sched, batch = recipe.sched, recipe.train.batch_per_gpu
-    if sched.patience < 5:
-        advice.append(
-            f"sched.patience = {sched.patience}: scores may fluctuate for longer than that; try 5 to 10"
-        )
-    if sched.factor <= 0.5:
-        advice.append(f"sched.factor = {sched.factor:g}: the learning rate falls fast; 0.7 or 0.8 is gentler")
-    if not warmup_epochs(recipe):
-        advice.append("sched.warmup_epochs = 0: plateau without warm-up; 5 epochs stabilise the start")
-    if batch >= 4096 and recipe.opt.lr != "auto" and recipe.opt.lr <= 1e-4:
-        advice.append(f"opt.lr = {recipe.opt.lr:g} at {batch} images a device may be small; try 2e-4 or 3e-4")

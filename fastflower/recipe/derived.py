@@ -100,6 +100,11 @@ def scaled_lr(recipe: Recipe, batch_global: int) -> tuple[float, str]:
     return bounded, note
 
 
+def unscored_kind(recipe: Recipe) -> str:
+    """The kind of checkpoint to hand in of a training on all images, which nothing has scored."""
+    return "refit" if refits(recipe) else "ema_best" if recipe.ema.enabled else "last"
+
+
 def refits(recipe: Recipe) -> bool:
     """True for the training on all images, those of every fold (data.fold=none)."""
     return bool(recipe.data.fold == "none")
@@ -195,6 +200,19 @@ def combos(kinds: list[str], level: str) -> list[tuple[str, str]]:
             f"robust.kinds = {kinds}: choose from {', '.join(CORRUPTIONS)}, or module:function of your own"
         )
     return [(kind, strength) for kind in kinds for strength in LEVELS[level]]
+
+
+def aux_weights(recipe: Recipe) -> list[float]:
+    """The weight of each column of data.aux_cols, from loss.aux_weight; InputError unless all are above 0."""
+    columns, value = recipe.data.aux_cols, recipe.loss.aux_weight
+    weights = value if isinstance(value, list) else [value] * len(columns)
+    numbers = all(type(weight) in (int, float) and weight > 0 for weight in weights)
+    if not numbers or len(weights) != len(columns):
+        raise InputError(
+            f"loss.aux_weight = {value}: must be a number above 0, or a list of one for each of the {len(columns)} "
+            "columns of data.aux_cols; leave a column without weight out of them"
+        )
+    return [float(weight) for weight in weights]
 
 
 def is_scored(recipe: Recipe, derived: Derived, epoch: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -57,8 +58,13 @@ def read_layers(path: str | Path | None = None, changes: list[str] | None = None
 
 def merge(layers: list[Layer], path: str | Path | None) -> Recipe:
     """The recipe of the defaults and these layers; `path` of the file names the experiment if no layer does."""
-    merged = OmegaConf.structured(Recipe)
+    merged = _schema()
     for layer in layers:
+        unset = sorted(OmegaConf.missing_keys(layer.keys))
+        if unset:  # OmegaConf would take the default
+            raise InputError(
+                f"{layer.source}: {unset[0]} has no value yet; replace the ??? by one, or remove the key"
+            )
         try:
             merged = OmegaConf.merge(merged, layer.keys)
         except OmegaConfBaseException as error:
@@ -80,6 +86,12 @@ def merge(layers: list[Layer], path: str | Path | None) -> Recipe:
     return recipe
 
 
+@functools.cache
+def _schema() -> Any:
+    """The schema as OmegaConf checks it, built once: that takes four times as long as all else. Never changed."""
+    return OmegaConf.structured(Recipe)
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML with every key; `load` of this text gives an equal recipe."""
     tree = dataclasses.asdict(recipe)
@@ -97,7 +109,9 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
     tab = re.search(r"^ *\t", text, flags=re.M)
     if tab:
         line = text[: tab.start()].count("\n") + 1
-        raise InputError(f"{path}:{line}: indented with a tab; YAML allows spaces only")
+        raise InputError(
+            f"{path}:{line}: indented with a tab; YAML allows spaces only: replace each tab by two"
+        )
     if isinstance(
         _check_structure(text, str(path)), yaml.ScalarEvent
     ):  # OmegaConf would take its text for a key
@@ -172,7 +186,9 @@ def _parse_changes(changes: list[str]) -> Any:
     for change in changes:
         name = change.partition("=")[0]
         if not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*", name):
-            raise InputError(f"got '{change}'; a change is written key=value, such as opt.lr_ref=1e-4")
+            key = key_of_option(name)
+            example = f"here {key}={change.partition('=')[2]}" if key else "such as opt.lr_ref=1e-4"
+            raise InputError(f"got '{change}'; a change is written key=value, {example}")
         _check_structure(change.partition("=")[2], change[:100])
     try:
         return OmegaConf.from_dotlist(changes)
@@ -231,7 +247,19 @@ KNOWN_AS = {  # other programs' names of settings, which resemble no key or a wr
     "num_folds": "data.n_splits",
     "k": "data.n_splits",
     "image_size": "data.img_size",
+    "seeds": "seed",
+    "layers": "model.backbone",
+    "num_blocks": "model.backbone",
+    "base_channels": "model.backbone",
+    "arch_variant": "model.backbone",
 }
+
+
+def key_of_option(option: str) -> str | None:
+    """The key that an option such as --lr or --batch-size means in other programs, if it is known."""
+    name = option.lstrip("-").replace("-", "_").lower()
+    keys = [dotted for dotted, _, _ in fields_of(Recipe()) if name in (dotted, dotted.rpartition(".")[2])]
+    return KNOWN_AS.get(name) or (keys[0] if len(keys) == 1 else None)
 
 
 def nearest(unknown: str, names: list[str]) -> str | None:

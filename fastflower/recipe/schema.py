@@ -31,10 +31,10 @@ class Exp:
 @dataclass(frozen=True)
 class Data:
     root: str = key(
-        "data/train", "folder of the training images, or the .npz, .npy or .csv file that holds them"
+        "data/train", "folder of the training images, or the .npz, .npy, .csv or .beton file that holds them"
     )
     csv: str = key("data/train_labels.csv", "label file; unused when data.root holds the labels")
-    form: Literal["auto", "csv", "folders", "pixels", "arrays", "pairs"] = key(
+    form: Literal["auto", "csv", "folders", "pixels", "arrays", "pairs", "beton"] = key(
         "auto", "format of the data, see data/readers/sources.py; auto: detected from data.root"
     )
     arrays: Any = key(
@@ -75,6 +75,11 @@ class Data:
     group_col: str = key(
         "",
         "column of data.csv whose equal values share a fold, such as film, writer or patient; empty: none",
+    )
+    aux_cols: list[str] = key(
+        [],
+        "further columns of data.csv, such as [genus, colour]: each trains a head of its own beside the main one, "
+        "which alone is handed in; an image may have no value. convert records them",
     )
     fold: Any = key(
         0,
@@ -242,7 +247,8 @@ class Model:
     drop_rate: float = key(0.0, "dropout probability before the head", ge=0, lt=1)
     drop_path: float = key(
         0.0,
-        "stochastic depth: probability of the last block; timm's networks raise it from 0 with depth",
+        "stochastic depth: probability of the last block, to which most networks raise it from 0 with depth; those "
+        "that were published with one rate, such as CaiT and the MLP mixers, have it in all blocks, and a line says so",
         ge=0,
         lt=1,
     )
@@ -259,6 +265,11 @@ class Loss:
         1.0,
         "bce: weight of a class's positives (of two classes, the second's); auto: negatives / positives",
         gt=0,
+    )
+    aux_weight: Any = key(
+        0.3,
+        "data.aux_cols: weight of each further column's cross-entropy beside the loss of the main head: one number for "
+        "all, or a list in the order of the columns",
     )
 
 
@@ -318,6 +329,12 @@ class Opt:
     weight_decay: float = key(0.05, "decoupled weight decay", ge=0)
     no_decay_norm_bias: bool = key(True, "no weight decay on norms, biases and position embeddings")
     momentum: float = key(0.9, "sgd: momentum", ge=0, lt=1)
+    sam_rho: float = key(
+        0.0,
+        "sharpness-aware minimisation (SAM): distance, in the norm of all trained weights, to the point whose gradient "
+        "a step takes, such as 0.05; two forward and backward passes a step, so about twice the time; 0: off",
+        ge=0,
+    )
     clip_grad: float | None = key(None, "alias of train.clip_grad")
 
 

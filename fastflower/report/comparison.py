@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastflower.core import runs, scores
+from fastflower.core import runs
 from fastflower.core.charts import Chart
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
+from fastflower.evaluation.paired import PairedGain, gain_of_hits
 from fastflower.evaluation.records import EnsembleComparison, ExperimentScores
 from fastflower.recipe import Recipe, fields_of
 from fastflower.report import curves
 from fastflower.report.charts import Interval, Lines, interval_chart, over_epochs
 from fastflower.report.experiment import Experiment
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean paired difference of top-1, in 0..1, with its 95% interval; `gained` and `lost` count images."""
-
-    gained: int
-    lost: int
-    mean: float
-    low: float
-    high: float
+from fastflower.report.paired_metrics import metric_differences
 
 
 @dataclass(frozen=True)
@@ -38,7 +28,7 @@ class PairedDifference:
     baseline: str
     experiment: str
     n: int
-    difference: Difference | None
+    difference: PairedGain | None
 
 
 @dataclass(frozen=True)
@@ -52,11 +42,14 @@ class DifferingKey:
 def content(experiments: Sequence[Experiment]) -> dict[str, Any]:
     """The tables and charts of a comparison, as the templates of both formats read them."""
     differences = paired_differences([experiment.scores for experiment in experiments])
+    by_metric, incomparable = metric_differences(experiments)
     recipes = {experiment.name: experiment.recipe for experiment in experiments if experiment.recipe}
     return {
         "experiments": [experiment.scores for experiment in experiments],
         "folds_differ": len({tuple(experiment.scores.fused.folds) for experiment in experiments}) > 1,
         "differences": differences,
+        "metric_differences": by_metric,
+        "incomparable": incomparable,
         "overview": [
             scores_chart([experiment.scores for experiment in experiments]),
             differences_chart(differences),
@@ -93,15 +86,8 @@ def paired_difference(baseline: ExperimentScores, other: ExperimentScores) -> Pa
         before, after = (
             {index for index, fold in summary.wrong if fold in folds} for summary in (baseline, other)
         )
-        difference = difference_of(len(before - after), len(after - before), n)
+        difference = gain_of_hits(n, gained=len(before - after), lost=len(after - before))
     return PairedDifference(baseline.exp, other.exp, n=n, difference=difference)
-
-
-def difference_of(gained: int, lost: int, n: int) -> Difference:
-    """Mean of n paired differences (-1, 0 or 1) with its interval by the normal approximation."""
-    mean = (gained - lost) / n
-    half = scores.Z95 * math.sqrt(max((gained + lost) / n - mean**2, 0) / n)
-    return Difference(gained, lost, mean=mean, low=mean - half, high=mean + half)
 
 
 def scores_chart(summaries: list[ExperimentScores]) -> Chart:
@@ -127,7 +113,7 @@ def differences_chart(rows: list[PairedDifference]) -> Chart | None:
     """The paired differences with a line at 0; None when no experiment shares images with the baseline."""
     intervals = [
         Interval(
-            row.experiment, "", value=row.difference.mean, low=row.difference.low, high=row.difference.high
+            row.experiment, "", value=row.difference.gain, low=row.difference.low, high=row.difference.high
         )
         for row in rows
         if row.difference

@@ -25,6 +25,7 @@ NOT_PLOTTED = (
 
 # (name, chart, pattern of the dotted quantity); the first match wins, a quantity without a match has its own chart
 CHARTS: tuple[tuple[str, Lines, str], ...] = (
+    ("aux", Lines("Auxiliary columns", percent=True), r"^aux\."),
     ("loss", Lines("Loss"), r"_loss$"),
     ("clean", Lines("Clean top-1", percent=True, best="max"), r"^clean_(raw|ema|swa)$"),
     ("corrupt", Lines("Corrupted top-1", percent=True, best="max"), r"^corrupt_(raw|ema|swa)$"),
@@ -50,7 +51,7 @@ CHARTS: tuple[tuple[str, Lines, str], ...] = (
 )
 # parts of a quantity's name that its chart's title already says
 _REDUNDANT = re.compile(
-    r"^(clean|corrupt|s|ece|top5|macro)_|^lr_groups\.|^per_kind\.|_loss$|_seconds$|\.(raw|ema|swa)$|, no decay$"
+    r"^(clean|corrupt|s|ece|top5|macro)_|^lr_groups\.|^per_kind\.|^aux\.|_loss$|_seconds$|\.(raw|ema|swa)$|, no decay$"
 )
 
 
@@ -205,6 +206,23 @@ def best_by_stage(events: list[dict[str, Any]], fold_sizes: dict[int, int]) -> l
     return table
 
 
+def auxiliary(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The validation accuracy of each auxiliary column in the best epoch of each run: run, epoch, weights, column."""
+    table = []
+    for (backbone, fold, seed), rows in rows_by_run(events).items():
+        epochs = [row for row in rows if row.get("event") == "epoch" and row.get("aux")]
+        best = next((row["best"]["epoch"] for row in reversed(epochs) if row.get("best")), None)
+        row = next((row for row in reversed(epochs) if row["epoch"] == best), None)
+        if row is None:
+            continue
+        run = {"run": f"{backbone} fold {fold} seed {seed}", "epoch": row["epoch"], "weights": row["chosen"]}
+        table += [
+            {**run, "column": column, "accuracy": values.get(row["chosen"])}
+            for column, values in row["aux"].items()
+        ]
+    return table
+
+
 def _choice(row: dict[str, Any]) -> tuple[float, str] | None:
     """The score of an epoch's chosen weights and their name; of the highest S, EMA first, where neither is recorded."""
     if row.get("score") is not None and row.get("chosen"):
@@ -222,7 +240,7 @@ def _title(name: str) -> str:
 
 
 def _label(name: str) -> str:
-    """Name of a line in the legend, without the words that the title of the chart says."""
+    """Name of a line in the legend, without the words of the chart's title."""
     label = re.sub(r"[._]", " ", _REDUNDANT.sub("", name)).strip()
     label = {"seconds": "all", "eval": "evaluation", "val": "validation"}.get(label, label)
     return re.sub(r"\bema\b", "EMA", re.sub(r"\bf1\b", "F1", label)) or name

@@ -1,4 +1,4 @@
-"""Facts about the data of an experiment, for its page: images by class and fold, sizes, what was skipped."""
+"""Facts about the data of an experiment, for its page: images by class and fold, sizes, skipped files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DataFacts:
 
 
 def read_facts(recipe: Recipe, scores: ExperimentScores, notes: list[str]) -> DataFacts:
-    """The facts on data.home, where it holds the folds that were scored; a note on what is damaged."""
+    """The facts on data.home, where it holds the folds that were scored; a note on damaged files."""
     home = Path(recipe.data.home)
     try:
         folds = read_folds(home / "folds.csv")

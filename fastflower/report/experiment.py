@@ -13,14 +13,9 @@ from fastflower.core.records import read_record, to_plain
 from fastflower.core.tables import escaped
 from fastflower.data.folds import DUPLICATES, Folds, read_duplicates, read_folds
 from fastflower.evaluation.agreement import Trained, check_recipe
+from fastflower.evaluation.gradcam_record import GradCams, read_gradcam
 from fastflower.evaluation.measured import Leak, Priors, ViewTable
-from fastflower.evaluation.records import (
-    EnsembleComparison,
-    ExperimentScores,
-    GradCams,
-    ImageScores,
-    read_gradcam,
-)
+from fastflower.evaluation.records import EnsembleComparison, ExperimentScores, ImageScores
 from fastflower.recipe import Recipe
 from fastflower.recipe.run_record import Environment, RunEnd, RunNumbers, missing_events, read_recipe
 from fastflower.report.dataset import DataFacts, noun_of, read_facts
@@ -88,7 +83,7 @@ class Experiment:
 
     @property
     def noun(self) -> str:
-        """The name of what is classified: images or pairs."""
+        """The noun for the rows: images or pairs."""
         return self.data.noun
 
 

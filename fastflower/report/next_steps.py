@@ -28,7 +28,7 @@ FEWEST_CONFUSED, CONFUSED = (
 
 @dataclass(frozen=True)
 class Step:
-    """A finding with its numbers, what acts on it, the recipe change or command that does it, and where to look.
+    """A finding with its numbers, an action, the recipe change or command for it, and the place to look at.
 
     points: of top-1 or of S that are at stake, for a whole training all its errors; URGENT or UNPRICED without a price.
     """

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 import fastflower
 from fastflower.core.charts import Chart
+from fastflower.core.console import shortened, text_width
 from fastflower.evaluation import mistakes
 from fastflower.report import (
     comparison,
@@ -59,7 +60,7 @@ def experiment_page(experiment: Experiment, command: str = "") -> str:
         "trusted": mistakes.TRUSTED,
         "scores": scores,
         "classes": scores.classes,
-        "longest_label": max(len(axis(row.name or row.category_id)) for row in scores.classes),
+        "longest_label": max(text_width(axis(row.name or row.category_id)) for row in scores.classes),
         "basis": scores_section.basis(scores, experiment.noun),
         "view_count": len(scores.members[0].views),
         "view_names": scores_section.view_names(scores.members[0].views),
@@ -77,6 +78,7 @@ def experiment_page(experiment: Experiment, command: str = "") -> str:
         "charts": charts,
         "curves": folded_curves(experiment.events),
         "all_runs": comparison.epoch_charts(curves.events_by_name(experiment.events), "together"),
+        "auxiliary": curves.auxiliary(experiment.events),
         "stages": curves.best_by_stage(experiment.events, scores_section.fold_sizes(scores)),
         "overview": scores_section.overview(scores),
         "corrupted_recalls": scores_section.corrupted_recalls(scores),
@@ -181,4 +183,4 @@ def asides(sentence: str) -> Markup:
 
 def axis(name: str, longest: int = 16) -> str:
     """A class name as short as an axis of the page allows."""
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+    return shortened(name, longest)

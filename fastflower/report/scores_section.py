@@ -88,7 +88,7 @@ def overview(scores: ExperimentScores) -> list[dict[str, Any]]:
         rows.append(row("Corrupted top-1", how, block=corrupted, key="top1"))
     rows += [
         row("S", single_view, block=fused.s, key="top1"),
-        *_by_metric(scores),
+        *by_metric(scores),
         *([row("Clean top-5", views, block=clean, key="top5")] if len(scores.classes) > 5 else []),
         row("Macro recall", views, block=clean, key="macro_recall"),
         row("Macro F1", views, block=clean, key="macro_f1"),
@@ -106,7 +106,7 @@ def overview(scores: ExperimentScores) -> list[dict[str, Any]]:
     return rows
 
 
-def _by_metric(scores: ExperimentScores) -> list[dict[str, Any]]:
+def by_metric(scores: ExperimentScores) -> list[dict[str, Any]]:
     """The row of the score by select.metric, unless that has a row of its own."""
     chosen = scores.fused.selected
     if chosen is None or chosen.metric in ("clean", "combo"):

@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from composer.core import Algorithm, Event, State
 from torch import Tensor
 
 from fastflower.algorithms.augmentation import DeviceAugment
+from fastflower.algorithms.auxiliary import AuxiliaryHeads
 from fastflower.algorithms.averaging import Ema, Swa
 from fastflower.algorithms.fixmatch import FixMatch
 from fastflower.algorithms.gradients import GradientGuard
@@ -110,28 +111,23 @@ def training(
     )
     averages = _averages(prepared, classifier, guard=guard, stop=stop)
     networks = {"raw": network, **{name: average.shadow for name, average in averages.items()}}
-    rows = {label: len(loader.rows) for label, loader in data.evaluation.items()}
-    scoring = Scoring(recipe, derived, networks=networks.values, rows=rows, combos=data.combos)
-    schedule = LearningRate(
+    scoring = Scoring(
         recipe,
         derived,
-        network=network,
-        steps=data.train.steps,
-        monitored=lambda: {
-            "score": scoring.score,
-            "val_loss": scoring.val_loss,
-            "train_loss": recorder.meter.mean("loss"),
-        }[plateau_monitor(recipe)],
+        networks=networks.values,
+        rows={label: len(loader.rows) for label, loader in data.evaluation.items()},
+        combos=data.combos,
+        aux=prepared.fold.aux_targets,
     )
+
+    def monitored() -> float:
+        train_loss = recorder.meter.mean("loss")
+        values = {"score": scoring.score, "val_loss": scoring.val_loss, "train_loss": train_loss}
+        return values[plateau_monitor(recipe)]
+
+    schedule = LearningRate(recipe, derived, network=network, steps=data.train.steps, monitored=monitored)
     semi = _unlabelled_learning(prepared, averages)
-    recorder = Recorder(
-        run,
-        derived,
-        guard=guard,
-        scoring=scoring,
-        tensorboard=TensorBoard(recipe, run) if recipe.log.tensorboard else None,
-        extra_entries=[algorithm.row for algorithm in semi.values()],
-    )
+    recorder = _recorder(run, prepared, guard=guard, scoring=scoring, semi=list(semi.values()))
     trends = Trends(recipe)
     progress = Progress(console, derived, recorder=recorder, scoring=scoring, trends=trends)
     components: dict[str, Stateful] = {
@@ -166,7 +162,7 @@ def training(
         facts=_facts(run, prepared, groups),
         prepared=prepared,
         trainer=trainer,
-        memory=_memory_trial(trainer, classifier, data),
+        memory=_memory_trial(trainer, classifier, prepared),
         components=components,
         scoring=scoring,
         recorder=recorder,
@@ -189,7 +185,7 @@ def lr_range_test(recipe: Recipe, *, fold: FoldSet, machine: Machine) -> tuple[l
         algorithms=[range_test, guard],
         max_duration=f"{recipe.lrfind.steps}ba",
     )
-    memory = _memory_trial(trainer, classifier, data)
+    memory = _memory_trial(trainer, classifier, prepared)
     try:
         with one_may_fail(machine, memory):
             memory.run()
@@ -209,7 +205,7 @@ def _trainer(
 ) -> Trainer:
     """Composer's Trainer with all that a run and an lr range test share; augmentation runs before `algorithms`."""
     recipe, derived, data, machine = prepared.recipe, prepared.derived, prepared.data, prepared.machine
-    classes = prepared.num_classes
+    classes, aux = prepared.num_classes, prepared.fold.aux_targets
     trainer = FoldTrainer(
         model=classifier,
         train_dataloader=data.train,
@@ -217,7 +213,8 @@ def _trainer(
         algorithms=[
             DeviceAugment(**prepared.augmentation),
             StageSchedule(recipe.seed, derived, data.train.steps),
-            MixUpCutMix(recipe, classes, distillation.probabilities(recipe, prepared.fold, classes)),
+            MixUpCutMix(recipe, classes, distillation.probabilities(recipe, prepared.fold, classes), aux=aux),
+            *([AuxiliaryHeads(recipe, aux)] if aux else []),
             *algorithms,
         ],
         optimizers=build_optimizer(groups, recipe, machine.torch_device),
@@ -229,6 +226,7 @@ def _trainer(
         dist_timeout=TIMEOUT,
         **options,
     )
+    trainer.sharpness = prepared.sharpness
     prepared.position.state = trainer.state
     return trainer
 
@@ -241,16 +239,40 @@ def _close(trainer: Trainer, data: Loaders) -> None:
     data.close()
 
 
-def _memory_trial(trainer: Trainer, classifier: Classifier, data: Loaders) -> MemoryTrial:
+def _memory_trial(trainer: Trainer, classifier: Classifier, prepared: Prepared) -> MemoryTrial:
     """The memory trial of a built trainer, with the algorithms that change a batch or add to the loss."""
-    algorithms = trainer.state.algorithms
+    algorithms, data = trainer.state.algorithms, prepared.data
     return MemoryTrial(
         classifier=classifier,
         state=trainer.state,
         loader=data.train,
+        twice=prepared.sharpness is not None,
         eval_batch=max((loader.batch_size for loader in data.evaluation.values()), default=1),
         stages=next(algorithm for algorithm in algorithms if isinstance(algorithm, StageSchedule)),
-        algorithms=[a for a in algorithms if isinstance(a, (DeviceAugment, MixUpCutMix, FixMatch))],
+        algorithms=[
+            a for a in algorithms if isinstance(a, (DeviceAugment, MixUpCutMix, AuxiliaryHeads, FixMatch))
+        ],
+    )
+
+
+def _recorder(
+    run: Run, prepared: Prepared, *, guard: GradientGuard, scoring: Scoring, semi: Sequence[FixMatch]
+) -> Recorder:
+    """The recorder of a run's events, with the draws of each class and what is learned without labels."""
+
+    def class_draws() -> dict[str, Any]:
+        epoch, classes = prepared.position.scored_epoch, len(prepared.counts)
+        return {"class_draws": prepared.data.train.class_draws(epoch, classes)}
+
+    recipe = prepared.recipe
+    return Recorder(
+        run,
+        prepared.derived,
+        guard=guard,
+        scoring=scoring,
+        tensorboard=TensorBoard(recipe, run) if recipe.log.tensorboard else None,
+        extra_entries=[class_draws, *(algorithm.row for algorithm in semi)],
+        repeating=lambda: prepared.sharpness is not None and prepared.sharpness.away,
     )
 
 

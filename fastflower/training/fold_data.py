@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from composer.core import State
 
 from fastflower.callbacks.scoring import CLEAN, CORRUPTED
 from fastflower.core.errors import InputError
+from fastflower.data.betons.beton_file import Beton
 from fastflower.data.betons.fold_set import FoldSet, open_fold
 from fastflower.data.decode.kernel import Crop
 from fastflower.data.device_copies import DeviceCopies
@@ -54,6 +57,12 @@ class Loaders:
         self.train.close()
         for loader in self.evaluation.values():
             loader.close()
+
+
+def augmentation(recipe: Recipe, fill: tuple[float, ...], beton: Beton) -> dict[str, Any]:
+    """The keyword arguments of `augment` beside images and keys, for the training images of a beton."""
+    pairs = beton.images_per_row == 2
+    return {"aug": recipe.aug, "erase_p": recipe.reg.erase_p, "fill": fill, "pairs": pairs}
 
 
 def open_data(recipe: Recipe, fold: int) -> FoldSet:
@@ -110,24 +119,7 @@ def loaders(
     crop, threads = Crop.of(recipe), recipe.data.workers
     extras = None
     if recipe.semi.enabled:
-        weak = replace(crop, scale=(recipe.semi.weak_scale[0], recipe.semi.weak_scale[1]))
-        strong = None if recipe.semi.method == "pseudo" else crop
-        unlabelled, unlabelled_index = unlabelled_rows(recipe, fold)
-        extras = UnlabelledBatches(
-            beton=unlabelled,
-            rows=unlabelled_index,
-            seed=recipe.seed,
-            fold=number,
-            mu=recipe.semi.mu,
-            batch=per_rank,
-            steps=steps,
-            size=size,
-            weak=None if recipe.semi.method == "soft" else weak,
-            strong=strong,
-            rank=machine.rank,
-            world=machine.world,
-            threads=threads,
-        )
+        extras = _unlabelled_batches(recipe, fold, batch=per_rank, steps=steps, size=size, machine=machine)
     train = TrainLoader(
         fold.train,
         rows,
@@ -147,22 +139,13 @@ def loaders(
                 f"fold {number} has {len(labelled)} training images with labels, fewer than the global batch of "
                 f"{stage.batch_per_gpu * recipe.train.grad_accum * machine.world}; lower train.batch_per_gpu"
             )
-    evaluation = {}
-    for label, beton in ((CLEAN, fold.val), (CORRUPTED, fold.val_corrupt)):
-        if beton is not None:
-            batch = recipe.eval.batch or recipe.train.batch_per_gpu
-            combos = len(beton.origin.combos) if label == CORRUPTED else 1
-            evaluation[label] = EvalLoader(
-                beton,
-                batch,
-                size=lambda: size(position.scored_epoch),
-                factor=eval_factor(recipe),
-                interpolation=interpolation,
-                rank=machine.rank,
-                world=machine.world,
-                threads=threads,
-                rows=scored_combos(recipe, beton.rows // combos, combos),
-            )
+    evaluation = _evaluation_loaders(
+        recipe,
+        fold,
+        size=lambda: size(position.scored_epoch),
+        interpolation=interpolation,
+        machine=machine,
+    )
     if machine.device == "gpu":
         copies = DeviceCopies(machine.torch_device)
         train.copies = copies
@@ -173,6 +156,62 @@ def loaders(
         evaluation,
         [list(combo) for combo in fold.val_corrupt.origin.combos] if fold.val_corrupt else [],
     )
+
+
+def _unlabelled_batches(
+    recipe: Recipe,
+    fold: FoldSet,
+    *,
+    batch: Callable[[int], int],
+    steps: Callable[[int], int],
+    size: Callable[[int], tuple[int, int]],
+    machine: Machine,
+) -> UnlabelledBatches:
+    """The unlabelled images beside the labelled ones, `semi.mu` times as many; the arguments are by epoch."""
+    crop, beton_and_rows = Crop.of(recipe), unlabelled_rows(recipe, fold)
+    weak = replace(crop, scale=(recipe.semi.weak_scale[0], recipe.semi.weak_scale[1]))
+    return UnlabelledBatches(
+        beton=beton_and_rows[0],
+        rows=beton_and_rows[1],
+        seed=recipe.seed,
+        fold=fold.train.origin.fold,
+        mu=recipe.semi.mu,
+        batch=batch,
+        steps=steps,
+        size=size,
+        weak=None if recipe.semi.method == "soft" else weak,
+        strong=None if recipe.semi.method == "pseudo" else crop,
+        rank=machine.rank,
+        world=machine.world,
+        threads=recipe.data.workers,
+    )
+
+
+def _evaluation_loaders(
+    recipe: Recipe,
+    fold: FoldSet,
+    *,
+    size: Callable[[], tuple[int, int]],
+    interpolation: str,
+    machine: Machine,
+) -> dict[str, EvalLoader]:
+    """The loaders of the fold's validation images and of their corrupted copies, as far as it has them."""
+    evaluation = {}
+    for label, beton in ((CLEAN, fold.val), (CORRUPTED, fold.val_corrupt)):
+        if beton is not None:
+            combos = len(beton.origin.combos) if label == CORRUPTED else 1
+            evaluation[label] = EvalLoader(
+                beton,
+                recipe.eval.batch or recipe.train.batch_per_gpu,
+                size=size,
+                factor=eval_factor(recipe),
+                interpolation=interpolation,
+                rank=machine.rank,
+                world=machine.world,
+                threads=recipe.data.workers,
+                rows=scored_combos(recipe, beton.rows // combos, combos),
+            )
+    return evaluation
 
 
 def scored_combos(recipe: Recipe, images: int, count: int) -> np.ndarray | None:

@@ -17,7 +17,7 @@ from fastflower.core.runs import MemberName, find_members, parse_member
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.folds import read_folds
 from fastflower.model.backbones import match_weights
-from fastflower.model.lora import merged
+from fastflower.model.handed_in import handed_in
 from fastflower.model.member import MemberMeta, parse_meta
 from fastflower.model.network import Network, NetworkSpec
 from fastflower.model.weight_files import read_weights
@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[MemberMeta | None, dict[str, Tensor]]:
     """The tensors of a file, and the description that only this project's checkpoints have."""
     if path.is_file() and checkpoint.seal(path) is not None:
         content = checkpoint.load(path)
-        return parse_meta(content.meta, path), merged(content.tensors)
+        return parse_meta(content.meta, path), handed_in(content.tensors)
     return None, read_weights(path).tensors
 
 
@@ -124,7 +124,7 @@ def _check_leak(meta: MemberMeta, fold: FoldSet, path: Path) -> list[str]:
 def _load_head(
     network: Network, head: dict[str, Tensor], *, meta: MemberMeta | None, spec: NetworkSpec, fold: FoldSet
 ) -> str:
-    """Load the head where it is of the same kind and classes, else leave it random; the words say which."""
+    """Load the head where it is of the same kind and classes, else leave it random; returns words for either."""
     if meta is None:
         return "new head (the file does not say whose classes its head has)"
     if meta.class_ids != tuple(fold.classes.ids) or meta.num_classes != spec.num_classes:

@@ -14,19 +14,22 @@ from fastflower.core.errors import InputError
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.unlabelled import exclusion_notice
 from fastflower.evaluation.views import sizes_of
+from fastflower.model.frozen import features_are_fixed
 from fastflower.model.network import (
     Network,
     NetworkSpec,
+    add_aux_heads,
     batch_norms,
     synchronise_norms,
     training_network,
 )
 from fastflower.optim.groups import Group, param_groups
+from fastflower.optim.sharpness import Sharpness
 from fastflower.recipe import Recipe
-from fastflower.recipe.derived import Derived, derive
+from fastflower.recipe.derived import Derived, aux_weights, derive
 from fastflower.recipe.starting_point import reasons
-from fastflower.training.features import FrozenFeatures, are_computed_once
-from fastflower.training.fold_data import Loaders, Position, class_counts, loaders
+from fastflower.training.features import FrozenFeatures
+from fastflower.training.fold_data import Loaders, Position, augmentation, class_counts, loaders
 from fastflower.training.initial import load_initial
 from fastflower.training.ranks import Machine, on_rank_zero
 
@@ -46,6 +49,7 @@ class Prepared:
     position: Position
     notes: list[str]
     features: FrozenFeatures | None = None
+    sharpness: Sharpness | None = None
 
     @property
     def num_classes(self) -> int:
@@ -59,13 +63,7 @@ class Prepared:
     @property
     def augmentation(self) -> dict[str, Any]:
         """The keyword arguments of `augment` beside images and keys."""
-        recipe = self.recipe
-        return {
-            "aug": recipe.aug,
-            "erase_p": recipe.reg.erase_p,
-            "fill": self.spec.fill,
-            "pairs": self.in_pairs,
-        }
+        return augmentation(self.recipe, self.spec.fill, self.fold.train)
 
     def groups(self) -> list[Group]:
         """The parameter groups of the optimizer."""
@@ -87,12 +85,17 @@ def prepare(
     handed in is refused. Frozen features are computed here, of the weights that the run began with.
     """
     derived, position, counts = derive(recipe, machine.world), Position(), class_counts(recipe, fold)
-    once = are_computed_once(recipe)
+    once = features_are_fixed(recipe)
     network, spec, notes = _network(recipe, counts, machine, fold=fold if begins or once else None)
     if hands_in:
         sizes = sizes_of(spec.size, spec.scales(recipe.tta.scales))
         wide = [(height, fold.train.images_per_row * width) for height, width in sizes]
         on_rank_zero(lambda: try_export(spec, network, wide))
+    if fold.aux_targets is not None:  # after the trial of the hand-in, which has the main head alone
+        add_aux_heads(network, spec, fold.aux_targets.sizes)
+        columns = zip(fold.aux_targets.names, fold.aux_targets.sizes, aux_weights(recipe), strict=True)
+        heads = (f"{name} ({size} values, weight {weight:g})" for name, size, weight in columns)
+        notes.append(f"auxiliary heads, which are not handed in: {', '.join(heads)}")
     notes += exclusion_notice(recipe, fold)
     data = loaders(
         recipe, derived, position=position, fold=fold, interpolation=spec.interpolation, machine=machine
@@ -101,7 +104,10 @@ def prepare(
     if once:
         features = FrozenFeatures(recipe, network=network, spec=spec, machine=machine, say=say)
         notes.append(features.use(data, fold))
-    return Prepared(recipe, derived, fold, machine, counts, network, spec, data, position, notes, features)
+    sharpness = Sharpness(network, recipe.opt.sam_rho) if recipe.opt.sam_rho else None
+    return Prepared(
+        recipe, derived, fold, machine, counts, network, spec, data, position, notes, features, sharpness
+    )
 
 
 def _network(

@@ -1,4 +1,4 @@
-"""Composer's Trainer without what only loaders of unknown length need."""
+"""Composer's Trainer without the steps that only loaders of unknown length need."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from composer import Trainer
 from composer.core import Event
 from composer.trainer.trainer import TrainerMode
 from composer.utils import dist
 from torch import Tensor
 
+from fastflower.algorithms.stages import StageSchedule
 from fastflower.core.host_copies import HostCopies
+from fastflower.optim.sharpness import Sharpness
 
 
 class FoldTrainer(Trainer):
@@ -23,7 +26,12 @@ class FoldTrainer(Trainer):
     Composer asks all ranks after each batch whether their loader has ended and how many images it held, and reads the
     loss twice: four collectives and seven waits of the host for the device a step. Here each rank knows, and the loss
     comes to the host with the gradients' norm, which is the one wait (`GradientGuard`).
+
+    With `sharpness` a step has two passes over its microbatches, the second at the near point with the random numbers
+    of the first; the loss is the first's, the gradients the second's. Algorithms see the events of both.
     """
+
+    sharpness: Sharpness | None = None
 
     _loss: float = math.nan  # of the last step, the mean over the ranks
 
@@ -63,10 +71,14 @@ class FoldTrainer(Trainer):
             optimizer.zero_grad(set_to_none=True)
         rows = sum(data.get_num_samples_in_batch(microbatch) for microbatch in microbatches)
         batch, total = state.batch, total_loss_dict["loss/train/total"]
-        for number, microbatch in enumerate(microbatches, 1):
-            state.batch = data.microbatch_transforms(state.device.batch_to_device(microbatch))
-            losses = self._train_microbatch(scaled, rows, is_final_microbatch=number == len(microbatches))
-            total += losses["total"]
+        total += self._pass(microbatches, rows, scaled=scaled)
+        if self.sharpness is not None:
+            with self.sharpness.near_point() as moved:
+                if moved:
+                    for algorithm in state.algorithms:
+                        if isinstance(algorithm, StageSchedule):
+                            algorithm.seed_step(state)
+                    self._pass(microbatches, rows, scaled=scaled)
         state.batch = batch
         if scaled:
             for optimizer in state.optimizers:
@@ -78,6 +90,17 @@ class FoldTrainer(Trainer):
         copies.wait()
         self._loss = host.item() / dist.get_world_size()
         return host
+
+    def _pass(self, microbatches: Sequence[Any], rows: int | float, *, scaled: bool) -> Tensor:
+        """Add the gradients of a step's microbatches, averaged over the ranks; their loss on this rank."""
+        state, data = self.state, self._train_data_spec
+        assert data is not None
+        total = state.device.tensor_to_device(torch.zeros(1))
+        for number, microbatch in enumerate(microbatches, 1):
+            state.batch = data.microbatch_transforms(state.device.batch_to_device(microbatch))
+            losses = self._train_microbatch(scaled, rows, is_final_microbatch=number == len(microbatches))
+            total += losses["total"]
+        return total
 
     def _train_batch(self, use_grad_scaling: bool) -> Any:
         """Train on a batch; returns None, as there is no loss left to collect over the ranks."""

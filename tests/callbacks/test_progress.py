@@ -35,7 +35,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )  # fmt: skip
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(progress, "epoch_line", lambda row, epochs, left: f"row {row['epoch']}")
+    monkeypatch.setattr(progress, "epoch_line", lambda row, *_, **__: f"row {row['epoch']}")
     return SimpleNamespace(callback=callback, recorder=recorder, verdict=verdict, clock=clock, out=out)
 
 

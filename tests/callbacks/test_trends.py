@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastflower.callbacks.trends import Trends
@@ -11,7 +12,7 @@ from fastflower.recipe import load
 def rows(**courses: list[float]) -> list[dict[str, Any]]:
     """Rows of events.jsonl with the given courses; what is not given stays equal."""
     length = max(map(len, courses.values()))
-    constant = {"val_loss": 0.5, "train_loss": 0.5, "lr_max": 1e-3}
+    constant = {"val_loss": 0.5, "train_loss": 0.5, "lr_max": 1e-3, "grad_norm": 1.0}
     return [
         {
             "epoch": epoch,
@@ -73,3 +74,20 @@ def test_a_new_size_begins_anew_and_a_resume_remembers():
     second = Trends(load(None, []))
     second.load_state_dict(first.state_dict())
     assert [bool(second.update(row)) for row in course[4:]] == [False, True, False, False]
+
+
+def test_a_gradient_that_explodes_is_said_once_until_it_is_usual_again():
+    norms = [2.0, 1.0, 1.0, 1.0, 8.0, 11.0, 12.0, 1.0, 1.0, 30.0, math.nan]
+    lines = said(rows(grad_norm=norms), "train.clip_grad=null")
+    assert list(lines) == [6, 10] and "gradient norm 11, 11 times that of the epochs before" in lines[6][0]
+    assert "lower opt.lr, or set train.clip_grad=1.0" in lines[6][0]
+    assert said(rows(grad_norm=norms))[6][0].endswith("lower opt.lr")  # it clips already
+    converged = [2.0, 1e-3, 1e-3, 1e-3, 0.1]
+    assert said(rows(grad_norm=converged)) == {}  # far below that of the first epoch
+
+
+def test_a_gradient_that_vanishes_while_nothing_is_learned_is_said():
+    norms = [1.0, 1e-8, 1e-8]
+    lines = said(rows(grad_norm=norms, train_loss=[0.7, 0.69, 0.69]))
+    assert list(lines) == [2] and "gradients vanish" in lines[2][0]
+    assert said(rows(grad_norm=norms, train_loss=[0.7, 1e-3, 1e-4])) == {}  # it has learned all

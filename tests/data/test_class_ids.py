@@ -48,7 +48,18 @@ def test_missing_values_of_arrays_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "odd",
-    ["\u200brose", "ro\u200bse", "rose\ufeff", "\u00a0rose", "rose\u2009", "\u2060rose", "ro\u00adse"],
+    [
+        "ro\u200ese",
+        "rose\u202c",
+        "\u2066rose\u2069",
+        "\u200brose",
+        "ro\u200bse",
+        "rose\ufeff",
+        "\u00a0rose",
+        "rose\u2009",
+        "\u2060rose",
+        "ro\u00adse",
+    ],
 )
 def test_invisible_characters_do_not_split_a_class(odd: str) -> None:
     table = table_of("rose", odd, "lily")
@@ -74,19 +85,30 @@ def test_accents_encoded_in_two_ways_are_one_class_in_its_most_frequent_spelling
     [
         (
             ("Rose", "rose", "lily"),
-            "1 pairs of classes differ only in case, width or spaces, such as 'Rose' and 'rose'",
+            "1 pairs of classes differ only in case, width, spaces or invisible characters, such as 'Rose' and 'rose'",
         ),
         (
             ("sea rose", "sea_rose", "x"),
-            "differ only in case, width or spaces, such as 'sea rose' and 'sea_rose'",
+            "differ only in case, width, spaces or invisible characters, such as 'sea rose' and 'sea_rose'",
         ),
-        (("ａ1", "a1", "x"), "differ only in case, width or spaces, such as 'a1' and 'ａ1'"),
+        (
+            ("ａ1", "a1", "x"),
+            "differ only in case, width, spaces or invisible characters, such as 'a1' and 'ａ1'",
+        ),
         (
             ("A", "B", "A B"),
             "1 classes are made of the ids of others, such as 'A B'; each is a class of its own",
         ),
         (("A", "B", "A;B"), "1 classes are made of the ids of others, such as 'A;B'"),
         (("scab", "rust", "scab|rust"), "are made of the ids of others, such as 'scab|rust'"),
+        (("rose", "ro\u200dse", "lily"), r"invisible characters, such as 'rose' and 'ro\u200dse'"),
+        (("rose\ufe0f", "rose"), r"invisible characters, such as 'rose' and 'rose\ufe0f'"),
+        (("007", "7", "8"), "'007' and '7' are different classes"),
+        (("1.5", "1.50", "2"), "'1.5' and '1.50' are different classes"),
+        (("10", "1e1", "2"), "'10' and '1e1' are different classes"),
+        (("None", "1", "2"), "'None' is a class; if it marks images without a label, remove their rows"),
+        (("1", "2", "#N/A"), "'#N/A' is a class; if it marks images without a label"),
+        (("-1", "0", "1"), "'-1' is a class; if it marks images without a label"),
     ],
 )
 def test_ids_that_look_like_a_slip_are_announced(ids: tuple[str, ...], notice: str) -> None:

@@ -9,13 +9,13 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.data import folds
-from fastflower.data.labels import ClassMap, LabelTable, order_ids
+from fastflower.data import class_ids, folds
+from fastflower.data.labels import ClassMap, LabelTable
 from fastflower.recipe import load, schema
 
 
 def table_of(ids: list[str]) -> LabelTable:
-    classes = ClassMap(order_ids(set(ids)))
+    classes = ClassMap(class_ids.order_ids(set(ids)))
     names = [f"{k:06d}.jpg" for k in range(len(ids))]
     class_idx = np.array([classes.index(i) for i in ids], np.int64)
     return LabelTable(names, ids, class_idx, np.ones(len(ids), np.int64), classes)

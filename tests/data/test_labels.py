@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.data import labels
+from fastflower.data import class_ids, labels
 from fastflower.recipe import load
 from support.sample_images import ODD_NAMES
 
@@ -47,7 +47,7 @@ def test_plain_table_is_sorted_by_file_name_and_mapped(root: Path) -> None:
 
 def test_ids_stay_byte_exact_and_sort_numbers_before_text() -> None:
     ids = {"007", "7", "10", "9", "-1", "rose", "1e5", "NA"}
-    assert labels.order_ids(ids) == ("-1", "007", "7", "9", "10", "1e5", "NA", "rose")
+    assert class_ids.order_ids(ids) == ("-1", "007", "7", "9", "10", "1e5", "NA", "rose")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,7 @@ def opened() -> Iterator[list[str]]:
     hooks.clear()
 
 
+@pytest.mark.slow
 def test_paths_never_leave_the_root(root: Path, opened: list[str]) -> None:
     Path("x.jpg").write_bytes(b"1")
     for name in OUTSIDE:
@@ -338,7 +339,7 @@ def test_statistics_add_up(root: Path) -> None:
     counts = {"1": 150, "2": 50, "3": 10}
     ids = [i for i, n in counts.items() for _ in range(n)]
     names = [f"{k}.jpg" for k in range(len(ids))]
-    classes = labels.ClassMap(labels.order_ids(set(ids)))
+    classes = labels.ClassMap(class_ids.order_ids(set(ids)))
     table = labels.LabelTable(
         names, ids, np.array([classes.index(i) for i in ids]), np.ones(len(ids)), classes
     )
@@ -357,3 +358,14 @@ def test_broken_class_tables_are_refused() -> None:
     Path("classes.csv").write_text("class_idx,n\n0,1\n")
     with pytest.raises(CorruptionError, match=r"damaged, or of an earlier version \(no column category_id"):
         labels.read_classes(Path("classes.csv"))
+
+
+def test_an_empty_folder_of_images_is_the_cause_that_is_named() -> None:
+    Path("data/train").mkdir(parents=True)
+    for table in (None, "filename,category_id\na.jpg,1\n"):
+        if table:
+            Path("data/train_labels.csv").write_text(table)
+        with pytest.raises(
+            InputError, match=r"^data\.root = data/train: the folder is empty; put the training"
+        ):
+            labels.read_labels(load(None, []))

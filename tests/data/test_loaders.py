@@ -16,7 +16,8 @@ import torch
 from fastflower.core import seeding
 from fastflower.core.errors import CorruptionError
 from fastflower.core.workers import cores
-from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.betons.beton_file import Beton, open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.decode.kernel import Crop, decode_eval
 from fastflower.data.loaders import Batch, EvalLoader, TrainLoader
 from fastflower.recipe import load
@@ -79,6 +80,14 @@ def test_a_batch_holds_the_rows_keys_and_labels_of_its_step(beton: Beton) -> Non
         assert batch["label"].tolist() == (rows % 5).tolist() and batch["label"].dtype == torch.int64
         keys = seeding.row_keys(3, 2, positions=np.arange(8 * t, 8 * t + 8), rows=rows)
         assert batch["key"].numpy().view(np.uint64).tolist() == keys.tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_draws_of_each_class_are_those_of_the_batches(beton: Beton, world: int) -> None:
+    """The 41st row, which fills no batch, is not counted."""
+    labels = torch.cat([batch["label"] for batch in epoch(loader(beton), 2)])
+    source = loader(beton, batch=8 // world, world=world)
+    assert source.class_draws(2, 7) == labels.bincount(minlength=7).tolist() and len(labels) == 40
 
 
 @pytest.mark.parametrize("options", [{"threads": 3}, {"prefetch": 1}, {"prefetch": 5, "threads": 2}])

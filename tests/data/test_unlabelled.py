@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from fastflower.data.loaders import TrainLoader
 from fastflower.data.transforms.augment import augment
 from fastflower.model.losses import consistency
 from fastflower.recipe import checks, load, schema
-from support import toy_project
+from support import forked, toy_project
 
 SEMI = (
     "semi.enabled=true",
@@ -398,6 +396,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> dict:
         os.chdir(home)
 
 
+@pytest.mark.slow
 def test_an_epoch_records_its_pseudo_labels(full_run):
     for row in full_run["epochs"]:
         assert 0 < row["mask_rate"] <= 1 and 0 <= row["pseudo_accuracy"] <= 1
@@ -406,6 +405,7 @@ def test_an_epoch_records_its_pseudo_labels(full_run):
     assert '"unlabelled": 24' in derived_numbers
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_an_epoch_ends_in_the_same_bits(full_run, tmp_path, monkeypatch):
     toy_project.project(tmp_path)
 
@@ -436,6 +436,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(tmp_path):
         torch.testing.assert_close(toy_project.last("parts").tensors[name], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo, tmp_path):
     toy_project.project(tmp_path)
     small = [
@@ -469,18 +470,10 @@ def test_the_small_recipe_trains_with_and_without_images_that_have_no_label(repo
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tmp_path):
     toy_project.project(tmp_path)
-    command = [sys.executable, "-m", "fastflower.train", "-n", "2"]
-    arguments = [
-        "tiny.yaml",
-        *SEMI,
-        *toy_project.ONE,
-        "semi.align=true",
-        "exp.name=two",
-        "train.batch_per_gpu=2",
-        "train.world_size=2",
-    ]
-    subprocess.run([*command, *arguments], check=True, timeout=300)
-    assert toy_project.fit(*SEMI, *toy_project.ONE, "semi.align=true", "exp.name=one") == 0
+    words = (*SEMI, *toy_project.ONE, "semi.align=true")
+    two = forked.training(*words, "exp.name=two", "train.batch_per_gpu=2", "train.world_size=2")
+    assert two.wait() == [0, 0], two.text()
+    assert toy_project.fit(*words, "exp.name=one") == 0
     for name, tensor in toy_project.last("one").tensors.items():
         torch.testing.assert_close(toy_project.last("two").tensors[name], tensor, rtol=0, atol=1e-4)
     (single,), (double,) = toy_project.epochs("one"), toy_project.epochs("two")

@@ -193,6 +193,9 @@ ADVICE = [
     (["aug.corrupt_p=0.1"], "no longer unseen"),
     (["ema.warmup=false"], "after 6931 steps"),  # ln 0.5 / ln 0.9999
     (["loss.name=bce", "loss.pos_weight=auto"], "both correct the class prior"),
+    (["loss.name=bce", "loss.pos_weight=3"], "loss.pos_weight=3 both correct"),
+    (["loss.name=focal", "reg.mix_prob=0"], "focal loss both favour rare classes; compare macro F1"),
+    (["loss.name=focal", "reg.mix_prob=0", "aug.randaugment_n=2"], "focal loss with RandAugment"),
     (["sched.name=plateau"], "try 5 to 10"),
     (["sched.name=plateau"], "0.7 or 0.8 is gentler"),
     (["sched.name=plateau", "sched.warmup_epochs=0"], "plateau without warm-up"),

@@ -174,7 +174,10 @@ def test_the_specified_recipe_loads_with_spaces_and_changes_nothing():
 
 
 def test_the_specified_recipe_with_tabs_is_refused_by_line():
-    assert re.search(r"mine\.yaml:3: indented with a tab", refused(path=written(SPECIFIED_RECIPE)))
+    assert re.search(
+        r"mine\.yaml:3: indented with a tab; .* replace each tab by two",
+        refused(path=written(SPECIFIED_RECIPE)),
+    )
 
 
 @pytest.mark.parametrize("name", ["convnext", "vit", "demo", "flowers17"])
@@ -260,6 +263,7 @@ def test_commands_take_one_file_and_changes():
         ("lr: 1e-3\n", "unknown key lr; did you mean opt.lr?"),
         ("opt:\n", "opt is a section: it holds keys, as in opt.lr=1e-3"),
         ("seed: 1.5\n", "mine.yaml: seed = 1.5: must be a whole number"),
+        ("data:\n  root: ???\n", "mine.yaml: data.root has no value yet; replace the ??? by one"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(text, message):
@@ -320,6 +324,9 @@ def test_a_missing_recipe_names_the_nearest():
         ("learning_rate=1e-3", "unknown key learning_rate; did you mean opt.lr?"),
         ("T_max=40", "unknown key T_max; did you mean sched.cosine_epochs?"),
         ("use_semi_supervised=False", "did you mean semi.enabled?"),
+        ("--lr=0.001", "got '--lr=0.001'; a change is written key=value, here opt.lr=0.001"),
+        ("--wd=0.001", "a change is written key=value, such as opt.lr_ref=1e-4"),
+        ("layers=3,3,3", "unknown key layers; did you mean model.backbone?"),
         ("opt=3", "opt=3: opt is a section: it holds keys, as in opt.lr=1e-3"),
         ("dta.root=x", "unknown key dta; did you mean data?"),
         ("optt.lr=1", "unknown key optt; did you mean opt?"),
@@ -343,6 +350,9 @@ def test_a_missing_recipe_names_the_nearest():
         ("aug.rrc_scale=[0.5,2]", "aug.rrc_scale = [0.5, 2.0]"),
         ("exp.name=../x", "it names folders"),
         ("data.root={a", "data.root={a"),
+        ("opt.lr=???", "opt.lr=???: opt.lr has no value yet; replace the ??? by one, or remove the key"),
+        ("exp.name=???", "exp.name has no value yet"),
+        ("opt=???", "opt has no value yet"),
     ],
 )
 def test_bad_changes_are_refused_in_one_line(change, message):

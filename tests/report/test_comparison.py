@@ -6,7 +6,9 @@ compare.html and report.md of existing experiments, given in the order in which 
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from fastflower.evaluation import ensembles, summary
 from fastflower.evaluation.logits import align, assemble
 from fastflower.recipe import load
 from fastflower.report.__main__ import main
+from fastflower.report.experiment import read_experiment
 from fastflower.report.markdown_page import cell
+from fastflower.report.paired_metrics import metric_differences
 from support.fake_members import BACKBONES, experiment, folds, member, trained
-from support.reference_scores import Evaluated, Set, check_words, kind, logged, p, span, wilson
+from support.reference_scores import Evaluated, Set, check_words, kind, logged, p, probabilities, span, wilson
 from support.report_parser import drawings, markdown_tables, tables
 
+pytestmark = pytest.mark.slow  # three experiments, compared in both formats, are written first
 Compared = tuple[list[Evaluated], str, str]
 
 
@@ -35,7 +40,7 @@ def make() -> list[Path]:
         "a": ([member(f, skill=1.0) for f in (0, 1, 2)], ["ts.enabled=true"]),
         "b": (
             [member(f, b, skill=1.6) for b in BACKBONES for f in (0, 2)],
-            ["opt.lr=0.003", "reg.mix_prob=0"],
+            ["opt.lr=0.003", "reg.mix_prob=0", "select.metric=auc"],
         ),
         "c": ([member(f, folds_hash="other") for f in (0, 1, 2)], ["accept.clean_min=0.999"]),
     }
@@ -46,9 +51,10 @@ def make() -> list[Path]:
                 key: value - 0.1 for key, value in row.items() if key.startswith(("clean_", "corrupt_", "s_"))
             }
         experiment(runs.RESULTS / name, members, rows, overrides)
-        sets = align([assemble(member_, folds()) for member_ in summary.members_by_run(members).values()])
-        comparison = ensembles.compare(sets, ensembles.Budget.of(sets, load().bundle))
-        write_record(runs.RESULTS / name / "ensemble.json", comparison)
+        if name == "a":  # whose report.md is read
+            sets = align([assemble(member_, folds()) for member_ in summary.members_by_run(members).values()])
+            comparison = ensembles.compare(sets, ensembles.Budget.of(sets, load().bundle))
+            write_record(runs.RESULTS / name / "ensemble.json", comparison)
     main(list(content))
     main([*content, "--format", "md"])
     return [(runs.RESULTS / name).absolute() for name in content]
@@ -75,7 +81,7 @@ def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_table_is_checked(compared: Compared) -> None:
-    assert set(tables(compared[1])) == {"experiments", "differences", "folds", "keys"}
+    assert set(tables(compared[1])) == {"experiments", "differences", "metrics", "folds", "keys"}
 
 
 def test_scores_of_experiments(compared: Compared) -> None:
@@ -119,13 +125,15 @@ def test_scores_by_fold(compared: Compared) -> None:
     assert tables(html)["folds"] == expected
 
 
-def paired(baseline: Set, experiment: Set) -> tuple[int, int, int, float, float]:
-    """n, newly right, newly wrong, mean difference and half its 95% interval, on the images that both predicted."""
+def paired(baseline: Set, experiment: Set) -> tuple[int, int, int, float, tuple[float, float]]:
+    """n, newly right, newly wrong, the mean difference and the interval of Agresti and Min, on the shared images."""
     first = dict(zip(baseline.index.tolist(), (baseline.guess == baseline.y).tolist(), strict=True))
     second = dict(zip(experiment.index.tolist(), (experiment.guess == experiment.y).tolist(), strict=True))
     change = np.array([second[i] - first[i] for i in sorted(first.keys() & second.keys())], dtype=float)
-    half = 1.959964 * change.std() / np.sqrt(len(change))
-    return len(change), int((change > 0).sum()), int((change < 0).sum()), float(change.mean()), float(half)
+    gained, lost, n = int((change > 0).sum()), int((change < 0).sum()), len(change) + 2
+    middle = (gained - lost) / n
+    half = 1.959964 * np.sqrt((gained + lost + 1) / n - middle**2) / np.sqrt(n)
+    return len(change), gained, lost, float(change.mean()), (middle - half, middle + half)
 
 
 def comparable(first: Evaluated, second: Evaluated) -> bool:
@@ -139,9 +147,9 @@ def test_paired_differences_are_those_of_shared_images(compared: Compared) -> No
         if not comparable(first, data):
             expected.append([data.name, "no shared images or different folds"])
             continue
-        n, gained, lost, mean, half = paired(first.fused, data.fused)
-        ends = f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
-        verdict = "better" if mean > half else "worse" if -mean > half else "not significant"
+        n, gained, lost, mean, (low, high) = paired(first.fused, data.fused)
+        ends = f"{100 * low:+.2f} to {100 * high:+.2f}"
+        verdict = "better" if low > 0 else "worse" if high < 0 else "not significant"
         expected.append([data.name, str(n), str(gained), str(lost), f"{100 * mean:+.2f}", ends, verdict])
     assert tables(html)["differences"] == expected
     known, chart = [row for row in expected if len(row) > 2], drawings(html).get("compare-differences")
@@ -151,6 +159,93 @@ def test_paired_differences_are_those_of_shared_images(compared: Compared) -> No
         ends = [[float(end) / 100 for end in row[5].split(" to ")] for row in known]
         np.testing.assert_allclose([bar[0] for bar in chart.bars[""]], ends, atol=2e-3)
         assert all(f"{row[0]} {row[4]} points" in chart.description for row in known)
+
+
+def shared(first: Set, second: Set) -> tuple[Set, Set]:
+    """The images that both predicted."""
+    both = np.intersect1d(first.index, second.index)
+    pair = []
+    for one in (first, second):
+        rows = np.flatnonzero(np.isin(one.index, both))
+        part = copy.copy(one)
+        part.y, part.index, part.views, part.single = (
+            one.y[rows],
+            one.index[rows],
+            one.views[rows],
+            one.single[rows],
+        )
+        part.dark = one.dark[:, rows]
+        pair.append(part)
+    return pair[0], pair[1]
+
+
+MEASURES: dict[str, Callable[[Set], float]] = {
+    "Corrupted top-1": lambda data: data.corrupted,
+    "S": lambda data: data.s,
+    "Macro recall": lambda data: data.macro("recall"),
+    "Macro F1": lambda data: data.macro("f1"),
+    "Log loss": lambda data: data.nll(),
+    "AUC": lambda data: metrics.roc_auc_score(data.y, probabilities(data.views), multi_class="ovr"),
+}
+
+
+def drawn(pair: tuple[Set, Set], measure: Callable[[Set], float]) -> np.ndarray:
+    """The ends of the interval of a difference, over draws of the images within each class, with another seed."""
+    rng, y, values = np.random.default_rng(5), pair[0].y, []
+    for _ in range(200):
+        rows = np.concatenate([rng.choice(np.flatnonzero(y == c), (y == c).sum()) for c in np.unique(y)])
+        parts = []
+        for one in pair:
+            part = copy.copy(one)
+            part.y, part.views, part.single, part.dark = (
+                y[rows],
+                one.views[rows],
+                one.single[rows],
+                one.dark[:, rows],
+            )
+            parts.append(measure(part))
+        values.append(parts[1] - parts[0])
+    return np.percentile(values, [2.5, 97.5])
+
+
+def test_paired_differences_by_every_metric(compared: Compared) -> None:
+    (first, *others), html, _ = compared
+    rows = tables(html).get("metrics", [])
+    for data in others:
+        own = {row[1]: row for row in rows if row[0] == data.name}
+        if not comparable(first, data):
+            assert not own
+            continue
+        pair = shared(first.fused, data.fused)
+        assert {"Corrupted top-1", "S", "Macro recall", "Macro F1", "Log loss"} <= own.keys()
+        assert "AUC" in own or data.recipe["select"]["metric"] != "auc"
+        for name in own.keys() & MEASURES.keys():
+            before, after = map(MEASURES[name], pair)
+            _, _, n, *values, ends, verdict = own[name]
+            assert (n, *values) == (
+                str(pair[0].n),
+                f"{before:.4f}",
+                f"{after:.4f}",
+                f"{after - before:+.4f}",
+            ), name
+            low, high = map(float, ends.split(" to "))
+            tolerance = 0.25 * (high - low) + 1e-3
+            if name in ("S", "Macro F1"):
+                np.testing.assert_allclose(
+                    [low, high], drawn(pair, MEASURES[name]), atol=tolerance, err_msg=name
+                )
+            better = "better" if (low > 0) != (name == "Log loss") else "worse"
+            assert verdict == (better if low > 0 or high < 0 else "not significant"), name
+
+
+def test_experiments_without_their_logits_are_named(tmp_path: Path) -> None:
+    for name, skill in (("a", 1.0), ("b", 1.6)):
+        members = [member(fold, skill=skill) for fold in (0, 1, 2)]
+        experiment(runs.RESULTS / name, members, trained(*members[0].run, 0), [])
+    for path in (runs.RESULTS / "b" / "oof").glob("*fold0*"):
+        path.unlink()
+    rows, notes = metric_differences([read_experiment(name, with_images=False) for name in ("a", "b")])
+    assert not rows and len(notes) == 1 and notes[0].startswith("b: ") and "fold0" in notes[0]
 
 
 def test_curves_are_means_over_the_runs(compared: Compared) -> None:
@@ -288,7 +383,9 @@ def test_the_markdown_report_has_the_ensembling_methods_of_the_page(compared: Co
             f"{cells[1]} ({cells[2]})",
             cells[3],
             cells[4],
-            cells[6],
+            cells[5],
+            cells[6] if cells[7] == "–" else f"{cells[6]} ({cells[7]})",
+            cells[8],
             megabytes,
             cells[12],
         ]
@@ -335,8 +432,8 @@ def test_ablations_of_the_markdown_report(compared: Compared) -> None:
         scored = other.fused
         difference = "no shared images"
         if comparable(data, other):
-            n, _, _, mean, half = paired(data.fused, scored)
-            ends = f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
+            n, _, _, mean, (low, high) = paired(data.fused, scored)
+            ends = f"{100 * low:+.2f} to {100 * high:+.2f}"
             difference = f"{100 * mean:+.2f} ({ends}), n = {n}"
         clean = top1(scored.top1(scored.views), scored.n)
         assert row == [other.name, str(scored.n), clean, p(scored.corrupted), p(scored.s), difference]

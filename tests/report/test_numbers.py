@@ -29,8 +29,8 @@ from fastflower.core.records import from_plain, write_record
 from fastflower.core.tables import read_csv
 from fastflower.data.readers import image_files
 from fastflower.evaluation import ensembles, summary
+from fastflower.evaluation.gradcam_record import GradCams
 from fastflower.evaluation.logits import align, assemble
-from fastflower.evaluation.records import GradCams
 from fastflower.recipe import load
 from fastflower.recipe.derived import Stage
 from fastflower.recipe.run_record import ParameterGroup, RunNumbers
@@ -52,6 +52,7 @@ from support.reference_scores import (
 )
 from support.report_parser import Drawing, drawings, tables, text_of
 
+pytestmark = pytest.mark.slow  # an experiment of 12 members, and its page
 SEEDS, FOLDS = (42, 7), (0, 1, 2)
 LEVELS = np.concatenate([COMBOS, [["blur", "medium"]]])
 WEIGHTS = {BACKBONES[0]: 3.0, BACKBONES[1]: 1.0}

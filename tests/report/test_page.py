@@ -27,6 +27,7 @@ from fastflower.data.readers import image_files
 from fastflower.evaluation import gradcam, mistakes, summary, tables
 from fastflower.evaluation.logits import Logits, assemble, fuse
 from fastflower.evaluation.metrics import views_advice
+from fastflower.evaluation.paired import paired_gain
 from fastflower.evaluation.records import ExperimentScores
 from fastflower.recipe import load
 from fastflower.recipe.run_record import Environment, write_recipe
@@ -218,6 +219,7 @@ def cells(html: str, table: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_numbers_of_scores_json(shown: tuple[ExperimentScores, Logits, str]) -> None:
     scores, data, html = shown
     accuracy = 100 * metrics.accuracy_score(data.class_idx, data.logits.argmax(1))
@@ -352,6 +354,7 @@ def test_charts_are_written_as_png() -> None:
     assert over_epochs("x", lines, []).png().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_paired_differences_are_those_of_the_images() -> None:
     a, first = write_experiment("a", skill=1.0)
     b, second = write_experiment("b", skill=1.6)
@@ -360,11 +363,8 @@ def test_paired_differences_are_those_of_the_images() -> None:
     right = [data.logits.argmax(1) == data.class_idx for data in (first, second)]
     change = right[1].astype(float) - right[0]
     row = comparison.paired_differences([a, b])[0]
-    assert row.n == len(change) and row.difference.mean == pytest.approx(change.mean())
-    spread = 1.959964 * change.std() / np.sqrt(len(change))
-    assert (row.difference.low, row.difference.high) == pytest.approx(
-        (change.mean() - spread, change.mean() + spread), abs=1e-6
-    )
+    assert row.n == len(change) and row.difference.gain == pytest.approx(change.mean())
+    assert row.difference == paired_gain(*right)
     assert f"{100 * change.mean():+.2f}" in html
     other = replace(b, folds_hash="elsewhere")
     assert comparison.paired_differences([a, other])[0].difference is None
@@ -409,6 +409,7 @@ def test_an_experiment_is_named_by_its_recipe_and_the_changes_to_it() -> None:
         parse(["mine.yaml", "exp.nam=x"])
 
 
+@pytest.mark.slow
 def test_a_recipe_that_contradicts_the_scored_members_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,6 +608,7 @@ addEventListener("load", () => {
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium; on Debian: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_comparison_in_a_browser(tmp_path: Path, width: int) -> None:

@@ -164,7 +164,10 @@ def test_two_ranks_train_with_all_that_speaks_between_them(tmp_path: Path):
     assert "clean_swa" in row and row["gpu_peak_mb"] > 0
 
 
-def test_a_step_that_the_scaler_skips_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("words", [(), ("opt.sam_rho=0.05",)])
+def test_a_step_that_the_scaler_skips_moves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+):
     """fp16 from a scale that overflows, with parts that do not train yet: neither EMA nor counts take such a step."""
     toy_project.project(tmp_path)
     made = ClosureGradScaler.__init__
@@ -182,7 +185,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing(tmp_path: Path, monkeypatch:
         return moves
 
     monkeypatch.setattr(Ema, "match", watched)
-    assert toy_project.fit("llrd.unfreeze_schedule={1: [head], 2: [front, middle, back, head]}") == 0
+    assert toy_project.fit("llrd.unfreeze_schedule={1: [head], 2: [front, middle, back, head]}", *words) == 0
     rows = toy_project.epochs()
     assert not updates[0] and updates[-1]
     assert sum(row["nonfinite"] for row in rows) == updates.count(False)

@@ -42,10 +42,15 @@ def project(tmp_path: Path) -> Path:
     return toy_project.project(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     assert toy_project.fit("log.tensorboard=true") == 0
     run, rows = toy_project.run_of(), toy_project.epochs()
     assert [row["epoch"] for row in rows] == [1, 2, 3]
+    counts = read_record(numbers_path(run), RunNumbers).class_counts
+    for row in rows:  # the sampler repeats the small classes, three times at most
+        assert sum(row["class_draws"]) == 40 and row["class_draws"] != list(counts)
+        assert all(draws <= 3 * count for draws, count in zip(row["class_draws"], counts, strict=True))
     for kind in ("best_clean", "best_combo", "ema_best", "last"):
         (path,) = run.checkpoints(kind)
         assert path.samefile(run.model_dir / f"{kind}.pth")
@@ -139,6 +144,7 @@ def test_the_score_of_a_checkpoint_is_that_of_its_weights():
     assert recorded[f"s_{weights}"] == pytest.approx(0.7 * measured["top1"] + 0.3 * hits.mean())
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_gradient_of_the_whole_batch():
     still = ("model.drop_rate=0", "model.drop_path=0", *toy_project.ONE)
     toy_project.fit("exp.name=whole", *still)
@@ -156,6 +162,7 @@ def test_a_stage_with_a_smaller_batch_has_more_steps():
     assert toy_project.last().training_state["time"]["batch"] == 2 + 5 + 5
 
 
+@pytest.mark.slow
 def test_folds_train_one_after_the_other():
     assert toy_project.fit("data.fold=[0,2]", *toy_project.ONE) == 0
     assert [toy_project.run_of(fold=fold).checkpoints("best_combo") != [] for fold in (0, 1, 2)] == [
@@ -178,6 +185,7 @@ def test_without_averages_and_without_corruptions(capsys):
     assert "best is chosen by clean top-1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_swa_is_scored_and_kept_as_its_own_kind_with_statistics_of_its_own():
     """A network with BatchNorm: the statistics of the average are re-estimated, not averaged."""
     words = (
@@ -197,6 +205,7 @@ def test_swa_is_scored_and_kept_as_its_own_kind_with_statistics_of_its_own():
     assert statistics and all(not torch.equal(swa.tensors[name], last.tensors[name]) for name in statistics)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_is_finished(capsys):
     words = ("es.patience=1", "es.min_delta=1", "sched.cosine_epochs=6", "data.size_epochs=[1,6]")
     assert toy_project.fit(*words) == 0

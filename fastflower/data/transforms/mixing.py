@@ -51,18 +51,18 @@ def mix(
     num_classes: int,
     kind: Kind,
     alpha: float,
-    teacher: Tensor | None = None,
+    further: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mix each row i with row (i + B/2) mod B.
 
     Images are float (B, 3, H, W), labels int64 (B,), keys int64 (B,) on the host. Returns images of the same dtype
-    and memory format, and float32 targets (B, num_classes) whose rows sum to 1. A teacher's probabilities (B, C) are
-    mixed alike and appended to the targets' columns. Ranks that hold every world-th row of a global batch form the
-    same pairs as one rank would, if their batches are even. A batch of one row is not mixed.
+    and memory format, and float32 targets (B, num_classes) whose rows sum to 1. The columns of `further` (B, K), such
+    as a teacher's probabilities, are mixed alike and appended to them. Ranks that hold every world-th row of a global
+    batch form the same pairs as one rank would, if their batches are even. A batch of one row is not mixed.
     """
     targets = F.one_hot(labels, num_classes).float()
-    if teacher is not None:
-        targets = torch.cat([targets, teacher], dim=1)
+    if further is not None:
+        targets = torch.cat([targets, further], dim=1)
     half = len(images) // 2
     if kind == "none" or half == 0:
         return images, targets
