@@ -6,8 +6,10 @@ Arrays are read as the trainer reads them, and the two images of a pair are put 
 from __future__ import annotations
 
 import contextlib
+import lzma
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,7 +22,10 @@ from PIL import Image
 import pictures
 
 ROWS = 4096  # checked at a time, so that no second copy of the whole array is made
-BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+BROKEN = (  # twin of fastflower/data/readers/arrays.py
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
 
 Headers = dict[str, tuple[tuple[int, ...], np.dtype]]
 

@@ -20,6 +20,7 @@ SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".webp")
 SYSTEM_NAMES = (  # what systems and editors put between photographs
     *(b"__macosx", b"@eadir", b"@recycle", b"#recycle", b"#snapshot", b"$recycle.bin", b"recycler"),
     *(b"system volume information", b"lost+found", b"thumbs.db", b"ehthumbs.db", b"desktop.ini"),
+    *(b"@recently-snapshot", b"@sharebin", b"@tmp", b"~snapshot", b"recycled", b"found.000", b"__pycache__"),
 )
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 MOST_PIXELS = 64_000_000  # a header that claims more is refused before anything is decoded

@@ -32,7 +32,7 @@ try:
     from bundles import Problem, Unusable
     from messages import log, log_error
     from rows import Speed, predict_rows
-    from sample import Sample, Unfollowable, layout_of, match, read_sample
+    from sample import Sample, Unfollowable, layout_of, match, read_sample, unknown_answers
     from table import Layout, Table, default_layout, replace_atomic
 except (ImportError, AttributeError) as missing:  # Pillow before 9.1 has no Image.Transpose
     reason = " ".join(str(missing).split())  # NumPy's message fills a screen
@@ -151,6 +151,7 @@ def follow(
         of_sample = layout_of(sample, image, labelings, second_class=layout.second_class)
         if columns == "sample" or any(column.kind == "number" for column in of_sample.columns):
             layout = of_sample
+            notes += filter(None, [unknown_answers(sample, layout, labelings)])
     return ordered, labels, layout
 
 

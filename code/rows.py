@@ -1,4 +1,4 @@
-"""Rows from pictures to logits: threads that read ahead, what they could not read, and their speed."""
+"""Rows from pictures to logits: threads that read ahead, the pictures that they could not read, and their speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The organiser's sample submission: what its columns mean, by their content, and which row is which image.
+"""The organiser's sample submission: the meaning of its columns, by their content, and the image of each row.
 
 A sample is followed in full or not at all: Unfollowable names the first difference that stands in the way.
 """
@@ -88,6 +88,20 @@ def layout_of(sample: Sample, image: int, labelings: list[list[str]], *, second_
     return Layout(
         sample.header, [columns[n] for n in range(len(sample.header))], sample.delimiter, second_class
     )
+
+
+def unknown_answers(sample: Sample, layout: Layout, labelings: list[list[str]]) -> str:
+    """A line on answers of the sample that are no classes, or empty; one answer in all rows is a placeholder."""
+    known = {label for labeling in labelings for label in labeling}
+    for position, column in enumerate(layout.columns):
+        answers = {text.strip() for text in sample.column(position)} if column.kind == "class" else set()
+        unknown = sorted(answers - known)
+        if len(answers) > 1 and unknown:
+            return (
+                f"{sample.path} has {len(unknown)} answers that are no classes, the first is {unknown[0]!a}; the "
+                f"table has the classes as they were trained, such as {column.texts[0]!a}"
+            )
+    return ""
 
 
 def match(sample: Sample, names: list[bytes], folder: str) -> tuple[int, list[bytes]]:
@@ -187,7 +201,7 @@ def _find_odds(sample: Sample, columns: dict[int, Column], labelings: list[list[
 
 
 def _find_top(sample: Sample, columns: dict[int, Column], labelings: list[list[str]]) -> None:
-    """Add the first column whose cells hold several classes each, with what separates them."""
+    """Add the first column whose cells hold several classes each, with their separator."""
     for n in range(len(sample.header)):
         values = sample.column(n)
         if n in columns or any(set(values) <= set(labeling) for labeling in labelings):

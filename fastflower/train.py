@@ -23,7 +23,7 @@ from fastflower.core.errors import InputError  # noqa: E402
 from fastflower.data.betons.fold_set import check_converted  # noqa: E402
 from fastflower.model.pretrained import check_architecture, check_present  # noqa: E402
 from fastflower.recipe import Recipe, checks, own, parse_command  # noqa: E402
-from fastflower.recipe.derived import refits, validates  # noqa: E402
+from fastflower.recipe.derived import unscored_kind, validates  # noqa: E402
 from fastflower.training import exits  # noqa: E402
 
 
@@ -48,14 +48,14 @@ def print_next(recipe: Recipe, arguments: list[str]) -> None:
     if validates(recipe):
         console.print_next("evaluate", arguments)
     else:
-        kind = "refit" if refits(recipe) else "ema_best" if recipe.ema.enabled else "last"
-        console.print_next("export", [*arguments, f"ensembling.find_pattern={kind}__*.pth"])
+        console.print_next("export", [*arguments, f"ensembling.find_pattern={unscored_kind(recipe)}__*.pth"])
 
 
 @exits.rank_zero_reports()
 def main(argv: list[str]) -> int:
     """Check the recipe and its data, then train as one rank, or alone."""
     recipe, advice = check(argv)
+    exits.exit_on_sigterm()
     # here: torch and Composer take ten seconds, which a refusal does not spend
     from fastflower.training import session
 

@@ -29,7 +29,7 @@ from fastflower.bundle import hand_in
 from fastflower.bundle.hand_in import HandIn
 from fastflower.core import runs
 from fastflower.core.errors import InputError, one_line
-from fastflower.core.records import read_record
+from fastflower.core.records import read_record, write_record
 
 OUTCOMES = ("same", "refused", "note", "silent", "traceback", "crash", "hang")
 FAULTS = OUTCOMES[3:]
@@ -204,11 +204,51 @@ def _ignoring_notes(read: Callable[[Path], Any], path: Path, notes: list[str]) -
 
 
 def targets() -> Iterator[Target]:
-    """Every kind of file of the project in the current directory that a command reads."""
+    """Every kind of file of the project in the current directory that a command reads, and arrays that users give."""
+    yield from _given_targets()
+    yield from _optional_targets(Path("data"))
     yield from _data_targets(Path("data"))
     yield from _experiment_targets(runs.RESULTS / tiny_project.EXP)
     yield from _predictor_targets(runs.BUNDLE, "bundle")
     yield from _predictor_targets(runs.MODELS / tiny_project.EXP / "programs", "programs")
+
+
+def _given_targets() -> Iterator[Target]:
+    """Images and labels in a .npz; photographs are those of `bench fuzz`, and text has no checksum to break."""
+    import numpy as np
+
+    from fastflower.data.readers.arrays import open_npz
+
+    images = np.random.default_rng(0).integers(0, 255, (8, 12, 12), np.uint8)
+
+    def read(path: Path) -> Any:
+        stack = open_npz(path, "auto", shape="auto", labelled=True)
+        return stack.labels, stack.images
+
+    for save, path in ((np.savez, Path("stored.npz")), (np.savez_compressed, Path("compressed.npz"))):
+        save(path, images=images, labels=np.arange(8))
+        yield Target(f"given {path.name}", path, partial(_ignoring_notes, read, path))
+
+
+def _optional_targets(home: Path) -> Iterator[Target]:
+    """Records that the tiny project has no use for, with invented contents."""
+    from fastflower.data.auxiliary import FILE as AUX_LABELS
+    from fastflower.data.auxiliary import AuxColumn, AuxLabels
+    from fastflower.evaluation.stacking import FILE as STACKER
+    from fastflower.evaluation.stacking import Stacker
+
+    codes = tuple(row % 3 - 1 for row in range(tiny_project.IMAGES))
+    trees = [[0.25 * row + column for column in range(6)] for row in range(3)]
+    records: dict[Path, Any] = {
+        home / AUX_LABELS: AuxLabels("0f3a", (AuxColumn("genus", ("Bellis", "Rosa"), codes),)),
+        runs.RESULTS / tiny_project.EXP / STACKER: Stacker(
+            method="logistic stacking", runs=["a seed 1", "b seed 1"], class_ids=["7", "8", "9"], present=[0, 1, 2],
+            booster="", coefficients=trees, intercepts=[0.0, 0.5, -0.5],
+        ),
+    }  # fmt: skip
+    for path, record in records.items():
+        write_record(path, record)
+        yield Target(path.name, path, partial(_ignoring_notes, partial(read_record, kind=type(record)), path))
 
 
 def _data_targets(home: Path) -> Iterator[Target]:
@@ -247,14 +287,13 @@ def _data_targets(home: Path) -> Iterator[Target]:
 
 def _experiment_targets(folder: Path) -> Iterator[Target]:
     from fastflower.core import checkpoint
+    from fastflower.evaluation.gradcam_record import GradCams, read_gradcam
     from fastflower.evaluation.logits import load_logits, logits_path
     from fastflower.evaluation.measured import Leak, Priors, ViewTable
     from fastflower.evaluation.records import (
         EnsembleComparison,
         ExperimentScores,
-        GradCams,
         Temperatures,
-        read_gradcam,
     )
     from fastflower.model.member import load_member
     from fastflower.recipe.run_record import (

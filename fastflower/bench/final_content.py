@@ -31,21 +31,31 @@ UNCOMPARED = (
     "*.log",  # for people; its lines begin with the time
     "SHA256",  # of files that are compared themselves
 )
-SHORT_CUT = (
-    "*contents.json"  # hashes by inode and time of change, for files that are old enough; else all are read
+UNCOUNTED = (
+    "*contents.json",  # hashes by inode and time of change, for files that are old enough; else all are read
+    "*.previous.pth",  # the state before the last: a training that was told to stop has saved once more
+)
+BY_ORDER = (  # of the training that came last, which is chance where they run side by side
+    *("results/model/*/last.pth", "results/results/*/meta/recipe.yaml"),
 )
 LEFTOVER = re.compile(r"(\.tmp|\.lock|\.old|\.new|\.rename|\.incomplete|\.download)(/|$)")
 CLOCKS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d(:\d\d)?|\d+(\.\d+)? ?(ms|s|min|images/s)\b|\d+:\d\d(:\d\d)?")
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """A digest of each file's content, by its path in the folder; empty folders count as files."""
+def contents(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, str]:
+    """A digest of each file's content, by its path in the folder; empty folders count as files.
+
+    Files that match a pattern of `but` need only be there.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if STARTS.search(name) or path.match(SHORT_CUT) or (path.is_dir() and any(path.iterdir())):
+        if STARTS.search(name) or any(map(path.match, UNCOUNTED)) or (path.is_dir() and any(path.iterdir())):
             continue
-        found[name] = "folder" if path.is_dir() else fingerprint(_value(path, name))
+        if path.is_dir() or any(path.match(pattern) for pattern in but):
+            found[name] = "folder" if path.is_dir() else "file"
+        else:
+            found[name] = fingerprint(_value(path, name))
     return found
 
 
@@ -74,8 +84,10 @@ def _value(path: Path, name: str) -> Any:
 def value_of(name: str, data: bytes) -> Any:
     """The comparable value of a file's bytes, by its name's ending."""
     ending = Path(name).suffix
-    if ending in (".json", ".journal"):
+    if ending == ".json":
         return without_times(json.loads(data))
+    if ending == ".journal":  # trainings that run side by side end in any order
+        return sorted(map(repr, without_times(json.loads(data))["entries"]))
     if ending == ".npz":
         return _arrays(data)
     if ending == ".jsonl":
@@ -108,15 +120,16 @@ def _arrays(data: bytes) -> Any:
 
 
 def _events(data: bytes) -> list[Any]:
-    """The rows of epochs and ends, of repeated ones the last; a resume adds a row of its start."""
-    rows: dict[str, Any] = {}
+    """The rows of epochs and ends by run, of repeated ones the last; a resume adds a row of its start."""
+    rows: dict[tuple[str, str, int | None], Any] = {}
     for line in data.splitlines():
         row = json.loads(line)
         if row["event"] in ("epoch", "end"):
-            key = str([row.get(field) for field in ("fold", "seed", "backbone", "event", "epoch")])
+            run = str([row.get(field) for field in ("fold", "seed", "backbone")])
+            key = run, row["event"], row.get("epoch")
             rows.pop(key, None)
             rows[key] = without_times(row)
-    return list(rows.values())
+    return [rows[key] for key in sorted(rows, key=lambda key: key[0])]
 
 
 def without_times(value: Any) -> Any:

@@ -1,11 +1,11 @@
 """`bench kills`: kills every command at random moments, repeats it, and compares all files with an undisturbed run.
 
-Commands are forked from a process that has imported everything, so that an attempt costs the work alone; the predictor
-and the campaigns start as fresh processes. Each is killed with SIGKILL, alone and not with its children, at moments
-drawn over its undisturbed duration, and the forked ones also at random changes of a file (a file opened for writing, a
-rename, a removal, a folder), which a moment rarely meets. The command is repeated at once. Its exit code and the final
-bytes of all files, times aside, must be those of the undisturbed run; a temporary file, a lock or a process that
-remains is a fault. The exit code is 1 when there is one.
+Commands and the trainings of campaigns are forked from a process that has imported everything, so that an attempt costs
+the work alone; the predictor and what Ray starts are fresh processes. Each is killed with SIGKILL, alone and not with
+its children, at moments drawn over its undisturbed duration, and the forked ones also at random changes of a file (a
+file opened for writing, a rename, a removal, a folder), which a moment rarely meets. The command is repeated at once.
+Its exit code and the final bytes of all files, times aside, must be those of the undisturbed run; a temporary file, a
+lock or a process that remains is a fault. The exit code is 1 when there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import importlib
+import importlib.util
 import os
 import pkgutil
 import random
@@ -23,19 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastflower.bench import final_content, tiny_project
-from fastflower.bench.forked import fork
+from fastflower.bench import final_content, forked, tiny_project
 from fastflower.core import errors
 from fastflower.core.errors import InputError
 
 COLUMNS = ("seconds", "changes", "killed", "ended first", "differs", "left over", "orphans", "fails", "hangs")
 FAULTS = COLUMNS[4:]
-BOUND = 180.0  # seconds that a command may take
+BOUND, SLOWER = 180.0, 5  # seconds that a command may take, or as many times what it takes undisturbed
 ORPHAN_BOUND = 60.0  # seconds after which a child of a killed command must have ended
 PR_SET_CHILD_SUBREAPER = 36  # of prctl(2): orphans become children of this process, which can then see them
 CODE = Path(__file__).resolve().parents[2] / "code"
@@ -50,7 +49,8 @@ WEIGHTS = "downloaded.pth"
 class Victim(NamedTuple):
     """A command to kill: its module and arguments, the state of the project before it, and whether it starts cold.
 
-    A command `after` another one starts from the project that this one left.
+    A command `after` another one starts from the project that this one left. Those of an `extra` package are killed
+    where that is installed.
     """
 
     name: str
@@ -58,11 +58,21 @@ class Victim(NamedTuple):
     arguments: tuple[str, ...]
     after: str = ""
     cold: bool = False
+    extra: str = ""
 
 
 _RECIPE = tiny_project.RECIPE_FILE
 _SHORT = "robust.enabled=false"
-_SEARCH = ("data.fold=0", "opt.lr=log:1e-4..1e-2", "aug.hflip_p=0..0.5", "--trials", "2")
+_FOLDS = ("exp.name=grid", "data.fold=all", _SHORT)
+_SEARCH = (
+    "exp.name=search",
+    "data.fold=0",
+    _SHORT,
+    "opt.lr=log:1e-4..1e-2",
+    "aug.hflip_p=0..0.5",
+    "--trials",
+    "2",
+)
 VICTIMS = (
     Victim("convert", "convert", (_RECIPE, "data.workers=2")),
     Victim("train", "train", (_RECIPE,), "convert"),
@@ -73,8 +83,11 @@ VICTIMS = (
     Victim("report", "report.__main__", (tiny_project.EXP,), "export"),
     Victim("weights", "weights", (tiny_project.BACKBONE, WEIGHTS, "--replace")),
     Victim("predict", "", ("test_dataset", "out/submission.csv"), "export", cold=True),
-    Victim("campaign", "campaign", (_RECIPE, "exp.name=grid", "data.fold=all", _SHORT), "convert", cold=True),
-    Victim("search", "campaign", (_RECIPE, "exp.name=search", _SHORT, *_SEARCH), "convert", cold=True),
+    *(
+        Victim(name + ending, "campaign.__main__", (_RECIPE, *words, *option), "convert", extra=extra)
+        for ending, option, extra in (("", (), ""), (" --ray", ("--ray",), "ray"))
+        for name, words in (("campaign", _FOLDS), ("search", _SEARCH))
+    ),
 )  # fmt: skip
 
 
@@ -119,7 +132,7 @@ def main(argv: list[str]) -> int:
         say(f"| command | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}")
         total: Counter[str] = Counter()
         for victim in VICTIMS:
-            if not args.only or victim.name in args.only:
+            if victim.name in args.only or (not args.only and _installed(victim.extra)):
                 cold = args.moments if args.cold_moments is None else args.cold_moments
                 counts = bench.attack(
                     victim, cold if victim.cold else args.moments, 0 if victim.cold else args.changes
@@ -138,6 +151,10 @@ def main(argv: list[str]) -> int:
     return int(faults > 0)
 
 
+def _installed(package: str) -> bool:
+    return not package or importlib.util.find_spec(package) is not None
+
+
 def _cell(name: str, counts: dict[str, Any]) -> str:
     return f"{counts[name]:.1f}" if name == "seconds" else str(counts[name])
 
@@ -154,7 +171,7 @@ class Kills:
         self.work, self.temporary, self.said = home / "project", home / "tmp", home / "said.txt"
         self.states: dict[str, Path] = {"": home / "state-drawn"}
         self.undisturbed: dict[str, Ended] = {}
-        self.own_children = set(_children())
+        self.own_children = set(forked.children())
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         tiny_project.draw(self.states[""])
         if warm:
@@ -165,10 +182,10 @@ class Kills:
         """Kill and repeat a command; the number of each outcome."""
         self.state(victim)
         ended = self.undisturbed[victim.name]
-        expected = final_content.contents(self.states[victim.name])
+        expected = _contents(victim, self.states[victim.name])
         self._run_undisturbed(victim)
         counts: Counter[str] = Counter(dict.fromkeys(COLUMNS[2:], 0))
-        if unstable := final_content.differences(expected, final_content.contents(self.work)):
+        if unstable := final_content.differences(expected, _contents(victim, self.work)):
             self._blame(
                 victim,
                 "two undisturbed runs",
@@ -213,10 +230,10 @@ class Kills:
         counts["killed" if killed.code == -signal.SIGKILL else "ended first"] += 1
         repeated = self._run(victim)
         when = f"{kill.seconds:.2f} s" if not kill.change else f"change {kill.change}"
-        if orphans := _end_children(self.own_children):
+        if orphans := forked.end_children(self.own_children, ORPHAN_BOUND):
             self._blame(victim, when, text=f"{orphans} processes outlive it", counts=counts, kind="orphans")
         if repeated.code:
-            kind = "hangs" if repeated.seconds > BOUND else "fails"
+            kind = "hangs" if repeated.seconds > self._bound(victim) else "fails"
             self._blame(
                 victim,
                 when,
@@ -226,7 +243,7 @@ class Kills:
             )
             return
         left = final_content.leftovers(self.work) + [
-            f"$TMPDIR/{path.name}" for path in self.temporary.iterdir() if not _tests_a_folder(path)
+            f"$TMPDIR/{path.name}" for path in self.temporary.iterdir() if not _of_a_library(path)
         ]
         if left:
             self._blame(
@@ -234,7 +251,7 @@ class Kills:
             )
         different = [
             name
-            for name in final_content.differences(expected, final_content.contents(self.work))
+            for name in final_content.differences(expected, _contents(victim, self.work))
             if not any(name.startswith(path) for path in left)
         ]
         if different:
@@ -256,9 +273,9 @@ class Kills:
         note.unlink(missing_ok=True)
         start = time.monotonic()
         process = self._spawn(victim) if victim.cold else self._fork(victim, kill.change if kill else 0, note)
-        deadline = start + (kill.seconds if kill and kill.seconds else BOUND)
+        deadline = start + (kill.seconds if kill and kill.seconds else self._bound(victim))
         code = None
-        while (code := _ended(process)) is None and time.monotonic() < deadline:
+        while (code := forked.exit_code(process)) is None and time.monotonic() < deadline:
             time.sleep(0.002)
         seconds = time.monotonic() - start
         if code is None:
@@ -266,12 +283,17 @@ class Kills:
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         return Ended(code, seconds, int(note.read_text()) if note.exists() else 0)
 
+    def _bound(self, victim: Victim) -> float:
+        undisturbed = self.undisturbed.get(victim.name)
+        return max(BOUND, SLOWER * undisturbed.seconds if undisturbed else 0.0)
+
     def _environment(self) -> dict[str, str]:
         return {
             **os.environ,
             "TMPDIR": str(self.temporary),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(CODE.parent),
+            "RAY_TMPDIR": str(self.home),
         }
 
     def _spawn(self, victim: Victim) -> int:
@@ -296,21 +318,30 @@ class Kills:
             os.chdir(self.work)
             os.environ.update(self._environment())
             tempfile.tempdir = None
-            module = importlib.import_module(f"fastflower.{victim.command}")
-            sys.argv = [str(module.__file__), *victim.arguments]
+            if victim.command.startswith("campaign"):
+                launch: Any = importlib.import_module("fastflower.campaign.launch")
+                launch.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": forked.ForkedPopen})
             changes = _count_changes(change)
             try:
-                errors.run_command(module.main)
+                forked.run_command(f"fastflower.{victim.command}", list(victim.arguments))
             except SystemExit:
                 note.write_text(str(changes[0]))
                 raise
 
-        return fork(work, self.said)
+        return forked.fork(work, self.said)
 
 
-def _tests_a_folder(path: Path) -> bool:
-    """True for the file of a moment with which Python's tempfile tests the folder for temporary files."""
-    return path.is_file() and len(path.name) == 8 and path.read_bytes() in (b"", b"blat")
+def _contents(victim: Victim, folder: Path) -> dict[str, str]:
+    return final_content.contents(folder, but=final_content.BY_ORDER if victim.extra == "ray" else ())
+
+
+def _of_a_library(path: Path) -> bool:
+    """True for the file of a moment with which Python's tempfile tests the folder for temporary files, and for the
+    empty folder that torch makes when it is imported and removes at an exit.
+    """
+    if path.is_dir():
+        return path.name.startswith("tmp") and not any(path.iterdir())
+    return len(path.name) == 8 and path.read_bytes() in (b"", b"blat")
 
 
 def _count_changes(limit: int) -> list[int]:
@@ -330,36 +361,8 @@ def _count_changes(limit: int) -> list[int]:
     return count
 
 
-def _ended(process: int) -> int | None:
-    """The exit code of a child, minus a signal's number; None while it runs."""
-    done, status = os.waitpid(process, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
-
-
-def _end_children(but: set[int]) -> int:
-    """Wait for orphans of killed commands, and kill those that stay; returns their number."""
-    deadline = time.monotonic() + ORPHAN_BOUND
-    while (children := set(_children()) - but) and time.monotonic() < deadline:
-        for child in children:
-            _ended(child)
-        time.sleep(0.01)
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return len(children)
-
-
-def _children() -> Iterator[int]:
-    """The ids of this process's children, the adopted ones included."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with contextlib.suppress(OSError):
-                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                    yield int(folder.name)
-
-
 def _import_everything() -> None:
-    """Import what commands import, on one thread: a fork keeps no other."""
+    """Import the modules of all commands, on one thread: a fork keeps no other."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import fastflower
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import signal
 import subprocess
@@ -134,7 +135,8 @@ def run_predictor(root: Path, options: list[str], python: Path | None) -> str | 
         capture_output=True,
         text=True,
         errors="replace",
-        preexec_fn=partial(die_with_parent, signal.SIGKILL),  # or it would write on where a killed export ran
+        # or it would write on where a killed export ran
+        preexec_fn=partial(die_with_parent, signal.SIGKILL, parent=os.getpid()),
     )
     if done.returncode == 0:
         return None

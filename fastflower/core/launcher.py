@@ -16,10 +16,11 @@ from typing import IO
 
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.files import scratch_folder
-from fastflower.core.workers import die_with_parent
+from fastflower.core.workers import check_threads, die_with_parent
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 VARIABLES = (*NEEDED, "NODE_RANK")
+THREADS = 32  # that a rank may start: of its process group, gradients, loaders and saving
 PATIENCE = 20.0  # seconds within which a launcher has started all ranks of a machine
 CLEANUP = 30.0  # seconds that the other ranks have to end after one has failed
 POLL = 0.1  # seconds between two looks at the ranks
@@ -84,6 +85,7 @@ def launch(command: list[str], count: int) -> int:
     error is printed by the rank that has it, and nothing is added to it. SIGTERM is passed on and Ctrl-C reaches the
     ranks by itself; this process then waits until they have saved. Exit codes are theirs, 128 + n for a signal n.
     """
+    check_threads(count * THREADS)
     with scratch_folder("ranks") as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {
@@ -136,13 +138,16 @@ def _wait(ranks: list[subprocess.Popen[bytes]], outputs: Sequence[IO[bytes]]) ->
     deadline = time.monotonic() + CLEANUP
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         time.sleep(POLL)
+    for process in ranks:
+        process.kill()  # those that would not end
+        process.wait()
     _say_why(ranks, outputs, failed)
     code = ranks[failed].returncode
     return code if code > 0 else 128 - code
 
 
 def _say_why(ranks: list[subprocess.Popen[bytes]], outputs: Sequence[IO[bytes]], failed: int) -> None:
-    """Print what the ranks other than 0 said of their own failure; rank 0 has printed it already."""
+    """Print the failures of the ranks other than 0; rank 0 has printed its own already."""
     for rank, output in enumerate(outputs[1:], 1):
         output.seek(0)
         text = output.read().decode(errors="replace")

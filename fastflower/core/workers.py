@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastflower.core.console import terminal
-from fastflower.core.errors import EnvironmentFault
+from fastflower.core.errors import REMEDIES, EnvironmentFault
 
 T = TypeVar("T")
 PATIENCE = 300.0  # seconds without a finished item after which the pool is stopped
@@ -31,10 +34,55 @@ _done = _fork.Value("q", 0)  # items finished by all workers of the current call
 _work: Callable[..., Any]  # set in each worker; fork hands it over with everything it refers to
 
 
-def die_with_parent(signum: signal.Signals) -> None:
-    """Have the kernel (Linux only) send this process a signal when its parent ends, even by SIGKILL."""
+def die_with_parent(signum: signal.Signals, *, parent: int = 0) -> None:
+    """Have the kernel (Linux only) send this process a signal when its parent ends, even by SIGKILL.
+
+    With the `parent`'s process id, exit if it has ended already.
+    """
     if sys.platform == "linux":
         _libc.prctl(PR_SET_PDEATHSIG, signum)
+    if parent and os.getppid() != parent:
+        os._exit(1)
+
+
+def check_threads(count: int) -> None:
+    """Raise EnvironmentFault where this process may not start `count` threads: C++ libraries abort without a line."""
+    ended, threads = threading.Event(), []
+    try:
+        for _ in range(count):
+            threads.append(threading.Thread(target=ended.wait, daemon=True))
+            threads[-1].start()
+    except RuntimeError:
+        raise EnvironmentFault(
+            f"only {len(threads) - 1} of {count} threads can be started; {REMEDIES[errno.EAGAIN]}"
+        ) from None
+    finally:
+        ended.set()
+        for thread in threads:
+            if thread.ident:
+                thread.join()
+
+
+class MapOrdered(Protocol):
+    """The signature of `map_ordered`, on the processes of this machine or on those of a cluster."""
+
+    def __call__(
+        self,
+        work: Callable[..., T],
+        tasks: Iterator[tuple[Any, ...]],
+        *,
+        count: int,
+        on_progress: Callable[[int], None],
+        meanwhile: Callable[[], object] = ...,
+    ) -> Iterator[T]: ...
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], int]]:
+    """Context manager: gives a function that returns the items finished by this process since."""
+    with _done.get_lock():
+        _done.value = 0
+    yield lambda: _done.value
 
 
 def count_done(items: int = 1) -> None:
@@ -108,9 +156,7 @@ def _start(parent: int, work: Callable[..., Any]) -> None:
     _work = work
     gc.freeze()  # a collection would write to, and so copy, the pages shared with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(signal.SIGKILL, parent=parent)
 
 
 def _call(*task: Any) -> Any:

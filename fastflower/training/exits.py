@@ -23,7 +23,7 @@ class RankFailure(SystemExit):
 
 @contextmanager
 def rank_zero_reports() -> Iterator[None]:
-    """If every rank rejects the input, rank 0 prints the reason and sets the exit code.
+    """Let rank 0 print the reason and set the exit code when every rank rejects the input.
 
     The others wait: the launcher ends all ranks when one exits, and rank 0 may not have printed yet. A rank that still
     runs after PATIENCE was alone with its error, and prints it itself.
@@ -44,14 +44,23 @@ def rank_zero_reports() -> Iterator[None]:
         raise
 
 
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exit, with PREEMPTED: nothing is to be saved yet.
+
+    By default a process ends without removing the temporary folder that torch makes when it is imported.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+
+
 @contextmanager
 def quick_exit() -> Iterator[None]:
     """Context manager around a command: a failing rank of several ends without the interpreter's shutdown."""
     try:
         yield
     except BaseException as end:
-        torch = sys.modules.get("torch")  # a refused rank has not imported it
-        if torch is None or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        # a refused rank has not imported it, or not to its end
+        group = sys.modules.get("torch.distributed")
+        if not getattr(group, "is_initialized", bool)() or group is None or group.get_world_size() == 1:
             raise
         code = end.code if isinstance(end, SystemExit) else 1
         if not isinstance(code, int):  # an error of ours, or a text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastflower.bench import final_content, kills
+from fastflower.bench import final_content, forked, kills
 from fastflower.bench.kills import Kills, Victim
 from fastflower.core.errors import InputError
 from fastflower.core.files import temporary_path, write_atomic
@@ -74,7 +74,6 @@ def test_each_kind_of_fault_is_seen(command: object, fault: str, monkeypatch: py
 
 
 def test_a_process_that_outlives_a_killed_command_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kills, "ORPHAN_BOUND", 0.1)
     monkeypatch.setitem(
         sys.modules, "fastflower.faulty", types.SimpleNamespace(main=outlives, __file__="faulty.py")
     )
@@ -82,7 +81,7 @@ def test_a_process_that_outlives_a_killed_command_is_seen(monkeypatch: pytest.Mo
     victim = Victim("faulty", "faulty", ())
     bench._lay_out(victim)
     assert bench._run(victim, kills.Kill(seconds=0.8)).code == -9
-    assert kills._end_children(bench.own_children) == 1
+    assert forked.end_children(bench.own_children, 0.1) == 1
 
 
 def test_contents_leave_out_times_and_nothing_else() -> None:
@@ -101,14 +100,23 @@ def test_contents_leave_out_times_and_nothing_else() -> None:
     ]
 
 
-def test_the_file_with_which_python_tests_a_folder_is_no_leftover(tmp_path: Path) -> None:
+def test_what_python_and_torch_leave_in_the_temporary_folder_is_no_leftover(tmp_path: Path) -> None:
+    for name, filled, ignored in (
+        ("tmpab_12x", False, True),
+        ("tmpab_12y", True, False),
+        ("ranks", False, False),
+    ):
+        (tmp_path / name).mkdir()
+        if filled:
+            (tmp_path / name / "part").write_bytes(b"")
+        assert kills._of_a_library(tmp_path / name) == ignored
     for name, content, ignored in (
         ("e6_otzw6", b"blat", True),
         ("e6_otzw6", b"a table", False),
         ("soup", b"", False),
     ):
         (tmp_path / name).write_bytes(content)
-        assert kills._tests_a_folder(tmp_path / name) == ignored
+        assert kills._of_a_library(tmp_path / name) == ignored
 
 
 def test_unknown_commands_are_refused() -> None:

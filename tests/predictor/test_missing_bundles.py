@@ -76,6 +76,7 @@ def test_without_any_classes_every_row_is_the_samples_commonest(run_without_netw
     assert [row[:2] for row in rows] == [["filename", "category_id"], ["000.jpg", "007"], ["001.jpg", "007"]]
 
 
+@pytest.mark.slow
 def test_without_a_bundle_the_members_are_run_as_evaluate_left_them(run, code, evaluated, capsys):
     exit_code, table, about = run_without_bundle(code)
     assert exit_code == 0 and about["members"] == [path.stem for path in evaluated]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastflower.data.betons.beton_file import BetonWriter, open_beton
+from fastflower.data.betons.beton_file import open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.decode.kernel import decode_eval
 from fastflower.data.readers import image_files
 from support.predictor_runs import (
@@ -215,6 +216,7 @@ def test_neither_order_nor_company_change_a_row(run):
         np.testing.assert_allclose([row[1] for row in result], [row[1] for row in together], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_old_processor_gives_the_same_rows(run, exported):
     """Without AVX: torch's plain kernels, and oneDNN's for SSE 4.1."""
     write_photographs(3)

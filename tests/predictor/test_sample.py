@@ -147,6 +147,28 @@ def test_a_sample_that_cannot_be_followed_is_one_line_beside_a_predicted_table(t
     assert json.loads(Path("out/submission.json").read_text())["predicted"] == 3
 
 
+@pytest.mark.parametrize(
+    ("answers", "noted"),
+    [
+        (
+            ("7.0", "12.0", "7.0"),
+            "has 2 answers that are no classes, the first is '12.0'; the table has the classes",
+        ),
+        (("cat", "dog", "cat"), "has 2 answers that are no classes, the first is 'cat'"),
+        (("7", "99", "7"), "has 1 answers that are no classes, the first is '99'"),
+        (("7", "012", "rose, red"), ""),
+        (("unknown", "unknown", "unknown"), ""),
+    ],
+)
+def test_answers_of_a_sample_that_are_no_classes_are_announced(table, capsys, answers, noted):
+    rows = "".join(f"{name};{answer}\n" for name, answer in zip(FILES, answers, strict=True))
+    capsys.readouterr()
+    exit_code, text, _ = table(f"id;label\n{rows}")
+    assert exit_code == 0 and text.startswith("id;label\n000.jpg;")
+    err = capsys.readouterr().err
+    assert noted in err if noted else err == ""
+
+
 def test_a_sample_may_be_given_and_must_exist_then(table, capsys):
     text = "id,label\n002.jpg,7\n000.jpg,7\n001.jpg,7\n"
     Path("other.csv").write_text(text)

@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from fastflower.bundle import writer
 from fastflower.bundle.description import BundleDescription
 from fastflower.bundle.submission import class_texts, submission_fault
 from fastflower.core import runs
@@ -221,3 +223,18 @@ def test_the_writer_stores_the_form_and_quotes_keep_a_cell_whole(
     exit_code, (header, *rows) = run("--bundle", "written")
     assert exit_code == 0 and header == ["filename", "category_id"]
     assert all(sorted(row[1].split(",")) == sorted(NAMES) for row in rows)
+
+
+def test_labels_are_refused_before_any_network_is_traced() -> None:
+    """The member of this test has classes and no network."""
+    Path("data").mkdir()
+    write_class_table(Path("data/classes.csv"), ("7", "3", "a"), ("012", "9", "a"))
+    member = SimpleNamespace(meta=SimpleNamespace(class_ids=["7", "012"]))
+    with pytest.raises(InputError, match="2 classes are called 'a'"):
+        writer.write_bundle(
+            Path("bundle"),
+            [member],  # type: ignore[list-item]
+            weights=np.ones(1),
+            recipe=load(None, ["bundle.labels=names"]),
+            temperature=1.0,
+        )

@@ -137,6 +137,7 @@ print(points)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_of_writing_leaves_the_old_table_or_the_new():
     """Killed before and after each Python or C call that writing makes, one process for each."""
     done = subprocess.run(
