@@ -1,7 +1,8 @@
-"""Generated data sets: `python -m fastflower.sample_data digits|eyes|pairs [home=data/<kind>] [key=value ...]`.
+"""Generated data sets: `python -m fastflower.sample_data digits|eyes|food|pairs [home=data/<kind>] [key=value ...]`.
 
-digits are scikit-learn's in Kaggle's file formats, pairs are pairs of them, eyes are drawn. All have the key
-`held_out`, eyes and pairs also `rows` and `seed`. Equal arguments give equal pixels, and nothing is downloaded.
+digits are scikit-learn's in Kaggle's file formats, pairs are pairs of them, eyes are drawn, and food is drawn flowers
+in the folders of a contest with unlabelled photographs. All have the key `held_out`, all but digits `rows` and `seed`,
+and food `unlabelled`. Equal arguments give equal pixels, and nothing is downloaded.
 `... images <table of pixels> <folder>` writes the rows of a CSV as image files that the predictor reads.
 """
 
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from fastflower.core import console, errors
 from fastflower.core.errors import InputError
-from fastflower.data.samples import digit_pairs, digits, eyes
+from fastflower.data.samples import digit_pairs, digits, eyes, food
 
 KINDS: dict[str, Callable[..., None]] = {
     "digits": digits.write,
     "eyes": eyes.write,
+    "food": food.write,
     "pairs": digit_pairs.write,
 }
 

@@ -18,6 +18,7 @@ from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.loaders import EvalLoader
 from fastflower.evaluation import inference, logits, summary
 from fastflower.evaluation.logits import MemberLogits
+from fastflower.evaluation.teacher_start import check_start
 from fastflower.model.member import load_member
 from fastflower.recipe import Recipe
 
@@ -34,6 +35,7 @@ def probabilities(recipe: Recipe, fold: FoldSet, num_classes: int) -> Tensor | N
         return None
     sets = []
     for name in names:
+        check_start(recipe, "distill.teacher", name)
         members = summary.load_member_logits(runs.RESULTS / name)
         for run_members in summary.members_by_run(members).values():
             _check(name, run_members[0], fold=fold, num_classes=num_classes)

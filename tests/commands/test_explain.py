@@ -69,6 +69,7 @@ def test_the_reference_of_all_keys_has_each_once(capsys: pytest.CaptureFixture[s
         (["mine.yaml", "base.yaml"], "takes one key or section, and one recipe"),
         (["--format", "html"], "--format md stands alone"),
         (["--all"], "got --all, which is no option"),
+        (["--batch-size", "32"], r"settings are written key=value, here train\.batch_per_gpu=\.\.\."),
     ],
 )
 def test_bad_arguments_are_refused(words: list[str], message: str) -> None:

@@ -19,10 +19,13 @@ from fastflower.data.betons import fold_set
 from fastflower.data.loaders import eval_images
 from fastflower.evaluation import distillation, summary
 from fastflower.evaluation.logits import Logits, MemberInfo, load_logits, save_logits
+from fastflower.evaluation.teacher_start import check_start
 from fastflower.model.losses import build_loss
 from fastflower.model.member import save_member
 from fastflower.model.network import NetworkSpec, build_network
 from fastflower.recipe import load, schema
+from fastflower.recipe.arguments import recorded_recipe
+from fastflower.recipe.run_record import write_recipe
 from support import toy_project
 from support.member_metas import member_meta
 
@@ -166,6 +169,7 @@ def test_teacher_is_mixed_as_the_labels_are(tmp_path):
     assert torch.equal(labels, taught) and (labels > 0).sum() > 6
 
 
+@pytest.mark.slow
 def test_a_student_follows_a_teacher_that_contradicts_the_labels(tmp_path):
     """Taught the class after its labels', it scores near 0; taught its labels' class, it learns."""
     toy_project.project(tmp_path)
@@ -176,3 +180,24 @@ def test_a_student_follows_a_teacher_that_contradicts_the_labels(tmp_path):
         assert toy_project.fit(*toy_project.recipes_words(f"{WORDS} {words} data.size_epochs=[1,6]")) == 0
         hits.append(toy_project.epochs(f"student{turn}")[-1]["clean_raw"])
     assert hits[0] > 0.5 and hits[1] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        ("model.pretrained=true", "it trained from pretrained weights"),
+        ("model.init=others", "it trained from others"),
+        ("distill.teacher=[others]", "it was taught by others"),
+    ],
+)
+def test_a_student_from_scratch_has_no_teacher_that_was_not(words: str, start: str) -> None:
+    settings = ["exp.name=elders", "model.pretrained=false"]
+    path = recorded_recipe("elders")
+    path.parent.mkdir(parents=True)
+    fair = load(None, ["checks.from_scratch=true", "model.pretrained=false"])
+    write_recipe(path, load(None, settings))
+    check_start(fair, "distill.teacher", "elders")
+    write_recipe(path, load(None, [*settings, words]))
+    with pytest.raises(InputError, match=f"distill.teacher = elders: {start}, and this recipe"):
+        check_start(fair, "distill.teacher", "elders")
+    check_start(load(None), "distill.teacher", "elders")

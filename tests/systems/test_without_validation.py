@@ -132,4 +132,16 @@ def test_validation_images_and_none_are_a_contradiction() -> None:
 
 def test_trends_of_a_training_without_scores_are_silent() -> None:
     row = {"epoch": 1, "size": [8, 8], "val_loss": None, "train_loss": 1.0, "lr_max": 1e-3, "chosen": "raw"}
+    row["grad_norm"] = 1.0
     assert Trends(load(None, ["data.split=none"])).update(row) == []
+
+
+def test_weights_of_the_last_step_alone_get_a_line_of_advice() -> None:
+    whole = ["data.split=none", "model.pretrained=false"]
+    alone = [*whole, "ema.enabled=false", "swa.enabled=false"]
+    assert any(
+        "keeps the weights of the last step alone, as last" in line
+        for line in checks.check(load(None, alone))
+    )
+    for words in (whole, [*whole, "ema.enabled=false", "swa.enabled=true"]):
+        assert not any("last step alone" in line for line in checks.check(load(None, words)))

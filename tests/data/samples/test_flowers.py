@@ -77,6 +77,7 @@ def test_ids_are_distinct_and_not_contiguous():
     assert ids != list(range(ids[0], ids[0] + len(ids)))
 
 
+@pytest.mark.slow
 def test_a_contest_is_complete_and_its_truth_hidden(contest):
     known, hidden = rows(contest.labels), rows(contest.truth)
     assert len(known) == sum(flowers.class_sizes(4, 2))
@@ -125,12 +126,14 @@ def test_each_held_out_photograph_is_disturbed_once(contest):
     )
 
 
+@pytest.mark.slow
 def test_a_contest_is_the_same_every_time(contest, tmp_path):
     repeated = flowers.write(tmp_path / "repeated", seed=3, head=4, tail=2, held_out=2)
     for path in sorted(contest.home.rglob("*.*")):
         assert path.read_bytes() == (repeated.home / path.relative_to(contest.home)).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_shuffled_labels_keep_the_pictures_and_the_counts(contest, tmp_path):
     shuffled = flowers.write(tmp_path / "shuffled", seed=3, head=4, tail=2, held_out=2, shuffle_labels=True)
     true_ids, shuffled_ids = (
