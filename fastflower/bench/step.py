@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from statistics import median
 from typing import IO, Any
 
 from fastflower.bench.pictures import photographs
-from fastflower.core.errors import InputError
+from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.files import write_json
 
 TITLES = {
@@ -31,8 +32,10 @@ TITLES = {
     "same": "fastflower, crop, flip and MixUp",
     "stock": "Composer and FFCV, stock",
     "timm": "timm's train loop",
+    "fastai": "fastai's Learner",
     "plain": "plain loop: DataLoader and Pillow",
 }
+OPTIONAL = ("fastai",)  # peers that the lock does not hold
 SPLIT = ("data.split=ratio", "data.n_splits=5")  # holds a fifth out, for any number of images
 CLASSES = 10  # labels are drawn: speed does not depend on them
 
@@ -48,10 +51,11 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument("--threads", type=int, default=1, help="threads for computing, and for loading")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--trainers", nargs="+", default=list(TITLES), choices=TITLES, help="those to compare"
+        "--trainers", nargs="+", choices=TITLES, help="those to compare; default: all that are installed"
     )
     parser.add_argument("--json", type=Path, help="path of the results as JSON")
     args = parser.parse_args(argv)
+    trainers = installed(args.trainers)
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
     if len(files) * 4 // 5 < 2 * args.batch:
@@ -67,11 +71,23 @@ def main(argv: list[str]) -> int | None:
                 project=str(project), ffcv=str(stock_beton or ""), classes=CLASSES, backbone=backbone,
                 size=args.size, batch=args.batch, epochs=args.rounds + 1, threads=args.threads, device=args.device,
             )  # fmt: skip
-            rows += measure(Path(work), settings, args.trainers)
+            rows += measure(Path(work), settings, trainers)
             print(table([row for row in rows if row["backbone"] == backbone]), flush=True)
     if args.json:
         write_json(args.json, rows)
     return None
+
+
+def installed(asked: Sequence[str] | None) -> list[str]:
+    """The trainers asked for, by default all that are installed; EnvironmentFault for one that is not."""
+    absent = [name for name in OPTIONAL if not importlib.util.find_spec(name)]
+    if missing := [name for name in asked or () if name in absent]:
+        raise EnvironmentFault(
+            f"--trainers {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or leave it out"
+        )
+    if absent and not asked:
+        print(f"not installed, hence not compared: {', '.join(absent)}")
+    return list(asked or (name for name in TITLES if name not in absent))
 
 
 def prepare(work: Path, files: Sequence[Path], size: int) -> tuple[Path, Path | None]:

@@ -6,7 +6,8 @@ checkpoints and logs come after the figures and before the next "ready", so that
 the wait for batches only.
 
 All contenders train with AdamW from random weights, one process, the same threads for computing and for loading, and
-random resized crop and flip. All but the plain loop also mix (MixUp 0.2), smooth labels (0.1) and average weights.
+random resized crop and flip. All but the plain loop also mix (MixUp 0.2) and smooth labels (0.1), and all but that and
+fastai average weights.
 """
 
 from __future__ import annotations
@@ -73,16 +74,16 @@ class Pace:
 
 
 def _processor_seconds() -> float:
-    """Seconds that this process and its living workers have computed."""
+    """Seconds that this process and its workers have computed, those that have ended included."""
     import psutil
 
     process = psutil.Process()
     times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
 
 def _peak_mb(device: str) -> float:
-    """Peak GPU memory, or on a CPU the peak resident memory of this process and what its workers hold."""
+    """Peak GPU memory, or on a CPU the peak resident memory of this process and its workers."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     import psutil
@@ -267,6 +268,48 @@ def plain(settings: Settings, pace: Pace) -> None:
     )
 
 
+def fastai(settings: Settings, pace: Pace) -> None:
+    """fastai's Learner with its loader, Adam with decoupled decay, MixUp and gradient clipping; no weight average."""
+    from fastai.callback.channelslast import ChannelsLast
+    from fastai.callback.core import Callback
+    from fastai.callback.mixup import MixUp
+    from fastai.callback.training import GradientClip
+    from fastai.data.transforms import Normalize
+    from fastai.learner import Learner
+    from fastai.losses import LabelSmoothingCrossEntropy
+    from fastai.vision.augment import Flip, RandomResizedCrop
+    from fastai.vision.data import ImageDataLoaders
+
+    class Paced(Callback):
+        def before_train(self) -> None:
+            pace.wait()
+
+        def after_batch(self) -> None:
+            if self.training:
+                pace.step(settings.batch)
+
+        def after_train(self) -> None:
+            pace.report()
+
+    network, mean, std = timm_network(settings)
+    batches = ImageDataLoaders.from_folder(
+        f"{settings.project}/data/train", valid_pct=0.2, seed=0, bs=settings.batch, num_workers=settings.threads,
+        device=torch.device(settings.device), item_tfms=RandomResizedCrop(settings.size, min_scale=0.8),
+        batch_tfms=[Flip(), Normalize.from_stats(mean, std)],
+    )  # fmt: skip
+    learner = Learner(
+        batches,
+        network,
+        loss_func=LabelSmoothingCrossEntropy(SMOOTHING),
+        cbs=[MixUp(MIXUP), GradientClip(1.0), ChannelsLast(), Paced()],
+    )
+    if settings.device == "cuda":
+        learner = learner.to_bf16()
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(settings.epochs, LR)
+    pace.wait()
+
+
 def timm_network(settings: Settings) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """A network of timm on the device, in channels-last format, and its mean and deviation."""
     import timm
@@ -322,6 +365,7 @@ TRAINERS: dict[str, Callable[[Settings, Pace], None]] = {
     "same": _ours(words=SAME_AUGMENTATION),
     "stock": stock,
     "timm": timm_script,
+    "fastai": fastai,
     "plain": plain,
 }
 

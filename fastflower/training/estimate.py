@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastflower.core.errors import InputError, one_line
+from fastflower.model.frozen import features_are_fixed, frozen_recipe
 from fastflower.model.losses import build_loss
-from fastflower.model.network import training_network
+from fastflower.model.network import Network, training_network
 from fastflower.model.own_network import is_own
 from fastflower.optim.groups import param_groups
 from fastflower.optim.optimizers import build_optimizer
@@ -75,7 +77,7 @@ class Need:
         )
 
     def __str__(self) -> str:
-        """One line for people: what is needed of what, at which size, with how many images at once."""
+        """One line for people: the memory needed and present, the size, and the images at once."""
         stage = self.stage
         size = stage.height if stage.height == stage.width else f"{stage.height} x {stage.width}"
         of = "a GPU" if self.total is None else f"of {self.total / GIB:.1f} GB a GPU"
@@ -104,6 +106,7 @@ def estimate(recipe: Recipe, *, total: int | None = None) -> Need:
 
     Raises InputError where the network cannot run on tensors without content; training itself may well run it.
     """
+    recipe, _ = frozen_recipe(recipe)
     derived = derive(recipe, recipe.train.world_size)
     stage = max(derived.stages, key=lambda stage: stage.height * stage.width * stage.batch_per_gpu)
     microbatch = stage.batch_per_gpu
@@ -150,25 +153,29 @@ def _peak(recipe: Recipe, derived: Derived, *, stage: Stage, microbatch: int) ->
     """The most bytes allocated at once in a training step and an evaluation batch of a stage."""
     classes = CLASSES if recipe.data.num_classes == "auto" else int(recipe.data.num_classes)
     with torch.device("cpu" if is_own(recipe.model.backbone) else "meta"):
-        network = training_network(_from_scratch(recipe), classes)[0]
+        # a k-NN head holds the images of the fold; their number is unknown here, and this is the smallest
+        network = training_network(_from_scratch(recipe), classes, images=recipe.model.knn_k + 1)[0]
     loss = build_loss(recipe, [1] * classes)
     optimizer = build_optimizer(param_groups(network, derived.lr, recipe), recipe, torch.device("cpu"))
     moments = missing_state(optimizer)
     height, width = stage.height, stage.width * (2 if recipe.data.form == "pairs" else 1)
     with FakeTensorMode(allow_non_fake_inputs=True), _Allocations() as allocations:
-        copies = (
-            int(recipe.ema.enabled) + int(recipe.swa.enabled) + int(derived.world_size > 1)
-        )  # DDP's buckets
-        held = [_bytes(moments), _bytes(copies * allocations.of(network))]
+        held = [_bytes(moments), _bytes(_copies(recipe, network, ranks=derived.world_size))]
         _remove_content(network)
-        held += _batches(recipe, stage.batch_per_gpu * recipe.train.grad_accum, height=height, width=width)
-        images = torch.empty(microbatch * _views(recipe), 3, height, width)
-        images = images.to(memory_format=torch.channels_last) if recipe.train.channels_last else images
-        target = torch.empty(microbatch, classes * (2 if recipe.distill.teacher else 1))
-        with _precision(half=recipe.train.amp):
-            loss(network.train()(images)[:microbatch], target).backward()
-        del images, held[2:]
-        images = _bytes(recipe.eval.batch or recipe.train.batch_per_gpu, height, width, 3)
+        evaluated = recipe.eval.batch or recipe.train.batch_per_gpu
+        if features_are_fixed(recipe):  # which steps take; computing them takes parts where memory is short
+            evaluated = min(evaluated, microbatch)
+        else:
+            held += _batches(
+                recipe, stage.batch_per_gpu * recipe.train.grad_accum, height=height, width=width
+            )
+            images = torch.empty(microbatch * _views(recipe), 3, height, width)
+            images = images.to(memory_format=torch.channels_last) if recipe.train.channels_last else images
+            target = torch.empty(microbatch, classes * (2 if recipe.distill.teacher else 1))
+            with _precision(half=recipe.train.amp):
+                loss(network.train()(images)[:microbatch], target).backward()
+            del images, held[2:]
+        images = _bytes(evaluated, height, width, 3)
         with (
             torch.no_grad(),
             _precision(half=recipe.train.amp),
@@ -176,6 +183,22 @@ def _peak(recipe: Recipe, derived: Derived, *, stage: Stage, microbatch: int) ->
             network.eval()(images.permute(0, 3, 1, 2).float())
         del held
     return allocations.peak
+
+
+def _copies(recipe: Recipe, network: Network, *, ranks: int) -> int:
+    """Bytes of the averages of weights, of DDP's gradient buckets, and of the weights to which a step of SAM returns.
+
+    Averages share a frozen backbone (`shadow_copy`); gradients and SAM's weights are of what trains alone.
+    """
+    kept = network.backbone if network.kept == "backbone" else nn.Module()
+    averaged = _size(network.parameters(), network.buffers()) - _size(kept.parameters(), kept.buffers())
+    trained = _size(parameter for parameter in network.parameters() if parameter.requires_grad)
+    averages = int(recipe.ema.enabled) + int(recipe.swa.enabled)
+    return averages * averaged + trained * (int(ranks > 1) + int(recipe.opt.sam_rho > 0))
+
+
+def _size(*tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in itertools.chain(*tensors))
 
 
 def _from_scratch(recipe: Recipe) -> Recipe:
@@ -231,11 +254,6 @@ class _Allocations(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._alive: set[int] = set()
-
-    @staticmethod
-    def of(network: nn.Module) -> int:
-        """The bytes of a network's parameters and buffers."""
-        return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

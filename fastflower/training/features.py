@@ -23,7 +23,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from fastflower import __version__
-from fastflower.core import checkpoint, files, own_parts, seeding
+from fastflower.core import checkpoint, files, own_parts, seeding, workers
 from fastflower.core.errors import InputError
 from fastflower.core.files import digest
 from fastflower.data.betons.beton_file import Beton
@@ -37,7 +37,7 @@ from fastflower.model.heads import NeighboursHead
 from fastflower.model.network import Network, NetworkSpec
 from fastflower.recipe import Recipe
 from fastflower.recipe.derived import eval_factor, image_sizes
-from fastflower.training.fold_data import Loaders
+from fastflower.training.fold_data import Loaders, augmentation
 from fastflower.training.ranks import Machine
 
 VIEW_STREAM = 1091  # of random numbers, for the view of a draw
@@ -45,14 +45,9 @@ VIEW_STREAM = 1091  # of random numbers, for the view of a draw
 Pixels = Callable[[np.ndarray], Tensor]  # rows (B,) -> uint8 (B, H, W, 3) or float (B, 3, H, W)
 
 
-def are_computed_once(recipe: Recipe) -> bool:
-    """True if a recipe trains on the features of fixed views."""
-    return recipe.model.freeze == "backbone" and recipe.model.frozen_views > 0
-
-
 @dataclass(frozen=True)
 class View:
-    """The same view of each of `rows` (N,) of a beton: how its pixels are read, and in words what decides them."""
+    """The same view of each of `rows` (N,) of a beton: their pixels, and the settings that decide these."""
 
     beton: Beton
     rows: np.ndarray
@@ -78,6 +73,7 @@ class FrozenFeatures:
         self.recipe, self.network, self.spec, self.machine, self.say = recipe, network, spec, machine, say
         self.weights = weights_digest(network)
         self.folder = Path(recipe.data.home) / "features"
+        self.threads = workers.cores(recipe.data.workers, machine.world)
 
     def use(self, data: Loaders, fold: FoldSet) -> str:
         """Compute or read the features of all images that `data` loads; returns a line for people."""
@@ -86,11 +82,11 @@ class FrozenFeatures:
             self._features(view, f"training images, view {number} of {self.recipe.model.frozen_views}")
             for number, view in enumerate(self._training_views(fold.train, rows), 1)
         ]
-        data.train.features = partial(draw_views, torch.stack(views), places(rows, fold.train.rows))
+        data.train.features = partial(draw_views, torch.stack(views), positions(rows, fold.train.rows))
         scored = 0
         for label, loader in data.evaluation.items():
             features = self._features(self._evaluation_view(loader.beton, loader.rows), f"{label} images")
-            loader.features = partial(of_rows, features, places(loader.rows, loader.beton.rows))
+            loader.features = partial(of_rows, features, positions(loader.rows, loader.beton.rows))
             scored += len(loader.rows)
         if isinstance(self.network.head, NeighboursHead):
             labels = torch.from_numpy(fold.train.labels[rows])
@@ -117,20 +113,14 @@ class FrozenFeatures:
         yield self._evaluation_view(beton, rows)
         recipe = self.recipe
         (size,), crop = image_sizes(recipe), Crop.of(recipe)
+        options = augmentation(recipe, self.spec.fill, beton)
         for number in range(1, recipe.model.frozen_views):
 
             def pixels(chunk: np.ndarray, number: int = number) -> Tensor:
                 keys = seeding.row_keys(recipe.seed, number, positions=chunk, rows=chunk)
-                images = train_images(
-                    beton, chunk, keys=keys, size=size, crop=crop, threads=recipe.data.workers
-                )
+                images = train_images(beton, chunk, keys=keys, size=size, crop=crop, threads=self.threads)
                 return augment(
-                    images.to(self.machine.torch_device),
-                    torch.from_numpy(keys.view(np.int64)),
-                    aug=recipe.aug,
-                    erase_p=recipe.reg.erase_p,
-                    fill=self.spec.fill,
-                    pairs=beton.images_per_row == 2,
+                    images.to(self.machine.torch_device), torch.from_numpy(keys.view(np.int64)), **options
                 )
 
             settings = {
@@ -148,7 +138,7 @@ class FrozenFeatures:
             size=size,
             factor=factor,
             interpolation=self.spec.interpolation,
-            threads=self.recipe.data.workers,
+            threads=self.threads,
         )
         settings = {"size": size, "factor": factor, "interpolation": self.spec.interpolation}
         return View(beton, rows, pixels, settings)
@@ -161,7 +151,9 @@ class FrozenFeatures:
         if all(dist.all_gather_object(kept is not None)) and kept is not None:
             return kept
         start, (world, rank) = time.perf_counter(), (self.machine.world, self.machine.rank)
-        own = self._compute(view.pixels, view.rows[rank::world])
+        rows = view.rows[rank::world]
+        # a rank without rows computes one as well, for the shape of a feature
+        own = self._compute(view.pixels, rows if len(rows) else view.rows[:1])[: len(rows)]
         features = own.new_empty(len(view.rows), own.shape[1])
         for number, part in enumerate(dist.all_gather_object(own)):
             features[number::world] = part
@@ -225,9 +217,6 @@ class FrozenFeatures:
                 images = waiting.pop().result()
                 waiting = [reader.submit(pixels, chunk) for chunk in chunks[position + 1 : position + 2]]
                 parts.append(self._forward(images.to(self.machine.torch_device)).cpu())
-        if not parts:  # a rank without a row
-            example = torch.zeros(1, 3, *self.spec.size, device=self.machine.torch_device)
-            return self._forward(example)[:0].cpu()
         return torch.cat(parts)
 
     def _forward(self, images: Tensor) -> Tensor:
@@ -241,22 +230,22 @@ class FrozenFeatures:
         return torch.cat([self._forward(part) for part in images.chunk(2)])
 
 
-def draw_views(features: Tensor, place: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> Tensor:
+def draw_views(features: Tensor, position: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> Tensor:
     """The features (B, F) of rows, each in the view of `features` (V, N, F) that its key draws."""
     views = (seeding.uniform(keys, VIEW_STREAM) * len(features)).astype(np.int64)
-    return features[torch.from_numpy(views), torch.from_numpy(place[rows])]
+    return features[torch.from_numpy(views), torch.from_numpy(position[rows])]
 
 
-def of_rows(features: Tensor, place: np.ndarray, rows: np.ndarray) -> Tensor:
+def of_rows(features: Tensor, position: np.ndarray, rows: np.ndarray) -> Tensor:
     """The features (B, F) of rows of a beton."""
-    return features[torch.from_numpy(place[rows])]
+    return features[torch.from_numpy(position[rows])]
 
 
-def places(rows: np.ndarray, count: int) -> np.ndarray:
+def positions(rows: np.ndarray, count: int) -> np.ndarray:
     """The position of each row of a beton among `rows`, -1 for others: int64 (count,)."""
-    place = np.full(count, -1, np.int64)
-    place[rows] = np.arange(len(rows))
-    return place
+    position = np.full(count, -1, np.int64)
+    position[rows] = np.arange(len(rows))
+    return position
 
 
 def weights_digest(network: Network) -> str:

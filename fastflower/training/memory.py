@@ -41,7 +41,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def shortage(error: object, stages: StageSchedule, epoch: int) -> EnvironmentFault:
-    """The fault for want of memory in an epoch (from 0): size, stage, microbatch and what helps."""
+    """The fault for want of memory in an epoch (from 0): size, stage, microbatch and remedies."""
     stage, microbatch = stages.at(epoch)
     size = side([stage.height, stage.width])
     number, count = stages.derived.stages.index(stage) + 1, len(stages.derived.stages)
@@ -57,7 +57,8 @@ def shortage(error: object, stages: StageSchedule, epoch: int) -> EnvironmentFau
 class MemoryTrial:
     """One step and one evaluation batch of each stage before training, with room for all that is allocated later.
 
-    `algorithms` are those that change a batch or add to the loss; they are copied. The step goes around DDP, whose
+    `algorithms` are those that change a batch or add to the loss; they are copied. A step with `twice` as many passes
+    (opt.sam_rho) keeps a copy of the weights meanwhile. The step goes around DDP, whose
     gradient buckets exist since it was built, and SyncBatchNorm keeps to its rank: a rank that runs out of memory
     leaves no other one waiting in a collective. Ranks compare their results between trials.
     """
@@ -68,6 +69,7 @@ class MemoryTrial:
     eval_batch: int
     stages: StageSchedule
     algorithms: Sequence[Algorithm]
+    twice: bool = False
 
     def run(self) -> list[str]:
         """Halve the microbatch of each stage to come until a trial fits on all ranks; returns a line for people.
@@ -117,6 +119,9 @@ class MemoryTrial:
         failure: str | None = None
         try:
             held = [self._bytes(margin), self._bytes(missing_state(self.state.optimizers[0]))]
+            held += [
+                p.detach().clone() for p in self.classifier.parameters() if p.requires_grad and self.twice
+            ]
             self._strict_step(batch, stage, microbatch)
             self._evaluate(batch["image"].shape[1:])  # gradients stay until the next step
             torch.cuda.synchronize()

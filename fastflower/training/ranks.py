@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -21,9 +22,11 @@ from composer.utils import dist
 from fastflower.callbacks.checkpoints import remove_leftovers
 from fastflower.core import launcher
 from fastflower.core.console import Console
-from fastflower.core.errors import EnvironmentFault, InputError, lack_of_machine, of_machine
+from fastflower.core.errors import REMEDIES, EnvironmentFault, InputError, lack_of_machine, of_machine
 from fastflower.core.files import digest, locked
+from fastflower.core.host_memory import keep_freed_memory
 from fastflower.core.runs import Run
+from fastflower.core.workers import check_threads
 from fastflower.recipe import Recipe
 from fastflower.training import determinism
 from fastflower.training.exits import RankFailure
@@ -89,7 +92,7 @@ def composer_device(name: str) -> Device:
 
 
 def prepare(recipe: Recipe) -> Machine:
-    """Join the process group and configure this process: threads, determinism, cuDNN.
+    """Join the process group and configure this process: memory, threads, determinism, cuDNN.
 
     A rank saves and exits when its launcher is gone. Raises EnvironmentFault when there are fewer GPUs than ranks on
     a machine that has GPUs, and when the ranks do not find each other.
@@ -104,9 +107,13 @@ def prepare(recipe: Recipe) -> Machine:
         )
     if gpus:
         torch.cuda.set_device(dist.get_local_rank())
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    else:
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     watch = None
+    if dist.get_local_rank() == 0:
+        check_threads(launcher.THREADS * local)
     if world > 1:
         launcher.follow()
         launcher.check_siblings()
@@ -151,6 +158,10 @@ def _join(device: str) -> Watch:
                 "; in a container allow more shared memory (--shm-size=8g), set NCCL_P2P_DISABLE=1 for GPUs without "
                 "peer access, and NCCL_DEBUG=WARN shows more"
             )
+        if os.strerror(errno.EAGAIN) in str(error):
+            remedies = f"; {REMEDIES[errno.EAGAIN]}"
+        if "EADDRINUSE" in str(error):
+            remedies = "; another program took this port: repeat the command, with composer under another --master_port"
         exit_rank(EnvironmentFault(f"the ranks cannot talk to each other: {own_words(error)}{remedies}"))
     finally:
         notice.cancel()

@@ -101,6 +101,24 @@ def test_what_a_recipe_adds_needs_more(words: tuple[str, ...]) -> None:
     assert estimate.estimate(recipe_of("test_resnet", 64, *words)).allocated > less
 
 
+def test_a_frozen_backbone_is_held_once_and_has_no_gradients() -> None:
+    """Averages share it, ranks exchange nothing of it, and with fixed views steps take its features alone."""
+    frozen = ("model.freeze=backbone", "train.world_size=2")
+    network = training_network(recipe_of("test_resnet", 64), 100)[0]
+    weights = sum(parameter.numel() * 4 for parameter in network.parameters())
+
+    def needed(*words: str) -> int:
+        return estimate.estimate(recipe_of("test_resnet", 64, "eval.batch=1", *words)).allocated
+
+    without = needed(*frozen, "model.frozen_views=0", "ema.enabled=false")
+    assert (
+        needed(*frozen, "model.frozen_views=0", "swa.enabled=true") - without < 0.5 * weights
+    )  # of the head
+    assert needed("train.world_size=2", "swa.enabled=true") > without + 5 * weights
+    assert needed(*frozen, "model.frozen_views=4") < 0.5 * without
+    assert needed(*frozen, "model.head=knn") < 0.5 * without
+
+
 def test_explain_and_doctor_say_it_and_ask_for_no_weights(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def test_rows_that_are_not_finite_are_no_right_answers() -> None:
     assert right_answers(logits, torch.ones(4, dtype=torch.int64)).tolist() == [True, False, False, False]
 
 
+@pytest.mark.slow
 def test_epochs_without_scores_train_the_same_and_cost_no_evaluation(tmp_path: Path, monkeypatch) -> None:
     toy_project.project(tmp_path)
     seen: list[int] = []

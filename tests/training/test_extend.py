@@ -23,6 +23,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_epochs(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     first = toy_project.epochs()
@@ -47,6 +48,7 @@ def test_a_finished_run_goes_on_to_more_epochs(finished, monkeypatch, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_gets_new_patience(tmp_path, monkeypatch):
     monkeypatch.chdir(toy_project.project(tmp_path))
     words = ("opt.lr=1e-9", "es.patience=1", "data.size_epochs=auto", "data.img_size=32", "tta.scales=[32]")

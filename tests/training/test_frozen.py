@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,18 @@ from fastflower.bundle import writer
 from fastflower.callbacks.checkpoints import CheckpointSaver
 from fastflower.core import runs
 from fastflower.core.errors import InputError
+from fastflower.data.betons import fold_set
+from fastflower.data.betons.fold_set import FoldSet
 from fastflower.evaluation.summary import load_member_logits
 from fastflower.model.frozen import frozen_recipe
 from fastflower.model.member import load_member
-from fastflower.recipe import checks, load
+from fastflower.model.network import training_network
+from fastflower.recipe import Recipe, checks, load
 from fastflower.recipe.derived import derive
 from fastflower.recipe.starting_point import layerwise
+from fastflower.training import features as features_module
+from fastflower.training import ranks
+from fastflower.training.features import FrozenFeatures
 from support import forked, toy_project
 
 BACKBONE = "test_resnet"  # with BatchNorm
@@ -83,6 +90,7 @@ def scores(exp: str) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_and_the_backbone_stays(capsys):
     words = (*HEAD, "sched.cosine_epochs=4")
     assert toy_project.fit(*words, "exp.name=first") == 0
@@ -106,6 +114,7 @@ def test_features_are_computed_once_and_the_backbone_stays(capsys):
     assert_same(tensors("first"), tensors("third"))
 
 
+@pytest.mark.slow
 def test_a_cut_run_resumes_on_the_same_features(monkeypatch, tmp_path, capsys):
     words = (*HEAD, "sched.cosine_epochs=3", "train.save_every=2ba")
     assert toy_project.fit(*words, "exp.name=uncut") == 0
@@ -242,3 +251,54 @@ def test_adapters_are_trained_and_members_have_them_merged():
     assert float((scored.single.argmax(1) == scored.class_idx).mean()) == pytest.approx(
         scored.info.stored, abs=0.051
     )
+
+
+def frozen_features(recipe: Recipe, machine: ranks.Machine | None = None) -> tuple[FrozenFeatures, FoldSet]:
+    """The features of the toy project's fold 0, before any is computed."""
+    fold, machine = fold_set.open_fold(recipe, 0), machine or ranks.prepare(recipe)
+    network, spec, _ = training_network(recipe, len(fold.classes))
+    return FrozenFeatures(recipe, network=network, spec=spec, machine=machine, say=print), fold
+
+
+def test_another_source_of_an_own_part_gives_other_features():
+    part = Path("my_fade_of_frozen.py")
+    part.write_text("def fade(images, keys):\n    return 0.5 * images\n")
+    recipe, _ = frozen_recipe(load("tiny.yaml", [*HEAD, "aug.extra=[my_fade_of_frozen:fade]"]))
+
+    def computed() -> set[str]:
+        features, fold = frozen_features(recipe)
+        views = features._training_views(fold.train, np.arange(4))
+        for number, view in enumerate(views):
+            features._features(view, f"images, view {number}")
+        return {path.name for path in FEATURES.iterdir()}
+
+    first = computed()
+    assert len(first) == 2 and computed() == first
+    part.write_text("def fade(images, keys):\n    return 0.4 * images\n")
+    assert len(computed() - first) == 1  # the plain view is found again
+
+
+def test_a_rank_without_rows_has_features_of_the_same_shape_and_reads_with_its_share_of_the_cores(
+    monkeypatch,
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    recipe, _ = frozen_recipe(load("tiny.yaml", [*HEAD, "data.workers=0"]))
+    features, fold = frozen_features(recipe, replace(ranks.prepare(recipe), rank=1, world=2))
+    assert features.threads == 4
+    shapes = []
+
+    def pixels(rows: np.ndarray) -> torch.Tensor:  # of pairs, whose images lie side by side
+        shapes.append(len(rows))
+        return torch.zeros(len(rows), 32, 64, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(features, "_forward", lambda images: images.reshape(len(images), -1).float())
+    width, asked = 32 * 64 * 3, []
+
+    def gathered(value: object) -> list:
+        asked.append(value)
+        return [torch.ones(1, width), value] if isinstance(value, torch.Tensor) else [True, value]
+
+    monkeypatch.setattr(features_module.dist, "all_gather_object", gathered)
+    view = features_module.View(fold.train, np.array([5]), pixels, {})
+    assert features._features(view, "images").equal(torch.ones(1, width))
+    assert asked[-1].shape == (0, width) and shapes == [1]

@@ -58,6 +58,7 @@ def refused(*changes: str, fold: int = 0) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_member_of_its_fold(capsys):
     assert toy_project.fit(*toy_project.ONE, "exp.name=next", "model.init=tiny", "opt.lr=1e-12") == 0
     assert "head kept, as the classes are equal" in capsys.readouterr().out

@@ -159,6 +159,7 @@ def step_on_the_cpu(self: MemoryTrial) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [(), ("model.backbone=test_resnet", "model.drop_path=0"), ("opt.name=sgd",)]
 )
@@ -184,6 +185,7 @@ def test_a_trial_of_fixmatch_works_on_a_copy(monkeypatch):
     assert semi._microbatches == []
 
 
+@pytest.mark.slow
 def test_smaller_microbatches_train_the_same_run(project, monkeypatch):
     """Only the number of passes differs: lr, steps and identity stay, and the runs resume each other."""
     toy_project.fit("exp.name=whole", *STILL)
@@ -206,6 +208,7 @@ def test_smaller_microbatches_train_the_same_run(project, monkeypatch):
     assert [row["batch_global"] for row in toy_project.epochs("parts")] == [10, 10, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [(), ("swa.enabled=true", "swa.start=0.1"), ("model.backbone=test_resnet",)]
 )
@@ -237,6 +240,7 @@ REFUSAL = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, asked", [((), True), (("cudnn.deterministic=false",), False)])
 def test_a_stage_is_strict_where_the_trial_found_deterministic_kernels(project, monkeypatch, words, asked):
     """Torch refuses those of the second size once; training takes the fast ones there and names them."""

@@ -104,6 +104,7 @@ def test_a_run_is_repeated_from_its_own_record(project, uncut):
         assert toy_project.epochs(exp) == uncut["epochs"]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_at_the_next_step_and_leaves_with_75(project, uncut, monkeypatch, capsys):
     def interrupted(self: CheckpointSaver, state, logger) -> None:
         if state.timestamp.batch.value == 5:
@@ -124,6 +125,7 @@ def test_a_signal_saves_at_the_next_step_and_leaves_with_75(project, uncut, monk
     assert toy_project.epochs() == uncut["epochs"]
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_evaluates_again(project, uncut, monkeypatch):
     cut_at = [4]
 
@@ -194,6 +196,7 @@ def test_a_last_of_an_older_layout_is_refused(project, monkeypatch):
         toy_project.fit()
 
 
+@pytest.mark.slow
 def test_kept_epochs_are_those_of_the_uncut_run(project, uncut, monkeypatch):
     train_half(monkeypatch, "train.keep_every=1")
     assert toy_project.fit("train.keep_every=1") == 0
@@ -245,6 +248,7 @@ def test_a_signal_while_swa_is_estimated_exits_and_resumes_in_the_same_bits(proj
         )
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(project, capsys):
     toy_project.fit("sched.cosine_epochs=2", "data.size_epochs=[1,2]")
     before = {path: path.stat().st_mtime_ns for path in toy_project.run_of().model_dir.glob("*.pth")}
@@ -262,6 +266,7 @@ def train_half(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
             toy_project.fit(*words)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(project, uncut, monkeypatch, capsys):
     train_half(monkeypatch)
     path = toy_project.run_of().checkpoints("last")[-1]
@@ -295,12 +300,14 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(project, monkeypatch)
         toy_project.fit("train.batch_per_gpu=5")
 
 
+@pytest.mark.slow
 def test_the_same_global_batch_may_be_split_differently(project, monkeypatch):
     train_half(monkeypatch)
     assert toy_project.fit("train.batch_per_gpu=5", "train.grad_accum=2", "train.save_every=1ba") == 0
     assert [row["epoch"] for row in toy_project.epochs()] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["save", "link", "unlink"])
 def test_a_kill_inside_a_save_loses_no_generation(project, uncut, monkeypatch, step):
     """Cut between writing aside, linking and removing the superseded, at the third saving of `last`."""

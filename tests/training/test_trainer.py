@@ -19,6 +19,7 @@ def test_composer_still_has_the_methods_that_are_replaced(name: str) -> None:
     assert list(own.parameters) == list(stock.parameters)
 
 
+@pytest.mark.slow
 def test_a_training_ends_in_the_bits_of_composers_trainer(tmp_path, monkeypatch) -> None:
     toy_project.project(tmp_path)
     calls: dict[str, int] = {}
