@@ -18,6 +18,8 @@ BENCHES = (
     "kills",
     "backbones",
     "honesty",
+    "ablation",
+    "accuracy",
 )
 
 

@@ -24,6 +24,7 @@ QUICK = [name for name in backbones.FAMILIES if name not in SLOW]
 TODAY = datetime.date.today().toordinal()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(3))
 def test_families_of_the_day_pass(place: int) -> None:
     """Every family has its turn within a month; `bench backbones` runs them all."""

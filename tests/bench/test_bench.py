@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastflower.bench import contenders, decoder, step
+from fastflower.bench import contenders, decoder, startup, step
 from fastflower.bench.__main__ import main
 from fastflower.bench.contenders import CONTENDERS, STOCK
 from fastflower.bench.pictures import Pictures, photographs
-from fastflower.core.errors import InputError
+from fastflower.core.errors import EnvironmentFault, InputError
 
 
 @pytest.fixture
@@ -70,18 +70,23 @@ def test_decoders_are_compared_on_the_same_crops(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_table_and_its_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--size", "24", "--threads", "1", "--rounds", "1", "--only", "raw"]
+def test_the_table_and_its_json(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "REFUSING", ("train", "export"))
+    arguments = ["--size", "24", "--threads", "1", "--rounds", "1", "--only", "pre-scaled raw"]
     main(["loader", "--data", str(folder), *arguments, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["contender"] for row in rows[:-1]] == [STOCK, "ffcv raw 512", "fastflower pre-scaled raw"]
+    assert [row["contender"] for row in rows[:-1]] == [STOCK, "fastflower pre-scaled raw"]
     start = rows.pop()
     assert 0 < start["torch_s"] < start["warm_s"] < start["cold_s"] < 60
-    assert {"train", "evaluate", "export"} <= set(start["refusal_s"])
+    assert set(start["refusal_s"]) == {"train", "export"}
     assert all(seconds > 0 for seconds in start["refusal_s"].values())
     assert rows[0]["ratio_to_stock_ffcv"] == 1.0 and all(row["images_per_s"] > 0 for row in rows)
     assert all(row["size"] == 24 and row["threads"] == 1 and row["first_batch_s"] > 0 for row in rows)
     assert "fastflower pre-scaled raw" in capsys.readouterr().out
+    stock_raw = CONTENDERS["ffcv raw 512"](Pictures(photographs(folder, 0), tmp_path, batch=3), 24, 1)
+    assert sum(1 for _ in stock_raw()) == 3
 
 
 @pytest.mark.slow
@@ -153,6 +158,18 @@ def test_too_few_photographs_for_two_steps_are_refused(folder: Path) -> None:
         main(["step", "--data", str(folder)])
 
 
+def test_optional_trainers_are_compared_where_they_are_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentFault, match=r"^--trainers fastai: not installed; pip install fastai, or"):
+        main(["step", "--trainers", "plain", "fastai"])
+    assert "fastai" not in step.installed(None) and "not compared: fastai" in capsys.readouterr().out
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: object())
+    assert step.installed(None) == list(step.TITLES)
+
+
+@pytest.mark.slow
 def test_a_trainer_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     settings = step.Settings(
         project=str(tmp_path), ffcv="", classes=2, backbone="no_such_network", size=32, batch=2, epochs=1,
