@@ -313,7 +313,10 @@ def photographs() -> Finding:
     if not (root.is_dir() and labels.is_file()):
         advice = "add them, or set data.root= and data.csv=; make demo needs neither"
         return Finding("photographs", None, text=f"no {root} with {labels}", advice=advice)
-    return Finding("photographs", True, f"{sum(1 for _ in root.iterdir())} files in {root}")
+    count = sum(1 for _ in root.iterdir())
+    if not count:
+        return Finding("photographs", None, f"no file in {root}", advice="put the training images there")
+    return Finding("photographs", True, f"{count} files in {root}")
 
 
 def version(name: str) -> str | None:

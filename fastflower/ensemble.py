@@ -112,7 +112,7 @@ def chosen_runs(sets: Sequence[RunLogits], names: Sequence[str]) -> list[RunLogi
 
 
 def make_soups(recipe: Recipe, members: list[MemberLogits]) -> None:
-    """Average the weights of an experiment's members as its recipe says, and print what became of it."""
+    """Average the weights of an experiment's members by its recipe, and print the outcome."""
     import torch  # here: a comparison runs no network
 
     from fastflower.evaluation import soups

@@ -30,7 +30,7 @@ REFUSED = 1
 
 
 def main(argv: list[str]) -> int:
-    """Score each experiment; what can be refused in any of them is refused before work on the first."""
+    """Score each experiment, after the checks of all of them: no refusal comes after work has begun."""
     recipes = parse_several(argv)
     for recipe in recipes:
         checks.check_flips(recipe)
@@ -82,7 +82,8 @@ def score(settings: schema.Recipe, paths: list[Path]) -> ExperimentScores:
     members = [seen.reduced(settings.tta) for seen in viewed]
     for member in members:
         logits.save_logits(folder / "oof", member)
-    scores = summary.summarise(members, folds.fold, classes=classes, recipe=settings)
+    together = summary.fused_set(members, folds.fold, settings)
+    scores = summary.summarise(members, folds.fold, classes=classes, recipe=settings, fused=together)
     notes: list[str] = []
     events = runs.read_events(folder / "events.jsonl", notes)
     notes += missing_events(folder, events)
@@ -91,7 +92,7 @@ def score(settings: schema.Recipe, paths: list[Path]) -> ExperimentScores:
     write_record(folder / "scores.json", scores)
     write_record(folder / "temperature.json", summary.temperatures(scores))
     write_record(folder / views.ViewTable.FILE, view_table)
-    fused, fitted = summary.fused_set(members, folds.fold, settings)[1], scores.fused.temperature
+    fused, fitted = together[1], scores.fused.temperature
     prior_table = priors.measure(fused, fitted.t if fitted else 1.0, settings)
     write_record(folder / priors.Priors.FILE, prior_table)
     leak = leaks.measure(fused, folds, max(2, settings.data.n_splits))

@@ -195,14 +195,14 @@ def _fork(empty: Row, messages: IO[bytes], *, seconds: float, memory: int) -> tu
 
 @contextlib.contextmanager
 def silence(messages: IO[bytes]) -> Iterator[None]:
-    """Context manager: what networks print and warn goes to a file."""
+    """Context manager: output and warnings of networks go to a file."""
     for descriptor in (1, 2):
         os.dup2(messages.fileno(), descriptor)
     yield
 
 
 def outcome(empty: Row) -> Row:
-    """Take a network through everything; the row says where it ended."""
+    """Take a network from training to hand-in; the row has the step at which it ended."""
     import timm
 
     found, create = asdict(empty), timm.create_model

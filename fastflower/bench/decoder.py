@@ -22,7 +22,8 @@ from PIL import Image
 
 from fastflower.core import files, seeding
 from fastflower.core.errors import InputError
-from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.betons.beton_file import Beton, open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.decode.kernel import Crop, crop_box, decode_eval, decode_train
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.betons.beton_file import Beton, open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.betons.manifest import manifest_path
 from fastflower.data.readers.image_folders import list_images
 from fastflower.recipe import derived

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+REFUSING = ("convert", "train", "lrfind", "evaluate", "ensemble", "export")  # commands that take a recipe
+
 
 def starts(beton: Path, size: int, *, turns: int) -> dict[str, float]:
     """Medians of `turns` warm and cold starts; torch_s: seconds of the warm start that importing torch took."""
@@ -32,7 +34,7 @@ def starts(beton: Path, size: int, *, turns: int) -> dict[str, float]:
 def refusals() -> dict[str, float]:
     """CPU seconds in which each command that takes a recipe refuses an unknown key."""
     seconds = {}
-    for command in ("convert", "train", "lrfind", "evaluate", "ensemble", "export"):
+    for command in REFUSING:
         before = _children_seconds()
         arguments = [sys.executable, "-m", f"fastflower.{command}", "unknown.key=1"]
         subprocess.run(arguments, capture_output=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""The archive to hand in: code/ and the bundle, and beside them what explains and repeats the training.
+"""The archive to hand in: code/ and the bundle, and the records that explain and repeat the training.
 
 training/ holds REPRODUCE.md and, for each experiment of the members, recipe, environment, folds, classes, logs and
 scores, as far as bundle.max_mb allows.

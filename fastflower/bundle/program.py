@@ -117,7 +117,7 @@ def try_export(spec: NetworkSpec, network: nn.Module, sizes: Sequence[tuple[int,
     _tried.add(key)
 
 
-_tried: set[tuple[Any, ...]] = set()  # what try_export found to work
+_tried: set[tuple[Any, ...]] = set()  # networks that try_export has passed
 
 
 @torch.no_grad()

@@ -170,6 +170,7 @@ def write_bundle(
     """
     meta = members[0].meta
     check_columns(recipe, len(meta.class_ids))
+    labels = class_texts(recipe, [str(value) for value in meta.class_ids])
     corrected = priors.correction(recipe, [str(value) for value in meta.class_ids])
     # bf16 is for bundles only: no gate measures the programs that evaluate writes
     half = recipe.bundle.half if standalone or recipe.bundle.half != "all" else "gpu"
@@ -196,7 +197,7 @@ def write_bundle(
         class_hash=meta.class_hash,
         prior=(counts / counts.sum()).tolist(),
         columns=recipe.bundle.columns,
-        labels=class_texts(recipe, [str(value) for value in meta.class_ids]),
+        labels=labels,
         top_k=recipe.bundle.top_k,
         separator=recipe.bundle.separator,
         half=half,

@@ -28,6 +28,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "select.metric": ("probabilities", "labels"),
 }
 
+_FOUND: dict[tuple[str, str], Callable[..., Any]] = {}  # parts that were checked, by key and name
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -37,8 +38,15 @@ def is_own(name: object) -> bool:
 
 
 def find(key: str, name: str) -> Callable[..., Any]:
-    """The part of this name; InputError, in one line, unless it takes the arguments that the key calls it with."""
+    """The part of this name; InputError, in one line, unless it takes the arguments that the key calls it with.
+
+    It is checked once, and again when its module has been imported anew: some are found for every image.
+    """
     module_name, _, attribute = name.partition(":")
+    if (key, name) in _FOUND:
+        known = _FOUND[key, name]
+        if known is getattr(sys.modules.get(module_name), attribute, None):
+            return known
     part = getattr(_module(key, name), attribute, None)
     if not callable(part):
         raise fault(key, name, f"{module_name} has no function {attribute}")
@@ -52,6 +60,7 @@ def find(key: str, name: str) -> Callable[..., Any]:
     except TypeError:
         called = f"called with ({', '.join(wanted)})" if wanted else "called without arguments"
         raise fault(key, name, f"takes {signature}, and is {called}") from None
+    _FOUND[key, name] = part
     return part
 
 

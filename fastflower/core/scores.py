@@ -21,18 +21,23 @@ def nll(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())
 
 
+def guesses(logits: np.ndarray) -> np.ndarray:
+    """The class (N,) of each row's largest logit; -1, which is no class, where a logit is not finite."""
+    finite = np.isfinite(logits).all(axis=1)
+    return np.where(finite, np.nan_to_num(logits).argmax(1), -1)
+
+
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of rows whose largest logit is that of the label."""
-    return float((logits.argmax(1) == labels).mean())
+    """The fraction of rows whose largest logit is that of the label; 0 without rows."""
+    return int((guesses(logits) == labels).sum()) / max(len(labels), 1)
 
 
 def macro_recall(logits: np.ndarray, labels: np.ndarray) -> float:
     """The mean recall over the classes that occur in `labels`: balanced accuracy."""
-    from sklearn.metrics import (
-        recall_score,
-    )  # here and below: two seconds, which no reader of saved scores spends
+    # here and below: two seconds, which no reader of saved scores spends
+    from sklearn.metrics import recall_score
 
-    present, guess = np.unique(labels), logits.argmax(1)
+    present, guess = np.unique(labels), guesses(logits)
     return float(recall_score(labels, guess, labels=present, average="macro", zero_division=0))
 
 
@@ -40,7 +45,7 @@ def macro_f1(logits: np.ndarray, labels: np.ndarray) -> float:
     """The mean F1 over the classes that occur in `labels`."""
     from sklearn.metrics import f1_score
 
-    present, guess = np.unique(labels), logits.argmax(1)
+    present, guess = np.unique(labels), guesses(logits)
     return float(f1_score(labels, guess, labels=present, average="macro", zero_division=0))
 
 
@@ -50,7 +55,7 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
         return macro_f1(logits, labels)
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels, logits.argmax(1), labels=[1], average="macro", zero_division=0))
+    return float(f1_score(labels, guesses(logits), labels=[1], average="macro", zero_division=0))
 
 
 def auc(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -115,27 +120,23 @@ def scores(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, 
     With two classes, also precision, recall and F1 of the second. Macro means are over the classes that occur in
     `labels`. A row with non-finite logits counts as wrong in top-1, recall and F1; top-5, NLL and ECE are then NaN.
     """
-    # imported here: two seconds, which commands that read saved scores do not spend
-    from sklearn.metrics import f1_score, precision_recall_fscore_support, recall_score
-
-    finite = np.isfinite(logits).all(axis=1)
-    classes = logits.shape[1]
-    guess = np.where(finite, np.nan_to_num(logits).argmax(1), -1)
-    hits, present = int((guess == labels).sum()), np.unique(labels)
-    low, high = wilson(hits, len(labels))
-    all_finite = bool(finite.all())
+    guess = guesses(logits)
+    low, high = wilson(int((guess == labels).sum()), len(labels))
+    all_finite = bool(np.isfinite(logits).all())
     binary = {}
-    if classes == 2:
+    if logits.shape[1] == 2:
+        from sklearn.metrics import precision_recall_fscore_support
+
         values = precision_recall_fscore_support(labels, guess, labels=[1], zero_division=0)
         binary = {name: float(value[0]) for name, value in zip(BINARY, values, strict=False)}
     return {
         "n": len(labels),
-        "top1": hits / max(len(labels), 1),
+        "top1": top1(logits, labels),
         "top1_low": low,
         "top1_high": high,
         "top5": _top_k(logits, labels, 5) if all_finite else float("nan"),
-        "macro_recall": float(recall_score(labels, guess, labels=present, average="macro", zero_division=0)),
-        "macro_f1": float(f1_score(labels, guess, labels=present, average="macro", zero_division=0)),
+        "macro_recall": macro_recall(logits, labels),
+        "macro_f1": macro_f1(logits, labels),
         "nll": nll(logits, labels) if all_finite else float("nan"),
         "ece": ece(softmax(logits), labels, bins) if all_finite else float("nan"),
         **binary,

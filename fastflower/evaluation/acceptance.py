@@ -71,7 +71,7 @@ def _gain(scores: ExperimentScores, wanted: float) -> Verdict:
 
 
 def _by_metric(selected: MetricScore | None, wanted: float) -> Verdict:
-    """The verdict on the score by select.metric; a loss must not exceed what is wanted."""
+    """The verdict on the score by select.metric; a loss must not exceed its threshold."""
     parsed = metric.parse(selected.metric) if selected else None
     falls = parsed is not None and parsed.shown(1.0) < 0
     got = selected.value if selected else None

@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe, members: Sequence[Trained]) -> None:
 def check_data(
     members: Sequence[Trained], home: Path, *, classes: ClassMap | None, folds: Folds | None
 ) -> None:
-    """Refuse members of other classes or folds than those of data.home; what is None is not compared."""
+    """Refuse members of other classes or folds than those of data.home; fields that are None are not compared."""
     for member in members:
         difference = class_differences(classes.ids, member.class_ids) if classes and member.class_ids else ""
         for noun, trained, present, detail in (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.special import softmax
 
-Rating = Callable[[np.ndarray, np.ndarray], tuple[float, ...]]
+from fastflower.evaluation.selected import Rating
 
 
 def rank_mean(stack: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ def fit(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = Non
 
 
 def silence(logits: np.ndarray, labels: np.ndarray) -> str:
-    """Why the images cannot tell T; empty when they can."""
+    """The reason why the images cannot tell T; empty when they can."""
     if len(np.unique(labels)) < 2:
         return "all images are of one class"
     if (logits.argmax(1) == labels).all():

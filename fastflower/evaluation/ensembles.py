@@ -20,6 +20,7 @@ from fastflower.core import scores
 from fastflower.core.errors import InputError
 from fastflower.core.metric import parse
 from fastflower.core.records import from_plain, to_plain
+from fastflower.evaluation import meta_learners
 from fastflower.evaluation.blending import hill_climbing, rank_mean
 from fastflower.evaluation.logits import Logits, LogitsInfo, RunLogits, TrainedInfo, align, family_weights
 from fastflower.evaluation.paired import paired_gain
@@ -184,67 +185,6 @@ def climbed_weights(stack: np.ndarray, labels: np.ndarray, *, budget: Budget, me
     return hill_climbing(stack, labels, parts=parts, rate=rating(metric), allows=budget.allows)
 
 
-def features(stack: np.ndarray) -> np.ndarray:
-    """The inputs of a meta-learner: log-probabilities (N, M * C)."""
-    runs, n, classes = stack.shape
-    return log_softmax(stack.astype(np.float64), axis=2).transpose(1, 0, 2).reshape(n, runs * classes)
-
-
-def meta_learner(model: Any, classes: int) -> Predict:
-    """The predictions of a fitted meta-learner; classes absent from its training images get probability 1e-12."""
-
-    def predict(stack: np.ndarray) -> np.ndarray:
-        log_p = np.full((stack.shape[1], classes), np.log(1e-12))
-        log_p[:, model.classes_] = np.log(np.maximum(model.predict_proba(features(stack)), 1e-12))
-        return log_p
-
-    return predict
-
-
-def logistic(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    """Multinomial logistic regression on the runs' log-probabilities."""
-    return meta_learner(fit_logistic(stack, labels), stack.shape[2])
-
-
-def fit_logistic(stack: np.ndarray, labels: np.ndarray) -> Any:
-    """scikit-learn's fitted model of `logistic`."""
-    from sklearn.linear_model import LogisticRegression  # here: its import takes two seconds
-
-    model = LogisticRegression(C=0.01, max_iter=100)
-    with warnings.catch_warnings():
-        # 100 steps are enough, converged or not
-        warnings.simplefilter("ignore", category=UserWarning)
-        return model.fit(features(stack), labels)
-
-
-def lightgbm(stack: np.ndarray, labels: np.ndarray) -> Predict:
-    """Gradient-boosted trees on the same features."""
-    return meta_learner(fit_lightgbm(stack, labels), stack.shape[2])
-
-
-def fit_lightgbm(stack: np.ndarray, labels: np.ndarray) -> Any:
-    """LightGBM's fitted model of `lightgbm`.
-
-    There is a tree for each class and round; each uses about 64 of the features, as with all of them a hundred
-    classes would take an hour.
-    """
-    from lightgbm import LGBMClassifier
-
-    model = LGBMClassifier(
-        n_estimators=50,
-        learning_rate=0.1,
-        num_leaves=7,
-        min_child_samples=5,
-        colsample_bytree=min(1.0, 64 / (len(stack) * stack.shape[2])),
-        max_bin=63,
-        random_state=0,
-        deterministic=True,
-        force_col_wise=True,
-        verbose=-1,
-    )
-    return model.fit(features(stack), labels)
-
-
 def hand_weights(sets: Sequence[RunLogits], given: Any) -> np.ndarray:
     """ensembling.weights as weights (M,) that sum to 1; a backbone's weight is split evenly over its seeds.
 
@@ -332,9 +272,9 @@ def methods(
                 climbed_weights(stack, labels, budget=budget, metric=metric)
             )
         table[RANKS] = lambda stack, labels: rank_mean
-    table["logistic stacking"] = logistic
+    table["logistic stacking"] = meta_learners.logistic
     if importlib.util.find_spec("lightgbm"):
-        table["LightGBM stacking"] = lightgbm
+        table["LightGBM stacking"] = meta_learners.lightgbm
     return table
 
 

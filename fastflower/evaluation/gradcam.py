@@ -24,16 +24,10 @@ from fastflower.data.betons import fold_set
 from fastflower.data.betons.beton_file import open_beton
 from fastflower.data.loaders import eval_images
 from fastflower.data.readers.image_files import thumbnail, thumbnail_jpeg
+from fastflower.evaluation.gradcam_record import BackboneBorder, BorderFraction, GradCamPicture, GradCams
 from fastflower.evaluation.inference import load_network
 from fastflower.evaluation.logits import MemberLogits
-from fastflower.evaluation.records import (
-    BackboneBorder,
-    BorderFraction,
-    ErrorAnalysis,
-    GradCamPicture,
-    GradCams,
-    ImageScores,
-)
+from fastflower.evaluation.records import ErrorAnalysis, ImageScores
 from fastflower.model.compare import CompareNet
 from fastflower.model.member import MemberMeta, load_member
 from fastflower.recipe import Recipe

@@ -1,4 +1,4 @@
-"""The score that a split would have shown which puts near-duplicates on both sides of it.
+"""The score that a split would have shown with near-duplicates on both sides.
 
 A plain stratified split trains on copies of some images that it validates. The same out-of-fold predictions are scored
 with this leak left in: an image with a near-duplicate among the training images of such a split counts as predicted by

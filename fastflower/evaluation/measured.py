@@ -1,4 +1,4 @@
-"""Records of what evaluate measures beside the scores: views.json, priors.json and leak.json of an experiment."""
+"""Records of measurements of evaluate beside the scores: views.json, priors.json and leak.json of an experiment."""
 
 from __future__ import annotations
 
@@ -66,20 +66,17 @@ class PriorEffect:
 class Priors:
     """priors.json: the class distributions of an experiment's fused set, and the effects of correcting them.
 
-    source: for which its probabilities at temperature t hold; labels: of the out-of-fold images; given: of the file
-    that bundle.prior names.
+    source: for which its calibrated probabilities hold; given: of the file that bundle.prior names.
     """
 
     FILE: ClassVar[str] = "priors.json"
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     REMEDY: ClassVar[str] = REMEDY
 
     n: int
-    t: float
     class_ids: list[str]
     given: list[float] | None
     source: list[float]
-    labels: list[float]
     rows: list[PriorEffect]
 
 

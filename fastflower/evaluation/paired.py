@@ -61,6 +61,11 @@ def paired_gain(before: np.ndarray, after: np.ndarray, weights: np.ndarray | Non
     )
 
 
+def gain_of_hits(n: int, *, gained: int, lost: int) -> PairedGain:
+    """The gain of hits on n images, of which `gained` are newly right and `lost` newly wrong."""
+    return paired_gain(np.zeros(n), np.repeat([1.0, -1.0, 0.0], [gained, lost, n - gained - lost]))
+
+
 def sign_test(gained: int, lost: int) -> float:
     """The two-sided p of as uneven a split of gained and lost images by fair coins."""
     from scipy.stats import binomtest  # here: a second, which a refusal does not spend

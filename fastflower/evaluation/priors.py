@@ -104,11 +104,9 @@ def measure(data: Logits[LogitsInfo], t: float, recipe: Recipe) -> Priors:
         cases += [("as given", present / present.sum(), target) for target in ("as given", "em")]
     return Priors(
         n=len(labels),
-        t=t,
         class_ids=list(data.info.class_ids),
         given=None if given is None else given.tolist(),
         source=source_prior(log_p, labels).tolist(),
-        labels=shares.tolist(),
         rows=[
             _effect(log_p, labels, images=images, truth=truth, target=target, parts=parts, sources=sources)
             for images, truth, target in cases

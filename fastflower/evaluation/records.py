@@ -1,4 +1,4 @@
-"""Records of the evaluation: scores.json, temperature.json, ensemble.json and gradcam.json.
+"""Records of the evaluation: scores.json, temperature.json and ensemble.json.
 
 Scores are fractions in 0..1, NLL in nats. `_low` and `_high` are the ends of 95% intervals. `label` and `guess` are
 the class_idx of the label and of the prediction, `index` is a row of folds.csv.
@@ -7,12 +7,8 @@ the class_idx of the label and of the prediction, `index` is a row of folds.csv.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fastflower.core.errors import InputError
-from fastflower.core.files import digest
-from fastflower.core.records import read_record
 from fastflower.evaluation.paired import PairedGain
 
 REMEDY = "run python -m fastflower.evaluate again"
@@ -285,51 +281,6 @@ class ConfusedPair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BorderFraction:
-    """The mean fraction of n Grad-CAM maps at the border of their images; None without a map."""
-
-    n: int
-    mean: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneBorder:
-    """The fractions at the border of a backbone's maps of right and of wrong predictions."""
-
-    backbone: str
-    wrong: BorderFraction
-    right: BorderFraction
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradCamPicture:
-    """A picture in gradcam/ with the digest of its bytes: the map of `target`; border is None without evidence."""
-
-    index: int
-    filename: str
-    label: int
-    guess: int
-    backbone: str
-    right: bool
-    target: int
-    file: str
-    digest: str
-    border: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradCams:
-    """gradcam.json: the pictures, and the fractions of the maps at the border; even: that of a constant map."""
-
-    FORMAT: ClassVar[int] = 1
-    REMEDY: ClassVar[str] = REMEDY
-
-    even: float
-    border: list[BackboneBorder]
-    images: list[GradCamPicture]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """A score against its threshold; got and its interval are None when it was not measured.
 
@@ -445,25 +396,3 @@ class EnsembleComparison:
     rows: list[MethodScores]
     metric: str = ""  # select.metric, by which the best single run and the greedy choice are found
     weights: dict[str, dict[str, float]]
-
-
-def read_gradcam(folder: Path, notes: list[str]) -> tuple[GradCams | None, dict[str, bytes]]:
-    """The Grad-CAM maps and their pictures by file; a note instead of what is damaged."""
-    if not (folder / "gradcam.json").is_file():
-        return None, {}
-    try:
-        gradcam = read_record(folder / "gradcam.json", GradCams)
-    except InputError as error:
-        notes.append(f"{error}; the page lacks its Grad-CAM maps")
-        return None, {}
-    maps = {}
-    for row in gradcam.images:
-        data = path.read_bytes() if (path := folder / row.file).is_file() else b""
-        if digest(data) == row.digest:
-            maps[row.file] = data
-    lost = [row.file for row in gradcam.images if row.file not in maps]
-    if lost:
-        notes.append(
-            f"{folder}: {len(lost)} pictures are missing or damaged, first {lost[0]}; {GradCams.REMEDY}"
-        )
-    return gradcam, maps

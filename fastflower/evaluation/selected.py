@@ -33,10 +33,17 @@ def metric_score(data: Data, text: str, alpha: float, *, clean: Top1, s: Top1) -
 
     Top-1 and S alone are given, with Wilson's interval. Images are drawn together with their corrupted copies.
     """
-    parsed = metric.parse(text)
     known = {"clean": clean, "combo": s}.get(text)
     if known:
         return MetricScore(metric=text, n=known.n, value=known.top1, low=known.top1_low, high=known.top1_high)
+    value = scorer(data, text, alpha)
+    low, high = bootstrapped(data.class_idx, value)
+    return MetricScore(metric=text, n=len(data), value=value(np.arange(len(data))), low=low, high=high)
+
+
+def scorer(data: Data, text: str, alpha: float) -> Callable[[np.ndarray], float]:
+    """The score of select.metric, as people read it, as a function of the rows of a set; a row may be there twice."""
+    parsed = metric.parse(text)
     hits, of_s = corrupted_hits(data), sum(weight for weight, name in parsed.terms if name == "combo")
 
     def value(rows: np.ndarray) -> float:
@@ -48,15 +55,18 @@ def metric_score(data: Data, text: str, alpha: float, *, clean: Top1, s: Top1) -
             score += share * (scores.top1(data.single[rows], labels) - scores.top1(data.logits[rows], labels))
         return parsed.shown(score)
 
-    rng, order = np.random.default_rng(0), np.argsort(data.class_idx, kind="stable")
-    sizes = np.bincount(data.class_idx)
+    return value
+
+
+def bootstrapped(labels: np.ndarray, value: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """The ends of the 95% interval of a function of rows, by drawing the images (N,) anew within each class."""
+    rng, order = np.random.default_rng(0), np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels)
     sizes = sizes[sizes > 0]
     first, size = np.repeat(np.cumsum(sizes) - sizes, sizes), np.repeat(sizes, sizes)
     drawn = [value(order[first + (rng.random(len(order)) * size).astype(np.int64)]) for _ in range(DRAWS)]
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return MetricScore(
-        metric=text, n=len(data), value=value(np.arange(len(data))), low=float(low), high=float(high)
-    )
+    return float(low), float(high)
 
 
 def clean_score(logits: np.ndarray, labels: np.ndarray, text: str) -> float:

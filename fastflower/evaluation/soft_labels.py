@@ -17,6 +17,7 @@ from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.loaders import EvalLoader
 from fastflower.data.unlabelled import unlabelled_rows
 from fastflower.evaluation import inference
+from fastflower.evaluation.teacher_start import check_start
 from fastflower.model.member import load_member
 from fastflower.recipe import Recipe
 
@@ -36,6 +37,7 @@ def soft_labels(recipe: Recipe, fold: FoldSet, num_classes: int) -> SoftTargets:
     has none, or of other classes or folds.
     """
     name, number = recipe.semi.soft_teacher, fold.train.origin.fold
+    check_start(recipe, "semi.soft_teacher", name)
     beton, rows = unlabelled_rows(recipe, fold)
     found = runs.find_members(name, recipe.ensembling.find_pattern, metric=recipe.select.metric)
     paths = [path for path in found if (parsed := runs.parse_member(path)) and parsed.fold == number]

@@ -23,7 +23,7 @@ from fastflower.core import files, runs
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.records import read_record, write_record
 from fastflower.core.tables import write_csv
-from fastflower.evaluation import ensembles
+from fastflower.evaluation import meta_learners
 from fastflower.evaluation.logits import RunLogits, reduce_views
 
 FILE = "stacking.json"  # below results/results/<exp>/
@@ -50,7 +50,7 @@ class Stacker:
 
     def log_probabilities(self, stack: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) of the runs, in their order -> log-probabilities (N, C)."""
-        inputs = ensembles.features(stack)
+        inputs = meta_learners.features(stack)
         if self.booster:
             from lightgbm import Booster
 
@@ -69,7 +69,7 @@ def fit(sets: Sequence[RunLogits]) -> Stacker:
     """The stacker of these runs, fitted on all their images: LightGBM where it is installed, else logistic."""
     stack, labels = np.stack([run.logits for run in sets]), sets[0].class_idx
     trees = importlib.util.find_spec("lightgbm") is not None
-    model = (ensembles.fit_lightgbm if trees else ensembles.fit_logistic)(stack, labels)
+    model = (meta_learners.fit_lightgbm if trees else meta_learners.fit_logistic)(stack, labels)
     return Stacker(
         method="LightGBM stacking" if trees else "logistic stacking",
         runs=[run.name for run in sets],

@@ -34,6 +34,7 @@ from fastflower.evaluation.records import (
 )
 from fastflower.recipe import Recipe
 
+FusedSet = tuple[list[RunLogits], Logits[FusedInfo], np.ndarray]
 DESCRIBED = (  # fields of MemberInfo that MemberScores has too
     "backbone",
     "fold",
@@ -51,15 +52,20 @@ DESCRIBED = (  # fields of MemberInfo that MemberScores has too
 
 
 def summarise(
-    members: list[MemberLogits], folds: np.ndarray, *, classes: list[dict[str, str]], recipe: Recipe
+    members: list[MemberLogits],
+    folds: np.ndarray,
+    *,
+    classes: list[dict[str, str]],
+    recipe: Recipe,
+    fused: FusedSet | None = None,
 ) -> ExperimentScores:
     """All scores of an experiment. `folds` (rows,) is folds.csv's column, `classes` the rows of classes.csv.
 
-    Raises InputError for members that do not belong together or images that do not occur exactly once.
+    `fused` are the members' runs as `fused_set` gives them, where the caller has them already. Raises InputError for
+    members that do not belong together or images that do not occur exactly once.
     """
-    _check_members(members)
     runs = members_by_run(members)
-    sets, fused, weights = fused_set(members, folds, recipe)
+    sets, fused_logits, weights = fused or fused_set(members, folds, recipe)
     fit_on = recipe.ts.fit_on if recipe.ts.enabled else None
     alpha, bins = recipe.select.alpha, recipe.eval.ece_bins
     class_counts = np.array([int(row["n"]) for row in classes])
@@ -90,11 +96,11 @@ def summarise(
         )
         for (backbone, seed), data in zip(runs, sets, strict=True)
     ]
-    names = fused.info.runs
+    names = fused_logits.info.runs
     run_weights = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
-    over_best = ensembles.gain_over_best(fused, sets) if len(sets) > 1 else None
+    over_best = ensembles.gain_over_best(fused_logits, sets) if len(sets) > 1 else None
     fused_scores = FusedScores(
-        **vars(set_scores(fused)), runs=names, weights=run_weights, over_best=over_best
+        **vars(set_scores(fused_logits)), runs=names, weights=run_weights, over_best=over_best
     )
     every_fold = sorted(set(folds[folds >= 0].tolist()))
     temperature = fused_scores.temperature
@@ -111,25 +117,30 @@ def summarise(
         folds_hash=info.folds_hash,
         folds=every_fold,
         missing=sorted(set(every_fold) - set(fused_scores.folds)),
-        sizes=[(fold, int((fused.fold == fold).sum())) for fold in fused_scores.folds],
+        sizes=[(fold, int((fused_logits.fold == fold).sum())) for fold in fused_scores.folds],
         members=member_scores,
         runs=run_scores,
         fused=fused_scores,
         acceptance=[],
         advice=metrics.advice(member_scores, run_scores, fused_scores),
         classes=metrics.class_scores(
-            fused, info.class_ids, class_counts=class_counts, names=[class_name(row) for row in classes]
+            fused_logits,
+            info.class_ids,
+            class_counts=class_counts,
+            names=[class_name(row) for row in classes],
         ),
-        robust_classes=metrics.class_recalls(fused),
-        reliability=metrics.reliability(fused, temperature.t if temperature else None, bins),
-        **vars(mistakes.error_analysis(fused, temperature.t if temperature else 1.0)),
+        robust_classes=metrics.class_recalls(fused_logits),
+        reliability=metrics.reliability(fused_logits, temperature.t if temperature else None, bins),
+        **vars(mistakes.error_analysis(fused_logits, temperature.t if temperature else 1.0)),
     )
 
 
-def fused_set(
-    members: list[MemberLogits], folds: np.ndarray, recipe: Recipe
-) -> tuple[list[RunLogits], Logits[FusedInfo], np.ndarray]:
-    """The runs of these members, their weighted mean as the recipe fuses them, and the weights (M,) to hand in."""
+def fused_set(members: list[MemberLogits], folds: np.ndarray, recipe: Recipe) -> FusedSet:
+    """The runs of these members, their weighted mean as the recipe fuses them, and the weights (M,) to hand in.
+
+    Raises InputError for members that do not belong together.
+    """
+    _check_members(members)
     sets = [assemble(run_members, folds) for run_members in members_by_run(members).values()]
     by_image, weights = ensembles.run_weights(sets, recipe)
     return sets, fuse(sets, by_image, space=recipe.ensembling.average), weights

@@ -196,7 +196,7 @@ def confusion_chart(cells: Cells, labels: list[str]) -> Chart:
     for label, guess, count in cells:
         matrix[label, guess] = count
     matrix /= np.maximum(matrix.sum(1, keepdims=True), 1)
-    named, title = len(labels) <= 30, "Confusion matrix, fractions of each true class"
+    named, title = len(labels) <= 30, "Confusion matrix"  # short: long names of classes leave it little room
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(4.6)
         axes.grid(False)
@@ -206,4 +206,9 @@ def confusion_chart(cells: Cells, labels: list[str]) -> Chart:
             axes.set_yticks(range(len(labels)), labels)
         unit = "class" if named else "class_idx"
         axes.set(xlabel=f"predicted {unit}", ylabel=f"true {unit}", title=title)
-    return Chart("confusion", title="Confusion matrix", description=f"{title}.", figure=figure)
+    return Chart(
+        "confusion",
+        title="Confusion matrix",
+        description=f"{title}, fractions of each true class.",
+        figure=figure,
+    )

@@ -99,7 +99,10 @@ def without_one(tta: Tta) -> dict[str, Tta]:
 
 
 class Effects:
-    """The scores of each image under any choice of views, averaged over its members; computed once for each choice."""
+    """The scores of each image under any choice of views, averaged over its members; computed once for each choice.
+
+    Logits are kept only where select.metric asks for them again: of other images, when a part is held out.
+    """
 
     def __init__(self, members: Sequence[MemberViews], metric: str) -> None:
         self.members, self.metric = members, metric
@@ -112,18 +115,28 @@ class Effects:
         )
         self.parts = scoring_parts(folds[first], self.labels[first])
         self.known: dict[str, np.ndarray] = {}
+        self.kept_logits: dict[str, np.ndarray] = {}
 
     def of(self, tta: Tta) -> np.ndarray:
         """Hits and NLL of each image under these views: float64 (2, N)."""
-        key = repr(replace(tta, prune=False))
+        key = _key(tta)
         if key not in self.known:
-            reduced = [views.reduced(tta) for views in self.members]
-            self.known[key] = self._by_image([member.logits for member in reduced])
+            self.known[key] = self._by_image(self.logits(tta))
         return self.known[key]
+
+    def logits(self, tta: Tta) -> np.ndarray:
+        """The logits (rows, C) of all members, one after another, under these views."""
+        key = _key(tta)
+        if key in self.kept_logits:
+            return self.kept_logits[key]
+        logits = np.concatenate([views.reduced(tta).logits for views in self.members])
+        if self.metric not in TOP1:
+            self.kept_logits[key] = logits
+        return logits
 
     def plain(self) -> np.ndarray:
         """Hits and NLL of each image under the plain view at the trained size alone: float64 (2, N)."""
-        return self._by_image([views.member.single for views in self.members])
+        return self._by_image(np.concatenate([views.member.single for views in self.members]))
 
     def ms(self, tta: Tta) -> float:
         """Milliseconds of these views of an image, the mean over the members."""
@@ -149,17 +162,18 @@ class Effects:
         if self.metric in TOP1:
             return float(self.of(tta)[0, images].mean())
         rows = images[self.rows]
-        predicted = np.concatenate([views.reduced(tta).logits for views in self.members])
-        return clean_score(predicted[rows], self.labels[rows], self.metric)
+        return clean_score(self.logits(tta)[rows], self.labels[rows], self.metric)
 
-    def _by_image(self, logits: list[np.ndarray]) -> np.ndarray:
-        hits, losses = [], []
-        for views, values in zip(self.members, logits, strict=True):
-            labels = views.member.class_idx
-            hits.append(values.argmax(1) == labels)
-            log_p = log_softmax(values.astype(np.float64), axis=1)
-            losses.append(-log_p[np.arange(len(labels)), labels])
-        return np.stack([np.bincount(self.rows, np.concatenate(of)) / self.counts for of in (hits, losses)])
+    def _by_image(self, logits: np.ndarray) -> np.ndarray:
+        """The means of hits and NLL over the members of each image, of logits (rows, C)."""
+        hits = logits.argmax(1) == self.labels
+        losses = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(self.labels)), self.labels]
+        return np.stack([np.bincount(self.rows, of) / self.counts for of in (hits, losses)])
+
+
+def _key(tta: Tta) -> str:
+    """The text of the views alone, by which they are known."""
+    return repr(replace(tta, prune=False))
 
 
 def measure(members: Sequence[MemberViews], tta: Tta, metric: str = "clean") -> ViewTable:

@@ -211,6 +211,7 @@ def test_the_archive_holds_what_repeats_the_training_as_far_as_it_fits(members):
     assert Path("a.zip").stat().st_size <= size
 
 
+@pytest.mark.slow
 def test_eight_bits_halve_the_bundle_and_say_what_they_cost(members, capsys):
     export.main([*WORDS, "tta.scales=[32]"])
     half = sum(path.stat().st_size for path in runs.BUNDLE.glob("weights_*"))
@@ -241,6 +242,7 @@ def test_half_precision_is_seen_where_a_machine_has_it(members, capsys, code):
     assert json.loads((runs.BUNDLE / "bundle.json").read_text())["half"] == "all"
 
 
+@pytest.mark.slow
 def test_what_nothing_measured_is_not_left_beside_members(members):
     for half, expected in (("all", "gpu"), ("gpu", "gpu"), ("none", "none")):
         folder = writer.write_programs(

@@ -198,3 +198,16 @@ def test_photographs_that_are_not_converted_yet_are_no_lack(tmp_path, monkeypatc
     assert re.search(
         r"- +betons +not converted yet; .*fastflower convert tiny\.yaml data\.home=elsewhere", output
     )
+
+
+def test_an_empty_folder_of_photographs_is_no_folder_of_photographs() -> None:
+    Path("data/train").mkdir(parents=True)
+    Path("data/train_labels.csv").write_text("filename,category_id\n")
+    found = doctor.photographs()
+    assert (found.ok, found.text, found.advice) == (
+        None,
+        "no file in data/train",
+        "put the training images there",
+    )
+    Path("data/train/a.jpg").touch()
+    assert doctor.photographs().text == "1 files in data/train"

@@ -51,10 +51,17 @@ def test_weights_name_a_recipe_that_starts_from_them(capsys: pytest.CaptureFixtu
     weights.print_next("resnet18.a1_in1k", "resnet18.a1_in1k")
     weights.print_next("recipes/mine.yaml", "resnet18.a1_in1k")
     weights.print_next("resnet50", "resnet50")
+    Path("recipes/pairs.yaml").write_text("model: {backbone: compare_resnet18_adaptive}")
+    weights.print_next("compare_resnet18_adaptive", "compare_resnet18_adaptive")
+    weights.print_next("compare_resnet50_adaptive", "compare_resnet50_adaptive")
     assert capsys.readouterr().out.splitlines() == [
         *["next: fastflower doctor recipes/mine.yaml"] * 2,
         "next: fastflower doctor model.backbone=resnet50",
+        "next: fastflower doctor recipes/pairs.yaml",
+        "next: fastflower doctor model.backbone=compare_resnet50_adaptive",
     ]
+    weights.list_recipes()
+    assert "resnet18  (pairs.yaml)\n  missing" in capsys.readouterr().out
 
 
 def test_a_report_leads_to_an_export_and_then_to_a_prediction(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,10 +74,20 @@ def test_a_report_leads_to_an_export_and_then_to_a_prediction(capsys: pytest.Cap
     ]
 
 
-def test_a_campaign_leads_to_the_evaluation_of_its_experiments(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "evaluate a b"),
+        (["data.split=none"], "export a b ensembling.find_pattern=ema_best__*.pth"),
+        (["data.fold=none"], "export a b ensembling.find_pattern=refit__*.pth"),
+        (["semi.rounds=1", "data.unlabelled=more"], "report a b"),
+    ],
+)
+def test_a_campaign_leads_to_what_can_be_done_with_its_experiments(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("a.yaml").write_text("model: {pretrained: false}")
+    monkeypatch.setattr(campaign.rounds, "gains", lambda planned: [{"round": "a"}])
     results = [
         campaign.Result(SimpleNamespace(run=Run(exp=exp, backbone="b", fold=fold, seed=1)), "done")
         for exp in ("a", "b")
@@ -78,8 +95,8 @@ def test_a_campaign_leads_to_the_evaluation_of_its_experiments(
     ]
     monkeypatch.setattr(campaign, "collect", lambda *_, **__: (results, True))
     monkeypatch.setattr(campaign, "print_summary", lambda *_, **__: None)
-    assert campaign.main(["a.yaml", "-n", "1", "--no-ray"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "next: fastflower evaluate a b"
+    assert campaign.main(["a.yaml", "-n", "1", "--no-ray", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: fastflower {line}"
 
 
 def test_generated_data_lead_to_their_recipe_where_it_looks_for_them(

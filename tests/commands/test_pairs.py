@@ -260,6 +260,7 @@ def test_the_programs_of_evaluate_predict_pairs(recipe, trained):
     np.testing.assert_allclose(np.load("logits.npz")["logits"][:, 0].mean(1), known.logits, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [0, 1])
 def test_the_pixel_gate_detects_swapped_and_repeated_images(trained, monkeypatch, side):
     """Both images swapped (side 0), and the second image twice (side 1)."""

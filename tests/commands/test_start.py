@@ -150,6 +150,7 @@ def test_every_command_is_here(repo: Path) -> None:
     assert commands - {"__init__", "__main__"} == set(REFUSED) == set(COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rooms", "unused"),
     [

@@ -70,3 +70,12 @@ def test_two_classes_have_precision_recall_and_f1_of_the_second(logits_and_label
     for name, reference in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
         assert computed[name] == pytest.approx(reference(labels, guess))
     assert "f1" not in scores.scores(np.eye(3), np.arange(3))
+
+
+def test_each_score_alone_is_that_of_all_together(logits_and_labels):
+    logits, labels = logits_and_labels
+    logits = logits.copy()
+    logits[3] = np.nan
+    together = scores.scores(logits, labels)
+    for name in ("top1", "macro_recall", "macro_f1"):
+        assert getattr(scores, name)(logits, labels) == together[name], name

@@ -16,7 +16,7 @@ from fastflower.core import runs
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record, write_record
 from fastflower.core.tables import sealed_rows, write_csv
-from fastflower.evaluation import ensembles, logits, summary, tables
+from fastflower.evaluation import ensembles, logits, meta_learners, summary, tables
 from fastflower.evaluation.records import EnsembleComparison, ExperimentScores, MethodScores
 from fastflower.recipe import load
 from fastflower.recipe.run_record import write_recipe
@@ -113,26 +113,28 @@ def test_the_learned_mixture_finds_the_only_useful_run() -> None:
 def test_nested_predictions_are_those_of_a_model_fitted_on_the_other_parts() -> None:
     stack, labels = generated(n=200)
     parts = np.arange(200) % 4
-    log_p = ensembles.nested_predictions(ensembles.logistic, stack, labels=labels, parts=parts)
+    log_p = ensembles.nested_predictions(meta_learners.logistic, stack, labels=labels, parts=parts)
     inside = parts == 2
     model = LogisticRegression(C=0.01, max_iter=100)
-    model.fit(ensembles.features(stack[:, ~inside]), labels[~inside])
+    model.fit(meta_learners.features(stack[:, ~inside]), labels[~inside])
     np.testing.assert_allclose(
-        np.exp(log_p[inside]), model.predict_proba(ensembles.features(stack[:, inside])), rtol=1e-6
+        np.exp(log_p[inside]), model.predict_proba(meta_learners.features(stack[:, inside])), rtol=1e-6
     )
 
 
 def test_nothing_is_gained_by_fitting_to_shuffled_labels() -> None:
     stack, labels = generated(n=400, classes=2)
     shuffled = np.random.default_rng(3).permutation(labels)
-    log_p = ensembles.nested_predictions(ensembles.logistic, stack, labels=shuffled, parts=np.arange(400) % 5)
+    log_p = ensembles.nested_predictions(
+        meta_learners.logistic, stack, labels=shuffled, parts=np.arange(400) % 5
+    )
     assert abs((log_p.argmax(1) == shuffled).mean() - 0.5) < 0.1
 
 
 def test_classes_that_a_part_lacks_get_a_small_probability() -> None:
     stack, labels = generated(n=200)
     known = labels != 3
-    log_p = ensembles.logistic(stack[:, known], labels[known])(stack)
+    log_p = meta_learners.logistic(stack[:, known], labels[known])(stack)
     assert (log_p[:, 3] < -20).all() and np.isfinite(log_p).all()
 
 
@@ -146,6 +148,7 @@ def rows_of(comparison: EnsembleComparison) -> dict[str, MethodScores]:
     return {row.method: row for row in comparison.rows}
 
 
+@pytest.mark.slow
 def test_the_comparison_has_nested_scores_and_gains_by_fold() -> None:
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[0], 2), (BACKBONES[1], 1))
     comparison = ensembles.compare(sets, FREE)
@@ -165,6 +168,7 @@ def test_the_comparison_has_nested_scores_and_gains_by_fold() -> None:
     assert best.mb == 1.0 and rows["logistic stacking"].mb is None
 
 
+@pytest.mark.slow
 def test_methods_that_exceed_the_limits_are_marked() -> None:
     sets = runs_of((BACKBONES[0], 1), (BACKBONES[1], 1))
     limits = load(None, ["bundle.max_mb=40"]).bundle
@@ -176,16 +180,19 @@ def test_methods_that_exceed_the_limits_are_marked() -> None:
     assert "greedy in budget" not in ensembles.methods(sets, none)
 
 
+@pytest.mark.slow
 def test_lightgbm_stacking_is_that_of_a_booster_fitted_on_the_other_parts() -> None:
     stack, labels = generated(n=240)
-    log_p = ensembles.nested_predictions(ensembles.lightgbm, stack, labels=labels, parts=np.arange(240) % 3)
+    log_p = ensembles.nested_predictions(
+        meta_learners.lightgbm, stack, labels=labels, parts=np.arange(240) % 3
+    )
     inside = np.arange(240) % 3 == 1
     model = lightgbm.LGBMClassifier(
         n_estimators=50, learning_rate=0.1, num_leaves=7, min_child_samples=5, max_bin=63, random_state=0,
-        deterministic=True, force_col_wise=True, verbose=-1,
+        deterministic=True, force_col_wise=True, n_jobs=0, verbose=-1,
     )  # fmt: skip
-    model.fit(ensembles.features(stack[:, ~inside]), labels[~inside])
-    expected = model.booster_.predict(ensembles.features(stack[:, inside]))
+    model.fit(meta_learners.features(stack[:, ~inside]), labels[~inside])
+    expected = model.booster_.predict(meta_learners.features(stack[:, inside]))
     np.testing.assert_allclose(np.exp(log_p[inside]), expected, rtol=1e-6)
     assert accuracy_score(labels, log_p.argmax(1)) > 0.5  # chance is a quarter
 

@@ -115,6 +115,7 @@ def test_both_folds_and_backbones_become_scores_json(
     assert repeated.fused.clean.nll == pytest.approx(scores.fused.clean.nll, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_images_of_its_mistakes(project: Path) -> None:
     member(0)
     member(1)
@@ -195,6 +196,7 @@ def test_soups_and_gradcam_do_not_read_damaged_images(project: Path) -> None:
         soups.refresh_norms(load_member(path), path, recipe=settings, device=torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_page_has_a_line_instead_of_damaged_images(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

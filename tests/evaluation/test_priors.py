@@ -117,8 +117,7 @@ def test_tables_that_do_not_fit_are_refused(text: str, fault: str) -> None:
 def measured(**changes: object) -> priors.Priors:
     """The record that evaluate writes of the predictor's classes."""
     fields = {
-        "n": 9, "t": 1.5, "class_ids": IDS, "given": None, "source": SKEWED.tolist(), "labels": SKEWED.tolist(),
-        "rows": [], **changes,
+        "n": 9, "class_ids": IDS, "given": None, "source": SKEWED.tolist(), "rows": [], **changes,
     }  # fmt: skip
     return priors.Priors(**fields)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastflower.core.errors import CorruptionError, InputError
-from fastflower.core.records import read_record, write_record
+from fastflower.core.records import read_record, to_plain, write_record
 from fastflower.evaluation import ensembles, logits, summary
 from fastflower.evaluation.records import EnsembleComparison, ExperimentScores, Temperatures
 from fastflower.recipe import load
@@ -40,3 +40,12 @@ def test_edited_and_older_scores_are_refused(tmp_path: Path) -> None:
     path.write_text(text.replace('"format": 3', '"format": 2'))
     with pytest.raises(InputError, match=r"format 2, .* reads 3; run python -m fastflower\.evaluate again"):
         read_record(path, ExperimentScores)
+
+
+def test_runs_that_are_fused_already_are_not_fused_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, members = load(None, ["exp.name=example"]), [member(fold) for fold in range(3)]
+    expected = summary.summarise(members, folds(), classes=classes_csv(), recipe=recipe)
+    together = summary.fused_set(members, folds(), recipe)
+    monkeypatch.setattr(summary, "fuse", lambda *_, **__: pytest.fail("fused again"))
+    scores = summary.summarise(members, folds(), classes=classes_csv(), recipe=recipe, fused=together)
+    assert to_plain(scores) == to_plain(expected)

@@ -10,7 +10,7 @@ import pytest
 from fastflower import ensemble
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
-from fastflower.evaluation import ensembles, stacking
+from fastflower.evaluation import meta_learners, stacking
 from fastflower.evaluation.logits import assemble
 from fastflower.evaluation.stacking import Stacker
 from support import fake_members
@@ -30,7 +30,7 @@ def test_a_saved_stacker_predicts_as_the_fitted_model(monkeypatch, trees):
     sets = sets_of_two_runs()
     stack, labels = np.stack([run.logits for run in sets]), sets[0].class_idx
     stacker = read_record(stacking.save("exp", stacking.fit(sets)), Stacker)
-    method = ensembles.lightgbm if trees else ensembles.logistic
+    method = meta_learners.lightgbm if trees else meta_learners.logistic
     assert stacker.method == ("LightGBM stacking" if trees else "logistic stacking")
     np.testing.assert_allclose(stacker.log_probabilities(stack), method(stack, labels)(stack), atol=1e-6)
 

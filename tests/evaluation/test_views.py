@@ -17,13 +17,11 @@ from fastflower.core.records import read_record
 from fastflower.evaluation import inference, views
 from fastflower.evaluation.logits import load_logits
 from fastflower.evaluation.moves import Move, moved, moves_of
-from fastflower.evaluation.paired import paired_gain
+from fastflower.evaluation.paired import gain_of_hits, paired_gain
 from fastflower.model.network import NetworkSpec, build_network
 from fastflower.recipe import checks, load
 from support import fake_members
-from support.evaluated_members import WORDS, converted, member, project
-
-__all__ = ["converted", "project"]
+from support.evaluated_members import WORDS, member
 
 
 def test_the_interval_and_test_of_a_paired_gain() -> None:
@@ -157,6 +155,7 @@ def test_the_kept_views_are_chosen_on_other_folds_than_they_are_scored_on() -> N
     assert table.pruned.gain == pytest.approx(np.concatenate(expected).mean())
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_the_views_that_export_then_takes(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,3 +177,21 @@ def test_evaluate_keeps_the_views_that_export_then_takes(
     assert saved.info.views == again.info.views
     with pytest.raises(InputError, match="was measured with other values of tta"):
         views.kept_views(load(None, [*words, "tta.shift=0.1"]))
+
+
+def test_another_metric_asks_for_each_choice_of_views_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [seen_by_views(fold) for fold in range(3)]
+    reduced, original = [], views.MemberViews.reduced
+
+    def counted(self: views.MemberViews, tta: object) -> object:
+        reduced.append((self.member.info.fold, repr(tta)))
+        return original(self, tta)
+
+    monkeypatch.setattr(views.MemberViews, "reduced", counted)
+    views.measure(members, TTA, "macro_f1")
+    assert reduced and len(reduced) == len(set(reduced))
+
+
+def test_the_gain_of_hits_is_that_of_their_images() -> None:
+    before, after = np.repeat([1, 1, 0, 0], [20, 3, 9, 8]), np.repeat([1, 0, 1, 0], [20, 3, 9, 8])
+    assert gain_of_hits(40, gained=9, lost=3) == paired_gain(before, after)

@@ -56,7 +56,7 @@ def member(fold: int, backbone: str = BACKBONES[0], **changes: object) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 30 images of 3 classes and their betons."""
     folder, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)

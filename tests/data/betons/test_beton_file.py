@@ -18,8 +18,9 @@ from PIL import Image
 
 from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError
 from fastflower.core.records import write_record
-from fastflower.data.betons import beton_file
-from fastflower.data.betons.beton_file import RAW, Beton, BetonWriter, EncodedImage, open_beton
+from fastflower.data.betons import beton_file, beton_writer
+from fastflower.data.betons.beton_file import RAW, Beton, EncodedImage, open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.betons.manifest import Origin, StorageSettings, manifest_path
 from fastflower.data.decode.kernel import Crop
 from fastflower.data.loaders import eval_images, train_images
@@ -92,7 +93,7 @@ def test_same_rows_same_bytes(tmp_path: Path) -> None:
 
 
 def test_no_row_crosses_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beton_file, "PAGE", 1 << 12)
+    monkeypatch.setattr(beton_writer, "PAGE", 1 << 12)
     with BetonWriter(tmp_path / "a.beton", 9) as writer:
         for i, height in enumerate((9, 20, 30, 5, 200, 40, 41, 42, 1)):  # the fifth is larger than a page
             writer.append_raw(picture(height, 31, i), 0, i)
@@ -154,7 +155,7 @@ def test_rows_are_checked_when_they_are_read_and_only_once(
 
 
 def test_zeros_between_pages_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beton_file, "PAGE", 1 << 12)
+    monkeypatch.setattr(beton_writer, "PAGE", 1 << 12)
     path = tmp_path / "a.beton"
     beton = write(path)
     ends = (beton.descriptors["offset"] + beton.descriptors["size"]).astype(np.int64)
@@ -265,7 +266,7 @@ def test_a_killed_writer_leaves_the_old_beton(tmp_path: Path) -> None:
     before = write(path).data.tobytes()
     script = (
         "import sys, os, signal, numpy as np\nfrom pathlib import Path\n"
-        "from fastflower.data.betons.beton_file import BetonWriter\n"
+        "from fastflower.data.betons.beton_writer import BetonWriter\n"
         "writer = BetonWriter(Path(sys.argv[1]), 2)\nwriter.append_raw(np.zeros((9, 9, 3), np.uint8), 0, 0)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -9,7 +9,8 @@ import pytest
 
 from fastflower.core import files
 from fastflower.data.betons import beton_file
-from fastflower.data.betons.beton_file import BetonWriter, open_beton
+from fastflower.data.betons.beton_file import open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.conversion.assemble import CONTENTS
 
 NAME = "fold0_train.beton"

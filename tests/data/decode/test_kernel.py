@@ -15,7 +15,8 @@ from scipy import stats
 
 from fastflower.core import seeding
 from fastflower.core.errors import CorruptionError, EnvironmentFault, InputError
-from fastflower.data.betons.beton_file import Beton, BetonWriter, open_beton
+from fastflower.data.betons.beton_file import Beton, open_beton
+from fastflower.data.betons.beton_writer import BetonWriter
 from fastflower.data.decode import kernel
 from fastflower.data.decode.kernel import (
     Crop,
