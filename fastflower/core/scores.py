@@ -1,4 +1,4 @@
-"""Scores of logits, as pure functions for training, evaluation and reports; computed by scikit-learn."""
+"""Scores of logits, as pure functions for training, evaluation and reports."""
 
 from __future__ import annotations
 
@@ -34,19 +34,27 @@ def top1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def macro_recall(logits: np.ndarray, labels: np.ndarray) -> float:
     """The mean recall over the classes that occur in `labels`: balanced accuracy."""
-    # here and below: two seconds, which no reader of saved scores spends
-    from sklearn.metrics import recall_score
-
-    present, guess = np.unique(labels), guesses(logits)
-    return float(recall_score(labels, guess, labels=present, average="macro", zero_division=0))
+    right, actual, _ = _counts(logits, labels)
+    return float((right / actual).mean())
 
 
 def macro_f1(logits: np.ndarray, labels: np.ndarray) -> float:
     """The mean F1 over the classes that occur in `labels`."""
-    from sklearn.metrics import f1_score
+    right, actual, guessed = _counts(logits, labels)
+    return float((2 * right / (actual + guessed)).mean())
 
-    present, guess = np.unique(labels), guesses(logits)
-    return float(f1_score(labels, guess, labels=present, average="macro", zero_division=0))
+
+def _counts(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class that occurs in `labels`: the rows that are right, that have it, and that are guessed to have it.
+
+    Not scikit-learn's functions: checking their input takes them a millisecond, a bootstrap 2000 times as much.
+    """
+    guess, size = guesses(logits), max(logits.shape[1], int(labels.max(initial=0)) + 1)
+    right, actual, guessed = (
+        np.bincount(rows, minlength=size) for rows in (labels[guess == labels], labels, guess[guess >= 0])
+    )
+    present = actual > 0
+    return right[present], actual[present], guessed[present]
 
 
 def f1(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -278,6 +278,8 @@ def _check_ranges(recipe: Recipe) -> None:
     count = fold_count(recipe)
     if fold not in ("all", "none") and not (folds and all(type(k) is int and 0 <= k < count for k in folds)):
         raise InputError(f"data.fold = {fold}: must be all, none, or a number (or list) in 0..{count - 1}")
+    if len(set(folds)) < len(folds):
+        raise InputError(f"data.fold = {fold}: names a fold twice; give each once")
     if recipe.ensembling.average == "probabilities" and "greedy" in (
         recipe.ensembling.weighting,
         recipe.bundle.members,

@@ -159,6 +159,7 @@ REFUSALS = [
     (["data.mean=grey"], "three numbers in 0..1"),
     (["data.fold=5"], "a number (or list) in 0..4"),
     (["data.fold=[]"], "a number (or list) in 0..4"),
+    (["data.fold=[0,1,0]"], "data.fold = [0, 1, 0]: names a fold twice; give each once"),
     (["data.fold=true"], "a number (or list) in 0..4"),
     (["data.fold=1", "data.split=ratio"], "0..0"),
     (["tta.scales=[]"], "at least one image size"),

@@ -18,6 +18,9 @@ from fastflower.data.readers.image_folders import SUFFIXES, FileSource, list_ima
 
 ONE_HOT = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 MAX_LISTED = 10  # names in one message
+SPLITS = frozenset(
+    {"train", "training", "val", "valid", "validation", "test", "testing"}
+)  # names of parts of a set
 ClassNames = dict[str, dict[str, str]]  # column -> category_id -> name
 
 
@@ -203,4 +206,26 @@ def folder_rows(root: Path) -> tuple[list[LabelRow], list[str]]:
         found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
         where = f"; it has {found} files" if found else ", it is empty"
         raise InputError(f"{root}: no folder with images ({' '.join(SUFFIXES)}) below it{where}")
-    return rows, listing.notices(root)
+    _check_no_splits(root, listing.images)
+    loose = [name for name in listing.images if "/" not in name]
+    notices = listing.notices(root)
+    if loose:
+        notices.append(
+            f"{len(loose)} images directly in {root} lie in no class folder and were left out, "
+            f"such as {escaped(loose[0])}"
+        )
+    return rows, notices
+
+
+def _check_no_splits(root: Path, images: list[str]) -> None:
+    """Raise InputError for a folder of folders such as train/ and val/, whose class folders lie one level deeper."""
+    paths = [name.split("/") for name in images if "/" in name]
+    splits = sorted({path[0] for path in paths})
+    if all(name.lower() in SPLITS for name in splits) and all(len(path) > 2 for path in paths):
+        train = next((name for name in splits if name.lower().startswith("train")), splits[0])
+        others = [name for name in splits if name.lower().startswith("val")]
+        remedy = f"data.root={root / train}" + (f" data.val={root / others[0]}" if others else "")
+        raise InputError(
+            f"data.root = {root}: its folders {', '.join(map(escaped, splits))} hold folders of classes, and would be "
+            f"the classes themselves; give {remedy}"
+        )

@@ -101,8 +101,48 @@ def test_they_are_no_classes_in_training_validation_or_unlabelled_folders(
     assert set(folds.category_ids) == {"lily", "rose"}
     assert fold_set.open_unlabelled(load(None, words)).rows == 8
     output = capsys.readouterr().out
-    for folder, count in (("photos", 24), ("val", 12), ("loose", 12)):
+    for folder, count in (("photos", 30), ("val", 15), ("loose", 15)):
         assert output.count(f"note: {count} hidden or system entries below {folder} were left out") == 1
+
+
+def files_at(*names: str) -> None:
+    for name in names:
+        path = Path("photos", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(picture(len(name))))
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (("train/lily/0.jpg", "val/lily/1.jpg"), "give data.root=photos/train data.val=photos/val"),
+        (
+            ("Training/a/0.jpg", "Validation/a/1.jpg"),
+            "give data.root=photos/Training data.val=photos/Validation",
+        ),
+        (("train/a/0.jpg", "test/b/1.jpg"), "give data.root=photos/train"),
+        (("test/a/0.jpg",), "give data.root=photos/test"),
+    ],
+)
+def test_folders_of_a_split_are_no_classes(names: tuple[str, ...], remedy: str) -> None:
+    files_at(*names)
+    with pytest.raises(
+        InputError, match="hold folders of classes, and would be the classes themselves"
+    ) as error:
+        sources.open_labelled(load(None, ["data.root=photos"]))
+    assert str(error.value).endswith(remedy)
+
+
+@pytest.mark.parametrize("names", [("train/0.jpg", "val/1.jpg"), ("train/a/0.jpg", "car/b/1.jpg")])
+def test_classes_may_have_names_of_a_split(names: tuple[str, ...]) -> None:
+    files_at(*names)
+    assert len(sources.open_labelled(load(None, ["data.root=photos"])).rows) == 2
+
+
+def test_images_beside_class_folders_are_counted() -> None:
+    files_at("lily/0.jpg", "rose/1.jpg", "b.jpg", "a.jpg")
+    notices = sources.open_labelled(load(None, ["data.root=photos"])).notices
+    assert notices == ["2 images directly in photos lie in no class folder and were left out, such as a.jpg"]
 
 
 def test_a_checkpoint_folder_does_not_make_class_folders_of_photographs(littered: Path) -> None:
