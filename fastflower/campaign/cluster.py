@@ -77,6 +77,7 @@ def _train(
 
     After the loss of a node that still saves, the training waits for its end.
     """
+    ray_cluster.end_with_node()
     os.chdir(folder)
     launch.await_end(run)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

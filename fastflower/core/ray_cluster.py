@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +43,13 @@ def joined(otherwise: str) -> Iterator[Any]:
             "--ray needs Ray, which is not installed; pip install 'fastflower[cluster]'"
         ) from None
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # without an address Ray would join the latest cluster of this machine, anybody's
+        ray.init(
+            os.environ.get("RAY_ADDRESS") or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except Exception as error:  # Ray raises many kinds: no cluster at the address, no ports, no shared memory
         address = os.environ.get("RAY_ADDRESS")
         remedy = f"unset RAY_ADDRESS={address} to start one here" if address else otherwise
@@ -80,6 +89,22 @@ def cores(ray: Any) -> int:
     if not total:
         raise EnvironmentFault("--ray: no node of the cluster has a CPU core left; start one (ray start)")
     return total
+
+
+@functools.cache
+def end_with_node() -> None:
+    """Let this process, Ray's worker, end within POLL seconds of its node, so that its training is told to save.
+
+    Ray itself asks only whether process 1 has adopted its worker; on desktops it is systemd's process of the user.
+    """
+    node = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == node:
+            time.sleep(POLL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class RayTasks:
@@ -147,6 +172,7 @@ class RayTasks:
 
 def _run(work: Callable[..., T], folder: str, task: tuple[Any, ...]) -> tuple[T, int]:
     """The result of a task on a node, and the items that it counted."""
+    end_with_node()
     os.chdir(folder)
     with workers.counting() as counted:
         result = work(*task)

@@ -694,7 +694,8 @@ class Checks:
     allow_double_correction: bool = key(False, "allow a balancing sampler together with balanced softmax")
     allow_flips: bool = key(False, "allow flips although data.flips_keep_class is false")
     from_scratch: bool = key(
-        False, "refuse pretrained weights, other starting points and teachers that had them, as contests from scratch demand"
+        False,
+        "refuse pretrained weights, other starting points and teachers that had them, as contests from scratch demand",
     )
     allow_unlabelled_test: bool = key(False, "allow data.unlabelled to contain the images to predict")
 

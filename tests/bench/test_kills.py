@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,13 @@ from fastflower.bench import final_content, forked, kills
 from fastflower.bench.kills import Kills, Victim
 from fastflower.core.errors import InputError
 from fastflower.core.files import temporary_path, write_atomic
+
+
+@pytest.fixture(autouse=True)
+def _no_reaper() -> Iterator[None]:
+    """Let process 1 adopt the orphans of later tests again, which `Kills` changes for its whole process."""
+    yield
+    ctypes.CDLL(None).prctl(kills.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import math
 import os
 import signal
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastflower import train
+from fastflower.bench.kills import PR_SET_CHILD_SUBREAPER
 from fastflower.campaign import cluster, launch, plan, results
 from fastflower.campaign.__main__ import default_ranks, main
 from fastflower.campaign.heatmap import heat_map
@@ -206,10 +209,24 @@ with ray_cluster.joined("") as ray:
 """
 
 
+@pytest.fixture
+def adopts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """This process adopts the orphans below it, as systemd's process of a user does; else process 1 does."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(request.param), 0, 0, 0)
+    yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
-    "campaign", [IN_TURN, pytest.param(ON_RAY, marks=pytest.mark.slow)], ids=["in turn", "on Ray"]
+    ("campaign", "adopts"),
+    [
+        pytest.param(IN_TURN, False, id="in turn"),
+        pytest.param(ON_RAY, False, id="on Ray", marks=pytest.mark.slow),
+        pytest.param(ON_RAY, True, id="on Ray, below a user's systemd", marks=pytest.mark.slow),
+    ],
+    indirect=["adopts"],
 )
-def test_a_training_gets_sigterm_when_its_campaign_dies(tmp_path, monkeypatch, campaign):
+def test_a_training_gets_sigterm_when_its_campaign_dies(tmp_path, monkeypatch, campaign, adopts):
     """kill -9 of the campaign: the training gets SIGTERM, on which it saves."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     Path("training.py").write_text(TRAINING)
@@ -560,7 +577,8 @@ def test_ray_that_is_absent_or_does_not_start_is_one_line(monkeypatch, capsys, t
     (line,) = on_ray(["tiny.yaml"], monkeypatch, capsys)
     assert line.endswith("--ray needs Ray, which is not installed; pip install 'fastflower[cluster]'")
 
-    def init(**_: object) -> None:
+    def init(address: str, **_: object) -> None:
+        assert address == "local"  # never another cluster of this machine
         raise RuntimeError("The current node timed out during startup.\nThis could happen because ...")
 
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))

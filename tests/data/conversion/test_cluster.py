@@ -185,7 +185,7 @@ def test_ray_that_does_not_start_is_one_line(photographs, monkeypatch) -> None:
 
 
 def test_a_cluster_that_asks_for_a_token_says_where_it_is(monkeypatch) -> None:
-    def init(**_: Any) -> None:
+    def init(address: str, **_: Any) -> None:
         raise type("AuthenticationError", (Exception,), {})("RPC error: InvalidAuthToken: token is missing")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
