@@ -55,11 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_place(tmp_path: Path) -> Iterator[None]:
     """Commands write below the current directory, so each test gets one; and the same random numbers."""
-    monkeypatch.chdir(tmp_path)
+    os.chdir(tmp_path)
     torch.set_num_threads(1)
     seeding.seed_all(0)
+    yield
+    os.chdir(REPO)  # pytest removes the folder
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,10 @@ def test_mistakes_with_folders_name_the_folder_that_is_meant() -> None:
     Path("heic/a/0.png").rename("heic/a/0.HEIC")
     assert refusal("data.root=heic").endswith("below it; it has 1 .heic files")
     Path("empty").mkdir()
+    assert refusal("data.root=empty").startswith(
+        "data.root = empty: the folder is empty; put the training images"
+    )
+    Path("empty/rose").mkdir()
     assert refusal("data.root=empty", "data.form=folders").endswith("below it, it is empty")
 
 
@@ -59,7 +63,7 @@ def test_mistakes_with_label_files_name_the_cause() -> None:
     assert refusal("data.root=photos", "data.csv=one.csv") == (
         "one.csv: 1 of 7 files is missing in photos: line 8: 'gone.jpg' does not exist"
     )
-    Path("other").mkdir()
+    image("other/portrait.png")
     line = refusal("data.root=other", "data.csv=good.csv")
     assert line.startswith("good.csv: 6 of 6 files are missing in other: line 2: '0.jpg' does not exist;")
     assert line.endswith("and 3 more")

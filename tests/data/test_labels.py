@@ -303,8 +303,13 @@ def test_a_missing_root_or_label_file_is_refused() -> None:
     with pytest.raises(InputError, match=r"data.root = train: no such folder"):
         read("")
     Path("train").mkdir()
-    with pytest.raises(InputError, match=r"data.csv = none.csv: No such file"):
+    with pytest.raises(
+        InputError, match=r"data.root = train: the folder is empty; put the training images there"
+    ):
         labels.read_labels(load(None, ["data.root=train", "data.csv=none.csv"]))
+    Path("train/rose").mkdir()
+    with pytest.raises(InputError, match=r"data.csv = none.csv: No such file"):
+        labels.read_labels(load(None, ["data.root=train", "data.csv=none.csv", "data.form=csv"]))
     with pytest.raises(InputError, match=r"no folder with images"):
         labels.read_labels(load(None, ["data.root=train", "data.form=folders"]))
 
