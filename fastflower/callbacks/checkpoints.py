@@ -34,7 +34,7 @@ from fastflower.core.runs import TRAINED_KINDS, Run, parse_member
 from fastflower.model.member import MemberMeta, save_member
 
 # layout of the training state in `last`; raise it when a component's state changes its keys: resume refuses others
-LAYOUT = 3
+LAYOUT = 4
 FIXED_NAMES = {kind: f"{kind}.pth" for kind in TRAINED_KINDS}
 
 

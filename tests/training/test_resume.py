@@ -156,7 +156,7 @@ def shape(tree: Any) -> Any:
 
 def test_the_layout_of_last_is_the_one_that_its_number_stands_for(uncut):
     """When this test needs other keys, raise checkpoints.LAYOUT, so that an older `last` is refused and not misread."""
-    assert checkpoints.LAYOUT == uncut["last"].meta["layout"] == 3
+    assert checkpoints.LAYOUT == uncut["last"].meta["layout"] == 4
     more = uncut["last"].training_state
     assert set(more) == {"time", "optimizer", "scaler", "parts"} and set(more["optimizer"]) == {
         "state",
@@ -179,7 +179,8 @@ def test_the_layout_of_last_is_the_one_that_its_number_stands_for(uncut):
         },
         "machine": {"loose": None},
         "trends": leaves(
-            ("size", "val_loss", "val_epoch", "train_loss", "overfit", "lr", "falls", "f1", "f1_epoch", "still")
+            ("size", "val_loss", "val_epoch", "train_loss", "overfit", "lr", "falls", "f1", "f1_epoch", "still",
+             "norms", "longest", "first_loss", "odd")
         ),
     }  # fmt: skip
 
@@ -191,7 +192,7 @@ def test_a_last_of_an_older_layout_is_refused(project, monkeypatch):
     del old.meta["layout"], old.training_state["parts"]["scoring"]["val_loss"]
     checkpoint.save(path, old.tensors, old.meta, **old.training_state)
     with pytest.raises(
-        errors.InputError, match=r"has layout None, this version resumes layout 3; .* exp.name$"
+        errors.InputError, match=r"has layout None, this version resumes layout 4; .* exp.name$"
     ):
         toy_project.fit()
 
