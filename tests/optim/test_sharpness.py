@@ -46,7 +46,8 @@ def reference(
 def close(got: Tensor | None, wanted: Tensor | None, scale: float) -> bool:
     if got is None or wanted is None:
         return got is None and (wanted is None or not wanted.any())
-    return bool((got.double() - wanted).abs().max() <= 2e-4 * scale)
+    # a tenth of what the two gradients of a step differ by; an activation near 0 has another sign in single precision
+    return bool((got.double() - wanted).abs().max() <= 1e-3 * scale)
 
 
 @pytest.mark.slow
