@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastflower.core import console, errors
+from fastflower.core import console, errors, files
 from fastflower.core.errors import InputError
 from fastflower.data.samples import digit_pairs, digits, eyes, food
 
@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
     kind, options = parse(argv)
     home = Path(options.pop("home", f"data/{kind}"))
     started = time.monotonic()
-    KINDS[kind](home, **{name: int(value) for name, value in options.items()})
+    with files.filling(home) as folder:
+        KINDS[kind](folder, **{name: int(value) for name, value in options.items()})
     print(f"{kind} in {home}: {time.monotonic() - started:.0f} s")
     if home == Path(f"data/{kind}"):  # where the recipe looks
         console.print_next("doctor", [f"recipes/{kind}{'' if kind == 'digits' else '_small'}.yaml"])

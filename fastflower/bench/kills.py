@@ -74,7 +74,9 @@ _SEARCH = (
     "2",
 )
 VICTIMS = (
+    Victim("sample_data", "sample_data", ("food", "rows=22", "unlabelled=22", "held_out=22")),
     Victim("convert", "convert", (_RECIPE, "data.workers=2")),
+    Victim("lrfind", "lrfind", (_RECIPE,), "convert"),
     Victim("train", "train", (_RECIPE,), "convert"),
     Victim("evaluate", "evaluate", (_RECIPE,), "train"),
     Victim("ensemble", "ensemble", (_RECIPE, "--save"), "evaluate"),

@@ -36,7 +36,10 @@ def run_on_ray(tasks: Iterable[Task], ranks: int, *, finished: Finished, logs: P
             log = logs / f"{task.run.exp}__{task.run.stem}.log"
             command = launch.training_command(task, ranks)
             environment = launch.child_environment(threads)
-            waiting[train.remote(task.run, command, environment, str(log), os.getcwd())] = task
+            task_id = train.remote(
+                task.run, command, environment=environment, log=str(log), folder=os.getcwd()
+            )
+            waiting[task_id] = task
             print(f"  queued {task.name}", flush=True)
             if len(waiting) >= slots:
                 yield _first(ray, waiting)
@@ -71,7 +74,7 @@ def _unit(request: dict[str, float]) -> str:
 
 
 def _train(
-    run: Run, command: list[str], environment: dict[str, str], log: str, folder: str
+    run: Run, command: list[str], *, environment: dict[str, str], log: str, folder: str
 ) -> tuple[int, str]:
     """Run the training as a process on a node, with the GPUs that Ray assigned to it.
 

@@ -131,6 +131,26 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """Context manager: a folder that becomes `target` on success and is deleted on error, so none is half filled.
+
+    What killed writers of `target` left is deleted. Raises InputError for a target with anything in it.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is not empty; remove it, or give another folder")
+    target = target.resolve()  # a link stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target.parent, glob.escape(target.name))
+    folder = temporary_path(target)
+    folder.mkdir()
+    try:
+        yield folder
+        folder.replace(target)
+    finally:
+        remove(folder)
+
+
 def check_writable(*folders: Path) -> None:
     """Create folders, and raise PermissionError for one in which this process may not write: before minutes of work."""
     for folder in folders:

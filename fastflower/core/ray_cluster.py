@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import socket
@@ -136,18 +137,13 @@ class RayTasks:
         shared, folder = ray.put(work), os.getcwd()
         waiting: deque[Any] = deque()
         try:
-            for task in tasks:
-                waiting.append(remote.remote(shared, folder, task))
-                if len(waiting) >= 2 * count:
-                    break
+            waiting.extend(remote.remote(shared, folder, task) for task in itertools.islice(tasks, 2 * count))
             meanwhile()
             while waiting:
                 result, items = self._result(waiting.popleft())
                 done += items
                 on_progress(done)
-                for task in tasks:
-                    waiting.append(remote.remote(shared, folder, task))
-                    break
+                waiting.extend(remote.remote(shared, folder, task) for task in itertools.islice(tasks, 1))
                 yield result
         finally:
             for task in waiting:

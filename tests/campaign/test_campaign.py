@@ -205,7 +205,9 @@ from fastflower.core.runs import Run
 run = Run(exp="tiny", backbone="test_vit", fold=0, seed=42)
 with ray_cluster.joined("") as ray:
     command = [sys.executable, "training.py"]
-    ray.get(ray.remote(cluster._train).remote(run, command, dict(os.environ), "log", os.getcwd()))
+    ray.get(ray.remote(cluster._train).remote(
+        run, command, environment=dict(os.environ), log="log", folder=os.getcwd()
+    ))
 """
 
 

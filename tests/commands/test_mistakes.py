@@ -1,4 +1,4 @@
-"""What a person gets wrong in the first hour: each mistake is one line with its true cause and the remedy."""
+"""Mistakes of the first hour: each is one line with its true cause and the remedy."""
 
 from __future__ import annotations
 

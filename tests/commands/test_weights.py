@@ -161,7 +161,7 @@ def test_networks_without_published_weights_are_refused() -> None:
 
 
 def timm_checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What timm's train.py writes: options as a Namespace, raw and averaged weights, NumPy's number of the score."""
+    """A checkpoint as timm's train.py writes it: Namespace of options, raw and averaged weights, a NumPy score."""
     return {
         "epoch": 3,
         "arch": "test_resnet",

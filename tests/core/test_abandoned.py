@@ -1,4 +1,4 @@
-"""What killed commands left is removed by the next command of the same kind; what others write at the moment stays."""
+"""Leftovers of killed commands are removed by the next command of the same kind; files being written stay."""
 
 from __future__ import annotations
 

@@ -262,3 +262,27 @@ def test_json_holds_no_nan(tmp_path):
 
 def test_digest_separates_its_parts():
     assert files.digest("ab", "c") != files.digest("a", "bc") and len(files.digest("x")) == 16
+
+
+@pytest.mark.parametrize("present", [False, True], ids=["absent", "empty"])
+def test_a_folder_is_filled_in_full_or_not_at_all(tmp_path: Path, present: bool) -> None:
+    target = tmp_path / "drawn"
+    if present:
+        target.mkdir()
+    with pytest.raises(ZeroDivisionError), files.filling(target) as folder:
+        (folder / "a").write_text("half")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn"] * present
+    abandoned = files.temporary_path(target, pid=2**22 + 1)  # of a killed process: above the largest pid
+    abandoned.mkdir()
+    (abandoned / "b").write_text("half")
+    with files.filling(target) as folder:
+        (folder / "a").write_text("whole")
+        assert not abandoned.exists() and not any(target.glob("*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn"]
+    with (
+        pytest.raises(InputError, match=r"drawn is not empty; remove it, or give another folder"),
+        files.filling(target),
+    ):
+        pass
+    assert (target / "a").read_text() == "whole"

@@ -785,7 +785,7 @@ def test_no_key_is_left_out():
 
 @pytest.fixture(scope="module")
 def unchanged(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable, str], str]:
-    """What an observer sees before a key is changed; observed twice, once for all keys that need the same changes."""
+    """The observation before a key is changed; made twice, and once for all keys that need the same changes."""
 
     @functools.cache
     def observed(observer: Callable[[Recipe], Any], needed: str) -> str:

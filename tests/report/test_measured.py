@@ -1,4 +1,4 @@
-"""What evaluate measured beside the scores, on the page: views, other class distributions, a plain split's leak."""
+"""The page's tables of further measurements by evaluate: views, other class distributions, a plain split's leak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation costs: the epochs that are scored, the corrupted images that count, the copies to the host."""
+"""The cost of evaluations: the epochs that are scored, the corrupted images that count, the copies to the host."""
 
 from __future__ import annotations
 

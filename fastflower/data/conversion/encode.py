@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,19 +101,18 @@ class Spool:
         """Yield the encoded images of each row: one, or two for pairs."""
         for first in range(0, len(rows), CHUNK):  # tolist() by chunk: fast, and memory stays flat
             for blobs in self.blobs[rows[first : first + CHUNK], :, column].tolist():
-                yield [self._read(*blob) for blob in blobs]
+                yield [self._read(blob) for blob in blobs]
 
     def pixels(self, row: int) -> np.ndarray:
         """The first image of a row as training sees it: uint8 (H, W, 3)."""
-        image = self._read(*self.blobs[row, 0, TRAIN].tolist())
+        image = self._read(self.blobs[row, 0, TRAIN].tolist())
         if image.mode == RAW:
             return np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
         size = (image.height, image.width)
         return decode_file(bytes(image.data), size, size)
 
-    def _read(
-        self, file: int, mode: int, height: int, width: int, offset: int, size: int, crc: int
-    ) -> EncodedImage:
+    def _read(self, blob: Sequence[int]) -> EncodedImage:
+        file, mode, height, width, offset, size, crc = blob
         if file not in self._handles:
             self._handles[file] = os.open(_spool_path(self.folder, file), os.O_RDONLY)
         data = os.pread(self._handles[file], size, offset)

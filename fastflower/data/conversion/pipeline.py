@@ -68,9 +68,9 @@ def convert(
     """Write classes.csv, folds.csv and the betons of every fold, as far as they are missing; print the progress.
 
     `embedder` opens the network of data.group = embedding, before any image is read. `cluster` joins the machines that
-    do the work, when there is any; without, it is this one. All outputs appear at the end,
-    together. Raises InputError for unreadable images (naming all of them) and for labels that no longer match
-    folds.csv; EnvironmentFault for a full disk, a killed worker, or another conversion to the same folder.
+    do the work; without it, this one does. All outputs appear at the end, together. Raises InputError for unreadable
+    images (naming all of them) and for labels that no longer match folds.csv; EnvironmentFault for a full disk, a
+    killed worker, or another conversion to the same folder.
     """
     start, home = time.monotonic(), Path(recipe.data.home)
     unlabelled = _check_unlabelled(recipe) if recipe.data.unlabelled else None
@@ -143,15 +143,27 @@ def convert(
             and assemble.reuse(home, folder, unlabelled.origin(settings))
         ):
             _convert_unlabelled(recipe, unlabelled, settings=settings, machine=machine, folder=folder)
-        write_classes(home / "classes.csv", table)
-        write_csv(home / "class_stats.csv", class_stats(table))
-        files.write_atomic(home / "class_stats.png", chart())
-        if duplicate_rows is not None:
-            write_csv(home / DUPLICATES, duplicate_rows, (*DUPLICATE_COLUMNS, CHECK))
-            save_folds(home / "folds.csv", folds)
-        auxiliary.record(home, table.aux, folds.hash)
+        _write_tables(home, table, folds=folds, duplicate_rows=duplicate_rows, chart=chart())
         assemble.replace_set(home, folder)
         return converted(settings, folds, up_to_date=False)
+
+
+def _write_tables(
+    home: Path,
+    table: LabelTable,
+    *,
+    folds: Folds,
+    duplicate_rows: Iterator[dict[str, str]] | None,
+    chart: bytes,
+) -> None:
+    """Write the tables beside the betons; duplicate_rows: of folds that are new, else None."""
+    write_classes(home / "classes.csv", table)
+    write_csv(home / "class_stats.csv", class_stats(table))
+    files.write_atomic(home / "class_stats.png", chart)
+    if duplicate_rows is not None:
+        write_csv(home / DUPLICATES, duplicate_rows, (*DUPLICATE_COLUMNS, CHECK))
+        save_folds(home / "folds.csv", folds)
+    auxiliary.record(home, table.aux, folds.hash)
 
 
 def _current_settings(

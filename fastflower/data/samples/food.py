@@ -33,10 +33,8 @@ class Shot(NamedTuple):
 def write(home: Path, *, rows: int = 220, unlabelled: int = 1320, held_out: int = 440, seed: int = 0) -> None:
     """Draw `rows` labelled and `unlabelled` training images, and `held_out` each to validate and to test.
 
-    Every class has equally many, give or take one. InputError when `home` is not empty or a class would be.
+    Every class has equally many, give or take one. InputError when a class would be empty.
     """
-    if home.exists() and any(home.iterdir()):
-        raise InputError(f"{home} is not empty; remove it, or give another home=")
     counts = {
         "training/labeled": rows,
         "training/unlabeled": unlabelled,

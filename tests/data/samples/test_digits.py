@@ -38,7 +38,7 @@ def test_all_digits_may_train(capsys):
     assert rows[:, 0].tolist() == load_digits().target.tolist()
     assert Path("data/digits/truth.csv").read_text() == "ImageId,Label\n"
     with pytest.raises(InputError, match="held_out=1797: there are 1797 digits; leave some to train on"):
-        sample_data.main(["digits", "held_out=1797"])
+        sample_data.main(["digits", "held_out=1797", "home=none"])
 
 
 def test_a_table_of_pixels_becomes_files(capsys):
