@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 
 from fastflower.campaign.plan import format_value
 from fastflower.campaign.results import Grid
-from fastflower.core.charts import SERIES, STYLE, Chart, canvas
+from fastflower.core.charts import SERIES, Chart, canvas, chart_style
 
 INSET = 0.44  # half the side of a frame, as a fraction of its cell
 
@@ -16,7 +16,7 @@ INSET = 0.44  # half the side of a frame, as a fraction of its cell
 def heat_map(grid: Grid, title: str) -> Chart:
     """Mean scores as colours and numbers; the best region is framed, the best cell with a bold frame."""
     rows, columns = grid.mean.shape
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         figure, axes = canvas(height=max(2.6, 1.5 + 0.42 * rows))
         low, high = float(np.nanmin(grid.mean)), float(np.nanmax(grid.mean))
         median = float(np.nanmedian(grid.mean))

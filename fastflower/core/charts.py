@@ -39,51 +39,58 @@ CJK = (  # usual families with Chinese letters, and the files that hold them
 )
 
 
-def _cjk_families() -> list[str]:
-    """The families of CJK that are installed, also since matplotlib wrote its list of fonts; a sixth of a second."""
+@functools.cache
+def families() -> list[str]:
+    """The charts' font families: letters that the first lacks are those of the next.
+
+    Those of CJK that are installed count, also since matplotlib wrote its list of fonts: a sixth of a second.
+    """
     if not _known() & {family for family, _ in CJK}:
         files = tuple(file for _, file in CJK)
         for path in font_manager.findSystemFonts():
             if Path(path).name.startswith(files):
                 with contextlib.suppress(OSError, RuntimeError):  # a file that is no font
                     font_manager.fontManager.addfont(path)
-    return [family for family, _ in CJK if family in _known()]
+    return ["DejaVu Sans", *(family for family, _ in CJK if family in _known())]
 
 
 def _known() -> set[str]:
     return {font.name for font in font_manager.fontManager.ttflist}
 
 
-FAMILIES = ("DejaVu Sans", *_cjk_families())  # letters that the first lacks are those of the next
 _DIGITS = re.compile(r"(\d+\.\d{2})\d+")
 
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": FAMILIES,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titley": 1.02,  # a fixed value spares matplotlib measuring every label
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
+
+@functools.cache
+def chart_style() -> dict[Any, Any]:
+    """Matplotlib's settings for all charts."""
+    return {
+        "svg.fonttype": "none",
+        "font.family": families(),
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titley": 1.02,  # a fixed value spares matplotlib measuring every label
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": FAINT,
+        "grid.linewidth": 0.6,
+        "text.color": TEXT,
+        "axes.labelcolor": TEXT,
+        "axes.edgecolor": TEXT,
+        "xtick.color": TEXT,
+        "ytick.color": TEXT,
+        "axes.linewidth": 0.6,
+        "lines.linewidth": 1.6,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+    }
 
 
 @dataclass
@@ -97,7 +104,7 @@ class Chart:
 
     def svg(self) -> str:
         """One <svg> element without fixed size; ids contain the chart's name, so that a page can hold many charts."""
-        with matplotlib.rc_context(STYLE | {"svg.hashsalt": self.name}):
+        with matplotlib.rc_context(chart_style() | {"svg.hashsalt": self.name}):
             buffer = io.StringIO()
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
@@ -118,7 +125,7 @@ class Chart:
 
     def png(self) -> bytes:
         """The chart as a PNG on white, with twice the pixels of the screen version."""
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(chart_style()):
             buffer = io.BytesIO()
             self.figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
@@ -131,7 +138,7 @@ def canvas(
 
     layout=None uses fixed margins, which takes a tenth of the time, and leaves `free_below` inches under the axes.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         total = height + free_below
         figure = Figure(figsize=(5, total), layout=layout)
         if layout is None:
@@ -158,7 +165,7 @@ def is_drawable(letter: str) -> bool:
 
 @functools.cache
 def _fonts() -> list[FT2Font]:
-    return [font_manager.get_font(font_manager.findfont(family)) for family in FAMILIES]
+    return [font_manager.get_font(font_manager.findfont(family)) for family in families()]
 
 
 _said: set[str] = set()

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from fastflower.core import files
-from fastflower.core.charts import STYLE, Chart, axis_label, canvas
+from fastflower.core.charts import Chart, axis_label, canvas, chart_style
 from fastflower.core.metric import parse
 from fastflower.core.records import to_plain
 from fastflower.core.scores import BINARY
@@ -197,7 +197,7 @@ def confusion_chart(cells: Cells, labels: list[str]) -> Chart:
         matrix[label, guess] = count
     matrix /= np.maximum(matrix.sum(1, keepdims=True), 1)
     named, title = len(labels) <= 30, "Confusion matrix"  # short: long names of classes leave it little room
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         figure, axes = canvas(4.6)
         axes.grid(False)
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

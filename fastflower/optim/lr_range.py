@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 
-from fastflower.core.charts import FAINT, SERIES, STYLE, Chart, canvas
+from fastflower.core.charts import FAINT, SERIES, Chart, canvas, chart_style
 
 SMOOTHING = 0.95  # decay of the running mean of the losses
 DIVERGED_RATIO = 4.0  # over the lowest smoothed loss: the test ends
@@ -63,7 +63,7 @@ def lr_range_chart(
 ) -> Chart:
     """Raw and smoothed losses over the learning rate; `marks`, name -> rate, become vertical lines."""
     title = "Loss over the learning rate"
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         figure, axes = canvas()
         axes.plot(tried, losses, color=FAINT, linewidth=1)
         axes.plot(tried, smooth, color=SERIES[0], label="smoothed")

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
-from fastflower.core.charts import LEGEND_ROW, SERIES, STYLE, TEXT, Chart, canvas
+from fastflower.core.charts import LEGEND_ROW, SERIES, TEXT, Chart, canvas, chart_style
 from fastflower.evaluation.records import ClassScores, CorruptedScores, ReliabilityBin
 
 
@@ -48,7 +48,7 @@ def over_epochs(name: str, lines: Lines, size_changes: list[int]) -> Chart:
     columns = max(1, min(4, int(324 // entry_width)))
     has_legend = len(lines.series) > 1
     rows = -(-len(lines.series) // columns) if has_legend else 0
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         figure, axes = canvas(layout=None, free_below=LEGEND_ROW * rows)
         descriptions = []
         for position, (label, (epochs, values)) in enumerate(lines.series.items()):
@@ -94,7 +94,7 @@ def interval_chart(
     """Fractions with their 95% intervals, one colour per series; a dotted line marks `reference`."""
     rows = list(dict.fromkeys(interval.row for interval in intervals))
     series = list(dict.fromkeys(interval.series for interval in intervals))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         figure, axes = canvas(0.9 + max(0.42, 0.1 + 0.16 * len(series)) * len(rows))
         if reference is not None:
             axes.axvline(reference, color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)))
@@ -144,7 +144,7 @@ def robustness(corrupted: CorruptedScores, clean: float) -> Chart:
 
 def reliability(bins: list[ReliabilityBin], t: float | None) -> Chart:
     """Accuracy against confidence, before and after temperature scaling."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         figure, axes = canvas(3.2)
         axes.plot([0, 1], [0, 1], color=TEXT, linewidth=0.7, linestyle=(0, (2, 3)))
         for position, (when, label) in enumerate(
@@ -173,7 +173,7 @@ def long_tail(classes: list[ClassScores]) -> Chart:
     images = [row.images for row in present]
     balanced = min(images) == max(images)
     x = list(range(1, len(present) + 1)) if balanced else images
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(chart_style()):
         figure, axes = canvas(3.2)
         axes.scatter(x, [row.recall for row in present], s=18, color=SERIES[0], linewidths=0, label="clean")
         corrupted = [row.corrupted_recall for row in present if row.corrupted_recall is not None]

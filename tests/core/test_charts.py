@@ -11,7 +11,7 @@ import pytest
 from matplotlib import font_manager
 
 from fastflower.core import charts
-from fastflower.core.charts import STYLE, Chart, axis_label, canvas
+from fastflower.core.charts import Chart, axis_label, canvas, chart_style
 from fastflower.core.console import aligned, shortened, text_width
 from fastflower.data.conversion.class_chart import class_chart
 from fastflower.data.labels import ClassMap, LabelTable
@@ -49,15 +49,15 @@ def test_charts_of_chinese_names_warn_of_no_glyph() -> None:
         warnings.simplefilter("error")
         assert class_chart(table())[:4] == b"\x89PNG"
         figure, axes = canvas()
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(chart_style()):
             axes.set_yticks([0, 1, 2], [axis_label(name, str(k)) for k, name in enumerate(NAMES)])
         Chart("confusion", "", "", figure).png()
 
 
 def test_a_chinese_font_is_used_where_one_is_installed() -> None:
-    if len(charts.FAMILIES) == 1:
+    if len(charts.families()) == 1:
         pytest.skip("no font of charts.CJK is installed")
-    assert axis_label("玫瑰", "164") == "玫瑰" and STYLE["font.family"] == charts.FAMILIES
+    assert axis_label("玫瑰", "164") == "玫瑰" and chart_style()["font.family"] == charts.families()
 
 
 def test_chinese_letters_take_two_columns() -> None:

@@ -18,7 +18,7 @@ def class_chart(table: LabelTable) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from fastflower.core.charts import FAMILIES, axis_label
+    from fastflower.core.charts import axis_label, families
 
     rows = class_stats(table)
     order = np.argsort(-table.counts, kind="stable")
@@ -38,7 +38,7 @@ def class_chart(table: LabelTable) -> bytes:
     axes.set_xticks(np.arange(len(counts)) if labelled else [])
     if labelled:
         ids = [axis_label(table.classes.ids[k], longest=10) for k in order]
-        axes.set_xticklabels(ids, fontsize=8, rotation=90 if len(counts) > 20 else 0, family=FAMILIES)
+        axes.set_xticklabels(ids, fontsize=8, rotation=90 if len(counts) > 20 else 0, family=families())
     axes.set_xlabel("category_id" if labelled else "classes, largest first")
     axes.set_ylabel("images")
     axes.set_xlim(-0.7, len(counts) - 0.3)
