@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastflower.core import console, errors
+from fastflower.core import console, errors, processor
 
 if TYPE_CHECKING:  # before installation doctor must import nothing that needs a package
     from fastflower.data.labels import LabelTable
@@ -255,10 +255,11 @@ def gpus() -> list[Finding]:
 
 def cores() -> Finding:
     count = len(os.sched_getaffinity(0))
+    bf16 = ", with bf16 instructions (train.cpu_bf16)" if processor.multiplies_bf16() else ""
     return Finding(
         "cores",
         True if count >= 2 else None,
-        text=str(count),
+        text=f"{count}{bf16}",
         advice="" if count >= 2 else "decoding and training are faster on two or more",
     )
 

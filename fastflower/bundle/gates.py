@@ -7,7 +7,6 @@ photographs that the members validated on: on PNGs where images came as numbers,
 from __future__ import annotations
 
 import math
-import platform
 import runpy
 import sys
 import time
@@ -26,7 +25,7 @@ from fastflower.bundle.held_out import HeldOut, collect, write_betons
 from fastflower.bundle.submission import run_summary, submission_fault
 from fastflower.bundle.tracing import CODE
 from fastflower.bundle.writer import Member
-from fastflower.core import files, scores
+from fastflower.core import files, processor, scores
 from fastflower.core.records import to_plain
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.loaders import eval_images
@@ -362,19 +361,11 @@ def latency(root: Path, bundle: BundleDescription, *, allowed: float, python: Pa
     hardware = (
         torch.cuda.get_device_name()
         if device.startswith("cuda")
-        else f"{cpu_name()}, {summary['threads']} threads"
+        else f"{processor.name()}, {summary['threads']} threads"
     )
     item = "a pair" if bundle.pairs else "an image"
     got = f"{spent:.1f} ms {item} on {hardware}, {precision}"
     return Gate("latency", got=got, allowed=f"<= {allowed:g} ms", passed=spent <= allowed)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def print_table(gates: list[Gate]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,17 +21,23 @@ class Classifier(ComposerModel):
 
     Shadows stay outside the module tree: they add no parameters, DDP does not see them, and `train()` and `eval()`
     do not reach them. Add them in eval mode.
+
+    `cpu_bf16`: compute in mixed precision on a CPU, where Composer's own does nothing.
     """
 
-    def __init__(self, network: Network, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, network: Network, loss: Callable[[Tensor, Tensor], Tensor], *, cpu_bf16: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
         self.criterion = loss
+        self.cpu_bf16 = cpu_bf16
         self.shadows: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) of a batch whose image is float (B, 3, H, W), uint8 (B, H, W, 3) or its features (B, F)."""
-        return self.network(float_images(batch))
+        with self._precision():
+            return self.network(float_images(batch))
 
     def loss(self, outputs: Tensor, batch: Batch, *_: Any, **__: Any) -> Tensor:
         """The training loss of logits (B, C) against the batch's soft target, or its label without one."""
@@ -42,10 +49,14 @@ class Classifier(ComposerModel):
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> dict[str, Tensor]:
         """Float32 logits (B, C) by name: `raw` for the network itself, then every shadow."""
         images = float_images(batch)
-        if self.network.kept == "backbone" and images.ndim == 4:  # which all of them share
-            images = self.network.features(images)
         networks: dict[str, Callable[[Tensor], Tensor]] = {"raw": self.network, **self.shadows}
-        return {name: network(images).float() for name, network in networks.items()}
+        with self._precision():
+            if self.network.kept == "backbone" and images.ndim == 4:  # which all of them share
+                images = self.network.features(images)
+            return {name: network(images).float() for name, network in networks.items()}
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return torch.autocast("cpu", torch.bfloat16) if self.cpu_bf16 else nullcontext()
 
 
 def float_images(batch: Batch) -> Tensor:

@@ -42,7 +42,6 @@ from fastflower.data.transforms.augment import augment
 from fastflower.data.unlabelled import UnlabelledBatches
 from fastflower.evaluation import distillation, soft_labels
 from fastflower.model.classifier import Classifier
-from fastflower.model.losses import build_loss
 from fastflower.model.network import Network
 from fastflower.optim.groups import Group, describe_groups
 from fastflower.optim.optimizers import build_optimizer
@@ -105,7 +104,7 @@ def training(
     )
     network, derived, data = prepared.network, prepared.derived, prepared.data
     groups = prepared.groups()
-    classifier = Classifier(network, build_loss(recipe, prepared.counts.tolist()))
+    classifier = prepared.classifier()
     guard = GradientGuard(
         network, recipe.train.clip_grad, limit=recipe.train.max_nonfinite, warn=console.write
     )
@@ -176,7 +175,7 @@ def lr_range_test(recipe: Recipe, *, fold: FoldSet, machine: Machine) -> tuple[l
     prepared = prepare(recipe, fold=fold, machine=machine)
     network, data = prepared.network, prepared.data
     range_test = LrRangeTest(recipe, prepared.derived.lr)
-    classifier = Classifier(network, build_loss(recipe, prepared.counts.tolist()))
+    classifier = prepared.classifier()
     guard = GradientGuard(network, recipe.train.clip_grad, limit=recipe.lrfind.steps + 1)
     trainer = _trainer(
         prepared,
@@ -220,7 +219,7 @@ def _trainer(
         optimizers=build_optimizer(groups, recipe, machine.torch_device),
         progress_bar=False,
         device=machine.composer_device(),
-        precision=machine.precision,
+        precision=machine.composer_precision,
         device_train_microbatch_size=derived.stages[0].batch_per_gpu,
         seed=recipe.seed,
         dist_timeout=TIMEOUT,

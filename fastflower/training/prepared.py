@@ -14,7 +14,9 @@ from fastflower.core.errors import InputError
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.data.unlabelled import exclusion_notice
 from fastflower.evaluation.views import sizes_of
+from fastflower.model.classifier import Classifier
 from fastflower.model.frozen import features_are_fixed
+from fastflower.model.losses import build_loss
 from fastflower.model.network import (
     Network,
     NetworkSpec,
@@ -64,6 +66,11 @@ class Prepared:
     def augmentation(self) -> dict[str, Any]:
         """The keyword arguments of `augment` beside images and keys."""
         return augmentation(self.recipe, self.spec.fill, self.fold.train)
+
+    def classifier(self) -> Classifier:
+        """The network with its loss as Composer trains it."""
+        loss = build_loss(self.recipe, self.counts.tolist())
+        return Classifier(self.network, loss, cpu_bf16=self.machine.cpu_bf16)
 
     def groups(self) -> list[Group]:
         """The parameter groups of the optimizer."""

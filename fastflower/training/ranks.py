@@ -20,7 +20,7 @@ from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import dist
 
 from fastflower.callbacks.checkpoints import remove_leftovers
-from fastflower.core import launcher
+from fastflower.core import launcher, processor
 from fastflower.core.console import Console
 from fastflower.core.errors import REMEDIES, EnvironmentFault, InputError, lack_of_machine, of_machine
 from fastflower.core.files import digest, locked
@@ -45,7 +45,7 @@ class Machine:
     device: str  # "gpu" or "cpu", as Composer names them
     world: int
     rank: int
-    precision: str
+    precision: str  # "fp32", "amp_bf16" or "amp_fp16"
     nondeterministic: list[str]  # operations without a deterministic kernel, appended as they run
     watch: Watch | None  # of the other ranks
 
@@ -54,6 +54,15 @@ class Machine:
         return (
             torch.device("cuda", torch.cuda.current_device()) if self.device == "gpu" else torch.device("cpu")
         )
+
+    @property
+    def composer_precision(self) -> str:
+        """Composer's precision; it knows none but float32 on CPUs, where the classifier sees to bf16."""
+        return "fp32" if self.device == "cpu" else self.precision
+
+    @property
+    def cpu_bf16(self) -> bool:
+        return self.device == "cpu" and self.precision == "amp_bf16"
 
     def determinism(self) -> str:
         """Either "off", "full", or "best effort" with the nondeterministic operations that ran."""
@@ -109,6 +118,11 @@ def prepare(recipe: Recipe) -> Machine:
         torch.cuda.set_device(dist.get_local_rank())
     else:
         keep_freed_memory()
+        if recipe.train.cpu_bf16 and not processor.multiplies_bf16():
+            raise EnvironmentFault(
+                f"train.cpu_bf16=true: {processor.name()} has no bf16 instructions "
+                f"({' or '.join(sorted(processor.BF16))}), and would be slower with it; leave the key out"
+            )
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     watch = None
@@ -118,7 +132,7 @@ def prepare(recipe: Recipe) -> Machine:
         launcher.follow()
         launcher.check_siblings()
         watch = _join("gpu" if gpus else "cpu")
-    precision = "fp32"
+    precision = "amp_bf16" if recipe.train.cpu_bf16 and not gpus else "fp32"
     if gpus and recipe.train.amp:
         precision = "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
     return Machine(

@@ -61,6 +61,22 @@ def test_a_failing_first_collective_is_one_fault_with_nccls_words_and_remedies(r
         ranks._join("cpu")
 
 
+def test_bf16_on_a_cpu_needs_instructions_for_it_and_composer_is_told_of_float32(monkeypatch):
+    recipe = load(None, ["train.cpu_bf16=true"])
+    monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
+    machine = ranks.prepare(recipe)
+    assert (machine.precision, machine.cpu_bf16, machine.composer_precision) == ("amp_bf16", True, "fp32")
+    assert not ranks.prepare(load(None, [])).cpu_bf16
+    monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(ranks.processor, "name", lambda: "Old Chip")
+    with pytest.raises(EnvironmentFault) as refused:
+        ranks.prepare(recipe)
+    assert str(refused.value) == (
+        "train.cpu_bf16=true: Old Chip has no bf16 instructions (amx_bf16 or avx512_bf16), and would be slower with "
+        "it; leave the key out"
+    )
+
+
 class FakeWatch:
     """A watch that another rank has told its exit code."""
 

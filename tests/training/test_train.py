@@ -42,6 +42,20 @@ def project(tmp_path: Path) -> Path:
     return toy_project.project(tmp_path)
 
 
+def test_bf16_on_a_cpu_trains_beside_float32_and_is_recorded(monkeypatch):
+    monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
+    losses = {}
+    for name, words in (("float32", ()), ("bf16", ("train.cpu_bf16=true",))):
+        assert toy_project.fit(*toy_project.ONE, "robust.enabled=false", f"exp.name={name}", *words) == 0
+        losses[name] = toy_project.epochs(name)[0]["train_loss"]
+    run = toy_project.run_of("bf16")
+    assert read_record(numbers_path(run), RunNumbers).precision == "amp_bf16"
+    assert losses["bf16"] != losses["float32"]
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
+    weights = load_member(run.checkpoints("best_clean")[0]).tensors
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.slow
 def test_a_run_leaves_checkpoints_that_say_what_they_are(capsys):
     assert toy_project.fit("log.tensorboard=true") == 0
