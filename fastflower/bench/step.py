@@ -1,7 +1,7 @@
 """`bench step`: training steps per second of whole trainers, fed from photographs, in one run.
 
 Each trainer runs in a process of its own; they take turns, an epoch each, so that a busy machine favours none. Ratios
-are medians over the rounds. The first epoch of each is not counted.
+are medians over the rounds. The first epoch of each is not counted. On a GPU all compute in bf16.
 """
 
 from __future__ import annotations
@@ -23,19 +23,29 @@ from statistics import median
 from typing import IO, Any
 
 from fastflower.bench.pictures import photographs
+from fastflower.core import processor
 from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.files import write_json
 
 TITLES = {
     "resident": "fastflower, resident batches",
     "fastflower": "fastflower",
+    "bf16": "fastflower, train.cpu_bf16",
     "same": "fastflower, crop, flip and MixUp",
     "stock": "Composer and FFCV, stock",
     "timm": "timm's train loop",
+    "timm_channels_last": "timm's, --channels-last",
+    "timm_bf16": "timm's, --channels-last --amp in bf16",
     "fastai": "fastai's Learner",
     "plain": "plain loop: DataLoader and Pillow",
+    "plain_channels_last": "the same in channels_last format",
 }
 OPTIONAL = ("fastai",)  # peers that the lock does not hold
+BF16 = ("bf16", "timm_bf16")  # on CPUs alone: on a GPU all trainers compute in it
+OURS = {
+    "fastflower": "fastflower",
+    "bf16": "train.cpu_bf16",
+}  # trainers with a column of ratios, and its heading
 SPLIT = ("data.split=ratio", "data.n_splits=5")  # holds a fifth out, for any number of images
 CLASSES = 10  # labels are drawn: speed does not depend on them
 
@@ -55,7 +65,7 @@ def main(argv: list[str]) -> int | None:
     )
     parser.add_argument("--json", type=Path, help="path of the results as JSON")
     args = parser.parse_args(argv)
-    trainers = installed(args.trainers)
+    trainers = runnable(args.trainers, args.device)
     if not args.data.is_dir() or not (files := photographs(args.data, args.images)):
         raise InputError(f"--data {args.data}: no folder with JPEG files; give one")
     if len(files) * 4 // 5 < 2 * args.batch:
@@ -78,15 +88,21 @@ def main(argv: list[str]) -> int | None:
     return None
 
 
-def installed(asked: Sequence[str] | None) -> list[str]:
-    """The trainers asked for, by default all that are installed; EnvironmentFault for one that is not."""
-    absent = [name for name in OPTIONAL if not importlib.util.find_spec(name)]
-    if missing := [name for name in asked or () if name in absent]:
-        raise EnvironmentFault(
-            f"--trainers {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or leave it out"
-        )
-    if absent and not asked:
-        print(f"not installed, hence not compared: {', '.join(absent)}")
+def runnable(asked: Sequence[str] | None, device: str) -> list[str]:
+    """The trainers asked for, by default all that run here; EnvironmentFault for one that does not."""
+    absent = {
+        name: f"not installed; pip install {name}" for name in OPTIONAL if not importlib.util.find_spec(name)
+    }
+    if device == "cuda":
+        absent |= dict.fromkeys(BF16, "all trainers compute in bf16 on a GPU")
+    elif not processor.multiplies_bf16():
+        absent |= dict.fromkeys(BF16, f"{processor.name()} has no bf16 instructions")
+    for name in asked or ():
+        if name in absent:
+            raise EnvironmentFault(f"--trainers {name}: {absent[name]}, or leave it out")
+    if not asked:
+        for name, reason in absent.items():
+            print(f"not compared: {name} ({reason})")
     return list(asked or (name for name in TITLES if name not in absent))
 
 
@@ -184,7 +200,7 @@ class Contender:
 
 
 def measure(folder: Path, settings: Settings, trainers: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per trainer: images/s, their ratio to the first trainer's, processor ms and peak memory."""
+    """One row per trainer: images/s, processor ms, peak memory, and how many times as fast ours are."""
     names = [name for name in trainers if settings.ffcv or name != "stock"]
     contenders: list[Contender] = []
     try:
@@ -205,27 +221,33 @@ def measure(folder: Path, settings: Settings, trainers: Sequence[str]) -> list[d
         {
             "backbone": settings.backbone, "size": settings.size, "batch": settings.batch, "trainer": TITLES[name],
             "images_per_s": round(median(speeds[name]), 1),
-            "ratio": round(median(a / b for a, b in zip(speeds[name], speeds[names[0]], strict=True)), 3),
             "processor_ms_per_image": round(median(1e3 * e["processor"] / e["images"] for e in figures[name]), 2),
             "peak_mb": round(max(epoch["peak_mb"] for epoch in figures[name])),
+            "faster": {ours: ratio(speeds[ours], speeds[name]) for ours in OURS if ours in names},
         }
         for name in names
     ]  # fmt: skip
 
 
+def ratio(speeds: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the rounds of one trainer's speed divided by another's."""
+    return round(median(a / b for a, b in zip(speeds, others, strict=True)), 3)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| network, size, batch | trainer | images/s | of the first | processor ms/image | peak MB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    """The rows as a Markdown table, with a column that divides each of our speeds by the row's."""
+    ours = list(rows[0]["faster"])
+    heads = ["network, size, batch", "trainer", "images/s", *(f"{OURS[name]} is faster by" for name in ours)]
+    lines = [[*heads, "processor ms/image", "peak MB"], ["---"] * (len(heads) + 2)]
     for row in rows:
-        setting = f"{row['backbone']}, {row['size']}, {row['batch']}"
-        numbers = (
-            row["images_per_s"],
-            row["ratio"],
-            row["processor_ms_per_image"],
-            row["peak_mb"],
+        lines.append(
+            [
+                f"{row['backbone']}, {row['size']}, {row['batch']}",
+                row["trainer"],
+                str(row["images_per_s"]),
+                *(f"{row['faster'][name]:.2f}" for name in ours),
+                str(row["processor_ms_per_image"]),
+                str(row["peak_mb"]),
+            ]
         )
-        lines.append(f"| {setting} | {row['trainer']} | " + " | ".join(map(str, numbers)) + " |")
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -7,7 +7,7 @@ the wait for batches only.
 
 All contenders train with AdamW from random weights, one process, the same threads for computing and for loading, and
 random resized crop and flip. All but the plain loop also mix (MixUp 0.2) and smooth labels (0.1), and all but that and
-fastai average weights.
+fastai average weights. timm's loop and the plain one run as they are usually started and in channels_last format.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,14 +211,14 @@ def stock(settings: Settings, pace: Pace) -> None:
     pace.wait()
 
 
-def timm_script(settings: Settings, pace: Pace) -> None:
+def timm_script(settings: Settings, pace: Pace, *, channels_last: bool = False, half: bool = False) -> None:
     """The parts and the order of timm's train script: its loader, Mixup, loss, optimizer and weight average."""
     from timm.data import Mixup, create_dataset, create_loader
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
 
-    network, mean, std = timm_network(settings)
+    network, mean, std = timm_network(settings, channels_last=channels_last)
     loader = create_loader(
         create_dataset("", root=f"{settings.project}/data/train", is_training=True),
         input_size=(3, settings.size, settings.size), batch_size=settings.batch, is_training=True, scale=(0.8, 1.0),
@@ -235,16 +236,18 @@ def timm_script(settings: Settings, pace: Pace) -> None:
         optimizer=create_optimizer_v2(network, opt="adamw", lr=LR),
         loss=SoftTargetCrossEntropy(),
         mix=mixup,
+        channels_last=channels_last,
+        half=half,
         after_step=lambda step: average.update(network, step=step),
     )
 
 
-def plain(settings: Settings, pace: Pace) -> None:
+def plain(settings: Settings, pace: Pace, *, channels_last: bool = False) -> None:
     """Forty lines as in many contest entries: DataLoader, Pillow, torchvision's crop and flip, AdamW."""
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
-    network, mean, std = timm_network(settings)
+    network, mean, std = timm_network(settings, channels_last=channels_last)
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(settings.size, (0.8, 1.0)),
@@ -265,6 +268,7 @@ def plain(settings: Settings, pace: Pace) -> None:
         batches=loader,
         optimizer=torch.optim.AdamW(network.parameters(), LR),
         loss=nn.CrossEntropyLoss(label_smoothing=SMOOTHING),
+        channels_last=channels_last,
     )
 
 
@@ -310,14 +314,20 @@ def fastai(settings: Settings, pace: Pace) -> None:
     pace.wait()
 
 
-def timm_network(settings: Settings) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """A network of timm on the device, in channels-last format, and its mean and deviation."""
+def timm_network(
+    settings: Settings, *, channels_last: bool = True
+) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """A network of timm on the device, and its mean and deviation."""
     import timm
 
     torch.manual_seed(0)
     network = timm.create_model(settings.backbone, num_classes=settings.classes)
-    network = network.to(settings.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(settings.device).to(memory_format=layout(channels_last=channels_last))  # type: ignore[call-overload]
     return network, network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+
+
+def layout(*, channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def train_plainly(
@@ -330,18 +340,20 @@ def train_plainly(
     loss: Callable[..., torch.Tensor],
     mix: Callable[..., Any] | None = None,
     after_step: Callable[[int], None] | None = None,
+    channels_last: bool = False,
+    half: bool = False,
 ) -> None:
-    """The usual loop: forward (bf16 autocast on a GPU), backward, clip, step."""
-    step, device = 0, settings.device
+    """The usual loop: forward (bf16 autocast on a GPU, and where `half` asks for it), backward, clip, step."""
+    step, device, form = 0, settings.device, layout(channels_last=channels_last)
     for _ in range(settings.epochs):
         pace.wait()
         network.train()
         for images, labels in batches:
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            images = images.to(device, non_blocking=True, memory_format=form)
             labels = labels.to(device, non_blocking=True)
             if mix is not None:
                 images, labels = mix(images, labels)
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            with torch.autocast(device, torch.bfloat16, enabled=half or device == "cuda"):
                 value = loss(network(images), labels)
             optimizer.zero_grad()
             value.backward()
@@ -362,11 +374,15 @@ def _ours(**options: Any) -> Callable[[Settings, Pace], None]:
 TRAINERS: dict[str, Callable[[Settings, Pace], None]] = {
     "fastflower": _ours(),
     "resident": _ours(resident=True),
+    "bf16": _ours(words=("train.cpu_bf16=true",)),
     "same": _ours(words=SAME_AUGMENTATION),
     "stock": stock,
     "timm": timm_script,
+    "timm_channels_last": partial(timm_script, channels_last=True),
+    "timm_bf16": partial(timm_script, channels_last=True, half=True),
     "fastai": fastai,
     "plain": plain,
+    "plain_channels_last": partial(plain, channels_last=True),
 }
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fastflower.bench import contenders, decoder, startup, step
+from fastflower.bench import contenders, decoder, startup, step, trainers
 from fastflower.bench.__main__ import main
 from fastflower.bench.contenders import CONTENDERS, STOCK
 from fastflower.bench.pictures import Pictures, photographs
@@ -143,12 +144,56 @@ def test_trainers_take_turns_and_the_table_has_their_ratio(
         "--rounds",
         "1",
     ]
-    main(["step", *words, "--trainers", "same", "plain", "--json", str(tmp_path / "out.json")])
+    names = ["fastflower", "plain_channels_last"]
+    main(["step", *words, "--trainers", *names, "--json", str(tmp_path / "out.json")])
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert [row["trainer"] for row in rows] == [step.TITLES["same"], step.TITLES["plain"]]
-    assert rows[0]["ratio"] == 1.0
+    assert [row["trainer"] for row in rows] == [step.TITLES[name] for name in names]
+    assert rows[0]["faster"] == {"fastflower": 1.0}
     assert all(row["images_per_s"] > 0 and row["peak_mb"] > 100 for row in rows)
-    assert "| test_resnet, 32, 8 | plain loop" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| trainer | images/s | fastflower is faster by |" in printed
+    assert "| test_resnet, 32, 8 | the same in channels_last format |" in printed
+
+
+def test_ratios_are_medians_of_each_rounds_own_ratio() -> None:
+    assert step.ratio([10.0, 30.0, 8.0], [5.0, 10.0, 8.0]) == 2.0
+    row = {
+        "backbone": "net", "size": 96, "batch": 32, "trainer": "peer", "images_per_s": 70.2,
+        "processor_ms_per_image": 14.1, "peak_mb": 900, "faster": {"fastflower": 1.234, "bf16": 1.5},
+    }  # fmt: skip
+    assert step.table([row]).splitlines() == [
+        "| network, size, batch | trainer | images/s | fastflower is faster by | train.cpu_bf16 is faster by "
+        "| processor ms/image | peak MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| net, 96, 32 | peer | 70.2 | 1.23 | 1.50 | 14.1 | 900 |",
+    ]
+
+
+@pytest.mark.slow
+def test_the_peers_of_timm_and_the_loop_compute_as_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = step.Settings(
+        project="", ffcv="", classes=3, backbone="test_resnet", size=32, batch=2, epochs=1, threads=1, device="cpu"
+    )  # fmt: skip
+    for channels_last, half in ((False, False), (True, False), (True, True)):
+        network, _, _ = trainers.timm_network(settings, channels_last=channels_last)
+        convolution = network.conv1[0].weight
+        assert convolution.is_contiguous(memory_format=torch.channels_last) is channels_last
+        seen = []
+        network.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append((inputs[0], output)))
+        monkeypatch.setattr(trainers.Pace, "wait", lambda pace: None)
+        trainers.train_plainly(
+            settings,
+            trainers.Pace(settings),
+            network=network,
+            batches=[(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))],
+            optimizer=torch.optim.SGD(network.parameters(), 0.1),
+            loss=torch.nn.CrossEntropyLoss(),
+            channels_last=channels_last,
+            half=half,
+        )
+        ((images, logits),) = seen
+        assert images.is_contiguous(memory_format=torch.channels_last) is channels_last
+        assert logits.dtype == (torch.bfloat16 if half else torch.float32)
 
 
 def test_too_few_photographs_for_two_steps_are_refused(folder: Path) -> None:
@@ -164,9 +209,22 @@ def test_optional_trainers_are_compared_where_they_are_installed(
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match=r"^--trainers fastai: not installed; pip install fastai, or"):
         main(["step", "--trainers", "plain", "fastai"])
-    assert "fastai" not in step.installed(None) and "not compared: fastai" in capsys.readouterr().out
+    monkeypatch.setattr(step.processor, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(step.processor, "name", lambda: "Old Chip")
+    with pytest.raises(
+        EnvironmentFault, match=r"^--trainers timm_bf16: Old Chip has no bf16 instructions, or"
+    ):
+        main(["step", "--trainers", "timm_bf16"])
+    assert {"fastai", "bf16"}.isdisjoint(step.runnable(None, "cpu"))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [
+        "not compared: fastai (not installed; pip install fastai)",
+        "not compared: bf16 (Old Chip has no bf16 instructions)",
+    ]
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: object())
-    assert step.installed(None) == list(step.TITLES)
+    monkeypatch.setattr(step.processor, "multiplies_bf16", lambda: True)
+    assert step.runnable(None, "cpu") == list(step.TITLES)
+    assert set(step.TITLES) - set(step.runnable(None, "cuda")) == set(step.BF16)
 
 
 @pytest.mark.slow
