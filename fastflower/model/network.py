@@ -18,6 +18,7 @@ from fastflower.model import backbones
 from fastflower.model.frozen import frozen_recipe
 from fastflower.model.heads import NeighboursHead, build_aux_heads, build_head
 from fastflower.model.lora import adapt
+from fastflower.model.positions import use_matrices_for_positions
 from fastflower.model.response_norm import use_lean_response_norms
 from fastflower.model.sizes import fitting, view_scales
 from fastflower.recipe import Recipe, derived
@@ -179,6 +180,7 @@ def _plain(size: tuple[int, int]) -> int | list[int]:
 def build_network(spec: NetworkSpec) -> Network:
     """The network of a checkpoint's spec with random weights, ready for `load_state_dict`."""
     backbone, _ = backbones.build_backbone(spec.backbone, [spec.size])
+    use_lean_response_norms(backbone)
     return Network(backbone, _head(spec, [spec.size]), spec=spec)
 
 
@@ -200,6 +202,7 @@ def training_network(
         pretrained=pretrained if model.pretrained and not model.init else None,
     )
     use_lean_response_norms(backbone)
+    use_matrices_for_positions(backbone)
     constant = drop_path_note(backbone, spec.backbone)
     network = Network(backbone, _head(spec, sizes), spec=spec, drop_rate=model.drop_rate)
     if recipe.train.channels_last:

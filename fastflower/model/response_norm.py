@@ -1,4 +1,4 @@
-"""ConvNeXt V2's global response normalisation for training: the values of timm's layer with less memory.
+"""ConvNeXt V2's global response normalisation: the values of timm's layer with less memory and, on CPUs, less time.
 
 In mixed precision on GPUs timm's layer keeps two float32 copies of the hidden map for the backward pass. This one
 keeps its input alone, in the precision that it came in, and computes the rest again.
@@ -12,6 +12,14 @@ import torch
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def _norm(x: Tensor, spatial: tuple[int, int]) -> Tensor:
+    """The norm of x over its spatial axes, which stay with length 1, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu":  # where torch's norm over two axes takes 7 to 30 times as long
+        return x.to(wide).square().sum(spatial, keepdim=True).sqrt()
+    return torch.linalg.vector_norm(x, 2, spatial, keepdim=True, dtype=wide)
 
 
 class _ResponseNorm(torch.autograd.Function):
@@ -32,8 +40,7 @@ class _ResponseNorm(torch.autograd.Function):
         channel: int,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(x, 2, spatial, keepdim=True, dtype=wide)
+            norm = _norm(x, spatial)
             share = norm / (norm.mean(channel, keepdim=True) + eps)
             y = torch.addcmul(bias, x, 1 + weight * share).to(x.dtype)
         ctx.save_for_backward(x, weight, norm)
