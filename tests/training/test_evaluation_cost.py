@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,7 +47,10 @@ def test_each_image_is_scored_in_one_of_its_corruptions() -> None:
     auto = load(None, [])
     assert scored_combos(auto, 2000, 5) is None
     many = scored_combos(auto, 4000, 5)
-    assert many is not None and len(many) == 4000 and set(many % 4000) == set(range(4000))
+    assert many is not None and np.bincount(many // 4000).tolist() == [400] * 5  # of each corruption as many
+    assert len(set(many % 4000)) == 2000 and set(many % 4000 % 10) == set(
+        range(5)
+    )  # in turn through the images
 
 
 def test_patience_counts_epochs_between_scores() -> None:
