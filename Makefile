@@ -22,7 +22,7 @@ test-gpu-emulated: setup  ## memory, waits and exit codes on a CUDA runtime with
 	$(PY) -m pytest tests/training/test_emulated_gpu.py $(ARGS)
 
 gpu-check: setup  ## everything that needs a GPU, in under ten minutes, as a table; ARGS="memory resume" for a part
-	scripts/gpu_check.sh $(ARGS)
+	PYTHON=$(PY) scripts/gpu_check.sh $(ARGS)
 
 torture: setup  ## kill trainings wherever they could be cut, compare their ends to the bit; ARGS="--points 20 --random 5"
 	$(PY) tests/support/torture.py $(ARGS)

@@ -20,14 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastflower.core import console, errors, processor
+from fastflower.core import cards, console, errors, processor
 
 if TYPE_CHECKING:  # before installation doctor must import nothing that needs a package
     from fastflower.data.labels import LabelTable
     from fastflower.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-SETUP = "make setup"
+NEWER = Path(sys.prefix).name == ".venv-next"  # the environment with a newer torch
+SETUP = "make setup NEXT=1" if NEWER else "make setup"
+LOCK = "requirements-next.lock" if NEWER else "requirements.lock"
+PYTHONS = ((3, 11), (3, 12)) if NEWER else ((3, 11),)
 GB = 1 << 30
 
 
@@ -152,13 +155,13 @@ def _start(recipe: Recipe) -> str:
 
 def python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] == (3, 11):
+    if sys.version_info[:2] in PYTHONS:
         return Finding("Python", True, version)
     return Finding(
         "Python",
         False,
         text=version,
-        advice=f"mosaicml, ffcv and torch resolve on 3.11 only; {SETUP} uses python3.11",
+        advice="mosaicml and torch resolve on 3.11 only; make setup uses python3.11, make setup NEXT=1 also python3.12",
     )
 
 
@@ -183,8 +186,8 @@ def build_tools(*, built: bool) -> list[Finding]:
 
 
 def packages() -> Finding:
-    """Installed versions against the lock of this environment: requirements.lock, or that of `make setup NEXT=1`."""
-    lock = ROOT / ("requirements-next.lock" if Path(sys.prefix).name == ".venv-next" else "requirements.lock")
+    """Installed versions against the lock of this environment."""
+    lock = ROOT / LOCK
     if not lock.is_file():
         return Finding("packages", False, text=f"no {lock}", advice="use a complete copy of the repository")
     pinned = re.findall(r"^([\w.-]+)==([^\s\\]+)", lock.read_text(), flags=re.M)
@@ -239,17 +242,36 @@ def gpus() -> list[Finding]:
         advice = "the CPU trains small networks; large ones need NVIDIA GPUs and their driver"
         return [Finding("GPU", None, text="none", advice=advice)]
     findings = [Finding("GPU", True, " ".join(row.split())) for row in table.splitlines()]
+    findings += _without_kernels()
     usable = stdout_of([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"])
-    if usable and int(usable) < len(findings):
+    if usable and int(usable) < len(table.splitlines()):
         cuda = stdout_of([sys.executable, "-c", "import torch; print(torch.version.cuda)"])
         findings.append(
             Finding(
                 "GPUs in torch",
                 False,
-                text=f"{usable} of {len(findings)}",
+                text=f"{usable} of {len(table.splitlines())}",
                 advice=f"torch needs CUDA {cuda}; update the driver",
             )
         )
+    return findings
+
+
+def _without_kernels() -> list[Finding]:
+    """A finding for each kind of GPU that the installed torch was not compiled for."""
+    cards_here = stdout_of(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"])
+    built_for = stdout_of(
+        [sys.executable, "-c", "import torch; print(torch._C._cuda_getArchFlags() or '')"]
+    ).split()
+    findings = []
+    for row in dict.fromkeys(cards_here.splitlines()):
+        name, _, number = row.rpartition(",")
+        found = re.fullmatch(r"(\d+)\.(\d+)", number.strip())
+        card = (int(found[1]), int(found[2])) if found else None  # old drivers do not know the question
+        if card and not cards.has_kernels(card, built_for):
+            findings.append(
+                Finding("GPU in torch", False, text=f"{name.strip()} {cards.lack(card, built_for)}")
+            )
     return findings
 
 

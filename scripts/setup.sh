@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Everything fastflower needs, into .venv: system packages when missing and permitted, the hashed lock, the project.
-# NEXT=1: into .venv-next, from requirements-next.lock, with a torch that is newer than mosaicml's pin.
+# NEXT=1: into .venv-next, from requirements-next.lock, with a torch that is newer than mosaicml's pin; on Python 3.12, too.
 # Debian and Ubuntu; elsewhere environment.yml gives the same. Run again after a change of the lock: what is there stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() { echo "setup: $*" >&2; exit 4; }
 
-venv=.venv lock=requirements.lock
-[ -z "${NEXT:-}" ] || venv=.venv-next lock=requirements-next.lock
-python=$(command -v "${PYTHON:-python3.11}") || fail "no ${PYTHON:-python3.11} on PATH; install Python 3.11 (Debian 12: apt-get install python3.11-venv python3.11-dev) or say PYTHON=/path/to/python3.11"
-version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
-[ "$version" = 3.11 ] || fail "$python is Python $version; mosaicml, ffcv and torch resolve together on 3.11 only"
+venv=.venv lock=requirements.lock pythons="3.11"
+[ -z "${NEXT:-}" ] || venv=.venv-next lock=requirements-next.lock pythons="3.11 3.12"
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+python=${PYTHON:-}
+for known in $pythons; do
+  if [ -z "$python" ] && version_of "python$known" >/dev/null; then python=python$known; fi
+done
+python=$(command -v "${python:-python3.11}") || fail "no ${PYTHON:-python${pythons// / or python}} on PATH; install Python 3.11 (Debian 12: apt-get install python3.11-venv python3.11-dev) or say PYTHON=/path/to/python3.11"
+version=$(version_of "$python") || fail "$python does not run"
+[[ " $pythons " = *" $version "* ]] || fail "$python is Python $version; mosaicml and the torch of $lock resolve together on ${pythons// / and } only"
 
 # one line for each need: the Debian package, then a test that is true when it is there
 has_jpeglib() { printf '#include <stdio.h>\n#include <jpeglib.h>\n' | g++ -E -x c++ -; }
@@ -27,8 +32,8 @@ want libturbojpeg0-dev pkg-config --exists libturbojpeg
 want libopencv-dev pkg-config --exists opencv4
 need libgl1 has_library libGL.so.1          # opencv-python's wheel links these two
 need libglib2.0-0 has_library libgthread-2.0.so.0
-need "python3.11-dev" test -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
-need "python3.11-venv" "$python" -c 'import ensurepip, venv'
+need "python$version-dev" test -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+need "python$version-venv" "$python" -c 'import ensurepip, venv'
 
 as_root=""
 [ "$(id -u)" = 0 ] || as_root="sudo -n"
@@ -46,7 +51,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   rm -f "$log"
 fi
 
-if [ ! -x $venv/bin/python ] || [ "$($venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" != 3.11 ]; then
+if [ "$(version_of $venv/bin/python)" != "$version" ]; then
   rm -rf "$venv"
   "$python" -m venv "$venv"
 fi

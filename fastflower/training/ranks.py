@@ -20,7 +20,7 @@ from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import dist
 
 from fastflower.callbacks.checkpoints import remove_leftovers
-from fastflower.core import launcher, processor
+from fastflower.core import cards, launcher, processor
 from fastflower.core.console import Console
 from fastflower.core.errors import REMEDIES, EnvironmentFault, InputError, lack_of_machine, of_machine
 from fastflower.core.files import digest, locked
@@ -116,6 +116,9 @@ def prepare(recipe: Recipe) -> Machine:
         )
     if gpus:
         torch.cuda.set_device(dist.get_local_rank())
+        card, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+        if not cards.has_kernels(card, built_for):
+            raise EnvironmentFault(f"{torch.cuda.get_device_name()} {cards.lack(card, built_for)}")
     else:
         keep_freed_memory()
         if recipe.train.cpu_bf16 and not processor.multiplies_bf16():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ def bare(monkeypatch, tmp_path) -> Path:
     """A machine with no programs on PATH and a repository that was never set up."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "LOCK", "requirements.lock")  # also where the tests run in .venv-next
+    monkeypatch.setattr(doctor, "SETUP", "make setup")
     (tmp_path / "fastflower/data/decode").mkdir(parents=True)
     (tmp_path / "fastflower/data/decode/decode.c").write_text("int answer(void) { return 42; }\n")
     (tmp_path / "pyproject.toml").write_text(
@@ -56,7 +59,11 @@ def test_the_environment_of_a_newer_torch_is_held_to_its_own_lock(bare, monkeypa
     (bare / "requirements-next.lock").write_text("other-such==2.0\n")
     assert "nothing-such" in str(doctor.packages())
     monkeypatch.setattr(sys, "prefix", str(bare / ".venv-next"))
-    assert "other-such missing (lock: 2.0)" in str(doctor.packages())
+    newer = runpy.run_path(doctor.__file__)
+    assert newer["LOCK"] == "requirements-next.lock" and newer["PYTHONS"] == ((3, 11), (3, 12))
+    monkeypatch.setattr(doctor, "LOCK", newer["LOCK"])
+    monkeypatch.setattr(doctor, "SETUP", newer["SETUP"])
+    assert str(doctor.packages()).endswith("other-such missing (lock: 2.0); make setup NEXT=1")
 
 
 def test_a_missing_lock_is_reported(bare):
@@ -97,12 +104,28 @@ def test_gpus_are_listed_with_their_driver(monkeypatch):
         sys.executable: "2",
     }
     monkeypatch.setattr(doctor, "stdout_of", lambda command: output[command[0]])
+    monkeypatch.setattr(doctor, "_without_kernels", list)
     assert [str(finding) for finding in doctor.gpus()] == [
         "ok     GPU              NVIDIA RTX 4090, 24564 MiB, 550.54"
     ] * 2
     output[sys.executable] = "0"
     assert "0 of 2; torch needs CUDA 0; update the driver" in str(doctor.gpus()[-1])
     assert doctor.gpus()[-1].ok is False
+
+
+def test_a_card_that_this_torch_does_not_know_is_lacking(monkeypatch):
+    output = {
+        "nvidia-smi": "NVIDIA GeForce RTX 5090, 12.0\nNVIDIA GeForce RTX 4090, 8.9\nOld, [Not Supported]",
+        sys.executable: "sm_80 sm_86 sm_90",
+    }
+    monkeypatch.setattr(doctor, "stdout_of", lambda command: output[command[0]])
+    (finding,) = doctor._without_kernels()
+    assert str(finding) == (
+        "lacks  GPU in torch     NVIDIA GeForce RTX 5090 has compute capability 12.0, this torch knows sm_80 sm_86 "
+        "sm_90; use make setup NEXT=1, which has a newer torch"
+    )
+    output[sys.executable] = ""  # torch is not installed
+    assert doctor._without_kernels() == []
 
 
 def test_missing_libraries_of_opencv_are_named(monkeypatch):
@@ -112,7 +135,8 @@ def test_missing_libraries_of_opencv_are_named(monkeypatch):
 
 def test_another_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 13, 1))
-    assert "3.13.1; mosaicml, ffcv and torch resolve on 3.11 only" in str(doctor.python())
+    assert "3.13.1; mosaicml and torch resolve on 3.11 only" in str(doctor.python())
+    assert doctor.python().ok is False
 
 
 def test_a_full_disk_is_reported(monkeypatch):

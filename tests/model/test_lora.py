@@ -50,7 +50,8 @@ def test_a_network_with_new_adapters_computes_what_it_did() -> None:
     network, _, notes = training_network(recipe(), CLASSES)
     network.head.load_state_dict(plain.head.state_dict())
     batch = images()
-    assert torch.equal(network.eval()(batch), plain.eval()(batch))
+    with torch.no_grad():  # positions that train are resampled by matrices
+        assert torch.equal(network.eval()(batch), plain.eval()(batch))
     assert "adapters of rank 4" in notes[0]
 
 
@@ -69,7 +70,7 @@ def test_merged_adapters_give_the_same_logits(backbone: str, tmp_path: Path) -> 
     torch.testing.assert_close(rebuilt.eval()(batch), want, atol=1e-5, rtol=1e-5)
     unadapted = {name: tensor for name, tensor in network.state_dict().items() if "lora" not in name}
     rebuilt.load_state_dict(unadapted)
-    assert float((rebuilt(batch) - want).abs().max()) > 1e-3  # they did something
+    assert (rebuilt(batch) - want).abs().max().item() > 1e-3  # they did something
 
 
 def register_beit() -> None:
