@@ -22,6 +22,7 @@ import timm
 import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastflower.bundle.program import fixed_size
 from fastflower.core import files
@@ -38,6 +39,11 @@ ONNXRUNTIME = "onnxruntime"
 UNCHECKED = (
     "not checked: OpenCV's engine cannot run it, and onnxruntime is not installed (pip install onnxruntime)"
 )
+ONNX_PROTO = (  # the module of torch that adds own operators to a file, in torch 2.7 and in 2.11
+    "torch.onnx._internal.onnx_proto_utils",
+    "torch.onnx._internal.torchscript_exporter.onnx_proto_utils",
+)
+ADAPTIVE_POOL = F.adaptive_avg_pool2d
 TIMM_FILES = ("config.json", "model.safetensors")
 
 
@@ -189,9 +195,10 @@ def _export(network: nn.Module, path: Path, *, height: int, width: int, title: s
         simplefilter("ignore")  # the tracer warns of every Python branch; the result is compared below
         # else a refusal prints the whole network
         stack.enter_context(mock.patch("torch._C._jit_onnx_log", lambda *_: None))
+        stack.enter_context(mock.patch.object(F, "adaptive_avg_pool2d", _pool))
         if importlib.util.find_spec("onnx") is None:  # it adds functions of own operators: there are none
-            proto = "torch.onnx._internal.onnx_proto_utils._add_onnxscript_fn"
-            stack.enter_context(mock.patch(proto, lambda model, _: model))
+            home = next(name for name in ONNX_PROTO if importlib.util.find_spec(name) is not None)
+            stack.enter_context(mock.patch(f"{home}._add_onnxscript_fn", lambda model, _: model))
         try:
             torch.onnx.export(
                 network, (example,), str(path), input_names=["pixels"], output_names=["logits"], dynamo=False,
@@ -200,6 +207,24 @@ def _export(network: nn.Module, path: Path, *, height: int, width: int, title: s
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{title}: ONNX opset {OPSET} cannot express this network ({reason})") from None
+
+
+def _pool(x: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
+    """F.adaptive_avg_pool2d by means of slices, as ONNX has no pooling to a size that does not divide the map's."""
+    height, width = (int(side) for side in x.shape[-2:])
+    asked = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    rows, columns = asked[0] or height, asked[1] or width
+    if height % rows == width % columns == 0:
+        return ADAPTIVE_POOL(x, output_size)
+
+    def cells(size: int, count: int) -> list[slice]:
+        return [slice(k * size // count, -(-(k + 1) * size // count)) for k in range(count)]
+
+    rows_of_means = [
+        torch.stack([x[..., row, column].mean((-2, -1)) for column in cells(width, columns)], -1)
+        for row in cells(height, rows)
+    ]
+    return torch.stack(rows_of_means, -2)
 
 
 def _compare(member: SavedMember, path: Path, target: Path) -> list[str]:
@@ -227,7 +252,7 @@ def _compare(member: SavedMember, path: Path, target: Path) -> list[str]:
         raise InputError(f"{target}: logits of {engine} are {max(gaps):.2g} off, {TOLERANCE:g} is allowed")
     size = path.stat().st_size / 1e6
     lines = [
-        f"{target}: opset {OPSET}, {size:.1f} MB, {1000 * seconds:.0f} ms an image by {engine}, logits "
+        f"{target}: opset {OPSET}, {size:.1f} MB, {1000 * seconds:.2g} ms an image by {engine}, logits "
         f"{max(gaps):.1g} off at batches of {' and '.join(map(str, BATCHES))}"
     ]
     if engine != ONNXRUNTIME:

@@ -106,7 +106,7 @@ def test_safetensors_hold_the_tensors_and_the_description() -> None:
 @pytest.mark.parametrize(
     ("backbone", "head"),
     [("test_resnet", "arcface"), ("test_vit", "linear"), ("convnextv2_atto", "linear"),
-     ("compare_resnet222_adaptive_w25", "linear")],
+     ("compare_resnet222_adaptive_w25", "linear"), ("ocec_convnext_c8_b3", "linear")],
 )  # fmt: skip
 def test_onnx_gives_equal_logits_for_any_batch(
     backbone: str, head: str, capsys: pytest.CaptureFixture[str]
@@ -126,15 +126,19 @@ def test_onnx_gives_equal_logits_for_any_batch(
 
 
 def test_operators_without_a_counterpart_are_refused_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    class Uneven(nn.Module):
+    class Inverse(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return nn.functional.adaptive_avg_pool2d(images, 7)
+            return torch.erfinv(images)
 
-    with pytest.raises(
-        InputError, match=r"a.pth: ONNX opset 17 cannot express this network \(.*adaptive_avg_pool2d"
-    ):
-        interchange._export(Uneven(), Path("own.onnx"), height=16, width=16, title="a.pth")
+    with pytest.raises(InputError, match=r"a.pth: ONNX opset 17 cannot express this network \(.*erfinv"):
+        interchange._export(Inverse(), Path("own.onnx"), height=16, width=16, title="a.pth")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("size", [(7, 7), (2, 3), 5, (None, 4), (4, 4)])
+def test_pooling_by_slices_is_torchs(size: int | tuple[int | None, int]) -> None:
+    maps = torch.rand(2, 3, 8, 10)
+    torch.testing.assert_close(interchange._pool(maps, size), nn.functional.adaptive_avg_pool2d(maps, size))
 
 
 def test_what_no_engine_here_can_run_is_written_and_said(capsys: pytest.CaptureFixture[str]) -> None:
