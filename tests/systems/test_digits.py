@@ -20,7 +20,7 @@ SMALL = ["data.n_splits=2", "sched.cosine_epochs=1", "sched.warmup_epochs=0", "l
 
 @pytest.mark.slow
 def test_digits_become_local_cv_learned_weights_and_kaggles_table(
-    repo: Path, hand_in: HandIn, monkeypatch: pytest.MonkeyPatch
+    repo: Path, hand_in: HandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample_data.main(["digits"])
     table = Path("data/digits/train.csv")
@@ -31,6 +31,9 @@ def test_digits_become_local_cv_learned_weights_and_kaggles_table(
     convert.main(words)
     monkeypatch.setattr(launch, "run_process", lambda command, *_: (train.main(command[3:]), ""))
     assert campaign.main([*words, "model.backbone=[test_efficientnet,test_convnext]"]) == 0
+    grid = ["data.fold=0", "exp.name=grid", "opt.lr=[1e-3,1e-2]", "train.batch_per_gpu=[20,50]"]
+    assert campaign.main([*words, *grid]) == 0
+    assert "best opt.lr by train.batch_per_gpu: 20: 0.0" in capsys.readouterr().out
     words.append("ensembling.average=probabilities")
     assert evaluate.main(words) == 0
     scores = json.loads((runs.RESULTS / "digits/scores.json").read_text(encoding="utf-8"))

@@ -19,11 +19,15 @@ SMALL = [
 
 
 @pytest.mark.slow
-def test_eyes_become_a_table_of_probabilities(repo: Path, hand_in: HandIn) -> None:
+@pytest.mark.parametrize(("variant", "warmup", "loss"), [("eyes", 0, "bce"), ("eyes_bold", 1, "focal")])
+def test_eyes_become_a_table_of_probabilities(
+    repo: Path, hand_in: HandIn, variant: str, warmup: int, loss: str
+) -> None:
     sample_data.main(["eyes", "rows=120", "held_out=12"])
-    words = [str(repo / "recipes/eyes.yaml"), *SMALL]
+    words = [str(repo / f"recipes/{variant}.yaml"), *SMALL, f"sched.warmup_epochs={warmup}"]
     convert.main(words)
     recipe = parse_command(words)
+    assert recipe.loss.name == loss
     fold = open_fold(recipe, 0)
     assert (fold.train.rows, fold.held_out.rows, fold.val_corrupt) == (96, 24, None)
     assert set(fold.train.descriptors["height"]) == {32} and set(fold.train.descriptors["width"]) == {64}

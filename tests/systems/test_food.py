@@ -14,6 +14,7 @@ from fastflower import convert, evaluate, train
 from fastflower.campaign import launch, plan
 from fastflower.core import runs
 from fastflower.core.runs import Run
+from fastflower.recipe import checks, parse_command
 from fastflower.report.data_section import bundle_facts
 from fastflower.report.experiment import read_experiment
 from fastflower.report.scores_section import view_names
@@ -80,3 +81,13 @@ def test_unlabelled_photographs_train_and_views_vote(
     six = "plain and mirrored; 6 views with those that are turned, shifted or cut"
     assert view_names(experiment.scores.members[0].views) == f"32 pixels, {six}"
     assert dict(bundle_facts(experiment))["views"] == f"32 × 32, {six}"
+
+
+def test_the_baseline_that_the_header_names_can_be_trained(repo: Path) -> None:
+    path = repo / "recipes/food_fixmatch.yaml"
+    header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    words = header.partition("A plain baseline: ")[2].partition(". ")[0].split()
+    baseline = parse_command([str(path), *words])
+    checks.check(baseline)
+    assert (baseline.exp.name, baseline.opt.name, baseline.data.img_size) == ("food_baseline", "adam", 128)
+    assert not baseline.semi.enabled and baseline.aug.rrc_scale == [1, 1] and baseline.aug.randaugment_n == 0

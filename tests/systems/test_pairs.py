@@ -31,6 +31,8 @@ def test_seeds_become_a_stacking_and_a_hand_in(repo: Path, hand_in: HandIn) -> N
     words = [str(repo / "recipes/pairs.yaml"), *SMALL]
     convert.main(words)
     assert [train.main([*words, f"seed={seed}"]) for seed in (42, 2023)] == [0, 0]
+    other = [str(repo / "recipes/pairs_efficientnet.yaml"), *SMALL[:-1]]
+    assert train.main([*other, "model.backbone=compare_test_efficientnet_adaptive"]) == 0
     assert all(0 <= row["clean_raw"] <= 1 and 0 <= row["f1_raw"] <= 1 for row in epochs("pairs"))
     assert evaluate.main(words) == 0
     with pytest.raises(
@@ -38,7 +40,7 @@ def test_seeds_become_a_stacking_and_a_hand_in(repo: Path, hand_in: HandIn) -> N
     ):
         ensemble.main([*words, "--predict", "data/pairs/test.npz", "stacked.csv"])
     ensemble.main([*words, "--save"])
-    assert len(read_record(runs.RESULTS / "pairs" / stacking.FILE, Stacker).runs) == 2
+    assert len(read_record(runs.RESULTS / "pairs" / stacking.FILE, Stacker).runs) == 3
     ensemble.main([*words, "--predict", "data/pairs/test.npz", "stacked.csv"])
     with open("stacked.csv", newline="", encoding="utf-8") as file:
         header, *stacked = csv.reader(file)

@@ -11,7 +11,7 @@ from fastflower import sample_data
 from fastflower.core.errors import InputError
 from fastflower.core.tables import read_csv
 from fastflower.data.samples import food
-from fastflower.recipe import load
+from fastflower.recipe import checks, load
 
 SMALL = ["food", "rows=12", "unlabelled=13", "held_out=11"]
 
@@ -22,6 +22,8 @@ def files(folder: str) -> dict[str, bytes]:
 
 def test_the_recipe_finds_every_folder_and_no_name_tells_a_class(repo: Path) -> None:
     sample_data.main(SMALL)
+    for change in ([], ["semi.enabled=false", "exp.name=labels_alone"]):
+        checks.check(load(repo / "recipes/food_small.yaml", change))
     data = load(repo / "recipes/food_small.yaml").data
     counts = {folder: len(files(folder)) for folder in (data.root, data.unlabelled, data.val, data.test)}
     assert list(counts.values()) == [12, 13, 11, 11] and Path(data.home) == Path("data/food")
