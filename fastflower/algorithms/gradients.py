@@ -125,8 +125,8 @@ class GradientGuard(Algorithm):
             lr = max(group["lr"] for group in state.optimizers[0].param_groups)
             raise Diverged(
                 f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step "
-                f"{state.timestamp.batch.value + 1} (epoch {state.timestamp.epoch.value + 1}, lr {lr:.3g}); lower "
-                f"opt.lr_ref or opt.lr (to a quarter, for example) or aug.strength, and start a new exp.name"
+                f"{state.timestamp.batch.value + 1} (epoch {state.timestamp.epoch.value + 1}, lr {lr:.3g}); "
+                f"{Diverged.REMEDY}"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -258,11 +258,7 @@ STATE = ("epoch", "flat", "best_flat", "score", "val_loss")
 def _raise_diverged(epoch: int) -> NoReturn:
     if dist.get_global_rank():
         raise SystemExit(Diverged.exit_code)  # rank 0 prints the reason
-    raise Diverged(
-        f"no weights give finite scores after epoch {epoch}; lower opt.lr_ref or opt.lr, for instance to a "
-        "quarter (of a large batch: opt.large_batch_factor), or raise opt.weight_decay or sched.warmup_epochs, and "
-        "start again under another exp.name"
-    )
+    raise Diverged(f"no weights give finite scores after epoch {epoch}; {Diverged.REMEDY}")
 
 
 @torch.no_grad()

@@ -166,11 +166,12 @@ class Selection:
         return self.es.enabled and (self.stage == self.stages - 1 or not self.es.reset_on_stage)
 
     def _macro_alarm(self, s: float, macro: float) -> bool:
-        """True once when S rises while macro recall is well below its best, until macro recall recovers."""
+        """True once when S exceeds that of the best macro recall, while macro recall lies well below its best."""
         fell = macro < self.macro_best - MACRO_FALL
         alarm = fell and s > self.s_before and not self.alarmed
         self.alarmed = (self.alarmed or alarm) and fell
-        self.macro_best, self.s_before = max(self.macro_best, macro), s
+        if macro > self.macro_best:
+            self.macro_best, self.s_before = macro, s
         return alarm
 
     def state_dict(self) -> dict[str, Any]:

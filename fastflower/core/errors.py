@@ -45,6 +45,10 @@ class Diverged(InputError):
     """Training yields only non-finite values; every rank raises it in the same step."""
 
     exit_code = 1
+    REMEDY = (
+        "lower opt.lr_ref or opt.lr, for instance to a quarter (of a large batch: opt.large_batch_factor), or "
+        "aug.strength, or raise opt.weight_decay or sched.warmup_epochs, and start again under another exp.name"
+    )
 
 
 def run_command(main: Callable[[list[str]], int | None], *, parses_help: bool = False) -> None:

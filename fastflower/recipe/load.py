@@ -210,7 +210,8 @@ def _explain(source: str, error: Exception, layer: DictConfig | None = None) -> 
         value = re.search(r"[Vv]alue '(.*?)'", text)
         got = f" = {value[1].replace('None', 'null')}" if value else ""
         where = "" if f"{full_key}=" in source else f"{source}: "  # a change shows its key itself
-        return f"{where}{full_key}{got}: must be {allowed(str(specs[full_key].type))}"
+        kind = str(specs[full_key].type)
+        return f"{where}{full_key}{got}: must be {allowed(kind)}{_meant(got.removeprefix(' = '), kind)}"
     return (
         f"{source}: {_valued_section(error, layer)} is a section: it holds keys, as in opt.lr=1e-3 or, in a file, one "
         "a line with a space after the colon, and has no value itself"
@@ -252,6 +253,22 @@ KNOWN_AS = {  # other programs' names of settings, which resemble no key or a wr
     "num_blocks": "model.backbone",
     "base_channels": "model.backbone",
     "arch_variant": "model.backbone",
+    "width_mult": "model.backbone",
+    "use_fusion": "model.backbone",
+    "use_focal_loss": "loss.name",
+}
+
+
+VALUES_KNOWN_AS = {  # other programs' names of choices
+    "cosineannealinglr": "warmup_cosine with sched.warmup_epochs=0",
+    "cosineannealingwithwarmuplr": "warmup_cosine",
+    "reducelronplateau": "plateau",
+    "cycliclr": "cyclic",
+    "crossentropyloss": "ce",
+    "bcewithlogitsloss": "bce",
+    "focalloss": "focal",
+    "balancedsoftmax": "bsce",
+    "null": "none",
 }
 
 
@@ -278,6 +295,14 @@ def nearest(unknown: str, names: list[str]) -> str | None:
         if near:
             return candidates[near[0]]
     return None
+
+
+def _meant(value: str, annotation: str) -> str:
+    """The hint at the choice that a refused value means, by its name elsewhere or by likeness; empty without one."""
+    choices = re.findall(r"'(.*?)'", annotation)
+    known = VALUES_KNOWN_AS.get(value.lower(), "")
+    near = [known] if known.partition(" ")[0] in choices else difflib.get_close_matches(value, choices, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def allowed(annotation: str) -> str:
@@ -310,9 +335,7 @@ def _check_limits(dotted: str, value: Any, spec: dataclasses.Field) -> None:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     kind = str(spec.type)
     if "Own" in kind and value not in re.findall(r"'(.*?)'", kind) and not is_own(value):
-        near = difflib.get_close_matches(str(value), re.findall(r"'(.*?)'", kind), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"{dotted} = {value}: must be {allowed(kind)}{hint}")
+        raise InputError(f"{dotted} = {value}: must be {allowed(kind)}{_meant(str(value), kind)}")
     if not _is_finite(value):
         raise InputError(f"{dotted} = {value}: must be finite; nan and inf are no settings")
     limits = {name: spec.metadata[name] for name in signs if name in spec.metadata}

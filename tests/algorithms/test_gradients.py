@@ -146,9 +146,10 @@ def test_the_run_stops_after_the_limit_and_proposes_a_lower_lr():
     network[0].weight.grad = torch.full((3, 3), math.nan)
     with pytest.raises(
         Diverged, match=r"2 steps in a row, up to step 8 \(epoch 2, lr 0.001\); lower opt.lr_ref"
-    ):
+    ) as stopped:
         guard.apply(Event.AFTER_TRAIN_BATCH, state, None)
-    assert Diverged.exit_code == 1
+    remedies = ("opt.large_batch_factor", "aug.strength", "opt.weight_decay", "sched.warmup_epochs")
+    assert all(key in str(stopped.value) for key in remedies) and Diverged.exit_code == 1
 
 
 def test_the_fp16_scaler_may_overflow_while_it_finds_its_scale():

@@ -185,6 +185,14 @@ def test_the_alarm_rings_once_when_rare_classes_pay():
     assert alarms == [False, False, False, True, False, False, True]
 
 
+def test_equal_classes_that_recover_from_a_dip_ring_no_alarm():
+    selection = machine(patience=99)
+    assert not any(
+        selection.update(epoch, 0, {"raw": one(s, s, s)}).alarm
+        for epoch, s in enumerate([0.70, 0.81, 0.78, 0.79, 0.80, 0.82], 1)
+    )
+
+
 def test_state_goes_on_where_it_was():
     series = [0.5, 0.6, 0.55, 0.6, 0.58, 0.57, 0.62]
     whole = machine(patience=4)

@@ -256,6 +256,8 @@ def _encode_image(
         else:
             decoded = _decode_file(data, encoding.side)
             chunk.misnamed[row] = "" if matches_format(name, decoded.format) else decoded.format
+    except EnvironmentFault:  # the machine's, not this file's
+        raise
     except InputError as error:
         chunk.problems[row] = str(error)
         return sha256

@@ -27,6 +27,7 @@ from fastflower.core.errors import EnvironmentFault, InputError
 from fastflower.core.files import temporary_path
 from fastflower.data import folds, labels
 from fastflower.data.betons import fold_set
+from fastflower.data.decode import kernel
 from fastflower.data.decode.kernel import Crop, decode_file
 from fastflower.data.loaders import EvalLoader, TrainLoader
 from fastflower.data.readers import image_files, image_folders
@@ -307,6 +308,18 @@ def test_a_read_error_is_listed_with_its_reason(
             match=rf"^1 of 8 images cannot be used: 3.jpg cannot be read: {message}; replace them, or",
         ):
             run(f"data.workers={count}")
+
+
+def test_a_fault_of_the_machine_is_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise EnvironmentFault("decode.c is not compiled; run make setup")
+
+    project()
+    monkeypatch.setattr(kernel, "library", missing)
+    for count in (1, 2):
+        with pytest.raises(EnvironmentFault, match=r"^decode.c is not compiled; run make setup$"):
+            run(f"data.workers={count}")
+    assert not Path("data/bad.csv").exists()
 
 
 def test_a_file_that_changes_after_it_was_read_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
