@@ -74,7 +74,6 @@ def convert(
     """
     start, home = time.monotonic(), Path(recipe.data.home)
     unlabelled = _check_unlabelled(recipe) if recipe.data.unlabelled else None
-    content = ""  # hash of the labelled images' files
 
     def converted(settings: StorageSettings, folds: Folds, *, up_to_date: bool) -> Converted:
         return Converted(
@@ -87,7 +86,7 @@ def convert(
         )
 
     with _locked(home), assemble.new_set(home) as folder, ExitStack() as work:
-        folds = None
+        folds, content = None, ""
         if (home / "folds.csv").exists():
             folds, table = load_folds(home, table, recipe)
             content = fold_set.inputs_hash(home, table)
@@ -97,71 +96,107 @@ def convert(
                 auxiliary.record(home, table.aux, folds.hash)
                 return converted(current, folds, up_to_date=whole)
         settings = fold_set.storage_settings(recipe, choose_store(recipe, table, home))
-        validating = folds.fold >= 0 if folds else may_validate(table, recipe)
         hashing = folds is None and wants_hashing(recipe, table, settings.stored_side)
-        files_before = contents.file_states(table.source.files(table.filenames))
-        if table.source.in_one_file and not content:
-            content = fold_set.inputs_hash(home, table)
         embed = embedder(recipe) if embedder and folds is None and recipe.data.group == "embedding" else None
         machine = work.enter_context(cluster) if cluster else encode.Machine(cores(recipe.data.workers))
-        with _encoded(
-            table.source,
-            machine=machine,
-            names=table.filenames,
-            validating=validating,
+        labelled = _convert_labelled(
+            recipe,
+            table,
+            folds=folds,
+            content=content,
             settings=settings,
-            folder=folder,
             hashing=hashing,
-        ) as spool:
-            if not table.source.in_one_file:
-                contents.remember(home / fold_set.CONTENTS, files_before, spool.sha256)
-            table, spool_rows = _usable(recipe, table, spool=spool, folds=folds, home=home)
-            if not table.source.in_one_file:  # the bytes that were decoded, even if a file has changed since
-                content = contents.hash_of(spool.sha256[row] for row in spool_rows.tolist())
-            duplicate_rows = None
-            if folds is None:
-                folds, duplicate_rows = new_folds(
-                    recipe, table, spool=spool, spool_rows=spool_rows, embed=embed
-                )
-            elif folds.sha256 != spool.sha256:
-                _refuse_changed(folds, spool, home)
-            for fold in folds.numbers:
-                check_leaks(folds, fold)
-            chart = functools.cache(lambda: class_chart(table))
-            origins = _fold_origins(settings, table, folds=folds, content=content, extra=refits(recipe))
-            assemble.write_betons(
-                folder,
-                [origin for origin in origins if not assemble.reuse(home, folder, origin)],
-                folds=folds,
-                spool=spool,
-                spool_rows=spool_rows,
-                machine=machine,
-                meanwhile=chart,
-            )
+            embed=embed,
+            machine=machine,
+            folder=folder,
+        )
+        table = labelled.table
         if unlabelled and not (
             (home / fold_set.UNLABELLED_TABLE).is_file()
             and assemble.reuse(home, folder, unlabelled.origin(settings))
         ):
             _convert_unlabelled(recipe, unlabelled, settings=settings, machine=machine, folder=folder)
-        _write_tables(home, table, folds=folds, duplicate_rows=duplicate_rows, chart=chart())
+        _write_tables(home, labelled)
         assemble.replace_set(home, folder)
-        return converted(settings, folds, up_to_date=False)
+        return converted(settings, labelled.folds, up_to_date=False)
 
 
-def _write_tables(
-    home: Path,
+@dataclass(frozen=True)
+class LabelledImages:
+    """The labelled images that can be used, their folds, and the chart of their classes.
+
+    duplicate_rows: of folds that are new, else None.
+    """
+
+    table: LabelTable
+    folds: Folds
+    duplicate_rows: Iterator[dict[str, str]] | None
+    chart: bytes
+
+
+def _convert_labelled(
+    recipe: Recipe,
     table: LabelTable,
     *,
-    folds: Folds,
-    duplicate_rows: Iterator[dict[str, str]] | None,
-    chart: bytes,
-) -> None:
-    """Write the tables beside the betons; duplicate_rows: of folds that are new, else None."""
+    folds: Folds | None,
+    content: str,
+    settings: StorageSettings,
+    hashing: bool,
+    embed: Embed | None,
+    machine: encode.Machine,
+    folder: Path,
+) -> LabelledImages:
+    """Write the betons of every fold, and make the folds unless they are given.
+
+    content: hash of the labelled images' files, where it is known before they are read.
+    """
+    home = Path(recipe.data.home)
+    files_before = contents.file_states(table.source.files(table.filenames))
+    if table.source.in_one_file and not content:
+        content = fold_set.inputs_hash(home, table)
+    with _encoded(
+        table.source,
+        machine=machine,
+        names=table.filenames,
+        validating=folds.fold >= 0 if folds else may_validate(table, recipe),
+        settings=settings,
+        folder=folder,
+        hashing=hashing,
+    ) as spool:
+        if not table.source.in_one_file:
+            contents.remember(home / fold_set.CONTENTS, files_before, spool.sha256)
+        table, spool_rows = _usable(recipe, table, spool=spool, folds=folds, home=home)
+        if not table.source.in_one_file:  # the bytes that were decoded, even if a file has changed since
+            content = contents.hash_of(spool.sha256[row] for row in spool_rows.tolist())
+        duplicate_rows = None
+        if folds is None:
+            folds, duplicate_rows = new_folds(recipe, table, spool=spool, spool_rows=spool_rows, embed=embed)
+        elif folds.sha256 != spool.sha256:
+            _refuse_changed(folds, spool, home)
+        for fold in folds.numbers:
+            check_leaks(folds, fold)
+        chart = functools.cache(lambda: class_chart(table))
+        origins = _fold_origins(settings, table, folds=folds, content=content, extra=refits(recipe))
+        assemble.write_betons(
+            folder,
+            [origin for origin in origins if not assemble.reuse(home, folder, origin)],
+            folds=folds,
+            spool=spool,
+            spool_rows=spool_rows,
+            machine=machine,
+            meanwhile=chart,
+        )
+    return LabelledImages(table, folds, duplicate_rows, chart())
+
+
+def _write_tables(home: Path, labelled: LabelledImages) -> None:
+    """Write the tables beside the betons; those of the folds only where the folds are new."""
+    table, folds = labelled.table, labelled.folds
     write_classes(home / "classes.csv", table)
     write_csv(home / "class_stats.csv", class_stats(table))
-    files.write_atomic(home / "class_stats.png", chart)
-    if duplicate_rows is not None:
-        write_csv(home / DUPLICATES, duplicate_rows, (*DUPLICATE_COLUMNS, CHECK))
+    files.write_atomic(home / "class_stats.png", labelled.chart)
+    if labelled.duplicate_rows is not None:
+        write_csv(home / DUPLICATES, labelled.duplicate_rows, (*DUPLICATE_COLUMNS, CHECK))
         save_folds(home / "folds.csv", folds)
     auxiliary.record(home, table.aux, folds.hash)
 
