@@ -45,7 +45,7 @@ FLOORS = {
 COMPOSER = ("model/classifier.py", "algorithms/", "callbacks/", "training/", "bench/trainers.py")
 FFCV = ("bench/stock_ffcv.py", "bench/trainers.py")
 PREDICTOR = {"torch", "numpy", "PIL"}
-BUILT = {".git", ".venv", "build", "data", "results", "shared"}
+BUILT = {".git", ".venv", ".venv-next", "build", "data", "results", "shared"}
 
 REPO = Path(__file__).resolve().parents[1]
 MODULES = sorted((REPO / "fastflower").rglob("*.py"))

@@ -67,7 +67,9 @@ def test_a_wheel_of_the_sdist_runs_elsewhere(repo: Path, tmp_path: Path) -> None
     source = tmp_path / "source"
     shutil.copytree(
         repo, source,
-        ignore=shutil.ignore_patterns(".venv", ".git", "data", "results", "build", "*.so", "*.egg-info", "__pycache__"),
+        ignore=shutil.ignore_patterns(
+            ".venv", ".venv-next", ".git", "data", "results", "build", "*.so", "*.egg-info", "__pycache__"
+        ),
     )  # fmt: skip
     shutil.copytree(repo / "fastflower/data", source / "fastflower/data", dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("*.so", "__pycache__"))  # fmt: skip

@@ -129,6 +129,8 @@ def test_what_python_and_torch_leave_in_the_temporary_folder_is_no_leftover(tmp_
 
 
 def test_unknown_commands_are_refused() -> None:
-    with pytest.raises(InputError, match=r"--only trian: no such command; choose from sample_data, convert, "):
+    with pytest.raises(
+        InputError, match=r"--only trian: no such command; choose from sample_data, convert, "
+    ):
         kills.main(["--only", "trian"])
     assert os.environ.get("TMPDIR") != str(Path.cwd() / "tmp")

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -63,21 +64,31 @@ def described(weights: tuple[float, ...] = (), **changes: object) -> BundleDescr
     return BundleDescription(**{**fields, **changes})
 
 
+@pytest.fixture(scope="session")
+def exportable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A folder with converted photographs and a member with random weights for each of two folds; and their paths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("exportable"))
+        Path("photos").mkdir()
+        rows = []
+        for number in range(24):
+            rng = np.random.default_rng(number)
+            small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            name = f"{number:02d}.{'png' if number % 5 == 0 else 'jpg'}"
+            small.resize((40 + 9 * (number % 4), 64), Image.Resampling.BICUBIC).save(Path("photos", name))
+            rows.append([name, str(10 + 7 * (number % 3))])
+        with open("labels.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["filename", "category_id"], *rows])
+        convert.main(WORDS)
+        return Path.cwd(), [make_member(fold) for fold in (0, 1)]
+
+
 @pytest.fixture
-def members():
-    """Converted photographs and a member with random weights for each of two folds."""
-    Path("photos").mkdir()
-    rows = []
-    for number in range(24):
-        rng = np.random.default_rng(number)
-        small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-        name = f"{number:02d}.{'png' if number % 5 == 0 else 'jpg'}"
-        small.resize((40 + 9 * (number % 4), 64), Image.Resampling.BICUBIC).save(Path("photos", name))
-        rows.append([name, str(10 + 7 * (number % 3))])
-    with open("labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["filename", "category_id"], *rows])
-    convert.main(WORDS)
-    return [make_member(fold) for fold in (0, 1)]
+def members(exportable) -> list[Path]:
+    """The members of `exportable`, in a copy of it that is the current directory."""
+    folder, paths = exportable
+    shutil.copytree(folder, Path.cwd(), dirs_exist_ok=True)
+    return paths
 
 
 def make_member(fold: int, seed: int = 42, **changes: object) -> Path:

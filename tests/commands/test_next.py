@@ -34,7 +34,7 @@ def found(**ok: bool | None) -> list[doctor.Finding]:
         ([], found(photographs=True), "fastflower doctor recipes/finetune.yaml"),
         (["a.yaml"], found(labels=True, betons=None), "fastflower convert a.yaml"),
         (["a.yaml"], found(labels=True, betons=True), "fastflower train a.yaml"),
-        ([], [doctor.Finding("packages", False, "", advice=doctor.SETUP)], "make setup"),
+        ([], [doctor.Finding("packages", False, "", advice=doctor.SETUP)], doctor.SETUP),
         (["a.yaml"], found(labels=False, betons=None), None),
     ],
 )

@@ -276,7 +276,7 @@ def test_all_images_pass_the_network_together_and_no_view_is_mixed():
     assert row["mask_rate"] == 1.0 and row["pseudo_counts"] == labels.bincount(minlength=4).tolist()
     truth = batch["truth"].flatten()
     assert row["pseudo_accuracy"] == pytest.approx(float((labels == truth)[truth >= 0].double().mean()))
-    assert row["unlabelled_loss"] == pytest.approx(float(expected - supervised) / 0.5, rel=1e-5)
+    assert row["unlabelled_loss"] == pytest.approx((expected - supervised).item() / 0.5, rel=1e-5)
     assert row["lambda_u"] == 0.5
 
 
