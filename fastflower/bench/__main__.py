@@ -19,6 +19,7 @@ BENCHES = (
     "backbones",
     "honesty",
     "ablation",
+    "screening",
     "accuracy",
 )
 

@@ -4,8 +4,8 @@ One part at a time is left out where the recipe has it, and added where it lacks
 recipes on the folds of data.fold, so a stopped ablation continues with the same command. The last epoch is scored, with
 averaged weights where there are any: nothing is chosen on the images that score it. Out of fold, the hits of both
 trainings are compared image by image: the gain of having the part, its 95% interval, and the p of McNemar's exact test.
-A corrupted image counts by its share of hits over the corruptions. Minutes are of the processor, start-up included,
-because other work on the machine hardly changes them.
+With --seeds, an image counts by its share of hits over the seeds, and a corrupted one by that over the corruptions too.
+Minutes are of the processor, start-up included, because other work on the machine hardly changes them.
 
 Two parts choose among the same weights: `select` compares the best epoch by S with the best by clean top-1 in one
 training, and the last row compares all views of tta with one.
@@ -20,7 +20,7 @@ import argparse
 import importlib
 import math
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -91,7 +91,10 @@ class Spent:
 
 @dataclass(frozen=True)
 class Hits:
-    """Hits on N images, in 0..1: with the views of tta (N,), with one view (N,), and over the corruptions (N,)."""
+    """Hits on N images, in 0..1: with the views of tta (N,), with one view (N,), and over the corruptions (N,).
+
+    corrupted is NaN where corrupted images were not scored.
+    """
 
     clean: np.ndarray
     single: np.ndarray
@@ -120,6 +123,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
     names = [*PARTS, SELECT]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="those to try (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of each training (the recipe's)")
     args = parser.parse_intermixed_args(argv)
     base = load(arguments.locate(args.recipe), args.overrides)
     words = [
@@ -136,18 +140,19 @@ def main(argv: list[str]) -> int:
         checks.check(load(changed[0], changed[1:]))
     ledger = runs.RESULTS / base.exp.name / "ablation.json"
     files.check_writable(ledger.parent)
-    reference = hits_of(train(words, ledger))
+    seeds = args.seeds or [base.seed]
+    count = len(derived.fold_numbers(base)) * len(seeds)
+    reference = hits_over(train(words, ledger, seeds))
     rows: list[Row] = []
     for name, changed in variants.items():
-        other = hits_of(train(changed, ledger))
-        row = compare(
-            PARTS[name], base, reference=reference, other=other, minutes=minutes_of(base, name, ledger)
-        )
+        other = hits_over(train(changed, ledger, seeds))
+        minutes = minutes_of(base, name, ledger, trainings=count)
+        row = compare(PARTS[name], base, reference=reference, other=other, minutes=minutes)
         rows.append(replace(row, change=f"`{' '.join(changed[len(words) : -1])}`"))
         print("\n" + "\n".join(table(rows, reference)), flush=True)
     if SELECT in args.parts:
-        trained = train(by_score, ledger)
-        clean, combo = (hits_of(trained, f"best_{kind}__*.pth") for kind in ("clean", "combo"))
+        trained = train(by_score, ledger, seeds)
+        clean, combo = (hits_over(trained, f"best_{kind}__*.pth") for kind in ("clean", "combo"))
         rows.append(
             Row(
                 title="best epoch by S",
@@ -155,7 +160,7 @@ def main(argv: list[str]) -> int:
                 change="best by clean, of the same training",
                 clean=paired_gain(clean.clean, combo.clean),
                 corrupted=paired_gain(clean.corrupted, combo.corrupted),
-                minutes=minutes_of(base, SELECT, ledger)[::-1],
+                minutes=minutes_of(base, SELECT, ledger, trainings=count)[::-1],
             )
         )
     views = len(base.tta.scales) * (1 + base.tta.hflip)
@@ -168,15 +173,24 @@ def main(argv: list[str]) -> int:
 
 def variant(words: list[str], base: Recipe, name: str) -> list[str]:
     """The arguments of the recipe without a part that it has, or with one that it lacks, as `<exp>-<name>`."""
-    part = PARTS[name]
+    return [*words, *opposite(PARTS[name], base), f"exp.name={base.exp.name}-{name}"]
+
+
+def opposite(part: Part, base: Recipe) -> tuple[str, ...]:
+    """The changes that leave a part out where the recipe has it, or add it where it lacks it."""
     height, width = derived.image_sizes(base)[-1]
     smaller = [side * 3 // 4 // 32 * 32 or side for side in (height, width)]
     sizes = {"last": f"[{height},{width}]", "smaller": f"[{smaller[0]},{smaller[1]}]"}
     changes = part.leave_out if part.present(base) else part.add
-    return [*words, *(change.format(**sizes) for change in changes), f"exp.name={base.exp.name}-{name}"]
+    return tuple(change.format(**sizes) for change in changes)
 
 
-def train(words: list[str], ledger: Path) -> Recipe:
+def train(words: list[str], ledger: Path, seeds: Sequence[int]) -> list[Recipe]:
+    """Train what is not finished of a recipe with each seed; returns the recipes."""
+    return [train_seed([*words, f"seed={seed}"], ledger) for seed in seeds]
+
+
+def train_seed(words: list[str], ledger: Path) -> Recipe:
     """Train what is not finished of a recipe, and add its seconds to the ledger; returns the recipe.
 
     Raises EnvironmentFault when a training fails, and KeyboardInterrupt when it was interrupted.
@@ -195,12 +209,11 @@ def train(words: list[str], ledger: Path) -> Recipe:
     return recipe
 
 
-def minutes_of(base: Recipe, name: str, ledger: Path) -> tuple[float, float]:
-    """Minutes that a fold of the recipe itself took, and one of its counterpart; NaN where it is not known."""
+def minutes_of(base: Recipe, name: str, ledger: Path, *, trainings: int) -> tuple[float, float]:
+    """Minutes that a training of the recipe itself took, and one of its counterpart; NaN where it is not known."""
     spent = read_record(ledger, Spent).seconds if ledger.is_file() else {}
-    folds = len(derived.fold_numbers(base))
     own, theirs = (spent.get(exp, math.nan) for exp in (base.exp.name, f"{base.exp.name}-{name}"))
-    return own / 60 / folds, theirs / 60 / folds
+    return own / 60 / trainings, theirs / 60 / trainings
 
 
 def children_seconds() -> float:
@@ -209,14 +222,21 @@ def children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def hits_of(recipe: Recipe, pattern: str = "") -> Hits:
+def hits_over(recipes: Sequence[Recipe], pattern: str = "", *, corrupted: bool = True) -> Hits:
+    """The mean hits of recipes that differ in their seeds."""
+    each = [hits_of(recipe, pattern, corrupted=corrupted) for recipe in recipes]
+    means = {kind: np.mean([getattr(hits, kind) for hits in each], 0) for kind in vars(each[0])}
+    return Hits(**means)
+
+
+def hits_of(recipe: Recipe, pattern: str, *, corrupted: bool) -> Hits:
     """The hits of an experiment's members out of fold, by default of the last averaged weights; logits are kept."""
     import torch  # here, as below: a refusal does not spend the seconds
 
     from fastflower.evaluation import inference, logits
 
     pattern = pattern or ("ema_best__*.pth" if recipe.ema.enabled else "auto")
-    recipe = replace(recipe, robust=replace(recipe.robust, enabled=True))
+    recipe = replace(recipe, robust=replace(recipe.robust, enabled=corrupted))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = runs.RESULTS / recipe.exp.name / "ablation" / pattern.partition("__")[0]
     paths = runs.find_members(recipe.exp.name, pattern, metric=recipe.select.metric)
@@ -226,7 +246,8 @@ def hits_of(recipe: Recipe, pattern: str = "") -> Hits:
         (path,) = (path for path in paths if f"__{stem}_" in path.name)
         saved = logits.logits_path(folder, backbone=recipe.model.backbone, fold=fold, seed=recipe.seed)
         member = logits.load_logits(saved) if saved.is_file() else None
-        if member is None or member.info.seal != checkpoint.seal(path):
+        whole = member is not None and (len(member.corrupt) or not corrupted)
+        if member is None or not whole or member.info.seal != checkpoint.seal(path):
             member = inference.predict(path, recipe, device)
             logits.save_logits(folder, member)
         members.append(member)
@@ -235,7 +256,7 @@ def hits_of(recipe: Recipe, pattern: str = "") -> Hits:
     return Hits(
         clean=run.logits.argmax(1) == truth,
         single=run.single.argmax(1) == truth,
-        corrupted=(run.corrupt.argmax(2) == truth).mean(0),
+        corrupted=(run.corrupt.argmax(2) == truth).mean(0) if corrupted else np.full(len(truth), np.nan),
     )
 
 
@@ -258,6 +279,8 @@ def table(rows: list[Row], reference: Hits) -> list[str]:
     n = len(reference.clean)
     stated = []
     for name, hits in (("clean", reference.clean), ("corrupted", reference.corrupted)):
+        if np.isnan(hits).any():
+            continue
         low, high = scores.wilson(float(hits.sum()), n)
         stated.append(f"{name} {hits.mean():.4f} (95% {low:.3f} to {high:.3f})")
     lines = [

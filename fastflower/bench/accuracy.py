@@ -1,12 +1,14 @@
 """`bench accuracy`: what fastflower and other tools score after the same processor time, on the same folds.
 
-Each contender fine-tunes the recipe's backbone from the same weight file on the training images of data.fold, for its
-own number of epochs (--epochs), so that all take about as long; each seed is a training in a process of its own, whose
-processor seconds are counted with start-up and scoring. The last epoch is scored, on one view of each validation image:
-none of them chooses an epoch on the images that score it. Hits are paired image by image, as means over the seeds.
+Each contender trains the recipe's backbone on the training images of data.fold, from the same weight file or, with
+model.pretrained=false, from scratch, for its own number of epochs (--epochs), so that all take about as long; each seed
+is a training in a process of its own, whose processor seconds are counted with start-up and scoring. The last epoch is
+scored, on one view of each validation image: none of them chooses an epoch on the images that score it. Hits are paired
+image by image, as means over the seeds.
 
-fastflower trains as the recipe says, the others with the settings in fastflower/bench/finetuners.py. Finished trainings
-are kept in results/results/<exp>/accuracy/, so a stopped comparison continues with the same command.
+fastflower trains as the recipe says, the others with the settings in fastflower/bench/finetuners.py. fastai and
+ultralytics take part where they are installed; ultralytics has networks of its own, so it does from scratch only.
+Finished trainings are kept in results/results/<exp>/accuracy/, so a stopped comparison continues with the same command.
 """
 
 from __future__ import annotations
@@ -36,7 +38,14 @@ TITLES = {
     "plain": "plain loop: DataLoader, Pillow, torchvision, AdamW",
     "channels_last": "the plain loop in channels_last format",
     "timm": "timm's train.py",
-    "fastai": "fastai's fine_tune",
+    "fastai": "fastai: fine_tune, from scratch fit_one_cycle",
+    "ultralytics": "Ultralytics classify, its yolo11n-cls",
+}
+MODULES = {  # what must be installed for it
+    "plain": "torchvision",
+    "channels_last": "torchvision",
+    "fastai": "fastai",
+    "ultralytics": "ultralytics",
 }
 
 
@@ -84,7 +93,8 @@ def main(argv: list[str]) -> int:
     words = [str(arguments.locate(args.recipe)), *args.overrides]
     recipe = load(words[0], words[1:])
     checks.check(recipe)
-    find_weights(recipe.model.backbone)
+    epochs_of = parse_epochs(args.epochs, args.timm_script)
+    check_start(recipe, epochs_of)
     folds = read_folds(Path(recipe.data.home) / "folds.csv")
     if not photograph(recipe, folds, 0).is_file():
         raise InputError(
@@ -106,7 +116,7 @@ def main(argv: list[str]) -> int:
         )
         for seed in args.seeds
         for fold in derived.fold_numbers(recipe)
-        for name, epochs in parse_epochs(args.epochs, args.timm_script).items()
+        for name, epochs in epochs_of.items()
     ]
     outcomes: dict[str, list[tuple[Task, Outcome]]] = {}
     for task in tasks:
@@ -134,12 +144,28 @@ def parse_epochs(texts: Sequence[str], script: str) -> dict[str, int]:
         raise InputError(
             f"--timm-script {script}: no such file; give the train.py of timm's repository, or no timm=N"
         )
-    for name, module in (("plain", "torchvision"), ("channels_last", "torchvision"), ("fastai", "fastai")):
+    for name, module in MODULES.items():
         if name in epochs and not importlib.util.find_spec(module):
             raise EnvironmentFault(
                 f"--epochs {name}={epochs[name]}: {module} is not installed; install it, or leave it out"
             )
     return epochs
+
+
+def check_start(recipe: Recipe, epochs: dict[str, int]) -> None:
+    """Raises InputError where the contenders cannot start from the same weights."""
+    if recipe.model.init:
+        raise InputError(
+            f"model.init={recipe.model.init}: the other tools start from published weights or from none; leave it out"
+        )
+    if not recipe.model.pretrained:
+        return
+    find_weights(recipe.model.backbone)
+    if "ultralytics" in epochs:
+        raise InputError(
+            f"--epochs ultralytics={epochs['ultralytics']}: its networks cannot start from the weights of "
+            f"{recipe.model.backbone}; give model.pretrained=false, or leave it out"
+        )
 
 
 def photograph(recipe: Recipe, folds: Folds, row: int) -> Path:

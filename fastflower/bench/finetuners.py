@@ -1,7 +1,8 @@
-"""Contenders of `bench accuracy`: each fine-tunes the recipe's backbone on one fold, and is scored at its last epoch.
+"""Contenders of `bench accuracy`: each trains the recipe's backbone on one fold, and is scored at its last epoch.
 
 `python -m fastflower.bench.finetuners TASK` trains the contender of a task and writes its outcome. All but fastflower
-see the original photographs at the recipe's size, batch and learning rate, and are scored by the same centre crop.
+see the original photographs at the recipe's size and batch. The plain loop and timm have one learning rate and are
+scored by the same centre crop; fastai and ultralytics have their own of both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -42,21 +44,23 @@ class Job:
         self.held_out = np.flatnonzero(self.folds.fold == task.fold)
         self.size = derived.image_sizes(self.recipe)[-1][0]
         self.batch = self.recipe.train.batch_per_gpu
-        self.weights = find_weights(self.recipe.model.backbone)
+        self.pretrained = self.recipe.model.pretrained
+        self.weights = find_weights(self.recipe.model.backbone) if self.pretrained else None
         self.classes = int(self.folds.class_idx.max()) + 1
+        self.overlay = {"file": str(self.weights)} if self.pretrained else {}  # of timm's configuration
 
     def path(self, row: int) -> Path:
         """The photograph in a row of folds.csv."""
         return photograph(self.recipe, self.folds, row)
 
     def network(self) -> nn.Module:
-        """The pretrained backbone with a new head, as timm makes it."""
+        """The backbone with a new head, as timm makes it."""
         import timm
 
         network: nn.Module = timm.create_model(
             self.recipe.model.backbone,
-            pretrained=True,
-            pretrained_cfg_overlay={"file": str(self.weights)},
+            pretrained=self.pretrained,
+            pretrained_cfg_overlay=self.overlay,
             num_classes=self.classes,
         )
         return network
@@ -146,14 +150,19 @@ def plain(job: Job, layout: torch.memory_format = torch.contiguous_format) -> li
     return job.predict(network)
 
 
+def link_photographs(job: Job, work: str) -> None:
+    """Links in `work` to the photographs, as train/<class>/ and validation/<class>/."""
+    for split, rows in (("train", job.train), ("validation", job.held_out)):
+        for row in rows:
+            folder = Path(work, split, f"{job.folds.class_idx[row]:05d}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row}{job.path(row).suffix}").symlink_to(job.path(row))
+
+
 def timm(job: Job) -> list[int]:
-    """timm's train.py: the flags of its published fine-tunings, AdamW at the rate of the others, else its defaults."""
+    """timm's train.py: the flags of its published fine-tunings, AdamW at the plain loop's rate, else its defaults."""
     with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
-        for split, rows in (("train", job.train), ("validation", job.held_out)):
-            for row in rows:
-                folder = Path(work, split, f"{job.folds.class_idx[row]:05d}")
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{row}{job.path(row).suffix}").symlink_to(job.path(row))
+        link_photographs(job, work)
         subprocess.run([sys.executable, job.task.script, *timm_flags(job, work)], check=True)
         (saved,) = Path(work, "out").glob("*/last.pth.tar")
         network = job.network()
@@ -162,19 +171,20 @@ def timm(job: Job) -> list[int]:
 
 
 def timm_flags(job: Job, work: str) -> list[str]:
-    """The command line of train.py."""
+    """The command line of train.py; from scratch without the rates that spare pretrained layers."""
+    start = f"--pretrained --pretrained-path {job.weights} --layer-decay 0.8" if job.pretrained else ""
     text = f"""
-        --data-dir {work} --output {work}/out --model {job.recipe.model.backbone} --pretrained
-        --pretrained-path {job.weights} --num-classes {job.classes} --img-size {job.size} -b {job.batch}
-        --opt adamw --opt-eps 1e-6 --weight-decay 0.01 --lr {LR} --layer-decay 0.8 --clip-grad 1.0
+        --data-dir {work} --output {work}/out --model {job.recipe.model.backbone} {start}
+        --num-classes {job.classes} --img-size {job.size} -b {job.batch}
+        --opt adamw --opt-eps 1e-6 --weight-decay 0.01 --lr {LR} --clip-grad 1.0
         --sched cosine --sched-on-updates --warmup-epochs 0 --epochs {job.task.epochs} --seed {job.task.seed}
-        --device cpu -j 1 --checkpoint-hist 1
+        --device cpu --channels-last -j 1 --checkpoint-hist 1
     """
     return text.split()
 
 
 def fastai(job: Job) -> list[int]:
-    """fastai's fine_tune with its defaults, on batches that are cropped twice as its book shows."""
+    """fastai's fine_tune, or fit_one_cycle from scratch, with its defaults, cropped twice as its book shows."""
     from fastai.vision import all as vision
 
     vision.set_seed(job.task.seed)
@@ -188,13 +198,45 @@ def fastai(job: Job) -> list[int]:
         batch_tfms=vision.aug_transforms(size=job.size, min_scale=0.75),
     )
     loaders = block.dataloaders(rows, bs=job.batch, num_workers=0)
-    overlay = {"file": str(job.weights)}
     learner = vision.vision_learner(
-        loaders, job.recipe.model.backbone, metrics=vision.accuracy, pretrained_cfg_overlay=overlay
+        loaders,
+        job.recipe.model.backbone,
+        metrics=vision.accuracy,
+        pretrained=job.pretrained,
+        pretrained_cfg_overlay=job.overlay,
     )
-    learner.fine_tune(job.task.epochs - 1)  # after one epoch of the head alone
+    if job.pretrained:
+        learner.fine_tune(job.task.epochs - 1)  # after one epoch of the head alone
+    else:
+        learner.fit_one_cycle(job.task.epochs)
     probabilities, _ = learner.get_preds(dl=loaders.valid)
     return [int(c) for c in probabilities.argmax(1)]
+
+
+def ultralytics(job: Job) -> list[int]:
+    """Ultralytics classify with its defaults, its smallest network from random weights; its own last weights."""
+    with tempfile.TemporaryDirectory(prefix="fastflower-bench-") as work:
+        os.environ |= {"YOLO_CONFIG_DIR": work, "YOLO_OFFLINE": "true"}  # read when it is imported
+        yolo = importlib.import_module("ultralytics").YOLO
+        link_photographs(job, work)
+        yolo("yolo11n-cls.yaml").train(
+            data=work,
+            epochs=job.task.epochs,
+            imgsz=job.size,
+            batch=job.batch,
+            seed=job.task.seed,
+            project=work,
+            name="out",
+            pretrained=False,
+            device="cpu",
+            workers=0,
+            val=False,  # of each epoch; the last is scored below
+            plots=False,
+        )
+        trained = yolo(Path(work, "out", "weights", "last.pt"))
+        paths = [str(job.path(row)) for row in job.held_out]
+        results = trained.predict(paths, imgsz=job.size, device="cpu", stream=True, verbose=False)
+        return [int(result.names[result.probs.top1]) for result in results]  # named by link_photographs
 
 
 CONTENDERS: dict[str, Callable[[Job], list[int]]] = {
@@ -203,6 +245,7 @@ CONTENDERS: dict[str, Callable[[Job], list[int]]] = {
     "channels_last": functools.partial(plain, layout=torch.channels_last),
     "timm": timm,
     "fastai": fastai,
+    "ultralytics": ultralytics,
 }
 
 

@@ -511,8 +511,8 @@ class Robust:
     )
     score: Literal["auto", "all", "one"] = key(
         "auto",
-        "corruptions in which training scores an image: all, or one, in turn; auto: one above 10,000 corrupted images; "
-        "evaluate scores all",
+        "corruptions in which training scores an image: all, or one, in turn; auto: above 10,000 corrupted images "
+        "every second image in one; evaluate scores all",
     )
 
 

@@ -56,6 +56,19 @@ def test_a_bad_change_is_refused_before_the_first_training() -> None:
     assert not Path("results/model").exists()
 
 
+def test_seeds_are_trained_and_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds of three images: the first is right twice, the second never, the third once."""
+    monkeypatch.setattr(ablation, "train_seed", lambda words, ledger: load(words[0], words[1:]))
+    right = {3: [1.0, 0.0, 1.0], 5: [1.0, 0.0, 0.0]}
+    monkeypatch.setattr(
+        ablation, "hits_of", lambda recipe, pattern, corrupted: Hits(*[np.array(right[recipe.seed])] * 3)
+    )
+    tiny_project.draw(Path())
+    recipes = ablation.train([tiny_project.RECIPE_FILE], Path("ledger.json"), [3, 5])
+    hits = ablation.hits_over(recipes)
+    assert hits.clean.tolist() == hits.single.tolist() == hits.corrupted.tolist() == [1, 0, 0.5]
+
+
 @pytest.mark.slow
 def test_a_whole_ablation_continues(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

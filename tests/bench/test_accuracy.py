@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from fastflower.bench.accuracy import Outcome, Task
 from fastflower.core.errors import InputError
 from fastflower.core.records import read_record
 from fastflower.data.folds import read_folds
+from fastflower.recipe import load
 
 
 def task(contender: str, seed: int, fold: int = 0) -> Task:
@@ -48,6 +53,81 @@ def test_hits_are_means_over_seeds_and_pairs_of_images() -> None:
 def test_other_contenders_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         accuracy.parse_epochs(words, "none.py")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["model.pretrained=true"],
+            r"--epochs ultralytics=2: its networks cannot start from the weights of test_resnet",
+        ),
+        (
+            ["model.init=runs/best.pth"],
+            r"model.init=runs/best.pth: the other tools start from published weights or",
+        ),
+    ],
+)
+def test_all_start_alike(changes: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "find_weights", lambda name: Path(name))
+    with pytest.raises(InputError, match=message):
+        accuracy.check_start(load(None, ["model.backbone=test_resnet", *changes]), {"ultralytics": 2})
+    accuracy.check_start(load(None, ["model.pretrained=false"]), {"ultralytics": 2})
+
+
+def job_from_scratch() -> finetuners.Job:
+    """A task on drawn photographs, without weights."""
+    tiny_project.draw(Path())
+    words = [tiny_project.RECIPE_FILE, "model.pretrained=false", "data.fold=0"]
+    convert.main([*words, "robust.enabled=false"])
+    return finetuners.Job(Task("ultralytics", words, 0, seed=7, epochs=3, script="", out="", recipe="r"))
+
+
+@pytest.mark.slow
+def test_from_scratch_no_tool_reads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a weight file, all start from random weights, and each sees the images of its side alone."""
+    for name in ("YOLO_CONFIG_DIR", "YOLO_OFFLINE"):
+        monkeypatch.setenv(name, "")  # which the contender changes, so it is restored afterwards
+    job = job_from_scratch()
+    asked: dict[str, Any] = {}
+
+    class Yolo:
+        def __init__(self, source: str | Path) -> None:
+            self.source = str(source)
+
+        def train(self, **options: Any) -> None:
+            root = Path(options["data"])
+            links = {split: list((root / split).glob("*/*")) for split in ("train", "validation")}
+            asked.update(
+                options, source=self.source, links=links, alive=all(p.is_file() for p in links["train"])
+            )
+
+        def predict(self, paths: list[str], **options: Any) -> Iterator[Any]:
+            asked.update(scored=paths, last=self.source)
+            names = {0: "00001", 1: "00000"}  # the tool's own order
+            return (
+                SimpleNamespace(names=names, probs=SimpleNamespace(top1=i % 2)) for i in range(len(paths))
+            )
+
+    monkeypatch.setitem(sys.modules, "ultralytics", SimpleNamespace(YOLO=Yolo))
+    predicted = finetuners.CONTENDERS["ultralytics"](job)
+    assert predicted == [1 - i % 2 for i in range(len(job.held_out))]
+    assert (
+        asked["source"] == "yolo11n-cls.yaml"
+        and asked["pretrained"] is False
+        and asked["last"].endswith("last.pt")
+    )
+    assert (asked["epochs"], asked["seed"], asked["imgsz"]) == (3, 7, job.size) and asked["alive"]
+    assert asked["scored"] == [str(job.path(row)) for row in job.held_out]
+    for split, rows in (("train", job.train), ("validation", job.held_out)):
+        assert sorted(int(link.stem) for link in asked["links"][split]) == rows.tolist()
+        assert all(
+            int(link.parent.name) == job.folds.class_idx[int(link.stem)] for link in asked["links"][split]
+        )
+    first, second = job.network(), job.network()
+    assert any((a != b).any() for a, b in zip(first.parameters(), second.parameters(), strict=True))  # random
+    flags = finetuners.timm_flags(job, "work")
+    assert not {"--pretrained", "--pretrained-path", "--layer-decay", "None"} & set(flags)
 
 
 @pytest.mark.slow

@@ -184,6 +184,7 @@ ADVICE = [
     (["model.pretrained=false", "opt.lr=1.25e-5", "train.batch_per_gpu=8"], "use opt.lr=0.0005, or"),
     (["model.pretrained=false", "llrd.enabled=true"], "use llrd.enabled=auto"),
     (["model.pretrained=false", "train.batch_per_gpu=2"], "a global batch of 4 from scratch"),
+    (["model.pretrained=false", "sched.cosine_epochs=9"], "start from recipes/scratch_short.yaml"),
     (["sampler.type=none", "sampler.undersample_frac=0.1"], "sampler.undersample_frac"),
     (["reg.mix_prob=0"], "limits overfitting"),
     (["sampler.oversample_cap=4"], "sampler.oversample_cap"),
@@ -209,6 +210,14 @@ ADVICE = [
 def test_doubtful_choices_get_advice(changes, text):
     assert not [line for line in checks.check(recipe_with()) if text in line]
     assert [line for line in checks.check(recipe_with(*changes)) if text in line]
+
+
+@pytest.mark.parametrize(
+    "change", ["sched.cosine_epochs=40", "model.pretrained=true", "aug.strength=0", "aug.jitter=[0,0,0,0]"]
+)
+def test_only_short_recolouring_trainings_from_scratch_are_warned(change):
+    short = ["model.pretrained=false", "sched.cosine_epochs=9", "aug.rotation_deg=0", change]
+    assert not [line for line in checks.check(recipe_with(*short)) if "scratch_short" in line]
 
 
 @pytest.mark.parametrize("text, expected", [("1ep", (1, "ep")), ("200ba", (200, "ba")), ("3ep", (3, "ep"))])
