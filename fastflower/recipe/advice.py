@@ -11,7 +11,7 @@ from fastflower.recipe.schema import Recipe
 from fastflower.recipe.starting_point import from_scratch, layerwise, lr_rule, origin, warmup_epochs
 
 SMALL_BATCH = 8  # images, below which a gradient from scratch is mostly noise
-SHORT_SCRATCH = 20  # epochs, below which a training from scratch is nearer to docs/proof.md's nine than to forty
+SHORT_SCRATCH = 20  # epochs, below which a training from scratch is nearer to docs/proof.md's nine
 
 
 def unusual_values(recipe: Recipe) -> list[str]:
