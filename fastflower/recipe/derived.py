@@ -9,7 +9,7 @@ from typing import Any
 
 from fastflower.core.errors import InputError
 from fastflower.core.own_parts import is_own
-from fastflower.recipe.schema import Recipe
+from fastflower.recipe.schema import LARGEST_SIDE, Recipe
 from fastflower.recipe.starting_point import lr_bound, lr_rule
 
 CORRUPTIONS = ("gaussian_noise", "blur", "brightness", "jpeg", "occlusion")
@@ -148,8 +148,10 @@ def image_sizes(recipe: Recipe) -> list[tuple[int, int]]:
     sizes = []
     for item in items:
         size = item if isinstance(item, list) else [item, item]
-        if len(size) != 2 or not all(type(side) is int and side >= 8 for side in size):
-            raise InputError(f"data.img_size = {value}: sizes are whole numbers from 8, or [[height, width]]")
+        if len(size) != 2 or not all(type(side) is int and 8 <= side <= LARGEST_SIDE for side in size):
+            raise InputError(
+                f"data.img_size = {value}: sizes are whole numbers from 8 to {LARGEST_SIDE}, or [[height, width]]"
+            )
         sizes.append((size[0], size[1]))
     areas = [height * width for height, width in sizes]
     if not areas or any(area >= later for area, later in zip(areas, areas[1:], strict=False)):

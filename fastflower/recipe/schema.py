@@ -23,6 +23,9 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+LARGEST_SIDE = 4096  # pixels of an input; beyond it lies a slip of the keyboard
+
+
 @dataclass(frozen=True)
 class Exp:
     name: str = key("", "name of the experiment's folders; empty: the name of the recipe file")
@@ -559,7 +562,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Tta:
-    scales: list[int] = key([320, 384], "image sizes of the views", ge=16)
+    scales: list[int] = key([320, 384], "image sizes of the views", ge=16, le=LARGEST_SIDE)
     hflip: bool = key(True, "add the mirror image of each view")
     rotations: list[float] = key(
         [], "degrees by which each view is rotated for further ones, such as [-10, 10]", ge=-180, le=180

@@ -357,6 +357,7 @@ def test_a_missing_recipe_names_the_nearest():
         ("seed=4294967296", "seed = 4294967296: must be >= 0 and <= 4294967295"),
         ("data.arrays=" + 100_000 * "[", "[: not a recipe: more than 20 lists and maps in each other"),
         ("model.drop_path=1", "must be >= 0 and < 1"),
+        ("tta.scales=[320,1000000]", "must be >= 16 and <= 4096"),
         ("aug.rrc_scale=[0.5,2]", "aug.rrc_scale = [0.5, 2.0]"),
         ("exp.name=../x", "it names folders"),
         ("data.root={a", "data.root={a"),
