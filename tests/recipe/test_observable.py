@@ -334,6 +334,7 @@ def machine(recipe: Recipe) -> Any:
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda number: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
         prepared = ranks.prepare(recipe)
     return (
         prepared.precision,

@@ -61,6 +61,23 @@ def test_a_failing_first_collective_is_one_fault_with_nccls_words_and_remedies(r
         ranks._join("cpu")
 
 
+def test_a_card_that_torch_has_no_kernels_for_is_refused_with_the_setup_that_has(monkeypatch):
+    for name, value in (
+        ("device_count", 1),
+        ("set_device", None),
+        ("get_device_name", "RTX 5090"),
+        ("get_device_capability", (12, 0)),
+        ("get_arch_list", ["sm_80", "sm_90"]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(EnvironmentFault) as refused:
+        ranks.prepare(load(None, []))
+    assert str(refused.value) == (
+        "RTX 5090 has compute capability 12.0, this torch knows sm_80 sm_90; use make setup NEXT=1, which has a newer "
+        "torch"
+    )
+
+
 def test_bf16_on_a_cpu_needs_instructions_for_it_and_composer_is_told_of_float32(monkeypatch):
     recipe = load(None, ["train.cpu_bf16=true"])
     monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
