@@ -283,7 +283,8 @@ class Kills:
         if code is None:
             os.kill(process, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        return Ended(code, seconds, int(note.read_text()) if note.exists() else 0)
+        counted = note.read_text() if note.exists() else ""
+        return Ended(code, seconds, int(counted or 0))  # empty where the kill met the writing of it
 
     def _bound(self, victim: Victim) -> float:
         undisturbed = self.undisturbed.get(victim.name)

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_a_process_that_outlives_a_killed_command_is_seen(monkeypatch: pytest.Mo
     bench._lay_out(victim)
     assert bench._run(victim, kills.Kill(seconds=0.8)).code == -9
     assert forked.end_children(bench.own_children, 0.1) == 1
+
+
+def test_a_kill_between_the_opening_and_the_writing_of_the_count_is_a_kill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def opens_the_count(_: list[str]) -> None:
+        Path("../changes").write_text("")
+        time.sleep(10)
+
+    module = types.SimpleNamespace(main=opens_the_count, __file__="faulty.py")
+    monkeypatch.setitem(sys.modules, "fastflower.faulty", module)
+    bench = Kills(Path.cwd(), seed=0, warm=False)
+    victim = Victim("faulty", "faulty", ())
+    bench._lay_out(victim)
+    ended = bench._run(victim, kills.Kill(seconds=0.5))
+    assert (bench.home / "changes").exists() and (ended.code, ended.changes) == (-9, 0)
 
 
 def test_contents_leave_out_times_and_nothing_else() -> None:
