@@ -58,14 +58,16 @@ def main(argv: list[str]) -> int:
     factors = chosen(base, args.parts, args.changes)
     words = [str(arguments.locate(args.recipe)), *args.overrides]
     words += [f"eval.every={base.sched.cosine_epochs}", "es.enabled=false"]
-    plan = design(len(factors))
-    trainings = [row_words(words, base, factors, plan, row) for row in range(len(plan))]
-    for changed in trainings:  # all before the first training
-        checks.check(load(changed[0], changed[1:]))
+    trainings = [words]  # the first is the recipe itself
+    for number, changed in enumerate(design(len(factors))[1:], 1):
+        trainings.append([*words, *changes_of(factors, changed), f"exp.name={base.exp.name}-screen{number}"])
+    for training in trainings:  # all before the first training
+        checks.check(load(training[0], training[1:]))
     ledger = runs.RESULTS / base.exp.name / "ablation.json"
     files.check_writable(ledger.parent)
     hits = [
-        hits_over(train(changed, ledger, [base.seed]), corrupted=base.robust.enabled) for changed in trainings
+        hits_over(train(training, ledger, [base.seed]), corrupted=base.robust.enabled)
+        for training in trainings
     ]
     print("\n" + "\n".join(report(hits, factors)))
     return 0
@@ -87,23 +89,17 @@ def chosen(base: Recipe, parts: list[str], changes: list[str]) -> list[Factor]:
 
 
 def design(factors: int) -> np.ndarray:
-    """Which column is changed in which training (8, 7) or (12, 11); the first training changes none."""
+    """The columns that each training changes, boolean (8, 7) or (12, 11); the first training changes none."""
     row = next(row for row in FIRST_ROWS if factors + EMPTY <= len(row))
     first = np.array([sign == "+" for sign in row])
     return np.stack([np.zeros(len(row), bool), *(np.roll(first, shift) for shift in range(len(row)))])
 
 
-def row_words(words: list[str], base: Recipe, factors: list[Factor], plan: np.ndarray, row: int) -> list[str]:
-    """The arguments of one training of the design, as `<exp>-screen<n>`; the first is the recipe itself."""
-    if not row:
-        return words
-    changes = [
-        change
-        for factor, changed in zip(factors, plan[row], strict=False)
-        if changed
-        for change in factor.changes
+def changes_of(factors: list[Factor], changed: np.ndarray) -> list[str]:
+    """The changes of one training: those of each factor whose column it changes."""
+    return [
+        word for factor, change in zip(factors, changed, strict=False) if change for word in factor.changes
     ]
-    return [*words, *changes, f"exp.name={base.exp.name}-screen{row}"]
 
 
 def effect(scores: np.ndarray, changed: np.ndarray, *, in_recipe: bool) -> PairedGain:

@@ -1,4 +1,4 @@
-"""What this machine's processor is and can do."""
+"""The name and the bf16 instructions of this machine's processor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def name() -> str:
 
 def multiplies_bf16() -> bool:
     """True when this processor has bf16 instructions; without them bf16 is slower than float32."""
+    # twin of multiplies_bf16 in code/networks.py, which imports nothing of fastflower
     flags = (line.partition(":")[2].split() for line in _lines() if line.startswith("flags"))
     return not BF16.isdisjoint(next(flags, []))
 

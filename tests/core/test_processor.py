@@ -30,3 +30,7 @@ def test_without_a_description_there_is_no_bf16_and_the_architecture_is_the_name
     monkeypatch.setattr(processor, "_lines", list)
     assert not processor.multiplies_bf16()
     assert processor.name() == (platform.processor() or platform.machine())
+
+
+def test_the_predictor_reads_the_same_from_this_machine(code):
+    assert code.networks.multiplies_bf16() is processor.multiplies_bf16()
