@@ -597,13 +597,13 @@ def test_ray_that_is_absent_or_does_not_start_is_one_line(monkeypatch, capsys, t
 
 @pytest.mark.slow
 def test_trainings_run_side_by_side_on_ray(project):
-    arguments = ["tiny.yaml", *SHORT, "data.fold=[0,1]"]
+    arguments = ["tiny.yaml", *SHORT, "data.fold=all"]
     command = [sys.executable, "-m", "fastflower.campaign", *arguments, "--ray", "-n", "1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "on Ray: " in result.stdout
-    assert all(toy_project.run_of(fold=fold).end_path.is_file() for fold in (0, 1))
+    assert all(toy_project.run_of(fold=fold).end_path.is_file() for fold in (0, 1, 2))
     assert toy_project.end()["epochs"] == 1
     repeated = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert repeated.stdout.count("kept: ") == 2
+    assert repeated.stdout.count("kept: ") == 3
     assert Finished(1)(planned(*arguments[1:])[0])

@@ -46,8 +46,7 @@ def reference(
 def close(got: Tensor | None, wanted: Tensor | None, scale: float) -> bool:
     if got is None or wanted is None:
         return got is None and (wanted is None or not wanted.any())
-    # a tenth of what the two gradients of a step differ by; an activation near 0 has another sign in single precision
-    return bool((got.double() - wanted).abs().max() <= 1e-3 * scale)
+    return bool((got.double() - wanted).abs().max() <= 1e-4 * scale)
 
 
 @pytest.mark.slow
@@ -90,7 +89,8 @@ def test_a_steps_gradient_is_the_papers(
         return out
 
     monkeypatch.setattr(FoldTrainer, "_train_microbatches", compared)
-    settled = ["model.backbone=test_resnet", "model.drop_rate=0", "model.drop_path=0"]
+    # its SiLU is smooth; a ReLU near 0 has another sign in single precision, and another gradient
+    settled = ["model.backbone=test_efficientnet", "model.drop_rate=0", "model.drop_path=0"]
     assert toy_project.fit(SAM, *settled, *toy_project.ONE, *words) == 0
     assert len(seen) == 4 and min(seen) > 0.01  # the two gradients differ, or nothing was compared
 
