@@ -42,10 +42,7 @@ TITLES = {
 }
 OPTIONAL = ("fastai",)  # peers that the lock does not hold
 BF16 = ("bf16", "timm_bf16")  # on CPUs alone: on a GPU all trainers compute in it
-OURS = {
-    "fastflower": "fastflower",
-    "bf16": "train.cpu_bf16",
-}  # trainers with a column of ratios, and its heading
+OURS = {"fastflower": "fastflower", "bf16": "train.cpu_bf16"}  # and the heading of its column of ratios
 SPLIT = ("data.split=ratio", "data.n_splits=5")  # holds a fifth out, for any number of images
 CLASSES = 10  # labels are drawn: speed does not depend on them
 
@@ -223,10 +220,15 @@ def measure(folder: Path, settings: Settings, trainers: Sequence[str]) -> list[d
             "images_per_s": round(median(speeds[name]), 1),
             "processor_ms_per_image": round(median(1e3 * e["processor"] / e["images"] for e in figures[name]), 2),
             "peak_mb": round(max(epoch["peak_mb"] for epoch in figures[name])),
-            "faster": {ours: ratio(speeds[ours], speeds[name]) for ours in OURS if ours in names},
+            "faster": {ours: ratio(speeds[ours], speeds[name]) for ours in references(names)},
         }
         for name in names
     ]  # fmt: skip
+
+
+def references(names: Sequence[str]) -> list[str]:
+    """The trainers with a column of ratios: ours, or the first where none of ours runs."""
+    return [name for name in OURS if name in names] or list(names[:1])
 
 
 def ratio(speeds: Sequence[float], others: Sequence[float]) -> float:
@@ -235,9 +237,14 @@ def ratio(speeds: Sequence[float], others: Sequence[float]) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, with a column that divides each of our speeds by the row's."""
+    """The rows as a Markdown table, with a column for each reference's speed over the row's."""
     ours = list(rows[0]["faster"])
-    heads = ["network, size, batch", "trainer", "images/s", *(f"{OURS[name]} is faster by" for name in ours)]
+    heads = [
+        "network, size, batch",
+        "trainer",
+        "images/s",
+        *(f"{OURS.get(name, TITLES[name])} is faster by" for name in ours),
+    ]
     lines = [[*heads, "processor ms/image", "peak MB"], ["---"] * (len(heads) + 2)]
     for row in rows:
         lines.append(

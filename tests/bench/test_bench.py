@@ -157,6 +157,8 @@ def test_trainers_take_turns_and_the_table_has_their_ratio(
 
 def test_ratios_are_medians_of_each_rounds_own_ratio() -> None:
     assert step.ratio([10.0, 30.0, 8.0], [5.0, 10.0, 8.0]) == 2.0
+    assert step.references(["resident", "bf16", "timm", "fastflower"]) == ["fastflower", "bf16"]
+    assert step.references(["timm", "plain"]) == ["timm"]
     row = {
         "backbone": "net", "size": 96, "batch": 32, "trainer": "peer", "images_per_s": 70.2,
         "processor_ms_per_image": 14.1, "peak_mb": 900, "faster": {"fastflower": 1.234, "bf16": 1.5},
@@ -167,6 +169,7 @@ def test_ratios_are_medians_of_each_rounds_own_ratio() -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| net, 96, 32 | peer | 70.2 | 1.23 | 1.50 | 14.1 | 900 |",
     ]
+    assert "| timm's train loop is faster by |" in step.table([row | {"faster": {"timm": 2.0}}])
 
 
 @pytest.mark.slow
