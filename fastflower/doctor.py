@@ -277,7 +277,7 @@ def _without_kernels() -> list[Finding]:
 
 def cores() -> Finding:
     count = len(os.sched_getaffinity(0))
-    bf16 = ", with bf16 instructions (train.cpu_bf16)" if processor.multiplies_bf16() else ""
+    bf16 = ", with bf16 instructions (train.amp)" if processor.multiplies_bf16() else ""
     return Finding(
         "cores",
         True if count >= 2 else None,

@@ -6,7 +6,8 @@ sees all of them, as in the authors' code. MixUp and CutMix apply to the labelle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class FixMatch(Algorithm):
     Works on a batch with "weak" and "strong" uint8 (B, mu, H, W, 3), "strong_key" and "truth" int64 (B, mu), the keys
     on the host. Strong views become float32 (B, mu, 3, H, W), and the keys are taken out of the batch.
     `teacher`, in eval mode, labels the weak views in a forward pass of its own; None: the network labels them, as
-    in the paper. `fill` (3,), in 0..255, is the colour of erased boxes.
+    in the paper. `precision` makes the context manager of the teacher's forward pass, beside Composer's own.
+    `fill` (3,), in 0..255, is the colour of erased boxes.
 
     With semi.align the probabilities p of the weak views become p * class_prior / mean_prediction, normalised
     (Berthelot et al., arXiv:1911.09785, section 3.1), so that a class which is predicted too often gets fewer
@@ -53,11 +55,13 @@ class FixMatch(Algorithm):
         *,
         fill: tuple[float, ...],
         teacher: nn.Module | None = None,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.semi = recipe.semi
         self.aug, self.erase_p = strong_augmentation(recipe)
         self.fill = fill
         self.teacher = teacher
+        self.precision = precision
         self.lambda_u = 0.0
         self.counts = torch.zeros(len(class_counts), dtype=torch.float64)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
@@ -98,8 +102,13 @@ class FixMatch(Algorithm):
         weak = float_images({"image": batch["weak"].flatten(0, 1)})
         views = []
         if self.teacher is not None:
-            with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
-                self._label_logits = self.teacher(weak)[:, : len(self.counts)]  # not those of auxiliary heads
+            with (
+                torch.no_grad(),
+                get_precision_context(state.precision, state.precision_config),
+                self.precision(),
+            ):
+                logits = self.teacher(weak)
+            self._label_logits = logits[:, : len(self.counts)]  # without those of auxiliary heads
         if self.teacher is None or self.semi.method == "pseudo":
             views.append(weak)
         if self.semi.method == "fixmatch":

@@ -6,9 +6,10 @@ is a training in a process of its own, whose processor seconds are counted with 
 scored, on one view of each validation image: none of them chooses an epoch on the images that score it. Hits are paired
 image by image, as means over the seeds.
 
-fastflower trains as the recipe says, the others with the settings in fastflower/bench/finetuners.py. fastai and
-ultralytics take part where they are installed; ultralytics has networks of its own, so it does from scratch only.
-Finished trainings are kept in results/results/<exp>/accuracy/, so a stopped comparison continues with the same command.
+fastflower trains as the recipe says, the others with the settings in fastflower/bench/finetuners.py and in float32, as
+train.amp=false does here. fastai and ultralytics take part where they are installed; ultralytics has networks of its
+own, so it does from scratch only. Finished trainings are kept in results/results/<exp>/accuracy/, so that a stopped
+comparison continues with the same command.
 """
 
 from __future__ import annotations

@@ -374,7 +374,7 @@ def _ours(**options: Any) -> Callable[[Settings, Pace], None]:
 TRAINERS: dict[str, Callable[[Settings, Pace], None]] = {
     "fastflower": _ours(),
     "resident": _ours(resident=True),
-    "bf16": _ours(words=("train.cpu_bf16=true",)),
+    "float32": _ours(words=("train.amp=false",)),
     "same": _ours(words=SAME_AUGMENTATION),
     "stock": stock,
     "timm": timm_script,

@@ -22,21 +22,25 @@ class Classifier(ComposerModel):
     Shadows stay outside the module tree: they add no parameters, DDP does not see them, and `train()` and `eval()`
     do not reach them. Add them in eval mode.
 
-    `cpu_bf16`: compute in mixed precision on a CPU, where Composer's own does nothing.
+    `precision` makes the context manager of each forward pass, beside Composer's own.
     """
 
     def __init__(
-        self, network: Network, loss: Callable[[Tensor, Tensor], Tensor], *, cpu_bf16: bool = False
+        self,
+        network: Network,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         super().__init__()
         self.network = network
         self.criterion = loss
-        self.cpu_bf16 = cpu_bf16
+        self.precision = precision
         self.shadows: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) of a batch whose image is float (B, 3, H, W), uint8 (B, H, W, 3) or its features (B, F)."""
-        with self._precision():
+        with self.precision():
             return self.network(float_images(batch))
 
     def loss(self, outputs: Tensor, batch: Batch, *_: Any, **__: Any) -> Tensor:
@@ -50,13 +54,10 @@ class Classifier(ComposerModel):
         """Float32 logits (B, C) by name: `raw` for the network itself, then every shadow."""
         images = float_images(batch)
         networks: dict[str, Callable[[Tensor], Tensor]] = {"raw": self.network, **self.shadows}
-        with self._precision():
+        with self.precision():
             if self.network.kept == "backbone" and images.ndim == 4:  # which all of them share
                 images = self.network.features(images)
             return {name: network(images).float() for name, network in networks.items()}
-
-    def _precision(self) -> AbstractContextManager[None]:
-        return torch.autocast("cpu", torch.bfloat16) if self.cpu_bf16 else nullcontext()
 
 
 def float_images(batch: Batch) -> Tensor:

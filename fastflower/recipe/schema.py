@@ -352,11 +352,9 @@ class Train:
         None,
         "list of batch_per_gpu by stage, to fit memory; the learning rate follows; null: the same in all",
     )
-    amp: bool = key(True, "mixed precision in bf16 (else fp16) on GPUs")
-    cpu_bf16: bool = key(
-        False,
-        "mixed precision in bf16 on a CPU that has instructions for it: faster for residual networks and "
-        "transformers, slower for depthwise convolutions",
+    amp: bool = key(
+        True,
+        "mixed precision: bf16 (else fp16) on GPUs, bf16 on CPUs with instructions for it (`doctor` says so)",
     )
     clip_grad: float | None = key(1.0, "largest global gradient norm; null: no clipping", gt=0)
     sync_bn: bool = key(True, "synchronise BatchNorm over GPUs")

@@ -340,7 +340,8 @@ def _unlabelled_learning(prepared: Prepared, averages: dict[str, Any]) -> dict[s
         return {}
     if recipe.semi.method != "soft":
         teacher = averages["ema"].shadow if recipe.semi.teacher == "ema" else None
-        return {"semi": FixMatch(recipe, counts, fill=fill, teacher=teacher)}
+        precision = prepared.machine.forward_precision
+        return {"semi": FixMatch(recipe, counts, fill=fill, teacher=teacher, precision=precision)}
     labels = soft_labels.soft_labels(recipe, prepared.fold, prepared.num_classes)
     prepared.notes.append(labels.line)
     return {"semi": SoftLabels(recipe, counts, fill=fill, targets=labels.targets)}

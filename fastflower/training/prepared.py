@@ -70,7 +70,7 @@ class Prepared:
     def classifier(self) -> Classifier:
         """The network with its loss as Composer trains it."""
         loss = build_loss(self.recipe, self.counts.tolist())
-        return Classifier(self.network, loss, cpu_bf16=self.machine.cpu_bf16)
+        return Classifier(self.network, loss, precision=self.machine.forward_precision)
 
     def groups(self) -> list[Group]:
         """The parameter groups of the optimizer."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -27,6 +27,7 @@ from fastflower.core.files import digest, locked
 from fastflower.core.host_memory import keep_freed_memory
 from fastflower.core.runs import Run
 from fastflower.core.workers import check_threads
+from fastflower.model.mixed_precision import autocast_cpu
 from fastflower.recipe import Recipe
 from fastflower.training import determinism
 from fastflower.training.exits import RankFailure
@@ -57,12 +58,13 @@ class Machine:
 
     @property
     def composer_precision(self) -> str:
-        """Composer's precision; it knows none but float32 on CPUs, where the classifier sees to bf16."""
+        """Composer's precision; it knows none but float32 on CPUs, where `forward_precision` sees to bf16."""
         return "fp32" if self.device == "cpu" else self.precision
 
-    @property
-    def cpu_bf16(self) -> bool:
-        return self.device == "cpu" and self.precision == "amp_bf16"
+    def forward_precision(self) -> AbstractContextManager[None]:
+        """A context manager for forward passes, inside Composer's."""
+        bf16 = self.device == "cpu" and self.precision == "amp_bf16"
+        return autocast_cpu() if bf16 else nullcontext()
 
     def determinism(self) -> str:
         """Either "off", "full", or "best effort" with the nondeterministic operations that ran."""
@@ -121,11 +123,6 @@ def prepare(recipe: Recipe) -> Machine:
             raise EnvironmentFault(f"{torch.cuda.get_device_name()} {cards.lack(card, built_for)}")
     else:
         keep_freed_memory()
-        if recipe.train.cpu_bf16 and not processor.multiplies_bf16():
-            raise EnvironmentFault(
-                f"train.cpu_bf16=true: {processor.name()} has no bf16 instructions "
-                f"({' or '.join(sorted(processor.BF16))}), and would be slower with it; leave the key out"
-            )
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     watch = None
@@ -135,17 +132,22 @@ def prepare(recipe: Recipe) -> Machine:
         launcher.follow()
         launcher.check_siblings()
         watch = _join("gpu" if gpus else "cpu")
-    precision = "amp_bf16" if recipe.train.cpu_bf16 and not gpus else "fp32"
-    if gpus and recipe.train.amp:
-        precision = "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
     return Machine(
         device="gpu" if gpus else "cpu",
         world=world,
         rank=rank,
-        precision=precision,
+        precision=_precision(gpus=bool(gpus)) if recipe.train.amp else "fp32",
         nondeterministic=determinism.configure(recipe.cudnn),
         watch=watch,
     )
+
+
+def _precision(*, gpus: bool) -> str:
+    """The mixed precision that all ranks compute well: bf16, else fp16 on GPUs and float32 on CPUs."""
+    here = torch.cuda.is_bf16_supported(including_emulation=False) if gpus else processor.multiplies_bf16()
+    if all(dist.all_gather_object(here)):
+        return "amp_bf16"
+    return "amp_fp16" if gpus else "fp32"
 
 
 def _join(device: str) -> Watch:

@@ -20,7 +20,8 @@ from fastflower.callbacks.progress import side
 from fastflower.callbacks.scoring import Scoring
 from fastflower.core import files, metric
 from fastflower.core.console import clock, timestamp
-from fastflower.core.records import to_plain, write_record
+from fastflower.core.errors import InputError
+from fastflower.core.records import read_record, to_plain, write_record
 from fastflower.core.runs import Run
 from fastflower.data.betons.fold_set import FoldSet
 from fastflower.model.member import MemberMeta
@@ -325,6 +326,21 @@ def _best_by(recipe: Recipe) -> str:
         else "no early stop"
     )
     return f"{score}, {stop}"
+
+
+def change_of_precision(facts: RunFacts) -> list[str]:
+    """A line on a resumed run if the record of its start has another precision, else none."""
+    numbers = facts.numbers
+    try:
+        before = read_record(numbers_path(facts.run), RunNumbers)
+    except InputError:  # removed or damaged; it is about to be written anew
+        return []
+    if before.precision == numbers.precision:
+        return []
+    return [
+        f"trained in {before.precision} on {before.device} until now, goes on in {numbers.precision} on "
+        f"{numbers.device}: its scores are close to those of one machine, not equal"
+    ]
 
 
 def warnings_before_start(recipe: Recipe, facts: RunFacts) -> list[str]:

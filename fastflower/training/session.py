@@ -103,6 +103,8 @@ def announce(recipe: Recipe, training: build.Training, *, machine: ranks.Machine
         *(f"  {line}" for line in facts.numbers.notes),
     ]:
         say(line)
+    if start.batch.value:
+        advice = [*advice, *record.change_of_precision(facts)]
     for line in [*record.warnings_before_start(recipe, facts), *advice]:
         say(f"  note: {line}", "yellow")
     record.write_meta(recipe, facts, advice=advice, determinism=machine.determinism())

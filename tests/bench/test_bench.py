@@ -157,14 +157,14 @@ def test_trainers_take_turns_and_the_table_has_their_ratio(
 
 def test_ratios_are_medians_of_each_rounds_own_ratio() -> None:
     assert step.ratio([10.0, 30.0, 8.0], [5.0, 10.0, 8.0]) == 2.0
-    assert step.references(["resident", "bf16", "timm", "fastflower"]) == ["fastflower", "bf16"]
+    assert step.references(["resident", "float32", "timm", "fastflower"]) == ["fastflower", "float32"]
     assert step.references(["timm", "plain"]) == ["timm"]
     row = {
         "backbone": "net", "size": 96, "batch": 32, "trainer": "peer", "images_per_s": 70.2,
-        "processor_ms_per_image": 14.1, "peak_mb": 900, "faster": {"fastflower": 1.234, "bf16": 1.5},
+        "processor_ms_per_image": 14.1, "peak_mb": 900, "faster": {"fastflower": 1.234, "float32": 1.5},
     }  # fmt: skip
     assert step.table([row]).splitlines() == [
-        "| network, size, batch | trainer | images/s | fastflower is faster by | train.cpu_bf16 is faster by "
+        "| network, size, batch | trainer | images/s | fastflower is faster by | train.amp=false is faster by "
         "| processor ms/image | peak MB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| net, 96, 32 | peer | 70.2 | 1.23 | 1.50 | 14.1 | 900 |",
@@ -218,16 +218,16 @@ def test_optional_trainers_are_compared_where_they_are_installed(
         EnvironmentFault, match=r"^--trainers timm_bf16: Old Chip has no bf16 instructions, or"
     ):
         main(["step", "--trainers", "timm_bf16"])
-    assert {"fastai", "bf16"}.isdisjoint(step.runnable(None, "cpu"))
+    assert {"fastai", "float32"}.isdisjoint(step.runnable(None, "cpu"))
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [
         "not compared: fastai (not installed; pip install fastai)",
-        "not compared: bf16 (Old Chip has no bf16 instructions)",
+        "not compared: float32 (Old Chip has no bf16 instructions)",
     ]
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(step.processor, "multiplies_bf16", lambda: True)
     assert step.runnable(None, "cpu") == list(step.TITLES)
-    assert set(step.TITLES) - set(step.runnable(None, "cuda")) == set(step.BF16)
+    assert set(step.TITLES) - set(step.runnable(None, "cuda")) == {"timm_bf16"}
 
 
 @pytest.mark.slow

@@ -344,13 +344,6 @@ def machine(recipe: Recipe) -> Any:
     )
 
 
-def cpu_machine(recipe: Recipe) -> Any:
-    """The precision of the process on a CPU that multiplies bf16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
-        return ranks.prepare(recipe).precision
-
-
 def trained(recipe: Recipe) -> Any:
     """One training: its files, scores, weights, notes, and its result or error message."""
     path = Path("observed.yaml")
@@ -604,8 +597,7 @@ CHANGES: dict[str, tuple[Callable[[Recipe], Any], str, str]] = {
     "train.world_size": (trained, "2", ONE),
     "train.grad_accum": (batches, "2", ""),
     "train.stage_batch": (batches, "[10,5]", ""),
-    "train.amp": (machine, "false", ""),
-    "train.cpu_bf16": (cpu_machine, "true", ""),
+    "train.amp": (machine, "true", ""),
     "train.clip_grad": (trained, "0.01", ONE),
     "train.sync_bn": (network, "false", "model.backbone=resnet10t"),
     "train.channels_last": (network, "false", "model.backbone=resnet10t"),

@@ -20,6 +20,9 @@ from fastflower.core.runs import Run
 from fastflower.recipe.run_record import RunEnd
 
 BACKBONE = "test_vit"  # no BatchNorm; 0.4 M parameters
+AMP = str(
+    torch.cuda.is_available()
+).lower()  # in float32 on every CPU, or tests would depend on its instructions
 CLASSES = (
     ("7", (150, 100, 100), 22),
     ("12", (100, 150, 100), 17),
@@ -30,7 +33,7 @@ RECIPE = f"""
 exp: {{name: tiny}}
 data: {{img_size: [32, 48], size_epochs: [1, 3], n_splits: 3, workers: 1, group: none}}
 model: {{backbone: {BACKBONE}, pretrained: false, drop_rate: 0.1, drop_path: 0.1}}
-train: {{batch_per_gpu: 10, world_size: 1}}
+train: {{batch_per_gpu: 10, world_size: 1, amp: {AMP}}}
 sched: {{cosine_epochs: 3, warmup_epochs: 1}}
 opt: {{lr: 1.0e-3}}
 llrd: {{enabled: true}}

@@ -105,7 +105,7 @@ def test_a_case_of_the_gpus_holds_on_the_emulation(name: str, emulation, repo: P
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-WORDS = ("model.drop_path=0", "train.batch_per_gpu=40", *toy_project.ONE)
+WORDS = ("model.drop_path=0", "train.batch_per_gpu=40", "train.amp=true", *toy_project.ONE)
 
 
 def test_a_run_knows_its_memory_before_it_starts(emulation, tmp_path: Path):
@@ -125,6 +125,7 @@ PARTS = {
     "frozen": ("model.freeze=backbone", "model.frozen_views=0"),
     "features": ("model.freeze=backbone", "model.frozen_views=2"),
     "sharpness": ("opt.sam_rho=0.05",),
+    "lora": ("model.backbone=vit_tiny_patch16_224", "model.lora.rank=8"),
 }
 
 
@@ -134,15 +135,17 @@ def test_the_estimate_holds_where_parts_are_frozen_and_with_two_passes_a_step(
 ):
     toy_project.project(tmp_path)
     runs.PRETRAINED.mkdir(parents=True)
-    torch.save(timm.create_model("convnextv2_atto").state_dict(), runs.PRETRAINED / "convnextv2_atto.pth")
-    words = [*WORDS, *PARTS[name]]
+    words = ["model.backbone=convnextv2_atto", *WORDS, *PARTS[name]]
+    recipe = load(Path("tiny.yaml"), words)
+    backbone = recipe.model.backbone
+    torch.save(timm.create_model(backbone).state_dict(), runs.PRETRAINED / f"{backbone}.pth")
     if name != "sharpness":
         words += ["model.pretrained=true", "llrd.enabled=auto"]
     done = fit(emulation, 1000, "exp.name=parts", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    run = Run(exp="parts", backbone="convnextv2_atto", fold=0, seed=42)
+    run = Run(exp="parts", backbone=backbone, fold=0, seed=42)
     (row,) = (row for row in runs.read_events(run.events_path, []) if row["event"] == "epoch")
-    recipe = load(Path("tiny.yaml"), ["model.backbone=convnextv2_atto", *words])
+    recipe = load(Path("tiny.yaml"), words)
     share = row["gpu_peak_mb"] / (estimate.estimate(recipe).allocated / 2**20)
     # features of fixed views are computed before the first epoch, whose peak the row does not have
     assert (0.7 if name == "features" else 0.85) < share < 1.15
@@ -177,7 +180,8 @@ def test_a_step_waits_for_the_gpu_once(emulation, tmp_path: Path):
     """The gradient guard reads the norm, before a step that might not be finite; the loss has arrived by then."""
     toy_project.project(tmp_path)
     Path("waits.py").write_text(WAITS)
-    words = ("model.drop_path=0", "train.batch_per_gpu=10", *toy_project.ONE, "exp.name=waits")
+    words = ("model.drop_path=0", "train.batch_per_gpu=10", "train.amp=true", *toy_project.ONE)
+    words += ("exp.name=waits",)
     command = [sys.executable, "waits.py", "tiny.yaml", "model.backbone=convnextv2_atto", *words]
     done = subprocess.run(
         command, env={**emulation, "FAKE_MB": "1000"}, capture_output=True, text=True, timeout=300

@@ -78,20 +78,21 @@ def test_a_card_that_torch_has_no_kernels_for_is_refused_with_the_setup_that_has
     )
 
 
-def test_bf16_on_a_cpu_needs_instructions_for_it_and_composer_is_told_of_float32(monkeypatch):
-    recipe = load(None, ["train.cpu_bf16=true"])
+def test_mixed_precision_on_a_cpu_needs_instructions_for_it_on_all_ranks(monkeypatch):
+    recipe, single = load(None, []), load(None, ["train.amp=false"])
+    for bf16, words, precision in (
+        (True, recipe, "amp_bf16"),
+        (False, recipe, "fp32"),
+        (True, single, "fp32"),
+    ):
+        monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda bf16=bf16: bf16)
+        machine = ranks.prepare(words)
+        assert (machine.precision, machine.composer_precision) == (precision, "fp32")
+        with machine.forward_precision():
+            assert torch.is_autocast_enabled("cpu") is (precision == "amp_bf16")
     monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
-    machine = ranks.prepare(recipe)
-    assert (machine.precision, machine.cpu_bf16, machine.composer_precision) == ("amp_bf16", True, "fp32")
-    assert not ranks.prepare(load(None, [])).cpu_bf16
-    monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: False)
-    monkeypatch.setattr(ranks.processor, "name", lambda: "Old Chip")
-    with pytest.raises(EnvironmentFault) as refused:
-        ranks.prepare(recipe)
-    assert str(refused.value) == (
-        "train.cpu_bf16=true: Old Chip has no bf16 instructions (amx_bf16 or avx512_bf16), and would be slower with "
-        "it; leave the key out"
-    )
+    monkeypatch.setattr(ranks.dist, "all_gather_object", lambda here: [here, False])  # another machine's rank
+    assert ranks.prepare(recipe).precision == "fp32"
 
 
 class FakeWatch:

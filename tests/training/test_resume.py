@@ -21,7 +21,7 @@ from fastflower.callbacks.checkpoints import CheckpointSaver, previous_last
 from fastflower.core import checkpoint, errors
 from fastflower.core.runs import Run
 from fastflower.core.workers import die_with_parent
-from fastflower.training import fold_data
+from fastflower.training import fold_data, ranks
 from support import forked, toy_project
 
 
@@ -299,6 +299,18 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(project, monkeypatch)
         toy_project.fit("opt.lr=2e-3", "reg.ls_eps=0.1")
     with pytest.raises(errors.InputError, match=r"global batch by stage: \[10, 10\] -> \[5, 5\]"):
         toy_project.fit("train.batch_per_gpu=5")
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(project, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
+        train_half(monkeypatch, "train.amp=true")
+    assert "goes on in" not in capsys.readouterr().out
+    monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: False)
+    assert toy_project.fit("train.amp=true") == 0
+    said = capsys.readouterr().out
+    line = "trained in amp_bf16 on CPU until now, goes on in fp32 on CPU: its scores are close to those of one machine"
+    assert said.count(line) == 1
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def project(tmp_path: Path) -> Path:
 def test_bf16_on_a_cpu_trains_beside_float32_and_is_recorded(monkeypatch):
     monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
     losses = {}
-    for name, words in (("float32", ()), ("bf16", ("train.cpu_bf16=true",))):
+    for name, words in (("float32", ()), ("bf16", ("train.amp=true",))):
         assert toy_project.fit(*toy_project.ONE, "robust.enabled=false", f"exp.name={name}", *words) == 0
         losses[name] = toy_project.epochs(name)[0]["train_loss"]
     run = toy_project.run_of("bf16")
