@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastflower.bench import timm_networks
 from fastflower.bench.accuracy import Outcome, Task, photograph
 from fastflower.core import runs
 from fastflower.core.records import write_record
@@ -55,15 +56,13 @@ class Job:
 
     def network(self) -> nn.Module:
         """The backbone with a new head, as timm makes it."""
-        import timm
-
-        network: nn.Module = timm.create_model(
+        return timm_networks.create(
             self.recipe.model.backbone,
+            self.size,
             pretrained=self.pretrained,
             pretrained_cfg_overlay=self.overlay,
             num_classes=self.classes,
         )
-        return network
 
     def predict(self, network: nn.Module) -> list[int]:
         """The class of each validation image: the short side to 1.14 times the size, then a centre crop."""

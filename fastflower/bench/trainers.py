@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastflower.bench import timm_networks
 from fastflower.bench.step import SPLIT, Settings
 
 SMOOTHING, MIXUP, EMA, LR = 0.1, 0.2, 0.999, 1e-3
@@ -318,11 +319,9 @@ def timm_network(
     settings: Settings, *, channels_last: bool = True
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """A network of timm on the device, and its mean and deviation."""
-    import timm
-
     torch.manual_seed(0)
-    network = timm.create_model(settings.backbone, num_classes=settings.classes)
-    network = network.to(settings.device).to(memory_format=layout(channels_last=channels_last))  # type: ignore[call-overload]
+    network: Any = timm_networks.create(settings.backbone, settings.size, num_classes=settings.classes)
+    network = network.to(settings.device).to(memory_format=layout(channels_last=channels_last))
     return network, network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
 
 

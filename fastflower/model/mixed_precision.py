@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 def autocast_cpu() -> Iterator[None]:
     """Context manager that computes in bf16 as torch's autocast does, but depthwise convolutions in float32.
 
-    In bf16 the gradients of depthwise kernels of 5 x 5 and more take 2 to 90 times as long (oneDNN in torch 2.7), which
-    would make EfficientNets slower than in float32.
+    In bf16 the gradients of depthwise kernels of 5 x 5 and more take 1.5 to 90 times as long (oneDNN in torch 2.7),
+    which would make EfficientNets slower than in float32.
     """
     with torch.autocast("cpu", torch.bfloat16), _DepthwiseInFloat32():
         yield

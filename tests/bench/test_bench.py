@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastflower.bench import contenders, decoder, startup, step, trainers
+from fastflower.bench import contenders, decoder, startup, step, timm_networks, trainers
 from fastflower.bench.__main__ import main
 from fastflower.bench.contenders import CONTENDERS, STOCK
 from fastflower.bench.pictures import Pictures, photographs
@@ -170,6 +170,12 @@ def test_ratios_are_medians_of_each_rounds_own_ratio() -> None:
         "| net, 96, 32 | peer | 70.2 | 1.23 | 1.50 | 14.1 | 900 |",
     ]
     assert "| timm's train loop is faster by |" in step.table([row | {"faster": {"timm": 2.0}}])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_the_peers_networks_take_images_of_the_size_that_is_compared(name: str) -> None:
+    network = timm_networks.create(name, 64, num_classes=3)
+    assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
 
 
 @pytest.mark.slow
