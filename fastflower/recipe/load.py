@@ -124,6 +124,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
         raise InputError(
             f"{path}: a recipe is a map of keys, got {type(OmegaConf.to_container(layer)).__name__}"
         )
+    _keep_text(layer, yaml.load(text, yaml.BaseLoader))
     base = layer.pop("base", None)
     try:
         bases = _layers(path.parent / str(base), (*seen, path)) if base else []
@@ -191,9 +192,44 @@ def _parse_changes(changes: list[str]) -> Any:
             raise InputError(f"got '{change}'; a change is written key=value, {example}")
         _check_structure(change.partition("=")[2], change[:100])
     try:
-        return OmegaConf.from_dotlist(changes)
+        layer = OmegaConf.from_dotlist(changes)
+        for change in changes:
+            dotted, _, text = change.partition("=")
+            written = yaml.load(text, yaml.BaseLoader)
+            for name in reversed(dotted.split(".")):
+                written = {name: written}
+            _keep_text(layer, written)
     except Exception as error:  # YAML inside a value
         raise InputError(f"{' '.join(changes)[:200]}: {_cause(error)}") from None
+    return layer
+
+
+def _keep_text(layer: DictConfig, written: Any) -> None:
+    """Give keys whose values are text what was written, where YAML reads 007, 1e3, 12:30 or off as something else.
+
+    `written` is the same YAML with all its scalars as text; null stays null.
+    """
+    for dotted in _text_keys():
+        value, text = _value(layer, dotted), written
+        for name in dotted.split("."):
+            text = text.get(name) if isinstance(text, dict) else None
+        if isinstance(text, str) and isinstance(value, bool | int | float):
+            OmegaConf.update(layer, dotted, text)
+        elif isinstance(text, list) and OmegaConf.is_list(value) and len(text) == len(value):
+            for position, item in enumerate(text):
+                if isinstance(item, str) and isinstance(value[position], bool | int | float):
+                    value[position] = item
+
+
+@functools.cache
+def _text_keys() -> list[str]:
+    """The keys that take text, one of several words, or a list of texts, and no other type."""
+    kinds = {"str", "Own", "Auto", "list[str]"}
+    return [
+        dotted
+        for dotted, _, spec in fields_of(Recipe())
+        if all(kind in kinds or kind.startswith("Literal") for kind in str(spec.type).split(" | "))
+    ]
 
 
 def _explain(source: str, error: Exception, layer: DictConfig | None = None) -> str:

@@ -230,6 +230,18 @@ def test_changes_become_the_type_of_their_key(change, value):
     assert type(got) is type(value)
 
 
+@pytest.mark.parametrize("text", ["007", "1e3", "1_000", "on", "no", "false", "0x10", "1.50", "2026-11-30"])
+def test_text_is_kept_as_it_is_written_where_yaml_reads_a_number_or_a_truth_value(text, tmp_path):
+    by_word = load(None, [f"exp.name={text}", f"data.aux_cols=[{text},b]"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"exp:\n  name: {text}\ndata: {{aux_cols: [{text}, b]}}\n")
+    for recipe in (by_word, load(path), load(path, ["opt.lr=1e-3"])):
+        assert recipe.exp.name == text and recipe.data.aux_cols == [text, "b"]
+        path.write_text(to_yaml(recipe))
+        assert load(path) == recipe
+    assert load(None, [f"exp.name='{text}'"]).exp.name == text
+
+
 def test_a_byte_order_mark_is_no_key():
     assert load(written("\ufeffseed: 3\n")).seed == 3
 
