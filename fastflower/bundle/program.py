@@ -176,14 +176,16 @@ def _convolutions_before_norms(network: nn.Module, images: Tensor) -> list[tuple
 
 
 def fixed_size(network: nn.Module, height: int, width: int) -> nn.Module:
-    """A copy for one view size, with position embeddings and window masks computed now.
+    """A copy for one view size, with position embeddings and window masks computed now, and no activations recomputed.
 
-    Inside the program these steps would fix the dtype and device of this machine.
+    Inside the program the former would fix the dtype and device of this machine; the tracer cannot follow the latter.
     """
     network = copy.deepcopy(network).eval()
     modules: list[Any] = list(network.modules())  # timm's, whose attributes nn.Module does not declare
     masked = [module for module in modules if getattr(module, "dynamic_mask", False)]
     for module in modules:
+        if getattr(module, "grad_checkpointing", False):
+            module.grad_checkpointing = False
         embedded = isinstance(getattr(module, "pos_embed", None), Tensor)
         if embedded and getattr(module, "dynamic_img_size", False):
             module.set_input_size(img_size=(height, width))

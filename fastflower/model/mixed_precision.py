@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import functools
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 
-@contextmanager
-def autocast_cpu() -> Iterator[None]:
-    """Context manager that computes in bf16 as torch's autocast does, but depthwise convolutions in float32.
+def autocast_cpu() -> torch.autocast:
+    """Context manager that computes in bf16 on a CPU, as torch's autocast does."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def keep_depthwise_in_float32(network: nn.Module) -> None:
+    """Make the depthwise convolutions of a network compute in float32 under `autocast_cpu`, in place.
 
     In bf16 the gradients of depthwise kernels of 5 x 5 and more take 1.5 to 90 times as long (oneDNN in torch 2.7),
-    which would make EfficientNets slower than in float32.
+    which would make EfficientNets slower than in float32. The layers themselves do it, because gradient checkpointing
+    computes them again in the backward pass, outside any context manager around the forward pass.
     """
-    with torch.autocast("cpu", torch.bfloat16), _DepthwiseInFloat32():
-        yield
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] == 1:
+            module.__class__ = _in_float32(type(module))  # type: ignore[arg-type]
 
 
-class _DepthwiseInFloat32(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.conv2d:
-            func = _conv2d
-        return func(*args, **(kwargs or {}))
+@functools.cache
+def _in_float32(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """The kind of convolution whose forward pass is in float32 under autocast, parameters and hooks unchanged."""
 
+    def forward(self: nn.Conv2d, image: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return kind.forward(self, image)
+        with torch.autocast("cpu", enabled=False):
+            return kind.forward(self, image.float())
 
-def _conv2d(
-    input: Tensor,  # its name in torch
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """torch.conv2d, in float32 where each channel is convolved alone."""
-    if groups == 1 or weight.shape[1] > 1:
-        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    with torch.autocast("cpu", enabled=False):
-        return torch.conv2d(input.float(), weight, bias, stride, padding, dilation, groups)
+    return type(kind.__name__, (kind,), {"forward": forward})

@@ -17,6 +17,7 @@ from fastflower.evaluation.views import sizes_of
 from fastflower.model.classifier import Classifier
 from fastflower.model.frozen import features_are_fixed
 from fastflower.model.losses import build_loss
+from fastflower.model.mixed_precision import keep_depthwise_in_float32
 from fastflower.model.network import (
     Network,
     NetworkSpec,
@@ -134,6 +135,8 @@ def _network(
         network, recipe, device=machine.torch_device, world_size=machine.world
     )
     network.to(machine.torch_device)
+    if machine.cpu_bf16:
+        keep_depthwise_in_float32(network)
     smallest = min(stage.batch_per_gpu for stage in derive(recipe, machine.world).stages)
     if smallest == 1 and batch_norms(network) and not synchronised:
         raise InputError(

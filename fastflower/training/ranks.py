@@ -63,8 +63,12 @@ class Machine:
 
     def forward_precision(self) -> AbstractContextManager[None]:
         """A context manager for forward passes, inside Composer's."""
-        bf16 = self.device == "cpu" and self.precision == "amp_bf16"
-        return autocast_cpu() if bf16 else nullcontext()
+        return autocast_cpu() if self.cpu_bf16 else nullcontext()
+
+    @property
+    def cpu_bf16(self) -> bool:
+        """True for mixed precision on a CPU."""
+        return self.device == "cpu" and self.precision == "amp_bf16"
 
     def determinism(self) -> str:
         """Either "off", "full", or "best effort" with the nondeterministic operations that ran."""

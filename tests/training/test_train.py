@@ -24,6 +24,7 @@ from fastflower.callbacks.scoring import Scoring
 from fastflower.core import checkpoint, errors, runs
 from fastflower.core.console import clock
 from fastflower.core.records import read_record
+from fastflower.core.runs import Run
 from fastflower.core.scores import scores
 from fastflower.data.betons.beton_file import Beton
 from fastflower.data.betons.fold_set import open_fold
@@ -54,6 +55,19 @@ def test_bf16_on_a_cpu_trains_beside_float32_and_is_recorded(monkeypatch):
     assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
     weights = load_member(run.checkpoints("best_clean")[0]).tensors
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone, amp", [(toy_project.BACKBONE, "false"), ("test_convnext", "true")])
+def test_recomputed_activations_train_the_same_weights(backbone, amp, monkeypatch):
+    monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
+    words = (*toy_project.ONE, "robust.enabled=false", f"model.backbone={backbone}", f"train.amp={amp}")
+    tensors = []
+    for again in ("false", "true"):
+        assert toy_project.fit(*words, f"model.grad_checkpointing={again}", f"exp.name=again_{again}") == 0
+        run = Run(exp=f"again_{again}", backbone=backbone, fold=0, seed=42)
+        tensors.append(load_member(run.checkpoints("best_clean")[0]).tensors)
+    assert toy_project.different(*tensors) == []
 
 
 @pytest.mark.slow
