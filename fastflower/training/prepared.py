@@ -135,6 +135,7 @@ def _network(
         network, recipe, device=machine.torch_device, world_size=machine.world
     )
     network.to(machine.torch_device)
+    _check_compiled(recipe, network, machine)
     if machine.cpu_bf16:
         keep_depthwise_in_float32(network)
     smallest = min(stage.batch_per_gpu for stage in derive(recipe, machine.world).stages)
@@ -144,6 +145,19 @@ def _network(
             "train.batch_per_gpu (or train.stage_batch), or choose a backbone without BatchNorm"
         )
     return network, spec, notes + _norm_notes(network, synchronised, machine)
+
+
+def _check_compiled(recipe: Recipe, network: Network, machine: Machine) -> None:
+    """Raise InputError for weights that do not train, compiled for a CPU: torch 2.7 writes beyond their memory."""
+    fixed = network.kept != "nothing" and not features_are_fixed(
+        recipe
+    )  # fixed features do not pass a backbone
+    if recipe.train.compile and machine.device == "cpu" and fixed:
+        key = "model.freeze" if network.kept == "backbone" else "model.lora.rank"
+        raise InputError(
+            f"train.compile=true with {key}: on a CPU torch's compiler corrupts memory where weights do not train; "
+            "set train.compile=false"
+        )
 
 
 def _norm_notes(network: Network, synchronised: int, machine: Machine) -> list[str]:

@@ -210,6 +210,22 @@ def test_contradictions_are_refused_in_one_line(changes, said):
     assert re.search(said, str(caught.value)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("model.freeze=backbone", "model.frozen_views=0"), ("model.lora.rank=4", "model.backbone=test_vit")],
+)
+def test_compiled_weights_that_do_not_train_are_refused_on_a_cpu(words):
+    torch.save(timm.create_model("test_vit").state_dict(), runs.PRETRAINED / "test_vit.pth")
+    words = (f"model.backbone={BACKBONE}", *words, "model.pretrained=true", "llrd.enabled=auto")
+    with pytest.raises(InputError) as refused:
+        toy_project.fit(*words, "model.drop_path=0", "train.compile=true")
+    key = words[1].partition("=")[0]
+    assert str(refused.value) == (
+        f"train.compile=true with {key}: on a CPU torch's compiler corrupts memory where weights do not train; set "
+        "train.compile=false"
+    )
+
+
 def test_the_recipe_follows_fixed_views():
     recipe = load(None, ["model.freeze=backbone"])
     assert not [line for line in checks.check(recipe) if "lr" in line] and not layerwise(recipe)
