@@ -193,7 +193,7 @@ def _parse_changes(changes: list[str]) -> Any:
         _check_structure(change.partition("=")[2], change[:100])
     try:
         layer = OmegaConf.from_dotlist(changes)
-        for change in changes:
+        for change in reversed(changes):  # of several for one key the last holds, and becomes text first
             dotted, _, text = change.partition("=")
             written = yaml.load(text, yaml.BaseLoader)
             for name in reversed(dotted.split(".")):
@@ -222,14 +222,14 @@ def _keep_text(layer: DictConfig, written: Any) -> None:
 
 
 @functools.cache
-def _text_keys() -> list[str]:
+def _text_keys() -> tuple[str, ...]:
     """The keys that take text, one of several words, or a list of texts, and no other type."""
     kinds = {"str", "Own", "Auto", "list[str]"}
-    return [
+    return tuple(
         dotted
         for dotted, _, spec in fields_of(Recipe())
         if all(kind in kinds or kind.startswith("Literal") for kind in str(spec.type).split(" | "))
-    ]
+    )
 
 
 def _explain(source: str, error: Exception, layer: DictConfig | None = None) -> str:

@@ -232,7 +232,8 @@ def test_changes_become_the_type_of_their_key(change, value):
 
 @pytest.mark.parametrize("text", ["007", "1e3", "1_000", "on", "no", "false", "0x10", "1.50", "2026-11-30"])
 def test_text_is_kept_as_it_is_written_where_yaml_reads_a_number_or_a_truth_value(text, tmp_path):
-    by_word = load(None, [f"exp.name={text}", f"data.aux_cols=[{text},b]"])
+    words = [f"exp.name={text}", f"data.aux_cols=[{text},b]"]
+    by_word = load(None, words)
     path = tmp_path / "recipe.yaml"
     path.write_text(f"exp:\n  name: {text}\ndata: {{aux_cols: [{text}, b]}}\n")
     for recipe in (by_word, load(path), load(path, ["opt.lr=1e-3"])):
@@ -240,6 +241,8 @@ def test_text_is_kept_as_it_is_written_where_yaml_reads_a_number_or_a_truth_valu
         path.write_text(to_yaml(recipe))
         assert load(path) == recipe
     assert load(None, [f"exp.name='{text}'"]).exp.name == text
+    assert load(None, ["exp.name=b", "data.aux_cols=[1]", *words]) == by_word
+    assert load(None, [f"exp.name={text}", "exp.name=b"]).exp.name == "b"
 
 
 def test_a_byte_order_mark_is_no_key():
