@@ -96,7 +96,7 @@ class Ema(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "shadow": self.shadow.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         self.shadow.load_state_dict(state["shadow"])
 
@@ -147,7 +147,7 @@ class Swa(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         return {"averaged": self.averaged, "last_epoch": self.last_epoch, "shadow": self.shadow.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.averaged, self.last_epoch = state["averaged"], state["last_epoch"]
         self.shadow.load_state_dict(state["shadow"])
         if self.averaged:

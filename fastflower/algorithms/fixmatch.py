@@ -193,7 +193,7 @@ class FixMatch(Algorithm):
             "lambda_u": self.lambda_u,
         }
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts, self.sums = state["counts"].clone(), state["sums"].clone()
         self.mean_prediction = state["mean"].clone()
         self.lambda_u = state["lambda_u"]

@@ -132,5 +132,5 @@ class GradientGuard(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.in_a_row = state["total"], state["in_a_row"]

@@ -88,5 +88,5 @@ class LearningRate(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         return dict(self.plateau.state_dict())
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.plateau.load_state_dict(state)

@@ -101,7 +101,7 @@ class FrozenFeatures:
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.weights}
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["weights"] != self.weights:
             raise InputError(
                 f"model.backbone = {self.spec.backbone}: its weights are no longer those with which this run computed "
