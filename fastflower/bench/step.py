@@ -91,7 +91,7 @@ def runnable(asked: Sequence[str] | None, device: str) -> list[str]:
         name: f"not installed; pip install {name}" for name in OPTIONAL if not importlib.util.find_spec(name)
     }
     if device == "cuda":
-        absent["timm_bf16"] = "as timm on a GPU"
+        absent["timm_bf16"] = "the others compute in bf16 on a GPU, too: give timm_channels_last"
     elif not processor.multiplies_bf16():
         absent |= dict.fromkeys(("float32", "timm_bf16"), f"{processor.name()} has no bf16 instructions")
     for name in asked or ():

@@ -149,10 +149,11 @@ def _network(
 
 def _check_compiled(recipe: Recipe, network: Network, machine: Machine) -> None:
     """Raise InputError for weights that do not train, compiled for a CPU: torch 2.7 writes beyond their memory."""
-    fixed = network.kept != "nothing" and not features_are_fixed(
+    if not recipe.train.compile or machine.device != "cpu":
+        return
+    if network.kept != "nothing" and not features_are_fixed(
         recipe
-    )  # fixed features do not pass a backbone
-    if recipe.train.compile and machine.device == "cpu" and fixed:
+    ):  # of fixed features the head alone is compiled
         key = "model.freeze" if network.kept == "backbone" else "model.lora.rank"
         raise InputError(
             f"train.compile=true with {key}: on a CPU torch's compiler corrupts memory where weights do not train; "

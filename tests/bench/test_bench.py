@@ -234,6 +234,11 @@ def test_optional_trainers_are_compared_where_they_are_installed(
     monkeypatch.setattr(step.processor, "multiplies_bf16", lambda: True)
     assert step.runnable(None, "cpu") == list(step.TITLES)
     assert set(step.TITLES) - set(step.runnable(None, "cuda")) == {"timm_bf16"}
+    with pytest.raises(EnvironmentFault) as refused:
+        main(["step", "--trainers", "timm_bf16", "--device", "cuda"])
+    assert str(refused.value) == (
+        "--trainers timm_bf16: the others compute in bf16 on a GPU, too: give timm_channels_last, or leave it out"
+    )
 
 
 @pytest.mark.slow

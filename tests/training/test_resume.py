@@ -19,8 +19,10 @@ from fastflower.algorithms import averaging
 from fastflower.callbacks import checkpoints
 from fastflower.callbacks.checkpoints import CheckpointSaver, previous_last
 from fastflower.core import checkpoint, errors
+from fastflower.core.records import read_record
 from fastflower.core.runs import Run
 from fastflower.core.workers import die_with_parent
+from fastflower.recipe.run_record import RunNumbers, numbers_path
 from fastflower.training import fold_data, ranks
 from support import forked, toy_project
 
@@ -301,16 +303,20 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(project, monkeypatch)
         toy_project.fit("train.batch_per_gpu=5")
 
 
-def test_a_run_that_goes_on_in_another_precision_says_so(project, monkeypatch, capsys):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_goes_on_in_another_precision_says_so(project, monkeypatch, capsys, damaged):
     with monkeypatch.context() as patch:
         patch.setattr(ranks.processor, "multiplies_bf16", lambda: True)
         train_half(monkeypatch, "train.amp=true")
     assert "goes on in" not in capsys.readouterr().out
+    if damaged:  # the record alone, which is about to be written anew
+        numbers_path(toy_project.run_of()).write_text("{")
     monkeypatch.setattr(ranks.processor, "multiplies_bf16", lambda: False)
     assert toy_project.fit("train.amp=true") == 0
     said = capsys.readouterr().out
     line = "trained in amp_bf16 on CPU until now, goes on in fp32 on CPU: its scores are close to those of one machine"
-    assert said.count(line) == 1
+    assert said.count(line) == (0 if damaged else 1)
+    assert read_record(numbers_path(toy_project.run_of()), RunNumbers).precision == "fp32"
 
 
 @pytest.mark.slow
